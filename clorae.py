@@ -1,0 +1,314 @@
+"""C-LoRAE expert layers: a universal LoRA expert and one small expert per task, mixed per token.
+
+What it is: `adapt(model, ...)` puts an `ExpertLinear` in the place of every q and v projection of a
+frozen Transformer (Decision: README, "Where the paper is silent or wrong").  Paper: C-LoRAE, IJCAI
+2025, arXiv 2505.06303, Sec. 2.2-2.3.  LoRA conventions (initialisation, scaling) follow
+github.com/huggingface/peft, the dense softmax router follows github.com/Ablustrund/LoRAMoE.
+
+    paper symbol        name here     shape          meaning
+    x_ij                x             [B,S,D_in]     token j of sample i
+    W_0                 base.weight   [D_out,D_in]   frozen weight
+    A^U, B^U            A_U, B_U      [R,D_in], [D_out,R]          universal expert
+    A^D_n, B^D_n        A_T, B_T      [N,r,D_in], [N,D_out,r]      task experts, stacked
+    W_g                 W_g           [2,D_in]       gate router (the paper's D_out cannot multiply x)
+    g^1, g^2            gates         [B,S,2]        weight of the universal and of the task expert
+    alpha / r           scale         scalar         alpha / R for both experts
+    sigma^2 (Sec. 2.3)  rho           [D_out]        variance of the MIM student, before softplus
+
+Shapes: B rows of the batch, S tokens, D_in and D_out the widths of one linear, R universal rank,
+r = floor(R / N) task rank, N tasks, k = R + r columns that a row of one task computes.
+
+Everything but W_0 x lives in rank space: the gate multiplies the k numbers z = [A_U x ; A_n x] of a
+token before one product with [B_U B_n], so the experts' outputs U = B_U z_U and D = B_n z_n of width
+D_out are never formed.  The MIM loss (Eq. 5) needs only second moments of z, collected here.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+METHODS = ("clorae", "lora", "tlora", "full")
+RHO_INIT = math.log(math.expm1(0.9))  # softplus(RHO_INIT) + VARIANCE_FLOOR = 1
+VARIANCE_FLOOR = 0.1  # bounds L_MIM from below by ln(0.1) / 2
+RMS_FLOOR = 1e-3  # keeps the MIM scale finite while U is still zero
+
+
+@dataclass(frozen=True)
+class ExpertConfig:
+    """How the experts are built; stored in every checkpoint."""
+
+    method: str = "clorae"  # one of METHODS; "full" trains everything and wraps nothing
+    rank: int = 128  # R of the universal expert; a task expert has floor(R / N)
+    alpha: float | None = None  # numerator of the scale in Eq. (8); None: 2 R, a scale of 2
+    dropout: float = 0.1  # on the experts' input; the gate sees x undropped
+    egr: bool = True  # experts-motivated gate router; without it h = U + D
+    mim: bool = True  # give each layer the variance vector that L_MIM learns
+    targets: tuple[str, ...] = ("q", "v")  # exact leaf names, so that proj_v is never wrapped
+    modules: tuple[str, ...] = ("encoder", "decoder", "vstack")  # a path must pass through one
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method: expected one of {', '.join(METHODS)}, got '{self.method}'")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout: expected a number in [0, 1), got {self.dropout}")
+
+    @property
+    def has_universal(self) -> bool:
+        return self.method in ("clorae", "lora")
+
+    @property
+    def has_tasks(self) -> bool:
+        return self.method in ("clorae", "tlora")
+
+
+@dataclass
+class Moments:
+    """What L_MIM needs to know of one wrapped linear in one forward pass (README, "MIM").
+
+    segments: per run of rows of one task (S [k,k], C [D_out,k]) with S = sum_t a_t z_t z_t^T over
+    its valid tokens and C = [-B_U, B_n], so that sum_t a_t (D_tc - U_tc)^2 = (C S C^T)_cc;
+    b: sum_t 1 / (B |J_i|), a scalar; variance [D_out]: the layer's sigma^2.
+    """
+
+    segments: list[tuple[Tensor, Tensor]]
+    b: Tensor
+    variance: Tensor
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in at least fp32: softmax and second moments lose too much in bf16 (D35)."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Routing:
+    """Which task each row belongs to: one object shared by all expert layers of a model.
+
+    The model calls `set` at the start of each forward pass; decoding calls `rows` whenever rows
+    are repeated for beams or dropped.  Until the first `set` every row counts as task 0.
+    """
+
+    def __init__(self, tasks: Sequence[str]):
+        self.names = tuple(tasks)
+        self.tasks: list[int] | None = None
+        self.masks: dict[str, Tensor | None] = {}
+        self.fixed_gates: tuple[float, float] | None = None  # replaces Eq. (6) in every layer
+        self.mim_batch: int | None = None  # global batch size B while L_MIM is wanted, else None
+        self.moments: list[Moments] = []
+        self._rows: list[int] | None = None
+
+    def set(self, tasks: Tensor, memory: Tensor | None = None, target: Tensor | None = None,
+            visual: Tensor | None = None) -> None:
+        """Announce a batch.
+
+        tasks [B] indices into `names`; masks (bool, True = valid token) of the three token
+        streams: memory [B,S], target [B,T], visual [B,V].  They weigh L_MIM and are needed only
+        while it is collected.  Raises ValueError for a task that has no expert.
+        """
+        rows = tasks.tolist()
+        unknown = [task for task in rows if not 0 <= task < len(self.names)]
+        if unknown:
+            raise ValueError(f"routing: expected task indices 0..{len(self.names) - 1} "
+                             f"({', '.join(self.names)}), got {unknown[0]}; "
+                             "build the experts with every task that the data holds")
+        self.tasks, self._rows = rows, rows
+        self.masks = {"memory": memory, "target": target, "visual": visual}
+        self.moments = []
+
+    def rows(self, index: Tensor) -> None:
+        """Follow the decoder: computed row k is row index[k] of the batch given to `set`."""
+        if self.tasks is not None:
+            self._rows = [self.tasks[i] for i in index.tolist()]
+
+    def segments(self, rows: int) -> Iterator[tuple[int, slice]]:
+        """Runs of equal tasks as (task, rows); a batch sorted by task gives one run per task."""
+        if self._rows is None:
+            yield 0, slice(0, rows)
+            return
+        if len(self._rows) != rows:
+            raise ValueError(f"routing: expected {len(self._rows)} rows, as announced by set(), "
+                             f"got {rows}; call set() before forward and rows() when rows change")
+        start = 0
+        for stop in range(1, rows + 1):
+            if stop == rows or self._rows[stop] != self._rows[start]:
+                yield self._rows[start], slice(start, stop)
+                start = stop
+
+
+class ExpertLinear(nn.Module):
+    """A frozen linear with low-rank experts beside it: y = W_0 x + s (g^1 U + g^2 D).
+
+    stream: whose mask tells this layer's valid tokens ("memory", "target" or "visual").
+    """
+
+    def __init__(self, base: nn.Linear, config: ExpertConfig, routing: Routing, stream: str):
+        super().__init__()
+        N, R = len(routing.names), config.rank
+        if R < N:
+            raise ValueError(f"rank: expected at least one column per task ({N} tasks), got {R}; "
+                             f"choose --rank {N} or more")
+        d_out, d_in = base.weight.shape
+        self.base, self.config, self.routing, self.stream = base, config, routing, stream
+        self.scale = (2 * R if config.alpha is None else config.alpha) / R
+
+        def empty(*shape: int) -> nn.Parameter:  # trainables are fp32 whatever the backbone is
+            return nn.Parameter(torch.zeros(*shape, device=base.weight.device))
+
+        if config.has_universal:
+            self.A_U, self.B_U = empty(R, d_in), empty(d_out, R)
+            nn.init.kaiming_uniform_(self.A_U, a=math.sqrt(5))
+        if config.has_tasks:
+            self.A_T, self.B_T = empty(N, R // N, d_in), empty(N, d_out, R // N)
+            for A_n in self.A_T:
+                nn.init.kaiming_uniform_(A_n, a=math.sqrt(5))
+        if config.method == "clorae" and config.egr:
+            self.W_g = empty(2, d_in)  # zero: both experts start at exactly one half
+        if config.method == "clorae" and config.mim:
+            self.rho = empty(d_out)
+            nn.init.constant_(self.rho, RHO_INIT)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B,S,D_in] -> y [B,S,D_out] = W_0 x + (alpha / r) h, Eq. (8)."""
+        gates = self.gates(x)
+        dropped = F.dropout(x, self.config.dropout, self.training)  # one mask for both experts
+        h, codes = [], []
+        for task, rows in self.routing.segments(len(x)):
+            A, B = self.factors(task)
+            z = F.linear(dropped[rows], A.to(x.dtype))  # [b,S,k], Eq. (3) and (4) before B_U, B_n
+            h.append(F.linear(self.mix(z, gates, rows), B.to(x.dtype)))
+            codes.append((task, rows, z))
+        if self.training and self.routing.mim_batch is not None and hasattr(self, "rho"):
+            self.routing.moments.append(self.moments(codes))
+        return self.base(x) + torch.cat(h)  # Eq. (8); the scale is already inside h
+
+    def gates(self, x: Tensor) -> Tensor | None:
+        """x [B,S,D_in] -> gates [B,S,2] >= 0 summing to 1, in x's dtype; None without a router."""
+        if self.routing.fixed_gates is not None and self.config.method == "clorae":
+            return x.new_tensor(self.routing.fixed_gates).expand(*x.shape[:-1], 2)
+        if not hasattr(self, "W_g"):
+            return None
+        logits = F.linear(x, self.W_g.to(x.dtype))
+        return wide(logits).softmax(dim=-1).to(logits.dtype)  # Eq. (6)
+
+    def factors(self, task: int) -> tuple[Tensor, Tensor]:
+        """The stacked experts that a row of this task uses: A [k,D_in], B [D_out,k]."""
+        if not self.config.has_tasks:
+            return self.A_U, self.B_U
+        if not self.config.has_universal:
+            return self.A_T[task], self.B_T[task]
+        return torch.cat([self.A_U, self.A_T[task]]), torch.cat([self.B_U, self.B_T[task]], dim=1)
+
+    def mix(self, z: Tensor, gates: Tensor | None, rows: slice) -> Tensor:
+        """Weigh z [b,S,k] by (alpha / r) and by each token's gates: Eq. (7) in rank space."""
+        if gates is None:
+            return self.scale * z
+        g_U, g_T = (self.scale * gates[rows]).split(1, dim=-1)
+        R = self.config.rank
+        return torch.cat([g_U * z[..., :R], g_T * z[..., R:]], dim=-1)  # Eq. (7): g1 U + g2 D
+
+    def moments(self, codes: list[tuple[int, slice, Tensor]]) -> Moments:
+        """Second moments of z for L_MIM, Eq. (5); the teacher U carries no gradient.
+
+        Weights per valid token t of sample i: a_t = 1 / (B |J_i| rho_i^2), b_t = 1 / (B |J_i|),
+        with rho_i the RMS of U over the sample's tokens and channels.
+        """
+        mask, R = self.routing.masks[self.stream].to(self.rho.dtype), self.config.rank
+        b = mask / mask.sum(dim=1, keepdim=True).clamp(min=1) / self.routing.mim_batch  # [B,S]
+        segments = []
+        with torch.autocast(mask.device.type, enabled=False):  # fp32 island
+            for task, rows, z in codes:
+                z_U, z_T = wide(z[..., :R].detach()), wide(z[..., R:])
+                B_U = self.B_U.detach()
+                energy = ((z_U @ (B_U.T @ B_U)) * z_U).sum(dim=-1)  # [b,S] |U_t|^2, no U formed
+                mean = (energy * mask[rows]).sum(1) / mask[rows].sum(1).clamp(min=1) / len(B_U)
+                a = b[rows] / (mean.clamp(min=0).sqrt() + RMS_FLOOR).square()[:, None]
+                z = torch.cat([z_U, z_T], dim=-1).flatten(0, 1)  # [b S,k]
+                S = (z * a.flatten()[:, None]).T @ z
+                segments.append((S, torch.cat([-B_U, self.B_T[task]], dim=1)))
+        return Moments(segments, b.sum(), F.softplus(self.rho) + VARIANCE_FLOOR)
+
+    @torch.no_grad()
+    def merged_weight(self, task: int, gates: tuple[float, float] | None = None) -> Tensor:
+        """W_0 + (alpha / r) (g^1 B_U A_U + g^2 B_n A_n) [D_out,D_in] for one task, fixed gates.
+
+        Raises ValueError for a live gate: its weights depend on the token, so that no single
+        matrix equals the layer.
+        """
+        if hasattr(self, "W_g") and gates is None:
+            raise ValueError("merge: expected fixed gates (g1, g2), got a live gate router, which "
+                             "weighs each token anew; pass mean gates to merge approximately")
+        A, B = self.factors(task)
+        every = slice(None)
+        weights = None if gates is None else A.new_tensor(gates).expand(len(A.T), 1, 2)
+        return self.base.weight + (B @ self.mix(A.T[:, None], weights, every)[:, 0].T)
+
+    def extra_repr(self) -> str:
+        return f"method={self.config.method}, rank={self.config.rank}, stream={self.stream}"
+
+
+def stream_of(path: str) -> str:
+    """The token stream that reaches a wrapped linear: encoder and cross-attention v see the memory,
+    the rest of the decoder sees the target, the visual stack its visual tokens."""
+    parts = path.split(".")
+    if "vstack" in parts:
+        return "visual"
+    if "decoder" in parts and not ("cross_attention" in parts and parts[-1] in ("k", "v")):
+        return "target"
+    return "memory"
+
+
+def adapt(model: nn.Module, method: str = "clorae", rank: int = 128,
+          tasks: Sequence[str] = ("mner", "mre", "mee"), **options: object) -> nn.Module:
+    """Freeze `model` and wrap its q and v linears with experts, in place; returns `model`.
+
+    options: the remaining fields of ExpertConfig.  `model.routing` becomes the Routing that the
+    layers share (for method "full" nothing is wrapped, everything is trainable and routing is
+    None).  At the start every output equals the frozen model's bit for bit.  Raises ValueError if
+    nothing matches or the model is adapted already.
+    """
+    config = ExpertConfig(method=method, rank=rank, **options)
+    if any(isinstance(module, ExpertLinear) for module in model.modules()):
+        raise ValueError("adapt: expected a model without experts, got one that has them already")
+    model.requires_grad_(method == "full")
+    model.routing = None
+    if method == "full":
+        return model
+    routing = Routing(tasks)
+    for path in wrapped_paths(model, config):
+        parent, _, leaf = path.rpartition(".")
+        layer = ExpertLinear(model.get_submodule(path), config, routing, stream_of(path))
+        setattr(model.get_submodule(parent), leaf, layer)
+    model.routing = routing
+    return model
+
+
+def wrapped_paths(model: nn.Module, config: ExpertConfig) -> list[str]:
+    """Paths of the linears that D1 wraps: q and v of the attention blocks in `config.modules`."""
+    paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)
+             and path.split(".")[-1] in config.targets
+             and set(path.split(".")[:-1]) & set(config.modules)]
+    if not paths:
+        raise ValueError(f"adapt: expected linears named {', '.join(config.targets)} below "
+                         f"{', '.join(config.modules)}, got none; check the names in ExpertConfig")
+    return paths
+
+
+def expert_layers(model: nn.Module) -> dict[str, ExpertLinear]:
+    """All wrapped linears by path, in the model's order."""
+    return {path: m for path, m in model.named_modules() if isinstance(m, ExpertLinear)}
+
+
+def parameter_split(model: nn.Module) -> dict[str, int]:
+    """Number of trainable parameters as {"experts", "gate", "mim", "visual", "backbone"}."""
+    split = {"experts": 0, "gate": 0, "mim": 0, "visual": 0, "backbone": 0}
+    kinds = {"A_U": "experts", "B_U": "experts", "A_T": "experts", "B_T": "experts",
+             "W_g": "gate", "rho": "mim"}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            visual = name.split(".")[0] in ("visual_embedding", "vstack", "fusion")
+            kind = kinds.get(name.split(".")[-1], "visual" if visual else "backbone")
+            split[kind] += parameter.numel()
+    return split

@@ -1,0 +1,796 @@
+"""Records, prompts, target strings and batches: everything between the files and the model.
+
+A corpus is a folder of datasets, CORPUS/<dataset>/{dataset.json, train|dev|test.jsonl, images/}.
+dataset.json makes a dataset self-describing; "units" names its column of the result table per
+record task, labels are sorted lower-case words, and "note" may hold free text:
+
+    {"name": "twitter2017", "units": {"mner": "T17"}, "labels": {"mner": ["location", "person"]}}
+
+mner, mre (with "none") and med have a list of labels, meae has {event type: [roles]}. A record is
+one JSON object on one line: the seven keys that every record has, and the gold of its task.
+
+    {"id": "17_06_4705", "dataset": "twitter2017", "task": "mner",
+     "tokens": ["Kyrie", "in", "Boston"], "image": "17_06_4705.jpg" (below images/) or null,
+     "size": [width, height] or null (unknown), "objects": [[x1, y1, x2, y2], ...] (O1, O2, ...),
+     mner:        "entities": [{"type": "person", "start": 0, "end": 1}, ...]
+     mre:         "head": [0, 1], "tail": [2, 3], "relation": "none"
+     med, meae:   "events": [{"type": "attack", "trigger": [4, 5] or null (the whole image, O0),
+                              "arguments": [{"role": "attacker", "span": [0, 2]},
+                                            {"role": "target", "box": [1, 2, 9, 9], "object": 1}]}]}
+
+Spans are [start, end) in tokens, boxes are pixels. "object" is the 1-based number of the object
+that shows a gold box (IoU >= 0.5), null where none does. A sample without text has "tokens": [].
+
+A prompt states the task and its labels first and the text last: only text is ever truncated.
+The model answers in this grammar (text is percent-escaped where it looks like structure):
+
+    mner = "none" | type, text {<spot> type, text}          med = the same with fillers
+    mre  = head <spot> relation <spot> tail
+    meae = "none" | event {<asoc> event}                    event  = type {<spot> role, filler}
+    <spot>, <asoc>: T5's <extra_id_0>, <extra_id_1>         filler = text | O0 | O1 | O2 ...
+
+References: C-LoRAE (arXiv 2505.06303), UMIE (Sun et al., AAAI 2024), T5 (Raffel et al., 2020).
+Shape legend: B batch, S source tokens, T target tokens, V visual tokens, F image-feature width.
+
+    python data.py convert {twitter2015,twitter2017,snap,mnre_v1,mnre_v2,m2e2} SRC DST
+    python data.py check DST [--require-images]
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from itertools import combinations
+from pathlib import Path
+
+import sentencepiece
+import torch
+from torch import Tensor
+
+TASKS = ("mner", "mre", "mee")                       # one task expert each
+RECORD_TASKS = ("mner", "mre", "med", "meae")        # kinds of record; med and meae share "mee"
+UNIT_TASK = {"T15": "mner", "T17": "mner", "SNAP": "mner", "V1": "mre", "V2": "mre",
+             "MED": "med", "MEAE": "meae"}
+UNITS = tuple(UNIT_TASK)
+SPLITS = ("train", "dev", "test")
+MAX_PROBLEMS = 20                                    # shown at once before the loader gives up
+
+Span = tuple[int, int]                               # [start, end) in tokens
+Box = tuple[float, float, float, float]              # x1, y1, x2, y2 in pixels
+
+
+class DataError(ValueError):
+    """Data that cannot be used; every line says where, what is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """dataset.json: record task -> unit, and record task -> labels (meae: {type: [roles]})."""
+    name: str
+    units: dict[str, str]
+    labels: dict
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of a file (see the top); the gold fields of other tasks keep their defaults."""
+    id: str
+    dataset: str
+    task: str
+    tokens: tuple[str, ...]
+    image: str | None = None
+    size: tuple[int, int] | None = None
+    objects: tuple[Box, ...] = ()
+    entities: tuple[dict, ...] = ()
+    head: Span | None = None
+    tail: Span | None = None
+    relation: str | None = None
+    events: tuple[dict, ...] = ()
+    source: str = "<memory>"                         # file:line, for messages
+
+
+def iou(a: Box, b: Box) -> float:
+    """Intersection over union of two boxes in the same unit."""
+    width = max(min(a[2], b[2]) - max(a[0], b[0]), 0)
+    height = max(min(a[3], b[3]) - max(a[1], b[1]), 0)
+    areas = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1])
+    return width * height / (areas - width * height)
+
+
+# ------------------------------------------------------------------------------ strict reading
+# A rule says what a JSON value must be: a dict demands exactly its keys, a one-element list a list
+# of such elements, None nothing; a function looks at the value and returns one of these or a
+# string that completes the sentence "<value> ...: <what to do>".
+
+Rule = dict | list | str | Callable | None
+
+
+def walk(value: object, rule: Rule, place: str, report: Callable[[str, str], None]) -> None:
+    """Calls report(field, problem) for every place where `value` breaks `rule`."""
+    while callable(rule):
+        rule = rule(value)
+    if isinstance(rule, str):
+        report(place, f"{show(value)} {rule}")
+    elif rule is not None and not isinstance(value, type(rule)):
+        report(place, f"{show(value)} is no {'object' if isinstance(rule, dict) else 'list'}: "
+               "write it as the top of data.py shows")
+    elif isinstance(rule, list):
+        for i, element in enumerate(value):
+            walk(element, rule[0], f"{place}[{i}]", report)
+    elif isinstance(rule, dict):
+        for key in sorted(value.keys() - rule.keys()):
+            report(place, f"key {show(key)} is unknown: {nearest(key, rule)}")
+        for key in rule:
+            if key in value:
+                walk(value[key], rule[key], f"{place}.{key}".removeprefix("record."), report)
+            else:
+                report(place, f'key "{key}" is missing: add it, null or [] where there is nothing')
+
+
+def show(value: object) -> str:
+    """A value as it stands in the file, shortened."""
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def nearest(word: object, known: Iterable[str]) -> str:
+    """What to do about an unknown word: the likely intention, else the choices."""
+    close = difflib.get_close_matches(str(word), known, n=1)
+    choices = ", ".join(sorted(known)) or "nothing, as none is allowed here"
+    return f'did you mean "{close[0]}"?' if close else f"use one of: {choices}"
+
+
+def must(test: Callable[[object], object], problem: str) -> Rule:
+    return lambda value: None if test(value) else problem
+
+
+def one_of(known: Iterable[str]) -> Rule:
+    return lambda v: None if isinstance(v, str) and v in known else f"is unknown: {nearest(v, known)}"
+
+
+def numbers(value: object, kinds: tuple[type, ...], count: int) -> bool:
+    """A list of `count` finite numbers of these types (type(), because True is an int)."""
+    return (isinstance(value, list) and len(value) == count
+            and all(type(x) in kinds and math.isfinite(x) for x in value))
+
+
+def get(mapping: object, key: object, default: object = None) -> object:
+    """mapping[key] where both are what they should be, else the default."""
+    return mapping.get(key, default) if isinstance(mapping, dict) and isinstance(key, str) else default
+
+
+string = must(lambda v: isinstance(v, str) and v and v.isprintable(),
+              "is no non-empty printable string: correct it")
+token = must(lambda v: isinstance(v, str) and v and not re.search("[\\s\ud800-\udfff]", v, re.ASCII),
+             "is no non-empty string without blanks and half surrogates: repair it, mind the spans")
+image_name = must(lambda v: v is None or not string(v)
+                  and not re.search(r"[\\:]|(^|/)\.{0,2}(/|$)", v),
+                  "is neither null nor a plain relative path: name a file below images/")
+image_size = must(lambda v: v is None or numbers(v, (int,), 2) and min(v) > 0,
+                  "is neither null nor [width, height] in pixels: correct it")
+
+
+def record_rule(raw: object, dataset: Dataset) -> Rule:
+    """The rule for one record; `raw` itself sets the bounds of its spans and boxes."""
+    tokens, objects = get(raw, "tokens"), get(raw, "objects")
+    task, size, image = get(raw, "task"), get(raw, "size"), get(raw, "image")
+    labels, length = get(dataset.labels, task, ()), len(tokens) if isinstance(tokens, list) else 0
+    right, bottom = (math.inf, math.inf) if size is None or image_size(size) else size
+    span = must(lambda v: numbers(v, (int,), 2) and 0 <= v[0] < v[1] <= length,
+                f"is no span 0 <= start < end <= {length} (tokens): correct the offsets")
+    box = must(lambda v: numbers(v, (int, float), 4) and 0 <= v[0] < v[2] <= right
+               and 0 <= v[1] < v[3] <= bottom, f"is no box 0 <= x1 < x2 <= {right}, 0 <= y1 < y2 "
+               f"<= {bottom}: order its corners and clip it, or correct the size")
+
+    def in_image(rule: Rule) -> Rule:
+        return lambda v: "needs an image: name it" if image is None and v != [] else rule
+
+    def entity(value: object) -> Rule:
+        pair = [get(value, "start"), get(value, "end")]
+        return {"type": one_of(labels), "start": None, "end": lambda v: span(pair)}
+
+    def event(value: object) -> Rule:
+        roles = get(get(dataset.labels, "meae"), get(value, "type"), ())
+        return {"type": one_of(labels), "trigger": lambda v: in_image(None) if v is None else span,
+                "arguments": [lambda a: argument(a, roles)]}
+
+    def argument(value: object, roles: Iterable[str]) -> Rule:
+        if not isinstance(value, dict) or not value.keys() & {"box", "object"}:
+            return {"role": one_of(roles), "span": span}
+        return {"role": one_of(roles), "box": in_image(box),
+                "object": lambda k: None if k is None else shown(k, value.get("box"))}
+
+    def shown(k: object, wanted: object) -> str | None:
+        if not isinstance(objects, list) or type(k) is not int or not 0 < k <= len(objects):
+            return "is neither null nor the number of one of the objects: correct it"
+        if not box(wanted) and not box(objects[k - 1]) and iou(wanted, objects[k - 1]) < 0.5:
+            return "is the number of an object with IoU < 0.5 to the box: correct it or write null"
+
+    gold = {"mner": {"entities": [entity]}, "med": {"events": [event]}, "meae": {"events": [event]},
+            "mre": {"head": span, "tail": span, "relation": one_of(labels)}}
+    empty = tokens == [] and (image is None or task in ("mner", "mre"))
+    return {"id": string, "dataset": one_of([dataset.name]), "task": one_of(dataset.labels),
+            "tokens": "is no text: only med and meae records with an image may lack it" if empty
+            else [token], "image": image_name, "size": image_size, "objects": in_image([box]),
+            **get(gold, task if labels else None, {})}
+
+
+def dataset_rule(raw: object, name: str) -> Rule:
+    """The rule for dataset.json in the folder `name`; `raw` itself chooses the tasks."""
+    word = must(lambda v: not string(v) and v == v.lower() and re.fullmatch(
+        "[^ ,:;<>%]+( [^ ,:;<>%]+)*", v), "is no lower-case words without , : ; < > %: rename it")
+
+    def labels(value: object, none: bool) -> Rule:
+        if isinstance(value, list) and all(isinstance(x, str) for x in value):
+            if value != sorted(set(value)) or ("none" in value) != none:
+                return ("is not sorted without repetition, with \"none\" for mre and only there: "
+                        "correct the list")
+        return [word]
+
+    def roles(value: object) -> Rule:
+        if not isinstance(value, dict) or any(map(word, value)):
+            return "is no {event type: [roles]} in lower-case words: correct it"
+        return {kind: lambda v: labels(v, False) for kind in value}
+
+    units = get(raw, "units")
+    tasks = [t for t in RECORD_TASKS if isinstance(units, dict) and t in units] or ["mner"]
+    return {"name": one_of([name]), **({"note": string} if "note" in (raw or ()) else {}),
+            "units": {t: one_of([u for u in UNITS if UNIT_TASK[u] == t]) for t in tasks},
+            "labels": {t: roles if t == "meae" else lambda v, t=t: labels(v, t == "mre")
+                       for t in tasks}}
+
+
+class Problems(list):
+    """Collects problem lines, so that a user sees many mistakes at once."""
+
+    def add(self, where: str, place: str, problem: str) -> None:
+        self.append(f"{where}: {place}: {problem}")
+        if len(self) >= MAX_PROBLEMS:
+            self.raise_if_any()
+
+    def raise_if_any(self) -> None:
+        more = ", stopped there" if len(self) >= MAX_PROBLEMS else ""
+        if self:
+            raise DataError(f"{len(self)} problem(s) in the data{more}:\n  " + "\n  ".join(self))
+
+
+def read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}): check the path") from None
+
+
+def parse_json(data: bytes) -> object:
+    """Strict JSON from UTF-8 bytes; ValueError with the reason otherwise."""
+    def unique(pairs: list[tuple[str, object]]) -> dict:
+        if len(dict(pairs)) < len(pairs):            # json would keep the last one silently
+            raise ValueError(f"a key stands twice in {show(dict(pairs))}")
+        return dict(pairs)
+
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_dataset(folder: Path) -> Dataset:
+    """The descriptor in folder/dataset.json."""
+    path, problems = folder / "dataset.json", Problems()
+    data = read_bytes(path)
+    try:
+        raw = parse_json(data)
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}): repair the file") from None
+    walk(raw, dataset_rule(raw, folder.name), "dataset",
+         lambda place, problem: problems.add(str(path), place, problem))
+    problems.raise_if_any()
+    return Dataset(raw["name"], raw["units"], raw["labels"])
+
+
+def read_split(folder: Path, split: str, dataset: Dataset, problems: Problems) -> list[Record]:
+    """The records of folder/split.jsonl that are right; anything wrong is added to `problems`."""
+    path, records, seen = folder / f"{split}.jsonl", [], {}
+    for number, line in enumerate(read_bytes(path).split(b"\n"), 1):    # U+2028 ends no line
+        where, before = f"{path}:{number}", len(problems)
+        if not line and number > 1:                  # the end of the file, else an error below
+            continue
+        try:
+            raw = parse_json(line)
+        except ValueError as error:
+            problems.add(where, "line", f"not JSON in UTF-8 ({error}): repair or delete it")
+            continue
+        walk(raw, record_rule(raw, dataset), "record",
+             lambda place, problem: problems.add(where, place, problem))
+        if len(problems) > before:
+            continue
+        if seen.setdefault(raw["id"], number) != number:
+            problems.add(where, "id", f'"{raw["id"]}" is also the id in line {seen[raw["id"]]}: '
+                         "make ids unique within the file")
+        records.append(Record(**{k: frozen(v) for k, v in raw.items()}, source=where))
+    return records
+
+
+def frozen(value: object) -> object:
+    """Lists as tuples, so that a record cannot change and its boxes can be hashed."""
+    if isinstance(value, dict):
+        return {key: frozen(element) for key, element in value.items()}
+    return tuple(map(frozen, value)) if isinstance(value, list) else value
+
+
+def load_datasets(corpus: str | os.PathLike) -> dict[str, Dataset]:
+    """name -> descriptor of every dataset below `corpus`, sorted by name."""
+    folders = sorted(path.parent for path in Path(corpus).glob("*/dataset.json"))
+    if not folders:
+        raise DataError(f"{corpus}: expected folders with a dataset.json, found none: make them "
+                        "with `python data.py convert` or `python demo.py`")
+    return {folder.name: read_dataset(folder) for folder in folders}
+
+
+def load_corpus(corpus: str | os.PathLike, split: str,
+                units: Iterable[str] | None = None) -> list[Record]:
+    """Every record of one split, datasets in the order of their names, lines in file order.
+
+    units: only records of these units (default all). A dataset may lack a split; a split that no
+    dataset has, an unknown name and any faulty line raise DataError.
+    """
+    wanted = set(units or UNITS)
+    for name in {split} - set(SPLITS) or wanted - set(UNITS):
+        raise DataError(f'"{name}" is no split or unit: ' + nearest(name, SPLITS + UNITS))
+    records, problems, found = [], Problems(), False
+    for name, dataset in load_datasets(corpus).items():
+        folder = Path(corpus) / name
+        if wanted & set(dataset.units.values()) and (folder / f"{split}.jsonl").exists():
+            found = True
+            records += [record for record in read_split(folder, split, dataset, problems)
+                        if dataset.units[record.task] in wanted]
+    problems.raise_if_any()
+    if not found:
+        raise DataError(f"{corpus}: no {split}.jsonl for the units {', '.join(sorted(wanted))}: "
+                        "convert that split or choose other units")
+    return records
+
+
+def training_texts(corpus: str | os.PathLike) -> list[str]:
+    """The distinct texts of all training records and one instruction for each dataset and task."""
+    records, datasets = load_corpus(corpus, "train"), load_datasets(corpus)
+    texts = dict.fromkeys(" ".join(record.tokens) for record in records if record.tokens)
+    first = {(record.dataset, record.task): record for record in reversed(records)}
+    return [*texts, *(prompt(record, datasets[name])[0] for (name, _), record in first.items())]
+
+
+# ------------------------------------------------------------------------ prompts and targets
+
+RESERVED = re.compile(r"<(?=(?:spot|asoc|pad|unk|s|/s|extra_id_[0-9]+)>)")
+OBJECT = re.compile(r"O([0-9]+)")
+
+
+def escape(text: str, filler: bool = False) -> str:
+    """Text that cannot be read as structure nor, for a filler, as an object; the rest is kept."""
+    if filler and OBJECT.fullmatch(text):
+        return "%4F" + text[1:]
+    return RESERVED.sub("%3C", re.sub(r"%(?=[0-9A-Fa-f]{2})", "%25", text))
+
+
+def unescape(text: str) -> str:
+    return re.sub("%(25|3C|4F)", lambda match: chr(int(match[1], 16)), text)
+
+
+def words(record: Record, span: Span) -> str:
+    return " ".join(record.tokens[span[0]:span[1]])
+
+
+def prompt(record: Record, dataset: Dataset) -> tuple[str, str]:
+    """(prefix, text): the model reads prefix + text, and only the text may be truncated."""
+    labels = dataset.labels[record.task]
+    listed = ", ".join(sorted(labels))
+    if record.task == "meae":
+        listed = "; ".join(f"{kind}: {', '.join(sorted(labels[kind]))}" for kind in sorted(labels))
+    what = {"mner": "the following entity type", "med": "event trigger", "meae": "event argument"}
+    if record.task == "mre":
+        head, tail = (escape(words(record, span)) for span in (record.head, record.tail))
+        what["mre"] = f"the following relation between {head} and {tail}"
+    text = escape(" ".join(record.tokens)) or "none"
+    return f"Please extract {what[record.task]}: {listed}. Text: ", text
+
+
+@dataclass(frozen=True)
+class Item:
+    """A gold or predicted fact as metrics compare it. Located nowhere, it can never match."""
+    label: str                                       # entity type, relation or event type
+    role: str | None = None                          # of an argument
+    span: Span | None = None
+    box: Box | None = None
+    whole_image: bool = False
+    text: str | None = None                          # surface text; "Ok" for the k-th object
+    object: int | None = field(default=None, compare=False)      # that k, 0 = whole image
+    event: int = field(default=0, compare=False)     # which event of the output a role belongs to
+
+
+def gold_items(record: Record) -> list[Item]:
+    """The gold facts of a record in the order of its target, unreachable boxes included.
+
+    Entities and triggers by offset (the whole image last); arguments event by event: those in the
+    text by offset, then objects by number, then boxes that no object shows.
+    """
+    def located(label: str, span: Span | None, number: int | None, **more) -> Item:
+        text = words(record, span) if span else None if number is None else f"O{number}"
+        return Item(label, span=span, text=text, object=None if span else number, **more)
+
+    def text_first(span: Span | None, number: int | None) -> tuple:
+        return span is None, span or (), number is None, number or 0
+
+    if record.task == "mre":
+        return [Item(record.relation)]
+    if record.task == "mner":
+        return [located(label, (start, end), None) for start, end, label in sorted(
+            (e["start"], e["end"], e["type"]) for e in record.entities)]
+    if record.task == "med":
+        return [located(e["type"], e["trigger"], 0, whole_image=e["trigger"] is None)
+                for e in sorted_events(record)]
+    return [located(e["type"], a.get("span"), a.get("object"), role=a["role"], box=a.get("box"),
+                    event=number)
+            for number, e in enumerate(sorted_events(record)) for a in sorted(
+                e["arguments"], key=lambda a: text_first(a.get("span"), a.get("object")))]
+
+
+def sorted_events(record: Record) -> list[dict]:
+    return sorted(record.events, key=lambda e: (e["trigger"] is None, e["trigger"] or ()))
+
+
+def target_groups(record: Record, visible: int | None = None) -> list[list[str]]:
+    """The target's fields: groups (joined by <asoc>) of items (joined by <spot>).
+
+    visible: number of leading tokens that the model can see (default all); items with a span
+    beyond are left out. A relation is always kept, as its prompt names head and tail.
+    """
+    if record.task == "mre":
+        head, tail = (escape(words(record, span)) for span in (record.head, record.tail))
+        return [[head, record.relation, tail]]
+    meae = record.task == "meae"
+    groups = [[event["type"]] for event in sorted_events(record)] if meae else [[]]
+    for item in gold_items(record):
+        hidden = item.span and visible is not None and item.span[1] > visible
+        if item.text is not None and not hidden:     # a box that no object shows has no text
+            text = escape(item.text, record.task != "mner") if item.span else item.text
+            groups[item.event].append(f"{item.role or item.label}, {text}")
+    return groups
+
+
+def join_groups(groups: list[list[str]]) -> str:
+    return " <asoc> ".join(" <spot> ".join(group) for group in groups) or "none"
+
+
+def target(record: Record) -> str:
+    """The string that the model should write for a record."""
+    return join_groups(target_groups(record))
+
+
+@dataclass(frozen=True)
+class Parsed:
+    items: list[Item]                                # as written, not yet located
+    malformed: int                                   # pieces of output that fit no rule
+
+
+def split_item(item: str, labels: Iterable[str]) -> tuple[str, str] | None:
+    """"label, text" -> (label, text), or None. Without a comma the longest label in front."""
+    label, comma, text = item.partition(",")
+    label = label.strip(" ").lower()
+    if not comma:
+        label = max((x for x in labels if item.lower().startswith(x + " ")), key=len, default="")
+        text = item[len(label):]
+    text = text.strip(" ")
+    return (label, text) if label in labels and text else None
+
+
+def parse(task: str, text: str, labels: Iterable[str] | dict, cut: bool = False) -> Parsed:
+    """Lenient reading of a model's output; what fits no rule is counted, never guessed.
+
+    labels: dataset.labels[task]. cut: the output hit the length limit, so that its last item may
+    be incomplete and is dropped. mre always gives one item, "none" where no relation is found.
+    """
+    text = re.sub(r"\s+", " ", re.sub("<pad>|</s>", " ", text), flags=re.ASCII).strip(" ")
+    groups = re.split(" ?<asoc> ?", text) if task == "meae" else [text]
+    groups = [re.split(" ?<spot> ?", group) for group in groups]
+    if task == "mre":
+        label = groups[0][len(groups[0]) // 2].lower()
+        known = len(groups[0]) in (1, 3) and label in labels
+        return Parsed([Item(label if known else "none")], int(not known))
+    if text in ("", "none"):
+        return Parsed([], 0)
+    if cut:
+        groups[-1].pop()
+    items, malformed = [], int(cut)
+    for event, group in enumerate(groups):
+        kind = group.pop(0).lower() if task == "meae" and group else None
+        malformed += kind is not None and kind not in labels and not group
+        for found in (split_item(x, labels if kind is None else labels.get(kind, ())) for x in group):
+            if found is None:
+                malformed += 1
+                continue
+            label, role = (found[0], None) if kind is None else (kind, found[0])
+            match = OBJECT.fullmatch(found[1]) if task != "mner" else None
+            number = int(match[1][:9]) if match else None    # longer ones are beyond any list too
+            items.append(Item(label, role, object=number, event=event,
+                              text=found[1] if match else unescape(found[1])))
+    return Parsed(items, malformed)
+
+
+def canon(text: str) -> str:
+    """The form in which output and text are compared (sentencepiece, too, applies NFKC)."""
+    text = unicodedata.normalize("NFKC", text)
+    return " ".join(re.sub("[\u200b-\u200f\ufe0e\ufe0f\u2060]", "", text).split())
+
+
+def occurrences(tokens: list[str], text: str) -> list[Span]:
+    """All token-aligned places of `text`, left to right; tokens and text are canonical."""
+    found = []
+    for start in (i for i, token in enumerate(tokens) if token and text.startswith(token)):
+        joined, end = tokens[start], start + 1
+        while len(joined) < len(text) and end < len(tokens):
+            joined, end = joined + (" " + tokens[end] if tokens[end] else ""), end + 1
+        found += [(start, end)] if joined == text else []
+    return found
+
+
+def predicted_items(record: Record, text: str, dataset: Dataset,
+                    triggers: dict[str, int] | None = None,
+                    cut: bool = False) -> tuple[list[Item], int]:
+    """(items, malformed) of a model's output, located in the record's text and objects.
+
+    The k-th entity or trigger with one text is its k-th occurrence. An argument is the occurrence
+    nearest to its event's trigger; triggers: {event type: first token} as predicted for the same
+    sample; where it is unknown, the first occurrence is meant. None is used twice in an event.
+    """
+    parsed = parse(record.task, text, dataset.labels[record.task], cut)
+    tokens, used, items = [canon(token) for token in record.tokens], set(), []
+    for item in parsed.items:
+        if item.object is not None:                  # a number beyond the list has no box
+            known = item.role and 0 < item.object <= len(record.objects)
+            item = replace(item, box=record.objects[item.object - 1] if known else None,
+                           whole_image=item.object == 0)
+        elif item.text is not None:
+            near = (triggers or {}).get(item.label, 0) if item.role else 0
+            free = [s for s in occurrences(tokens, canon(item.text)) if (item.event, s) not in used]
+            item = replace(item, span=min(free, key=lambda s: abs(s[0] - near), default=None))
+            used.add((item.event, item.span))
+        items.append(item)
+    return items, parsed.malformed
+
+
+# ---------------------------------------------------------------------------- tokenizer
+
+SENTINEL = re.compile(r"<(?:extra_id_(0|[1-9][0-9]?)|(spot)|(asoc))>")
+SENTINELS = 100                                      # <extra_id_0> .. <extra_id_99>
+
+
+class Tokenizer:
+    """T5's tokenizer: sentencepiece for text, T5's sentinel ids for structure.
+
+    path: a sentencepiece model, or a folder that holds it as spiece.model. With n pieces,
+    <extra_id_k> has the id n + 99 - k; `<spot>` and `<asoc>` stand for k = 0 and 1.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        path = Path(path)
+        path = path / "spiece.model" if path.is_dir() else path
+        try:
+            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=read_bytes(path))
+        except RuntimeError:
+            raise DataError(f"{path}: expected a sentencepiece model; fetch the file again "
+                            "(T5 calls it spiece.model)") from None
+        self.vocab_size = self.pieces.get_piece_size()
+        self.pad_id, self.eos_id = self.pieces.pad_id(), self.pieces.eos_id()
+        if min(self.pad_id, self.eos_id) < 0:
+            raise DataError(f"{path}: expected a T5 vocabulary with pad and eos pieces, got pad "
+                            f"{self.pad_id}, eos {self.eos_id}; use a T5 model's own file")
+        self.spot_id, self.asoc_id = self.sentinel(0), self.sentinel(1)
+
+    def sentinel(self, k: int) -> int:
+        """The id of <extra_id_k>."""
+        return self.vocab_size + SENTINELS - 1 - k
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text` with eos. It is split at sentinels, each part is encoded by itself."""
+        ids, start = [], 0
+        for match in SENTINEL.finditer(text):
+            k = int(match[1]) if match[1] else 0 if match[2] else 1
+            ids += self.pieces.encode(text[start:match.start()]) + [self.sentinel(k)]
+            start = match.end()
+        return ids + self.pieces.encode(text[start:]) + [self.eos_id]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text up to eos; <spot>, <asoc> and <extra_id_k> stay visible, pad does not."""
+        parts, run = [], []
+        for i in ids:
+            i = int(i)
+            if i == self.eos_id:
+                break
+            if 0 <= i < self.vocab_size:
+                run += [i] if i != self.pad_id else []
+                continue
+            k = self.sentinel(0) - i
+            if not 0 <= k < SENTINELS:
+                raise DataError(f"decode: id {i} is neither one of {self.vocab_size} pieces nor a "
+                                "sentinel; ban undecodable() ids when generating")
+            parts += [self.pieces.decode(run), {0: "<spot>", 1: "<asoc>"}.get(k, f"<extra_id_{k}>")]
+            run = []
+        return " ".join(part for part in parts + [self.pieces.decode(run)] if part)
+
+    def undecodable(self, vocab_size: int) -> list[int]:
+        """Ids below vocab_size (the model's) that stand for no output: never generate them."""
+        kept = {self.pad_id, self.eos_id, self.spot_id, self.asoc_id}
+        kept |= {i for i in range(self.vocab_size)
+                 if not (self.pieces.is_control(i) or self.pieces.is_unused(i))}
+        return [i for i in range(vocab_size) if i not in kept]
+
+
+# ---------------------------------------------------------------------------- examples, batches
+
+
+@dataclass(frozen=True)
+class Example:
+    """A record as ids: `unit` and `task` index UNITS and TASKS, `row` the list it came from."""
+    record: Record
+    unit: int
+    task: int
+    input_ids: list[int]
+    labels: list[int]
+    row: int
+
+
+def encode_records(records: list[Record], datasets: dict[str, Dataset], tokenizer: Tokenizer,
+                   max_source: int = 256, max_target: int = 192,
+                   announce: Callable[[str], None] = print) -> list[Example]:
+    """Records -> examples of at most max_source and max_target ids, eos included.
+
+    Only text is truncated: a prefix that does not fit is an error. Gold items whose words were
+    lost are left out of the target, and so are trailing items of a target that is too long; both
+    are counted and announced. The gold that metrics see is the record's and stays whole.
+    """
+    examples, lost = [], Counter()
+    for row, record in enumerate(records):
+        dataset = datasets[record.dataset]
+        input_ids, visible = encode_source(record, dataset, tokenizer, max_source)
+        groups = target_groups(record, visible)
+        dropped = sum(map(len, target_groups(record))) - sum(map(len, groups))
+        labels, shortened = encode_target(groups, tokenizer, max_target)
+        lost.update(texts=visible is not None, words_lost=dropped, too_long=shortened)
+        task = TASKS.index(record.task if record.task in TASKS else "mee")
+        unit = UNITS.index(dataset.units[record.task])
+        examples.append(Example(record, unit, task, input_ids, labels, row))
+    if lost.total():
+        announce(f"truncation: {lost['texts']} of {len(records)} texts cut to {max_source} ids; "
+                 f"targets lost {lost['words_lost']} items with the text, {lost['too_long']} beyond "
+                 f"{max_target} ids")
+    return examples
+
+
+def encode_source(record: Record, dataset: Dataset, tokenizer: Tokenizer,
+                  limit: int) -> tuple[list[int], int | None]:
+    """(ids, number of whole tokens that are left, None when nothing was cut)."""
+    prefix, text = prompt(record, dataset)
+    ids = tokenizer.encode(prefix + text)
+    if len(ids) <= limit:
+        return ids, None
+    if len(tokenizer.encode(prefix)) >= limit:
+        raise DataError(f"{record.source}: task {record.task} of {record.dataset} needs "
+                        f"{len(tokenizer.encode(prefix))} ids for the instruction and its labels, "
+                        f"which leaves no room for text in {limit}; raise the source limit")
+    low, high = 0, len(record.tokens) - 1            # largest count of tokens that fits
+    while low < high:
+        middle = (low + high + 1) // 2
+        part = escape(" ".join(record.tokens[:middle]))
+        fits = len(tokenizer.encode(prefix + part)) <= limit
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return ids[:limit - 1] + [tokenizer.eos_id], low
+
+
+def encode_target(groups: list[list[str]], tokenizer: Tokenizer,
+                  limit: int) -> tuple[list[int], int]:
+    """(ids, number of trailing items dropped until they fit)."""
+    groups, dropped = [list(group) for group in groups], 0
+    while len(ids := tokenizer.encode(join_groups(groups))) > limit and groups:
+        groups[-1].pop()
+        groups, dropped = [group for group in groups if group], dropped + 1
+    return ids, dropped
+
+
+@dataclass
+class Batch:
+    """Padded tensors of some examples, rows sorted by task."""
+    input_ids: Tensor                                # [B,S] long, padded with pad
+    attention_mask: Tensor                           # [B,S] bool
+    labels: Tensor                                   # [B,T] long, padded with -100
+    tasks: Tensor                                    # [B] long, index into TASKS
+    units: Tensor                                    # [B] long, index into UNITS
+    features: Tensor                                 # [B,V,F] float32, 0 where masked
+    boxes: Tensor                                    # [B,V,5] float32
+    visual_mask: Tensor                              # [B,V] bool; V = 0 when no row has an image
+    rows: Tensor                                     # [B] long, Example.row
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+
+
+def pad(rows: list[list[int]], value: int) -> Tensor:
+    """[B, longest] long."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+
+
+def collate(examples: list[Example],
+            features: Callable[[Record], tuple[Tensor, Tensor] | None],
+            feature_width: int, pad_id: int = 0) -> Batch:
+    """Examples -> Batch, stably sorted by task so that each task's rows form one segment.
+
+    features(record) -> (features [V,F], boxes [V,5]) or None for a record without an image.
+    """
+    examples = sorted(examples, key=lambda example: example.task)
+    visual = [features(example.record) for example in examples]
+    width = max((len(v[0]) for v in visual if v is not None), default=0)
+    image = torch.zeros(len(examples), width, feature_width)
+    boxes, mask = torch.zeros(len(examples), width, 5), torch.zeros(len(examples), width).bool()
+    for i, v in enumerate(visual):
+        if v is not None:
+            image[i, :len(v[0])], boxes[i, :len(v[0])], mask[i, :len(v[0])] = v[0], v[1], True
+    lengths = torch.tensor([len(example.input_ids) for example in examples])
+    source = pad([example.input_ids for example in examples], pad_id)
+    column = lambda name: torch.tensor([getattr(e, name) for e in examples])  # noqa: E731
+    return Batch(source, torch.arange(source.shape[1]) < lengths[:, None],
+                 pad([example.labels for example in examples], -100),
+                 column("task"), column("unit"), image, boxes, mask, column("row"))
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+    """A permutation of range(count), a pure function of its arguments (resume needs no state)."""
+    digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.randperm(count, generator=generator).tolist()
+
+
+def global_batches(examples: list[Example], seed: int, epoch: int,
+                   batch_size: int) -> list[list[int]]:
+    """One epoch as lists of indices into `examples`, each exactly once; the last may be short."""
+    order = epoch_order(len(examples), seed, epoch)
+    return [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def micro_batches(indices: list[int], examples: list[Example], rows: int) -> list[list[int]]:
+    """`indices` in slices of `rows` examples of similar length, so that little is padding."""
+    def length(i: int) -> tuple[int, int, int]:
+        return len(examples[i].input_ids), len(examples[i].labels), i
+
+    order = sorted(indices, key=length)
+    return [order[i:i + rows] for i in range(0, len(order), rows)]
+
+
+# ---------------------------------------------------------------------------- converters
+
+
+def write_dataset(folder: Path, descriptor: dict, splits: dict[str, list[dict]]) -> None:
+    """Writes {split: [JSON record, ...]} and dataset.json, then reads all of it back strictly."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "images").mkdir(exist_ok=True)
+    texts = {f"{split}.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+             for split, rows in splits.items()}
+    texts["dataset.json"] = json.dumps(descriptor, ensure_ascii=False, indent=1) + "\n"
+    for name, text in texts.items():
+        beside = folder / f".{name}.part"
+        beside.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(beside, folder / name)
+    dataset, problems = read_dataset(folder), Problems()
+    for split in splits:
+        read_split(folder, split, dataset, problems)
+    problems.raise_if_any()

@@ -1,0 +1,581 @@
+"""T5 encoder-decoder (v1.0, v1.1, flan): layers, decoding, and weights in Hugging Face's layout.
+
+A pre-norm transformer without linear biases. Positions enter as a learned bias on the attention
+scores, chosen by the distance between key and query and shared by all layers of a stack. Scores
+are not divided by sqrt(K): the initialisation of q makes up for it. Whatever calls like nn.Linear
+may stand in for the q, k, v, o of an attention; this file knows nothing of who does so.
+
+References: Raffel et al. 2020, arXiv 1910.10683; gated feed-forward: Shazeer 2020, arXiv
+2002.05202; weight names and decoding rules: Hugging Face transformers, models/t5 and generation.
+Shapes: B batch, S source tokens, T target tokens, D model width, H heads, K head width,
+C vocabulary; in attention Q queries and M keys. Masks are bool, True = real token.
+Check:  python -m pytest tests/test_t5.py
+"""
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+FIRST_UNUSED_ID = 32100  # where T5's vocabulary ends; hub files add untrained rows behind it
+POLL = 8  # decoding steps between two looks at which rows ended; each look stalls a GPU
+NEVER = -1e9  # score that loses against any real one
+
+
+class WeightsError(ValueError):
+    """A checkpoint, its configuration or the requested type cannot be used."""
+
+
+@dataclass
+class T5Config:
+    """Geometry under Hugging Face's field names, and two facts about the output head."""
+
+    vocab_size: int
+    d_model: int
+    d_kv: int
+    d_ff: int
+    num_layers: int
+    num_heads: int
+    num_decoder_layers: int | None = None  # None: as many as the encoder has
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128  # all distances beyond share a bucket
+    dropout_rate: float = 0.1
+    layer_norm_epsilon: float = 1e-6
+    feed_forward_proj: str = "relu"  # "relu" (v1.0) or "gated-gelu" (v1.1, flan)
+    pad_token_id: int = 0
+    eos_token_id: int = 1
+    decoder_start_token_id: int = 0
+    tie_head: bool = True  # the head is the embedding matrix
+    scale_logits: bool = True  # hidden states are multiplied by D^-0.5 before the head
+
+    def __post_init__(self) -> None:
+        self.num_decoder_layers = self.num_decoder_layers or self.num_layers
+        self.gated = self.feed_forward_proj == "gated-gelu"
+        if self.feed_forward_proj not in ("relu", "gated-gelu"):
+            raise WeightsError("feed_forward_proj must be 'relu' or 'gated-gelu', T5's own; the config "
+                               f"has {self.feed_forward_proj!r}; use a T5 v1.0, v1.1 or flan")
+
+    @classmethod
+    def from_hf(cls, raw: dict, path: Path, tie_head: bool) -> "T5Config":
+        """Read a hub config.json. The weights tell whether the head is tied, not `raw`: its
+        tie_word_embeddings can be true beside a separate lm_head (transformers 5 writes so). That
+        key decides the scaling, and only where scale_decoder_outputs is absent."""
+        fields = {name: raw[name] for name in cls.__dataclass_fields__ if raw.get(name) is not None}
+        scale = raw.get("scale_decoder_outputs")
+        scale = raw.get("tie_word_embeddings", True) if scale is None else scale
+        missing = [f for f in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
+                   if type(raw.get(f)) is not int]
+        if missing or raw.get("model_type", "t5") != "t5":
+            raise WeightsError(f"{path}: expected the config of a T5; model_type is "
+                               f"{raw.get('model_type')!r}, not integers are {missing}; give a T5")
+        return cls(**fields | {"tie_head": tie_head, "scale_logits": bool(scale)})
+
+
+# ------------------------------------------------------------ positions, masks, types
+def relative_buckets(distance: Tensor, bidirectional: bool, buckets: int, furthest: int) -> Tensor:
+    """Signed distances (key minus query position) -> their buckets, same shape, int64.
+
+    Near distances have a bucket each; further ones share buckets that widen logarithmically up to
+    `furthest`. Bidirectional: the upper half of the buckets is for keys to the right. Causal: keys
+    to the right, masked anyway, count as distance 0.
+    """
+    right = torch.zeros_like(distance)
+    if bidirectional:
+        buckets //= 2
+        right, distance = (distance > 0) * buckets, -distance.abs()
+    distance = (-distance).clamp(min=0)
+    exact = buckets // 2
+    growth = torch.log(distance.clamp(min=1).float() / exact) / math.log(furthest / exact)
+    far = (exact + (growth * (buckets - exact)).long()).clamp(max=buckets - 1)
+    return right + torch.where(distance < exact, distance, far)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Type in which attention will run on x; float16 is refused."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    if dtype == torch.float16:
+        raise WeightsError("T5 computes in float32 or bfloat16; got float16, in which its hidden "
+                           "states overflow to inf; use torch.bfloat16")
+    return dtype
+
+
+def mask_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """mask [B,M] -> [B,1,1,M]: 0 at real keys, the lowest finite value at padding.
+
+    Finite, so that a row without any real key gives numbers. The storage is padded because the
+    memory-efficient SDPA kernel copies a bias whose strides are not multiples of 8.
+    """
+    M = mask.shape[1]
+    mask = F.pad(mask, (0, -M % 8))
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return bias.masked_fill(~mask, torch.finfo(dtype).min)[:, None, None, :M]
+
+
+def prepare_memory(memory: Tensor, mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """memory [B,M,D], mask [B,M] -> memory with zeros at padding, bias [B,1,1,M].
+
+    Zero memory has zero values in every layer: attention over a fully masked row is exactly 0.
+    """
+    return memory.masked_fill(~mask[..., None], 0.0), mask_bias(mask, dtype)
+
+
+# ------------------------------------------------------------ layers
+def linear(width_in: int, width_out: int, std: float) -> nn.Linear:
+    """A linear without bias, drawn from N(0, std^2)."""
+    layer = nn.Linear(width_in, width_out, bias=False)
+    nn.init.normal_(layer.weight, std=std)
+    return layer
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight; the mean is taken in float32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x over a source: x itself, or a memory."""
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        D, H, K = config.d_model, config.num_heads, config.d_kv
+        self.heads = H
+        self.q = linear(D, H * K, (D * K) ** -0.5)  # K^-0.5: the scaling that the scores lack
+        self.k = linear(D, H * K, D ** -0.5)
+        self.v = linear(D, H * K, D ** -0.5)
+        self.o = linear(H * K, D, (H * K) ** -0.5)
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """source [B,M,D] -> keys, values [B,H,M,K]."""
+        k, v = self.k(source), self.v(source)
+        return (k.unflatten(-1, (self.heads, -1)).transpose(1, 2),
+                v.unflatten(-1, (self.heads, -1)).transpose(1, 2))
+
+    def forward(self, x: Tensor, source: Tensor | None, bias: Tensor | None,
+                known: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """x [rows,Q,D], source [B,M,D], bias broadcastable to [B,H,Q,M] -> [rows,Q,D].
+
+        `known` keys and values replace the source. Rows may then be a multiple of B: the beams of
+        a request are further queries on the same keys.
+        """
+        k, v = self.keys_values(source) if known is None else known
+        q = self.q(x).reshape(k.shape[0], -1, self.heads, k.shape[-1]).transpose(1, 2)
+        drop = self.dropout.p if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop, scale=1.0)
+        return self.o(out.transpose(1, 2).reshape(*x.shape[:2], -1))
+
+
+class FeedForward(nn.Module):
+    """v1.0: down(relu(up x)); v1.1: down(gelu(gate x) * up x), gelu in its tanh form."""
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        D, width = config.d_model, config.d_ff
+        self.gate = linear(D, width, D ** -0.5) if config.gated else None
+        self.up = linear(D, width, D ** -0.5)
+        self.down = linear(width, D, width ** -0.5)
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = self.up(x)
+        act = F.relu(up) if self.gate is None else F.gelu(self.gate(x), approximate="tanh") * up
+        return self.down(self.dropout(act))
+
+
+class Block(nn.Module):
+    """Self-attention, in the decoder cross-attention, feed-forward: normed before, added after."""
+
+    def __init__(self, config: T5Config, decoder: bool) -> None:
+        super().__init__()
+        D, eps = config.d_model, config.layer_norm_epsilon
+        self.self_attention_norm = RMSNorm(D, eps)
+        self.self_attention = Attention(config)
+        self.cross_attention_norm = RMSNorm(D, eps) if decoder else None
+        self.cross_attention = Attention(config) if decoder else None
+        self.feed_forward_norm = RMSNorm(D, eps)
+        self.feed_forward = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def forward(self, x: Tensor, bias: Tensor, memory: Tensor | None, memory_bias: Tensor | None,
+                cache: "Cache | None", layer: int) -> Tensor:
+        """x [B,S,D], memory [B,M,D] -> [B,S,D]; the cache knows what layer `layer` saw before."""
+        normed = self.self_attention_norm(x)
+        known = cache and cache.append(layer, self.self_attention.keys_values(normed))
+        x = x + self.dropout(self.self_attention(normed, normed, bias, known))
+        if self.cross_attention is not None:
+            normed, known = self.cross_attention_norm(x), cache and cache.cross[:, layer]
+            x = x + self.dropout(self.cross_attention(normed, memory, memory_bias, known))
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+
+
+class Stack(nn.Module):
+    """Blocks between an input dropout and a final norm: an encoder, or a decoder."""
+
+    def __init__(self, config: T5Config, num_layers: int, decoder: bool) -> None:
+        super().__init__()
+        self.decoder, self.furthest = decoder, config.relative_attention_max_distance
+        self.relative_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
+        nn.init.normal_(self.relative_bias.weight, std=config.d_model ** -0.5)
+        self.blocks = nn.ModuleList(Block(config, decoder) for _ in range(num_layers))
+        self.final_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def self_bias(self, S: int, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Relative bias with causal and padding mask folded in, [B or 1,H,S,S], for all layers.
+        It carries a gradient only where the bias weight does; without, SDPA's fused kernels run."""
+        weight, M = self.relative_bias.weight, S + -S % 8  # padded storage: see mask_bias
+        distance = torch.arange(1 - S, M, device=weight.device)
+        bucket = relative_buckets(distance, not self.decoder, weight.shape[0], self.furthest)
+        values = F.embedding(bucket, weight).to(dtype).T  # [H, S-1+M], one per distance
+        # Query i reads M distances from -i on: the window that starts at place S-1-i of `values`.
+        bias = values.unfold(1, M, 1).flip(1)[None]
+        if self.decoder:
+            later = torch.ones(S, M, dtype=torch.bool, device=weight.device).triu(1)
+            bias = bias.masked_fill(later, torch.finfo(dtype).min)
+        if mask is not None:
+            padding = ~F.pad(mask, (0, M - S))[:, None, None]
+            bias = torch.where(padding, torch.finfo(dtype).min, bias)
+        return bias[..., :S]
+
+    def forward(self, hidden: Tensor, mask: Tensor | None, memory: Tensor | None = None,
+                memory_mask: Tensor | None = None, cache: "Cache | None" = None) -> Tensor:
+        """hidden [B,S,D], mask [B,S], memory [B,M,D] and its mask -> [B,S,D]; mask None: all real.
+        With a cache, hidden [rows,1,D] is the next token, and the rest is in the cache."""
+        dtype, memory_bias = compute_dtype(hidden), None
+        if memory_mask is not None:
+            memory, memory_bias = prepare_memory(memory, memory_mask, dtype)
+        if cache is None:
+            bias = self.self_bias(hidden.shape[1], mask, dtype)
+        else:
+            bias, memory_bias = cache.step()
+        x = self.dropout(hidden)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, bias, memory, memory_bias, cache, layer)
+        return self.dropout(self.final_norm(x))
+
+
+# ------------------------------------------------------------ decoding
+class Cache:
+    """All that the decoder needs beside the next token: allocated once, for `steps` tokens.
+    Cross-attention keys and values are computed once per request; its `beams` rows share them."""
+
+    def __init__(self, decoder: Stack, memory: Tensor, mask: Tensor, beams: int,
+                 steps: int) -> None:
+        self.mask, self.dtype, self.length = mask, compute_dtype(memory), 0
+        memory, self.memory_bias = prepare_memory(memory, mask, self.dtype)
+        cross = [torch.stack(block.cross_attention.keys_values(memory)) for block in decoder.blocks]
+        self.cross = torch.stack(cross, 1)  # [2,layers,B,H,M,K]
+        _, layers, B, H, _, K = self.cross.shape
+        self.own = self.cross.new_empty(2, layers, B * beams, H, steps, K)
+        self.bias = decoder.self_bias(steps, None, self.dtype)  # [1,H,steps,steps]
+
+    def step(self) -> tuple[Tensor, Tensor]:
+        """Count the next token; its biases over the tokens so far and over the memory."""
+        self.length += 1
+        return self.bias[:, :, self.length - 1:self.length, :self.length], self.memory_bias
+
+    def append(self, layer: int, new: tuple[Tensor, Tensor]) -> Tensor:
+        """Store the next token's key and value [rows,H,1,K]; all so far, [2,rows,H,length,K]."""
+        self.own[:, layer, :, :, self.length - 1] = torch.stack(new).squeeze(3)
+        return self.own[:, layer, :, :, :self.length]
+
+    def select(self, rows: Tensor, requests: Tensor | None) -> None:
+        """Go on with these rows in this order, and with these requests (None: with all)."""
+        kept = self.own[..., :self.length, :].index_select(2, rows)
+        self.own = self.own[:, :, :len(rows)]
+        self.own[..., :self.length, :] = kept
+        if requests is not None:
+            self.cross, self.mask = self.cross.index_select(2, requests), self.mask[requests]
+            self.memory_bias = mask_bias(self.mask, self.dtype)
+
+
+class Search:
+    """Running beams and best finished ones of each open request; greedy search is one beam.
+
+    As transformers 5 does with length_penalty 1 and early_stopping false: of the 2 * beams best
+    continuations, those that do not end run on; those that end and are among the first `beams`
+    are kept by their mean log-probability. A request is done when it keeps `beams` of them and its
+    best running beam, were it to end now, is no better. Greedy search is done at its first end.
+    """
+
+    def __init__(self, B: int, beams: int, steps: int, config: T5Config,
+                 device: torch.device) -> None:
+        self.eos = config.eos_token_id
+        self.tokens = torch.full((B, beams, steps), config.pad_token_id, device=device)
+        self.score = torch.full((B, beams), NEVER, device=device)
+        self.best, self.best_score = self.tokens.clone(), self.score.clone()
+        self.score[:, 0] = 0.0  # beams start equal, so only the first may be continued
+        self.done = torch.zeros(B, dtype=torch.bool, device=device)
+
+    def advance(self, logits: Tensor, banned: Tensor, n: int) -> Tensor:
+        """Take the n-th token from logits [B*beams,C] -> the row that each row continues."""
+        (B, beams, steps), C = self.tokens.shape, logits.shape[-1]
+        # Banned after the softmax, as in transformers: scores stay the model's probabilities.
+        gain = (logits if beams == 1 else logits.log_softmax(-1)).masked_fill(banned, -math.inf)
+        score, flat = (gain.view(B, beams, C) + self.score[..., None]).flatten(1).topk(2 * beams)
+        tokens = self.tokens.take_along_dim((flat // C)[..., None], 1)
+        tokens[..., n - 1] = flat % C
+        ended = (flat % C == self.eos) | (n == steps)
+        ending = torch.where(ended & ~self.done[:, None], score / n, NEVER)[:, :beams]
+        self.best_score, keep = torch.cat((self.best_score, ending), 1).topk(beams)
+        self.best = torch.cat((self.best, tokens[:, :beams]), 1).take_along_dim(keep[..., None], 1)
+        self.score, keep = torch.where(ended, score + NEVER, score).topk(beams)
+        self.tokens = tokens.take_along_dim(keep[..., None], 1)
+        hopeless = (beams == 1) | (self.score[:, 0] / n <= self.best_score.amin(1))
+        self.done |= (self.best_score > NEVER / 2).all(1) & hopeless
+        if beams == 1:
+            self.score.zero_()  # one beam competes with nobody; sums would only round its logits
+        first_row = torch.arange(0, B * beams, beams, device=flat.device)[:, None]
+        return ((flat // C).gather(1, keep) + first_row).flatten()
+
+    def keep(self, requests: Tensor) -> None:
+        """Drop all requests but these."""
+        for name in ("tokens", "score", "best", "best_score", "done"):
+            setattr(self, name, getattr(self, name)[requests])
+
+
+# ------------------------------------------------------------ model
+class T5(nn.Module):
+    """Shared embedding, encoder, decoder, head; T5(config) draws Mesh TensorFlow's init."""
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        self.config = config
+        self.shared = nn.Embedding(config.vocab_size, config.d_model)  # drawn from N(0, 1)
+        self.encoder = Stack(config, config.num_layers, decoder=False)
+        self.decoder = Stack(config, config.num_decoder_layers, decoder=True)
+        self.lm_head = None if config.tie_head else linear(config.d_model, config.vocab_size, 1.0)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids [B,S] -> [B,S,D]."""
+        return self.shared(ids)
+
+    def encode(self, input_ids: Tensor | None, attention_mask: Tensor | None = None,
+               inputs_embeds: Tensor | None = None) -> Tensor:
+        """ids [B,S] or embeddings [B,S,D], mask [B,S] (None: all real) -> [B,S,D]."""
+        hidden = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        return self.encoder(hidden, None if attention_mask is None else attention_mask.bool())
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """[...,D] -> logits [...,C]."""
+        if self.config.scale_logits:
+            hidden = hidden * self.config.d_model ** -0.5
+        if self.lm_head is None:
+            return F.linear(hidden, self.shared.weight)
+        return self.lm_head(hidden)
+
+    def decode(self, decoder_input_ids: Tensor, memory: Tensor,
+               memory_mask: Tensor | None = None) -> Tensor:
+        """ids [B,T], memory [B,M,D], its mask [B,M] (None: all real) -> logits [B,T,C].
+        The target needs no mask: its padding comes last, out of sight of the real tokens."""
+        mask = None if memory_mask is None else memory_mask.bool()
+        return self.head(self.decoder(self.embed(decoder_input_ids), None, memory, mask))
+
+    def shift_right(self, labels: Tensor) -> Tensor:
+        """labels [B,T] -> decoder inputs [B,T]: start token first, -100 becomes padding."""
+        shifted = labels.roll(1, dims=1)
+        shifted[:, 0] = self.config.decoder_start_token_id
+        return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None,
+                labels: Tensor) -> tuple[Tensor, Tensor]:
+        """ids [B,S], mask [B,S], labels [B,T] -> logits [B,T,C], mean loss over labels not -100."""
+        memory = self.encode(input_ids, attention_mask)
+        logits = self.decode(self.shift_right(labels), memory, attention_mask)
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+                 max_new_tokens: int = 64, num_beams: int = 1, memory: Tensor | None = None,
+                 banned_ids: list[int] | None = None,
+                 on_rows: Callable[[Tensor], None] | None = None) -> Tensor:
+        """ids and mask [B,S], or memory [B,M,D] and its mask -> ids [B,<=max_new_tokens].
+
+        Without start token, padding after the end token. `banned_ids`, and ids past T5's
+        vocabulary, are never produced. Requests that are done leave the batch; `on_rows` is told
+        the request of each computed row, [rows], whenever the rows change.
+        """
+        if self.training or max_new_tokens < 1 or num_beams < 1:
+            raise ValueError("generate needs model.eval(), at least one token and one beam; got "
+                             f"training={self.training}, {max_new_tokens=}, {num_beams=}")
+        tell = on_rows or (lambda rows: None)
+        memory = self.encode(input_ids, attention_mask) if memory is None else memory
+        mask = memory.new_ones(memory.shape[:2]) if attention_mask is None else attention_mask
+        cache = Cache(self.decoder, memory, mask.bool(), num_beams, max_new_tokens)
+        search = Search(len(memory), num_beams, max_new_tokens, self.config, memory.device)
+        banned = torch.arange(self.config.vocab_size, device=memory.device) >= FIRST_UNUSED_ID
+        banned[banned_ids or []] = True
+        requests = torch.arange(len(memory), device=memory.device)
+        out, start = search.best[:, 0].clone(), self.config.decoder_start_token_id
+        token = requests.new_full((len(memory) * num_beams, 1), start)
+        if num_beams > 1:
+            tell(requests.repeat_interleave(num_beams))
+        for n in range(1, max_new_tokens + 1):
+            hidden = self.decoder(self.embed(token), None, cache=cache)
+            parents, kept = search.advance(self.head(hidden[:, 0]).float(), banned, n), None
+            out[requests] = search.best[:, 0]
+            if (memory.device.type == "cpu" or n % POLL == 0) and search.done.any():
+                kept = (~search.done).nonzero()[:, 0]
+                if len(kept) == 0:
+                    break
+                requests, parents = requests[kept], parents.view(-1, num_beams)[kept].flatten()
+                search.keep(kept)
+                tell(requests.repeat_interleave(num_beams))
+            if num_beams > 1 or kept is not None:
+                cache.select(parents, kept)
+            token = search.tokens[..., n - 1].reshape(-1, 1)
+        ended = out == self.config.eos_token_id
+        length = torch.where(ended.any(1), ended.int().argmax(1) + 1, max_new_tokens)
+        return out[:, :length.max()]
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> "T5":
+        """Load a Hugging Face directory: config.json, and one or many .safetensors files."""
+        folder = Path(folder)
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise WeightsError(f"{folder}: T5 computes in float32 or bfloat16; got {dtype}; in "
+                               "float16 its feed-forward overflows: pass torch.bfloat16")
+        raw, stored = read_json(folder / "config.json"), open_weights(folder)
+        only_copy = "shared.weight" not in stored and COPIES[0] in stored
+        shared = COPIES[0] if only_copy else "shared.weight"
+        same = {key for key in stored.keys() & {*COPIES, "lm_head.weight"} if shared in stored
+                and torch.equal(stored[key].get_tensor(key), stored[shared].get_tensor(shared))}
+        tied = "lm_head.weight" in same or "lm_head.weight" not in stored
+        config = T5Config.from_hf(raw, folder / "config.json", tied)
+        with torch.device("meta"):
+            model = cls(config)
+        names = hf_names(config) | {"shared.weight": shared}
+        state = read_weights(folder, stored, model, names, {*same, UNUSED}, dtype)
+        model.load_state_dict(state, assign=True)
+        return model
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write what from_pretrained reads; both files are renamed into place when whole."""
+        folder, state, names = Path(folder), self.state_dict(), hf_names(self.config)
+        if state.keys() != names.keys():
+            odd = sorted(state.keys() ^ names.keys())[:4]
+            raise WeightsError(f"{folder}: expected a plain T5, whose parameters have names at Hugging"
+                               f" Face; this one differs in {odd}; save it before adapting it")
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {names[ours]: tensor.contiguous() for ours, tensor in state.items()}
+        save_file(tensors, folder / "model.safetensors.tmp", metadata={"format": "pt"})
+        raw = asdict(self.config) | {"model_type": "t5", "is_encoder_decoder": True,
+                                     "architectures": ["T5ForConditionalGeneration"]}
+        raw["tie_word_embeddings"] = raw.pop("tie_head")
+        raw["scale_decoder_outputs"] = raw.pop("scale_logits")
+        (folder / "config.json.tmp").write_text(json.dumps(raw, indent=2) + "\n")
+        for name in ("model.safetensors", "config.json"):
+            os.replace(folder / f"{name}.tmp", folder / name)
+
+
+# ------------------------------------------------------------ weights
+# Our parameters -> Hugging Face's keys, all ending in .weight. {s} encoder or decoder, {i} layer,
+# {p} q k v o; {f} is 1 in the encoder and 2 in the decoder; {up} is wi in v1.0 and wi_1 in v1.1.
+WEIGHT_MAP = {
+    "shared": "shared",
+    "lm_head": "lm_head",
+    "{s}.final_norm": "{s}.final_layer_norm",
+    "{s}.relative_bias": "{s}.block.0.layer.0.SelfAttention.relative_attention_bias",
+    "{s}.blocks.{i}.self_attention.{p}": "{s}.block.{i}.layer.0.SelfAttention.{p}",
+    "{s}.blocks.{i}.self_attention_norm": "{s}.block.{i}.layer.0.layer_norm",
+    "decoder.blocks.{i}.cross_attention.{p}": "decoder.block.{i}.layer.1.EncDecAttention.{p}",
+    "decoder.blocks.{i}.cross_attention_norm": "decoder.block.{i}.layer.1.layer_norm",
+    "{s}.blocks.{i}.feed_forward.gate": "{s}.block.{i}.layer.{f}.DenseReluDense.wi_0",
+    "{s}.blocks.{i}.feed_forward.up": "{s}.block.{i}.layer.{f}.DenseReluDense.{up}",
+    "{s}.blocks.{i}.feed_forward.down": "{s}.block.{i}.layer.{f}.DenseReluDense.wo",
+    "{s}.blocks.{i}.feed_forward_norm": "{s}.block.{i}.layer.{f}.layer_norm",
+}
+# Never loaded: copies, if they equal shared; a bias in v1.0's files that no T5 ever used.
+COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+
+
+def hf_names(config: T5Config) -> dict[str, str]:
+    """Name of every parameter of T5(config) -> its key in Hugging Face's files."""
+    names, up = {}, "wi_1" if config.gated else "wi"
+    stacks = ("encoder", config.num_layers, 1), ("decoder", config.num_decoder_layers, 2)
+    for s, layers, f in stacks:
+        for (ours, theirs), i, p in itertools.product(WEIGHT_MAP.items(), range(layers), "qkvo"):
+            if not (s == "encoder" and ours.startswith("decoder")
+                    or ours == "lm_head" and config.tie_head
+                    or ours.endswith("gate") and not config.gated):
+                names[ours.format(s=s, i=i, p=p) + ".weight"] = theirs.format(
+                    s=s, i=i, p=p, f=f, up=up) + ".weight"
+    return names
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path}: expected JSON, got: {error}; give a Hugging Face model "
+                           "directory, complete and unmodified") from None
+    if not isinstance(raw, dict):
+        raise WeightsError(f"{path}: expected a JSON object, got {type(raw)}; fetch it anew")
+    return raw
+
+
+def open_weights(folder: Path) -> dict[str, safe_open]:
+    """Key -> the open file that holds it, for model.safetensors or all shards of its index."""
+    names, listed = ["model.safetensors"], None
+    index = folder / "model.safetensors.index.json"
+    if not (folder / names[0]).is_file() and index.is_file():
+        listed = read_json(index).get("weight_map")
+        names = sorted(set(map(str, listed.values()))) if isinstance(listed, dict) else []
+    lost = [n for n in names if Path(n).name != n or not n.endswith(".safetensors")
+            or not (folder / n).is_file()]
+    if lost or not names:
+        pickles = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth"))
+        raise WeightsError(f"{folder}: expected {lost or 'a weight_map in ' + index.name} as "
+                           f".safetensors in this directory; not there (pickles {pickles} are never "
+                           "read, they can run code); fetch the safetensors files")
+    stored = {}
+    for path in (folder / name for name in names):
+        try:
+            file = safe_open(path, "pt")
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(f"{path}: expected a whole safetensors file, got: {error}; "
+                               "fetch it anew") from None
+        stored |= dict.fromkeys(file.keys(), file)
+    if listed is not None and listed.keys() != stored.keys():
+        raise WeightsError(f"{index}: expected the keys of the shards; they differ in "
+                           f"{sorted(listed.keys() ^ stored.keys())[:4]}; fetch all of them anew")
+    return stored
+
+
+def read_weights(folder: Path, stored: dict[str, safe_open], model: nn.Module,
+                 names: dict[str, str], drop: set[str], dtype: torch.dtype) -> dict[str, Tensor]:
+    """State dict of a model (on the meta device) by `names`, our name -> stored key.
+    Every stored key must be used or be in `drop`; all is checked before anything is allocated."""
+    shapes = {names[ours]: list(param.shape) for ours, param in model.state_dict().items()}
+    missing, unknown = shapes.keys() - stored.keys(), stored.keys() - shapes.keys() - drop
+    if missing or unknown:
+        raise WeightsError(f"{folder}: the keys must be those of the model in config.json; missing "
+                           f"{sorted(missing)[:4]} of {len(missing)}, unknown (or a copy that "
+                           f"differs) {sorted(unknown)[:4]} of {len(unknown)}; use files that "
+                           "belong together")
+    for key, shape in shapes.items():
+        piece = stored[key].get_slice(key)
+        if piece.get_shape() != shape or piece.get_dtype() not in ("F32", "BF16", "F16"):
+            raise WeightsError(f"{folder}: expected {key} as {shape} in F32, BF16 or F16; it is "
+                               f"{piece.get_shape()} in {piece.get_dtype()}; use its own config")
+    # Copied, because a stored tensor is a view of a mapped file that may change or go away.
+    return {ours: stored[key].get_tensor(key).to(dtype, copy=True) for ours, key in names.items()}

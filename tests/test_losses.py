@@ -1,0 +1,112 @@
+"""losses.py as a specification: cross-entropy, AML (Eq. 9) and MIM (Eq. 5) against worked values."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import losses
+from clorae import Moments
+
+UNITS = ("T15", "T17", "SNAP", "V1", "V2", "MED", "MEAE")
+SINGLE = dict(zip(UNITS, (78.9, 89.8, 90.2, 81.8, 82.0, 57.6, 23.4)))
+
+
+def test_cross_entropy_per_row_sums_to_the_token_mean():
+    """D30, invariant 11: with all weights 1, sum_i CE_i / tokens is plain token-mean CE."""
+    logits = torch.randn(4, 6, 11)
+    labels = torch.randint(0, 11, (4, 6))
+    labels[1, 3:] = labels[2] = losses.IGNORE
+    rows = losses.token_cross_entropy(logits, labels)
+    tokens = (labels != losses.IGNORE).sum()
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+    torch.testing.assert_close(rows.sum() / tokens, expected)
+    assert rows[2] == 0
+
+
+def test_cross_entropy_of_bf16_logits_is_computed_in_fp32():
+    """D35: cross-entropy is an fp32 island."""
+    logits = torch.randn(2, 3, 50, dtype=torch.bfloat16)
+    labels = torch.randint(0, 50, (2, 3))
+    rows = losses.token_cross_entropy(logits, labels)
+    assert rows.dtype == torch.float32
+    exact = F.cross_entropy(logits.double().flatten(0, 1), labels.flatten(), reduction="sum")
+    torch.testing.assert_close(rows.sum().double(), exact, rtol=1e-6, atol=1e-6)
+
+
+def test_without_any_achievement_all_weights_are_one():
+    """Eq. (9), invariant 10: s = 0 for all gives w = 1 for all."""
+    weights = losses.achievement_weights(dict.fromkeys(UNITS, 0.0), SINGLE)
+    assert all(math.isclose(w, 1.0) for w in weights.values())
+
+
+def test_the_early_training_example():
+    """s = 40 50 55 20 15 20 2 against Table 2's single-task models, by an independent script."""
+    weights = losses.achievement_weights(dict(zip(UNITS, (40, 50, 55, 20, 15, 20, 2))), SINGLE)
+    expected = [0.801, 0.765, 0.731, 1.105, 1.213, 0.960, 1.426]
+    assert [round(w, 3) for w in weights.values()] == expected
+
+
+def test_weights_by_hand_for_two_units():
+    """One unit at half its margin, one done: w = (.25, 0), 2 softmax(.25, 0)."""
+    weights = losses.achievement_weights({"T15": 52.5, "T17": 105.0}, {"T15": 100, "T17": 100})
+    assert math.isclose(weights["T15"], 2 * math.exp(0.25) / (math.exp(0.25) + 1))
+    assert math.isclose(weights["T17"], 2 / (math.exp(0.25) + 1))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_weights_have_mean_one_and_stay_in_their_range(seed):
+    """Invariant 10: mean 1; for M = 7 within [0.404, 2.184]."""
+    generator = torch.Generator().manual_seed(seed)
+    f1 = dict(zip(UNITS, (torch.rand(7, generator=generator) * 110).tolist()))
+    weights = losses.achievement_weights(f1, SINGLE)
+    assert math.isclose(sum(weights.values()), 7)
+    assert all(0.404 <= w <= 2.184 for w in weights.values())
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0, 3.0])
+def test_a_units_weight_never_rises_with_its_own_score(gamma):
+    """D24, invariant 10: non-increasing in s, also beyond margin * p, and never NaN."""
+    others = dict.fromkeys(UNITS, 30.0)
+    values = [losses.achievement_weights({**others, "MEAE": s / 2}, SINGLE, gamma=gamma)["MEAE"]
+              for s in range(0, 200)]
+    assert all(math.isfinite(v) for v in values)
+    assert all(a >= b for a, b in zip(values, values[1:]))
+
+
+def test_weights_follow_their_units_under_any_order():
+    """Invariant 10: permuting the units permutes the weights."""
+    f1 = dict(zip(UNITS, (40, 50, 55, 20, 15, 20, 2)))
+    weights = losses.achievement_weights(f1, SINGLE)
+    reversed_weights = losses.achievement_weights(dict(reversed(f1.items())), SINGLE)
+    assert all(math.isclose(weights[unit], reversed_weights[unit]) for unit in UNITS)
+
+
+def test_an_absent_unit_shrinks_the_total():
+    """Invariant 10: the weights sum to the number of units of this run."""
+    weights = losses.achievement_weights({"T15": 10.0, "MED": 50.0, "V2": 3.0}, SINGLE)
+    assert math.isclose(sum(weights.values()), 3)
+
+
+def test_a_unit_without_reference_is_named():
+    with pytest.raises(ValueError, match="unit MED"):
+        losses.achievement_weights({"MED": 10.0}, {"T15": 70.0})
+
+
+def test_mim_closed_form_of_one_token():
+    """Eq. (5) by hand: e = D - U per channel, L = mean_c (e^2 / sigma^2 + ln sigma^2) / 2."""
+    U, D = torch.tensor([1.0, -2.0]), torch.tensor([3.0, 1.0])
+    variance = torch.tensor([0.5, 2.0])
+    z, C = torch.tensor([1.0, 1.0]), torch.stack([-U, D], dim=1)  # z_U = z_n = 1
+    layer = Moments([(torch.outer(z, z), C)], torch.tensor(1.0), variance)
+    expected = 0.5 * ((4 / 0.5 + math.log(0.5)) + (9 / 2 + math.log(2.0))) / 2
+    assert math.isclose(losses.mutual_information([layer], 1).item(), expected, rel_tol=1e-6)
+
+
+def test_mim_is_the_mean_over_all_layers_also_those_that_saw_nothing():
+    """D21: 1 / |l| sum_l, with |l| the wrapped linears of the model."""
+    layer = Moments([(torch.eye(2), torch.ones(3, 2))], torch.tensor(1.0), torch.full((3,), 2.0))
+    one = losses.mutual_information([layer], 1)
+    torch.testing.assert_close(losses.mutual_information([layer, layer], 8), one / 4)
+    assert losses.mutual_information([], 8) == 0

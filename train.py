@@ -1,0 +1,852 @@
+"""Train C-LoRAE, or one of the methods it is compared with, on one process or under torchrun.
+
+    python train.py                                             the demo: data, backbone, training, table
+    torchrun --nproc_per_node=4 train.py --size large --data DIR         the real run
+    (the same line again)                                       resumes, or reprints a finished run
+
+Paper: C-LoRAE, IJCAI 2025, arXiv 2505.06303; `train_step` is Eq. (10), `finish_epoch` is Eq. (9).
+The order of this file is the order of a run: what to run (Config), who runs (World), what is needed
+(prepare), the model (build), its trainable vector (FlatParameters), checkpoints, the step, the loop.
+
+Exactness: the batches of an epoch are a function of (seed, epoch), the dropout masks of (seed, step,
+micro-batch), and every normaliser counts the global batch.  So neither the number of processes nor
+accumulation changes the loss, and a run that is killed and started again ends as if it had not been.
+
+Shapes: B rows, T target tokens, V visual tokens, F image-feature width.
+"""
+
+import argparse
+import csv
+import dataclasses
+import difflib
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import clorae
+import data
+import demo
+import evaluate
+import losses
+from clorae import METHODS
+from data import UNITS
+from t5 import T5, WeightsError
+from vision import UMIE, FeatureCache, ImageError, ViT, ViTConfig, resolve_image
+
+VIT = "google/vit-base-patch16-224-in21k"
+HUB_FILES = ["*.json", "*.safetensors", "spiece.model"]  # never pickled weights
+CHECKPOINTS_KEPT = 2
+
+# p_m of Eq. (9): the best single-task model of Table 2 for each unit.
+SINGLE_TASK_F1 = {"T15": 78.9, "T17": 89.8, "SNAP": 90.2, "V1": 81.8, "V2": 82.0,
+                  "MED": 57.6, "MEAE": 23.4}
+
+
+class UsageError(ValueError):
+    """A command that cannot be carried out, with what to do instead."""
+
+
+# ---------------------------------------------------------------------------------------- Config
+
+@dataclass(frozen=True)
+class Size:
+    """Defaults that come with a backbone; batch is global (paper: 10, 4, 2 a GPU on 4 GPUs)."""
+
+    t5: str | None  # hub name; None: made locally by demo.py
+    vit: str | None
+    rank: int
+    batch: int
+    micro_batch: int
+    epochs: int
+    lr: float
+    lr_epochs: int
+
+
+SIZES = {"tiny": Size(None, None, 24, 32, 32, 10, 1e-3, 4),
+         "base": Size("google/flan-t5-base", VIT, 128, 40, 10, 20, 1e-4, 5),
+         "large": Size("google/flan-t5-large", VIT, 64, 16, 4, 20, 1e-4, 5),
+         "xl": Size("google/flan-t5-xl", VIT, 64, 8, 2, 20, 1e-4, 5)}
+
+
+def option(default: object, text: str, kind: type = str, **more: object) -> object:
+    """A Config field that is also a command-line option; `kind` converts its argument."""
+    return field(default=default, metadata={"help": text, "type": kind, **more})
+
+
+@dataclass
+class Config:
+    """Everything that decides what a run computes; stored in its checkpoints."""
+
+    size: str = option("tiny", "backbone size", choices=tuple(SIZES))
+    data: str | None = option(None, "corpus folder (see data.py convert); default: the demo world")
+    units: tuple[str, ...] | None = option(None, "train on these units only", nargs="+",
+                                           choices=UNITS)
+    t5: str | None = option(None, "T5 folder instead of the size's own")
+    vit: str | None = option(None, "ViT or CLIP folder instead of the size's own")
+    out: str | None = option(None, "run folder; default: runs/DATA-SIZE-METHOD")
+    method: str = option("clorae", "what is trained", choices=METHODS)
+    egr: bool = option(True, "gate router between the experts, Eq. (6)", bool)
+    mim: bool = option(True, "mutual-information loss, Eq. (5)", bool)
+    aml: bool | None = option(None, "achievement weights, Eq. (9); default: clorae only", bool)
+    rank: int | None = option(None, "universal rank R; default by size", int)
+    alpha: float | None = option(None, "numerator of the expert scale, Eq. (8); default 2 R", float)
+    dropout: float = option(0.1, "dropout on the experts' input", float)
+    backbone_dropout: float | None = option(None, "dropout of T5 and the visual adapter; default: T5's own", float)
+    fusion: str = option("gate", "how visual tokens meet the text", choices=("gate", "concat"))
+    max_objects: int = option(16, "object crops used per image", int)
+    max_source: int = option(256, "source tokens; only the text part is cut", int)
+    max_target: int = option(192, "target tokens", int)
+    epochs: int | None = option(None, "epochs; default by size", int)
+    steps: int | None = option(None, "stop after this many optimizer steps", int)
+    batch: int | None = option(None, "global batch size; default by size", int)
+    micro_batch: int | None = option(None, "rows per forward pass; default by size", int)
+    lr: float | None = option(None, "Adam's learning rate; default by size", float)
+    lr_epochs: int | None = option(None, "halve the rate every so many epochs", int)
+    clip: float = option(1.0, "largest gradient norm", float)
+    beta: float = option(0.01, "weight of the mutual-information loss, Eq. (10)", float)
+    aml_margin: float = option(1.05, "margin above the reference F1, Eq. (9)", float)
+    aml_gamma: float = option(2.0, "exponent, Eq. (9)", float)
+    aml_reference: str | None = option(None, "JSON file {unit: reference F1}, p_m of Eq. (9)")
+    missing_images: str = option("error", "'mask': rows whose image is missing train without one",
+                                 choices=("error", "mask"))
+    precision: str | None = option(None, "default: bf16 on CUDA, fp32 elsewhere",
+                                   choices=("fp32", "bf16"))
+    save_every: int = option(200, "optimizer steps between checkpoints", int)
+    seed: int = option(0, "seed of initialisation, order and dropout", int)
+
+    def resolved(self) -> "Config":
+        """The same with every default that depends on another field filled in."""
+        size = SIZES[self.size]
+        filled = {name: getattr(size, name) for name in
+                  ("rank", "batch", "micro_batch", "epochs", "lr", "lr_epochs")
+                  if getattr(self, name) is None}
+        if self.aml is None:
+            filled["aml"] = self.method == "clorae"
+        if self.precision is None:
+            filled["precision"] = "bf16" if torch.cuda.is_available() else "fp32"
+        if self.out is None:
+            name = Path(self.data).resolve().name if self.data else "demo"
+            filled["out"] = f"runs/{name}-{self.size}-{self.method}"
+        return dataclasses.replace(self, **filled)
+
+    @property
+    def uses_mim(self) -> bool:
+        return self.method == "clorae" and self.mim and self.beta > 0
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that rejects unknown flags by naming the nearest known one."""
+
+    def error(self, message: str) -> None:
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        for word in message.split():
+            near = difflib.get_close_matches(word.split("=")[0], flags, n=1)
+            if word.startswith("--") and near and word not in flags:
+                message += f"; did you mean {near[0]}?"
+        super().error(message)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> tuple[Config, str]:
+    """The command line as (Config, resume), one option per Config field."""
+    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for spec in dataclasses.fields(Config):
+        more = dict(spec.metadata)
+        kind, flag = more.pop("type"), "--" + spec.name.replace("_", "-")
+        if kind is bool:
+            parser.add_argument(flag, default=spec.default, help=more["help"],
+                                action=argparse.BooleanOptionalAction)
+        else:
+            parser.add_argument(flag, type=kind, default=spec.default, **more)
+    parser.add_argument("--resume", default="auto", help="'auto' goes on with the newest checkpoint "
+                        "of the run folder, 'none' starts over, a path names a checkpoint")
+    values = vars(parser.parse_args(argv))
+    resume = values.pop("resume")
+    if values["units"] is not None:
+        values["units"] = tuple(values["units"])
+    return Config(**values).resolved(), resume
+
+
+# ----------------------------------------------------------------------------------------- World
+
+class World:
+    """The processes of this run: the one place that knows about ranks."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(self.device)
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def join(self) -> None:
+        """Meet the other processes; called once everything slow is prepared."""
+        if self.size > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+
+    def leave(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum `tensor` over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def print(self, *lines: str) -> None:
+        if self.main:
+            print(*lines, sep="\n", flush=True)
+
+
+# --------------------------------------------------------------------------------------- prepare
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Let one process of this machine at a time do what the others then find done."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # released by the kernel even if the holder is killed
+        yield
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file's content, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_hash(folder: Path) -> str:
+    """sha256 over the weight files of a model folder, in hex."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    return hashlib.sha256("".join(map(file_hash, files)).encode()).hexdigest()
+
+
+def find_weights(name: str) -> Path:
+    """The folder of a hub model: weights/, then the hub cache, then a download."""
+    local = Path("weights") / name.split("/")[-1]
+    if (local / "config.json").exists():
+        return local
+    from huggingface_hub import snapshot_download  # imported only when it is needed
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True))
+    except Exception:  # not in the cache: whatever the reason, the download decides
+        pass
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except Exception as cause:
+        raise UsageError(
+            f"weights of {name}: expected them in {local}/ or the hub cache, found neither, and the "
+            f"download failed ({type(cause).__name__}: {str(cause).splitlines()[0]}); on a machine "
+            f"with network run `huggingface-cli download {name}` and copy config.json, the "
+            f"*.safetensors files and spiece.model to {local}/") from cause
+
+
+@dataclass
+class Sources:
+    """Folders that a run reads."""
+
+    corpus: Path
+    t5: Path
+    vit: Path
+
+
+def prepare(config: Config) -> Sources:
+    """Find, make or fetch the corpus and the backbone; the slow part of a first start."""
+    with locked(Path("weights/.lock")):
+        corpus = Path(config.data or "data/demo")
+        if config.data is None and not corpus.exists():
+            demo.make_world(corpus)
+        size = SIZES[config.size]
+        tiny = None
+        if config.size == "tiny" and not (config.t5 and config.vit):
+            texts = data.training_texts(corpus)
+            digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()[:8]
+            tiny = Path("weights") / f"tiny-{digest}"
+            if not tiny.exists():
+                demo.make_backbone(tiny, texts)
+        t5 = Path(config.t5) if config.t5 else tiny / "t5" if tiny else find_weights(size.t5)
+        vit = Path(config.vit) if config.vit else tiny / "vit" if tiny else find_weights(size.vit)
+    return Sources(corpus, t5, vit)
+
+
+class Features:
+    """Image features of records: what `data.collate` asks for.
+
+    Returns (features [V,F], boxes [V,5]), or None for a record without an image.  A missing file is
+    an error unless `missing_images` is "mask"; then its rows are counted and have no visual tokens.
+    """
+
+    def __init__(self, sources: Sources, records: Sequence[data.Record], missing_images: str,
+                 max_objects: int, device: torch.device):
+        self.corpus, self.max_objects = sources.corpus, max_objects
+        named = [record for record in records if record.image is not None]
+        absent = [record for record in named if not self.path(record).exists()]
+        if absent and missing_images == "error":
+            raise UsageError(
+                f"images: expected a file for each of {len(named)} records, {len(absent)} are "
+                f"missing, first {self.path(absent[0])} ({absent[0].source}); put the images there, "
+                "or pass --missing-images mask to go on without them")
+        self.missing = {self.path(record) for record in absent}
+        self.missing_rows = len(absent)
+        self.cache: FeatureCache | None = None
+        self.width = ViTConfig.from_pretrained(sources.vit).hidden_size
+        if len(absent) < len(named):
+            vit = ViT.from_pretrained(sources.vit).to(device).eval()
+            self.cache = FeatureCache(vit, folder_hash(sources.vit), sources.corpus / ".features")
+            with locked(sources.corpus / ".features" / ".lock"):
+                self.cache.prepare([self.key(record) for record in named
+                                    if self.path(record) not in self.missing])
+
+    def path(self, record: data.Record) -> Path:
+        return resolve_image(self.corpus / record.dataset / "images", record.image)
+
+    def key(self, record: data.Record) -> tuple:
+        return self.path(record), record.objects[:self.max_objects], record.size
+
+    def __call__(self, record: data.Record) -> tuple[Tensor, Tensor] | None:
+        if record.image is None or self.path(record) in self.missing:
+            return None
+        return self.cache.get(*self.key(record))
+
+
+# ----------------------------------------------------------------------------------------- build
+
+@dataclass
+class Setup:
+    """A model with everything that turns records into its input and its output into records."""
+
+    config: Config
+    sources: Sources
+    datasets: dict[str, data.Dataset]
+    tokenizer: data.Tokenizer
+    model: UMIE
+
+
+def build(config: Config, sources: Sources, device: torch.device) -> Setup:
+    """The adapted model at its seeded start; trainables fp32, the frozen backbone as `precision`."""
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    t5 = T5.from_pretrained(sources.t5, dtype=torch.float32 if config.method == "full" else dtype)
+    torch.manual_seed(config.seed)
+    model = UMIE(t5, ViTConfig.from_pretrained(sources.vit).hidden_size, config.max_objects, config.fusion)
+    clorae.adapt(model, config.method, config.rank, data.TASKS, alpha=config.alpha,
+                 dropout=config.dropout, egr=config.egr, mim=config.uses_mim)
+    for name, parameter in model.named_parameters():  # D3: hub checkpoints have no visual adapter
+        if not name.startswith("t5.") and ".base." not in name:
+            parameter.requires_grad_(True)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and config.backbone_dropout is not None:
+            module.p = config.backbone_dropout
+    return Setup(config, sources, data.load_datasets(sources.corpus),
+                 data.Tokenizer(sources.t5), model.to(device))
+
+
+def load_model(checkpoint: Path, device: torch.device, **changes: object) -> Setup:
+    """Rebuild the model of a checkpoint folder from what the checkpoint itself says.
+
+    changes: Config fields that may differ in evaluation (data, missing_images).  Raises UsageError
+    if the backbone is not the one trained on, or a tensor does not fit.
+    """
+    state = read_state(checkpoint)
+    config = dataclasses.replace(Config(**state["config"]), **changes)
+    sources = Sources(Path(config.data or "data/demo"), Path(state["t5"]), Path(state["vit"]))
+    if folder_hash(sources.t5) != state["t5_sha256"]:
+        raise UsageError(f"{sources.t5}: expected the T5 weights that {checkpoint} was trained on "
+                         f"(sha256 {state['t5_sha256'][:12]}), got others; restore that folder")
+    setup = build(config, sources, device)
+    load_trainables(setup.model, checkpoint)
+    return setup
+
+
+def load_trainables(model: nn.Module, checkpoint: Path) -> None:
+    """Copy a checkpoint's tensors into the trainable parameters; names and shapes must agree."""
+    saved = load_file(checkpoint / "model.safetensors")
+    wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    odd = sorted(set(saved) ^ set(wanted))
+    odd += [name for name in saved.keys() & wanted.keys() if saved[name].shape != wanted[name].shape]
+    if odd:
+        name = odd[0]
+        shapes = [list(side[name].shape) if name in side else "nothing" for side in (wanted, saved)]
+        raise UsageError(f"{checkpoint}/model.safetensors: {name}: expected {shapes[0]}, got "
+                         f"{shapes[1]} ({len(odd)} tensors differ); use the rank, tasks, method and "
+                         "backbone that the checkpoint was made with")
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(saved[name])
+
+
+class FlatParameters:
+    """All trainable parameters as views of one vector, and their gradients of another.
+
+    Optimizer, clipping and all-reduce are then one call each.  The vector has two slices: the
+    variance vectors of L_MIM (`rho`) come last and learn at ten times the rate.
+    """
+
+    def __init__(self, model: nn.Module, lr: float):
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        named.sort(key=lambda pair: pair[0].endswith(".rho"))  # stable: rho last
+        self.values = torch.cat([p.detach().flatten() for _, p in named])
+        self.grads = torch.zeros_like(self.values)
+        self.shapes = {name: parameter.shape for name, parameter in named}
+        for (_, parameter), value, grad in zip(named, self.views(self.values).values(),
+                                               self.views(self.grads).values()):
+            parameter.data, parameter.grad = value, grad
+        experts = sum(p.numel() for n, p in named if not n.endswith(".rho"))
+        groups = []
+        for part, rate in ((slice(0, experts), 1.0), (slice(experts, None), 10.0)):
+            vector = nn.Parameter(self.values[part])
+            vector.grad = self.grads[part]
+            if len(vector):
+                groups.append({"params": [vector], "lr": lr * rate, "rate": rate})
+        self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """A flat vector over all parameters as {name: tensor of that parameter's shape}."""
+        parts = flat.split([shape.numel() for shape in self.shapes.values()])
+        return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts)}
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["rate"]
+
+    def save(self, folder: Path) -> None:
+        """Write model.safetensors and optimizer.safetensors, every tensor under its own name."""
+        def owned(flat: Tensor) -> dict[str, Tensor]:
+            return {name: view.cpu().clone() for name, view in self.views(flat).items()}
+        save_file(owned(self.values), folder / "model.safetensors")
+        states = [self.optimizer.state[g["params"][0]] for g in self.optimizer.param_groups]
+        save_file({f"{moment}.{name}": value for moment in ("exp_avg", "exp_avg_sq")
+                   for name, value in owned(torch.cat([s[moment] for s in states])).items()},
+                  folder / "optimizer.safetensors")
+
+    def load_moments(self, folder: Path, step: int) -> None:
+        """Restore Adam's moments after `step` steps."""
+        saved = load_file(folder / "optimizer.safetensors", device=str(self.values.device))
+        flat = {moment: torch.cat([saved[f"{moment}.{name}"].flatten() for name in self.shapes])
+                for moment in ("exp_avg", "exp_avg_sq")}
+        start = 0
+        for group in self.optimizer.param_groups:
+            vector, = group["params"]
+            part = slice(start, start + len(vector))
+            self.optimizer.state[vector] = {
+                "step": torch.tensor(float(step), device=vector.device),
+                **{moment: values[part].clone() for moment, values in flat.items()}}
+            start = part.stop
+
+
+# ------------------------------------------------------------------------------------ checkpoints
+
+@dataclass
+class Progress:
+    """Where a run stands: stored as state.json in every checkpoint, without any clock time."""
+
+    step: int = 0
+    epoch: int = 0  # current epoch, from 0
+    cursor: int = 0  # global batches of this epoch that are done
+    weights: dict[str, float] = field(default_factory=dict)  # AML weights of this epoch
+    history: list[dict] = field(default_factory=list)  # per epoch: dev F1 and the weights it gave
+    best_sum: float = -1.0  # highest sum of dev F1
+    best_step: int = 0
+
+
+def write_checkpoint(folder: Path, flat: FlatParameters, state: dict) -> None:
+    """Write a checkpoint aside, force it to disk, then rename: whole or not there at all."""
+    aside = folder.with_name("." + folder.name + ".writing")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    flat.save(aside)
+    state = {**state, "sha256": {file.name: file_hash(file) for file in sorted(aside.iterdir())}}
+    (aside / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+    for path in (*aside.iterdir(), aside):
+        sync(path)
+    shutil.rmtree(folder, ignore_errors=True)  # only ever the same step, made again after a kill
+    aside.rename(folder)
+    sync(folder.parent)
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def read_state(folder: Path) -> dict:
+    """state.json of a checkpoint whose files are all whole; UsageError otherwise."""
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        broken = [name for name, digest in state["sha256"].items()
+                  if file_hash(folder / name) != digest]
+    except (OSError, ValueError, KeyError) as cause:
+        raise UsageError(f"{folder}: expected a checkpoint folder with state.json and the files it "
+                         f"lists, got {type(cause).__name__}: {cause}; name another one") from cause
+    if broken:
+        raise UsageError(f"{folder}/{broken[0]}: expected the content whose sha256 state.json "
+                         "records, got another; delete this checkpoint, an older one will be used")
+    return state
+
+
+def newest_checkpoint(run: Path, prefix: str = "step") -> Path | None:
+    """The last whole checkpoint of a run folder; broken ones are named and passed over."""
+    for folder in sorted(run.glob(f"{prefix}-*"), reverse=True):
+        try:
+            read_state(folder)
+            return folder
+        except UsageError as problem:
+            print(f"passed over: {problem}", file=sys.stderr)
+    return None
+
+
+def find_checkpoint(path: Path) -> Path:
+    """A checkpoint folder as it is, or the best one of a run folder."""
+    if (path / "state.json").exists():
+        return path
+    best = newest_checkpoint(path, "best") or newest_checkpoint(path)
+    if best is None:
+        raise UsageError(f"{path}: expected a run folder or a checkpoint folder, found no checkpoint "
+                         "in it; train first, or name a folder such as runs/demo-tiny-clorae")
+    return best
+
+
+# ------------------------------------------------------------------------------------------ a run
+
+class Run:
+    """One training run: its model, data, progress and files."""
+
+    def __init__(self, config: Config, sources: Sources, world: World):
+        self.config, self.world, self.out = config, world, Path(config.out)
+        self.setup = build(config, sources, world.device)
+        self.model, self.routing = self.setup.model, self.setup.model.routing
+        self.flat = FlatParameters(self.model, config.lr)
+        self.layers = len(clorae.expert_layers(self.model))
+        self.records = {split: data.load_corpus(sources.corpus, split, config.units)
+                        if any(sources.corpus.glob(f"*/{split}.jsonl")) else []
+                        for split in data.SPLITS}
+        self.features = Features(sources, sum(self.records.values(), []), config.missing_images,
+                                 config.max_objects, world.device)
+        self.examples = data.encode_records(self.records["train"], self.setup.datasets,
+                                            self.setup.tokenizer, config.max_source,
+                                            config.max_target)
+        self.units = [u for u in UNITS if any(UNITS[e.unit] == u for e in self.examples)]
+        self.reference = self.references()
+        self.progress = Progress(weights=dict.fromkeys(self.units, 1.0))
+        self.origin = {"t5": str(sources.t5), "t5_sha256": folder_hash(sources.t5),
+                       "vit": str(sources.vit), "vit_sha256": folder_hash(sources.vit)}
+
+    def references(self) -> dict[str, float]:
+        """p_m of Eq. (9) for every unit."""
+        if self.config.aml_reference:
+            return json.loads(Path(self.config.aml_reference).read_text(encoding="utf-8"))
+        return demo.P_M if self.config.data is None else SINGLE_TASK_F1
+
+    def batches(self, epoch: int) -> list[list[int]]:
+        return data.global_batches(self.examples, self.config.seed, epoch, self.config.batch)
+
+    # ---------------------------------------------------------------- checkpoints and resume
+
+    def state(self) -> dict:
+        """What state.json holds; the dropout RNG needs no more than the seed and the step."""
+        return {"config": dataclasses.asdict(self.config), **dataclasses.asdict(self.progress),
+                "rng": {"seed": self.config.seed, "next_step": self.progress.step}, **self.origin}
+
+    def save(self, prefix: str = "step") -> None:
+        """Write a checkpoint of this moment and drop the oldest ones."""
+        if self.world.main:
+            write_checkpoint(self.out / f"{prefix}-{self.progress.step:08d}", self.flat, self.state())
+            kept = CHECKPOINTS_KEPT if prefix == "step" else 1
+            for old in sorted(self.out.glob(f"{prefix}-*"))[:-kept]:
+                shutil.rmtree(old)
+        self.world.barrier()
+
+    def resume(self, how: str) -> str:
+        """Go on from a checkpoint; returns the line that says what was found."""
+        if how == "none":
+            if self.world.main:
+                shutil.rmtree(self.out, ignore_errors=True)
+            self.world.barrier()
+            return "start: from the beginning (--resume none)"
+        found = newest_checkpoint(self.out) if how == "auto" else Path(how)
+        if found is None:
+            return f"start: from the beginning, no checkpoint in {self.out}"
+        state = read_state(found)
+        self.check_same(state, found)
+        load_trainables(self.model, found)
+        self.flat.load_moments(found, state["step"])
+        self.progress = Progress(**{f.name: state[f.name] for f in dataclasses.fields(Progress)})
+        self.cut_logs()
+        return f"start: resumed {found} at step {state['step']}, epoch {state['epoch'] + 1}"
+
+    def check_same(self, state: dict, found: Path) -> None:
+        """A run may only go on with the settings and weights that it began with."""
+        mine = json.loads(json.dumps(self.state()))
+        changed = [name for name, value in mine["config"].items()
+                   if state["config"].get(name) != value and name not in ("out", "save_every")]
+        changed += [name for name in ("t5_sha256", "vit_sha256") if state[name] != mine[name]]
+        if changed:
+            was = ", ".join(f"{name} {state['config'].get(name, state.get(name))} -> "
+                            f"{mine['config'].get(name, mine.get(name))}" for name in changed)
+            raise UsageError(f"{found}: expected the settings it was started with, got changes: "
+                             f"{was}; repeat the old command, or use another --out, or "
+                             "--resume none to start over")
+
+    def cut_logs(self) -> None:
+        """Drop logged rows from after the checkpoint, so that no step appears twice."""
+        if not self.world.main:
+            return
+        for name, step_of in (("metrics.csv", lambda line: line.split(",")[0]),
+                              ("eval.jsonl", lambda line: json.loads(line)["step"])):
+            path = self.out / name
+            if path.exists():
+                lines = path.read_text(encoding="utf-8").split("\n")
+                kept = [line for line in lines if line.startswith("step,")
+                        or line and int(step_of(line)) <= self.progress.step]
+                path.write_text("\n".join(kept) + "\n", encoding="utf-8")
+
+    # ---------------------------------------------------------------- training
+
+    def train_step(self, indices: list[int]) -> dict[str, float]:
+        """One optimizer step on one global batch of examples; the heart of the method."""
+        config, device, progress = self.config, self.world.device, self.progress
+        tokens = sum(len(self.examples[i].labels) for i in indices)
+        w = torch.tensor([progress.weights.get(unit, 0.0) for unit in UNITS], device=device)
+        sums = torch.zeros(3 + 2 * len(UNITS), dtype=torch.float64, device=device)
+        if self.routing is not None:
+            self.routing.mim_batch = len(indices) if config.uses_mim else None
+        self.flat.grads.zero_()
+        self.model.train()
+        for part, rows in enumerate(data.micro_batches(indices, self.examples, config.micro_batch)):
+            if part % self.world.size != self.world.rank:
+                continue
+            torch.manual_seed(hash((config.seed, progress.step, part)))  # of integers: always equal
+            batch = data.collate([self.examples[i] for i in rows], self.features,
+                                 self.features.width).to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                logits = self.model(batch)
+            ce = losses.token_cross_entropy(logits, batch.labels)  # [B]
+            L_MT = (w[batch.units] * ce).sum() / tokens
+            L_MIM = losses.mutual_information(self.routing.moments if config.uses_mim else [],
+                                              max(self.layers, 1)).to(device)
+            loss = L_MT + config.beta * L_MIM  # Eq. (10)
+            loss.backward()
+            sums += unit_sums(torch.stack([loss, L_MT, L_MIM]), ce, batch)
+        self.world.sum(self.flat.grads)
+        return self.update(self.world.sum(sums).tolist(), indices)
+
+    def update(self, sums: list[float], indices: list[int]) -> dict[str, float]:
+        """Clip, step and report; gradients that are not finite stop the run before the step."""
+        norm = self.flat.grads.norm()
+        if not torch.isfinite(norm):
+            rows = ", ".join(self.examples[i].record.source for i in indices[:5])
+            raise UsageError(f"step {self.progress.step + 1}: expected finite gradients, got norm "
+                             f"{norm.item()} from a batch that begins with {rows}; the last "
+                             "checkpoint is intact: look at these rows, or lower --lr")
+        self.flat.grads.mul_((self.config.clip / (norm + 1e-6)).clamp(max=1.0))
+        lr = self.config.lr * 0.5 ** (self.progress.epoch // self.config.lr_epochs)
+        self.flat.set_lr(lr)
+        self.flat.optimizer.step()
+        self.progress.step += 1
+        self.progress.cursor += 1
+        ce, count = sums[3:3 + len(UNITS)], sums[3 + len(UNITS):]
+        row = {"step": self.progress.step, "epoch": self.progress.epoch + 1, "loss": sums[0],
+               "L_MT": sums[1], "L_MIM": sums[2], "lr": lr, "grad_norm": norm.item()}
+        return row | {f"CE_{u}": ce[i] / count[i] if count[i] else math.nan
+                      for i, u in enumerate(UNITS) if u in self.units}
+
+    def train(self) -> None:
+        """All epochs from where the run stands to its end, best checkpoint kept apart."""
+        config, progress = self.config, self.progress
+        limit = math.inf if config.steps is None else config.steps
+        while progress.epoch < config.epochs and progress.step < limit:
+            batches = self.batches(progress.epoch)
+            bar = tqdm(total=len(batches), initial=progress.cursor, disable=not self.world.main,
+                       desc=f"epoch {progress.epoch + 1}/{config.epochs}", mininterval=1.0)
+            while progress.cursor < len(batches) and progress.step < limit:
+                started = time.perf_counter()
+                row = self.train_step(batches[progress.cursor])
+                row["seconds"] = time.perf_counter() - started
+                self.log(row)
+                bar.update()
+                bar.set_postfix(loss=f"{row['loss']:.3f}", lr=f"{row['lr']:.1e}", refresh=False)
+                if progress.step % config.save_every == 0 and progress.cursor < len(batches):
+                    self.save()
+            bar.close()
+            self.finish_epoch()
+
+    def finish_epoch(self) -> None:
+        """Dev F1, the weights of the next epoch by Eq. (9), the best checkpoint, the next epoch."""
+        progress = self.progress
+        f1 = self.dev_f1()
+        if self.config.aml:
+            progress.weights = losses.achievement_weights(f1, self.reference, self.config.aml_margin,
+                                                          self.config.aml_gamma)
+        progress.history.append({"epoch": progress.epoch + 1, "step": progress.step, "f1": f1,
+                                 "weights": progress.weights})
+        better = sum(f1.values()) > progress.best_sum
+        if better:
+            progress.best_sum, progress.best_step = sum(f1.values()), progress.step
+        progress.epoch, progress.cursor = progress.epoch + 1, 0
+        if better:
+            self.save("best")
+        self.save()
+        if self.world.main:
+            with open(self.out / "eval.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(progress.history[-1]) + "\n")
+        self.world.print("  dev F1  " + "  ".join(f"{u} {v:.1f}" for u, v in f1.items())
+                         + f"  mean {sum(f1.values()) / max(len(f1), 1):.1f}")
+        if self.config.aml:
+            self.world.print("  weights " + "  ".join(f"{u} {v:.2f}" for u, v
+                                                      in progress.weights.items()))
+
+    def evaluate(self, split: str) -> list[evaluate.Row]:
+        """Decode and score a split, shared among the processes; every one returns all rows."""
+        examples = data.encode_records(self.records[split], self.setup.datasets,
+                                       self.setup.tokenizer, self.config.max_source,
+                                       self.config.max_target)
+        decoding = evaluate.Decoding(max_new_tokens=self.config.max_target,
+                                     precision=self.config.precision)
+        return evaluate.evaluate_split(self.model, examples, self.setup.datasets, self.features,
+                                       self.setup.tokenizer, self.world.device, decoding,
+                                       self.world.rank, self.world.size)
+
+    def dev_f1(self) -> dict[str, float]:
+        """F1 in % on the dev split of every trained unit: s_t^m of Eq. (9).
+
+        A unit without dev rows stays at 0 and says so at the start.
+        """
+        f1 = evaluate.unit_f1(evaluate.total(self.evaluate("dev")))
+        return {unit: f1.get(unit, 0.0) for unit in self.units}
+
+    def test(self) -> str:
+        """The table of the test split with the best checkpoint; also written to the run folder."""
+        load_trainables(self.model, find_checkpoint(self.out))
+        rows = self.evaluate("test")
+        text = evaluate.table(evaluate.total(rows))
+        if self.world.main:
+            evaluate.save_predictions(self.out / "predictions.jsonl", rows)
+            (self.out / "table.txt").write_text(text + "\n", encoding="utf-8")
+        return text
+
+    def log(self, row: dict[str, float]) -> None:
+        """Append one row to metrics.csv, flushed so that a kill loses none."""
+        if self.world.main:
+            path = self.out / "metrics.csv"
+            fresh = not path.exists()
+            with open(path, "a", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, row, lineterminator="\n")
+                if fresh:
+                    writer.writeheader()
+                writer.writerow(row)
+
+
+def unit_sums(totals: Tensor, ce: Tensor, batch: data.Batch) -> Tensor:
+    """[3 + 2 * units] float64: the three losses, then per unit the summed CE and its tokens."""
+    units = len(UNITS)
+    tokens = (batch.labels != losses.IGNORE).sum(dim=1)
+    per_unit = [torch.zeros(units, dtype=torch.float64, device=ce.device).index_add_(
+        0, batch.units, value.detach().double()) for value in (ce, tokens)]
+    return torch.cat([totals.detach().double(), *per_unit])
+
+
+# ------------------------------------------------------------------------------------------- main
+
+def describe(run: Run, start: str) -> list[str]:
+    """What will run, before it runs."""
+    config, world, split = run.config, run.world, clorae.parameter_split(run.model)
+    total = sum(p.numel() for p in run.model.parameters())
+    rows = "; ".join(f"{name} " + ", ".join(
+        f"{unit} {count}" for unit, count in unit_rows(records, run.setup.datasets).items())
+        for name, records in run.records.items() if records)
+    steps = len(run.batches(0)) * config.epochs
+    lines = [
+        f"device: {world.device}, torch {torch.__version__}, {world.size} process(es), "
+        f"{config.precision}, seed {config.seed}",
+        f"method: {config.method}, rank {config.rank}, {run.layers} wrapped linears, AML "
+        f"{'on' if config.aml else 'off'}, MIM {'on' if config.uses_mim else 'off'}",
+        f"trainable: {sum(split.values()):,} of {total:,} parameters ("
+        + ", ".join(f"{kind} {count:,}" for kind, count in split.items() if count) + ")",
+        f"rows: {rows}",
+        f"images: {run.features.missing_rows} rows without their image",
+        f"steps: {config.steps or steps} of batch {config.batch} (micro-batches of "
+        f"{config.micro_batch}), {config.epochs} epochs, lr {config.lr:g} halved every "
+        f"{config.lr_epochs}",
+        f"backbone: {run.origin['t5']} sha256 {run.origin['t5_sha256'][:12]}, "
+        f"{run.origin['vit']} sha256 {run.origin['vit_sha256'][:12]}",
+        f"output: {run.out}", start]
+    missing = [unit for unit in run.units if unit not in
+               unit_rows(run.records["dev"], run.setup.datasets)]
+    if missing and config.aml:
+        lines.append(f"note: no dev rows for {', '.join(missing)}: their achievement stays 0")
+    if config.aml and run.reference is SINGLE_TASK_F1 and {"MED", "MEAE"} & set(run.units):
+        lines.append("note: the references of MED and MEAE are M2E2 test figures, which dev scores "
+                     "on other data do not match; give your own with --aml-reference")
+    return lines
+
+
+def unit_rows(records: Sequence[data.Record], datasets: dict[str, data.Dataset]) -> dict[str, int]:
+    """Rows per unit, in the order of the table."""
+    names = [datasets[record.dataset].units[record.task] for record in records]
+    return {unit: names.count(unit) for unit in UNITS if unit in names}
+
+
+def finished(config: Config, resume: str) -> str | None:
+    """The table of a run that is complete already, if the same command is given again."""
+    table = Path(config.out) / "table.txt"
+    if resume != "auto" or not table.exists():
+        return None
+    newest = newest_checkpoint(table.parent)
+    state = read_state(newest) if newest else {"config": {}}
+    same = state["config"] == json.loads(json.dumps(dataclasses.asdict(config)))
+    return table.read_text(encoding="utf-8") if same else None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config, resume = parse_arguments(argv)
+    world = World()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    done = finished(config, resume)
+    if done is not None:
+        world.print(f"{config.out} is finished; its table again (--resume none starts over):", done)
+        return
+    sources = prepare(config)
+    world.join()
+    run = Run(config, sources, world)
+    world.print(*describe(run, run.resume(resume)))
+    run.out.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    run.train()
+    world.print(f"trained to step {run.progress.step} in {time.perf_counter() - started:.0f} s; "
+                f"best dev epoch ended at step {run.progress.best_step}")
+    if run.records["test"]:
+        world.print("test split, best checkpoint:", run.test())
+    world.leave()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (UsageError, data.DataError, ImageError, WeightsError) as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,548 @@
+"""Images for T5: safe reading, frozen vision towers, visual tokens, and the UMIE adapter.
+
+In reading order: a picture from disk to pixels; a Vision Transformer for the hub's ViT and CLIP
+vision checkpoints; visual tokens (the picture, the crops of its objects), kept on disk, since a
+frozen tower computes them once; UMIE, which mixes them into T5's encoder output by a gate, or, as
+the alternative, lets T5 read them before the text.
+
+References: C-LoRAE (arXiv 2505.06303) Fig. 3, its base model UMIE (arXiv 2401.03082), ViT (arXiv
+2010.11929), CLIP (arXiv 2103.00020); names and numbers of transformers' ViTModel, CLIPVisionModel.
+Shapes: B batch, S source tokens, T target tokens, V visual tokens, D model width, H heads, K head
+width, P patches, F image-feature width, C vocabulary; here also M memory tokens of the decoder.
+Check:  python -m pytest tests/test_vision.py
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, astuple, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from t5 import (T5, Attention, FeedForward, RMSNorm, Stack, T5Config, WeightsError, compute_dtype,
+                linear, open_weights, prepare_memory, read_json, read_weights)
+
+# ------------------------------------------------------------------------------ pictures to pixels
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF")  # Pillow's many other readers are attack surface
+MAX_PIXELS = 32_000_000
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+PathLike = str | os.PathLike
+Boxes = Sequence[Sequence[float]]  # of one picture, each x1, y1, x2, y2 in pixels
+Request = tuple[str, tuple, tuple[int, int]]  # path, boxes, size as (w, h)
+
+
+class ImageError(ValueError):
+    """A picture, its name, its boxes or its stored features cannot be used; the text says which."""
+
+
+def resolve_image(root: PathLike, name: str) -> Path:
+    """Path of picture `name`, parts joined by "/", inside folder `root`; it need not exist.
+
+    Links are followed before the check, so that one that leads out of `root` is refused.
+    """
+    try:
+        parts, inside = name.split("/"), os.path.realpath(root)
+        path = os.path.realpath(os.path.join(inside, name))
+        bad = (re.search(r"[\\\0]|^~|^[A-Za-z]:", name)
+               or any(not part.strip(" .") for part in parts)  # "", ".", ".." and look-alikes
+               or os.path.commonpath([inside, path]) != inside)  # by parts: img is not img_x
+    except (AttributeError, OSError, ValueError):  # no text, too long, not encodable
+        bad = True
+    if bad:
+        raise ImageError(f'image name {name!r}: expected a relative path with "/" that stays inside '
+                         f"{root}, got one that does not; correct the record")
+    return Path(path)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode to RGB as the hub's processors do it: transparency is dropped.
+
+    16-bit grey keeps its high byte, where Pillow alone would turn all above 255 white.
+    """
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # the same pixels as without this step, but no warning
+    return image.convert("RGB")
+
+
+def load_image(path: PathLike) -> Image.Image:
+    """File -> upright RGB picture: EXIF's rotation comes first. ImageError names the path."""
+    try:
+        if not os.path.isfile(path):  # Pillow would wait for ever on a pipe
+            raise FileNotFoundError("no such file")
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ImageError(f"{image.size}, more than {MAX_PIXELS} pixels")
+            return to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # damaged files raise nearly every built-in exception in Pillow
+        raise ImageError(f"{path}: expected a whole {', '.join(FORMATS)} picture, got "
+                         f"{type(error).__name__}: {error}; replace the file") from error
+
+
+def preprocess(image: Image.Image, size: int = 224, mean: float | Sequence[float] = 0.5,
+               std: float | Sequence[float] = 0.5,
+               resample: int = Image.Resampling.BILINEAR) -> Tensor:
+    """Picture -> pixels [3,size,size] float32, equal to the hub's ViTImageProcessor.
+
+    The picture is squeezed into a square and never cut, since a box may lie anywhere in it; this
+    holds for CLIP towers too, whose own processor would cut out the centre.
+    """
+    resized = to_rgb(image).resize((size, size), resample)
+    pixels = np.asarray(resized, dtype=np.float32) / 255
+    pixels = (pixels - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+# ------------------------------------------------------------------------------ vision transformer
+ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "gelu_new": nn.GELU("tanh"),
+               "gelu_pytorch_tanh": nn.GELU("tanh"),
+               "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}  # CLIP was trained with this
+# What transformers assumes where a CLIP folder's files are silent; ViT's are ViTConfig's own.
+CLIP_DEFAULTS = {"patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+                 "image_mean": (0.48145466, 0.4578275, 0.40821073),
+                 "image_std": (0.26862954, 0.26130258, 0.27577711), "resample": 3}
+
+
+@dataclass
+class ViTConfig:
+    """Geometry under transformers' field names, and how pictures become pixels."""
+
+    model_type: str = "vit"  # or clip_vision_model
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    image_size: int = 224
+    patch_size: int = 16
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-12
+    qkv_bias: bool = True
+    image_mean: Sequence[float] = (0.5, 0.5, 0.5)
+    image_std: Sequence[float] = (0.5, 0.5, 0.5)
+    resample: int = 2  # Pillow's number for bilinear
+
+    def __post_init__(self) -> None:
+        if (self.model_type not in FAMILIES or self.hidden_act not in ACTIVATIONS
+                or any(type(n) is not int or n < 1 for n in astuple(self)[1:7])
+                or self.hidden_size % self.num_attention_heads):
+            raise WeightsError(f"expected model_type of {FAMILIES}, hidden_act of {[*ACTIVATIONS]}, "
+                               "sizes above 0 and heads that divide hidden_size, got "
+                               f"{self}; use a ViT or CLIP vision checkpoint")
+
+    @classmethod
+    def from_pretrained(cls, folder: PathLike) -> "ViTConfig":
+        """Read config.json (of a whole CLIP its vision part) and any preprocessor_config.json."""
+        raw, pictures = read_json(Path(folder) / "config.json"), {}
+        if "vision_config" in raw:
+            raw = raw["vision_config"] | {"model_type": "clip_vision_model"}
+        if (path := Path(folder) / "preprocessor_config.json").is_file():
+            pictures = read_json(path)
+        raw = raw | {own: pictures[own] for own in ("image_mean", "image_std", "resample")
+                     if pictures.get(own) is not None}
+        silent = CLIP_DEFAULTS if raw.get("model_type") == FAMILIES[1] else {"model_type": None}
+        config = cls(**silent | {k: v for k, v in raw.items() if k in cls.__dataclass_fields__})
+        size = pictures.get("crop_size") or pictures.get("size") or config.image_size
+        if isinstance(size, dict):  # in old files a number
+            size = size.get("height", size.get("shortest_edge"))
+        off = [s for s in ("do_resize", "do_rescale", "do_normalize") if pictures.get(s) is False]
+        if size != config.image_size or off:
+            raise WeightsError(f"{path}: expected size {config.image_size} as in config.json and no "
+                               f"step off, got {size} and off {off}; take files of one checkpoint")
+        return config
+
+
+class ViTBlock(nn.Module):
+    """Pre-norm transformer layer: x + Attention(LN x), then x + MLP(LN x)."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        D, eps = config.hidden_size, config.layer_norm_eps
+        self.heads = config.num_attention_heads
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.attention_norm = nn.LayerNorm(D, eps)
+        self.q, self.k, self.v = (nn.Linear(D, D, config.qkv_bias) for _ in "qkv")
+        self.o = nn.Linear(D, D)
+        self.mlp_norm = nn.LayerNorm(D, eps)
+        self.up = nn.Linear(D, config.intermediate_size)
+        self.down = nn.Linear(config.intermediate_size, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,1+P,D] -> [B,1+P,D]."""
+        y = self.attention_norm(x)
+        q, k, v = (project(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B,H,1+P,K]
+                   for project in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v)
+        x = x + self.o(y.transpose(1, 2).flatten(2))
+        return x + self.down(self.activation(self.up(self.mlp_norm(x))))
+
+
+class ViT(nn.Module):
+    """Vision tower up to transformers' `last_hidden_state`; ViT(config) draws ViT's initialisation.
+
+    CLIP differs in three places: no bias in the patch projection, a norm before the first layer,
+    none after the last (its post_layernorm touches only the pooled token, not used here).
+    """
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        clip, D, patch = config.model_type != "vit", config.hidden_size, config.patch_size
+        self.config, self.size, self.resample = config, config.image_size, config.resample
+        self.mean, self.std = tuple(config.image_mean), tuple(config.image_std)
+        tokens = 1 + (config.image_size // patch) ** 2
+        # Shapes as in the files, which differ between the families by leading ones.
+        self.class_token = nn.Parameter(torch.empty((D,) if clip else (1, 1, D)))
+        self.positions = nn.Parameter(torch.empty((tokens, D) if clip else (1, tokens, D)))
+        self.patches = nn.Conv2d(3, D, patch, stride=patch, bias=not clip)
+        self.first_norm = nn.LayerNorm(D, config.layer_norm_eps) if clip else nn.Identity()
+        self.blocks = nn.ModuleList(ViTBlock(config) for _ in range(config.num_hidden_layers))
+        self.final_norm = nn.Identity() if clip else nn.LayerNorm(D, config.layer_norm_eps)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1 or name == "class_token":
+                nn.init.trunc_normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values [B,3,size,size] -> [B,1+P,D]; token 0 stands for the whole picture."""
+        if pixel_values.shape[1:] != (3, self.size, self.size):
+            raise ImageError(f"ViT: expected pixels [B, 3, {self.size}, {self.size}], got "
+                             f"{list(pixel_values.shape)}; use preprocess(image, {self.size})")
+        x = self.patches(pixel_values).flatten(2).transpose(1, 2)  # [B,P,D]
+        x = torch.cat((self.class_token.expand(len(x), 1, -1), x), dim=1) + self.positions
+        x = self.first_norm(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.final_norm(x)
+
+    @staticmethod
+    def feature_width(folder: PathLike) -> int:
+        """F of the tower in an HF directory, from its config.json alone."""
+        return ViTConfig.from_pretrained(folder).hidden_size
+
+    @classmethod
+    def from_pretrained(cls, folder: PathLike) -> "ViT":
+        """HF directory -> tower in float32 and eval mode; each key in it is used or in DROPS."""
+        with torch.device("meta"):
+            model = cls(ViTConfig.from_pretrained(folder))
+        stored, family = open_weights(Path(folder)), FAMILIES.index(model.config.model_type)
+        prefix = PREFIXES[family] * any(key.startswith(PREFIXES[family]) for key in stored)
+        names = {own: prefix + hub for own, hub in hub_names(model).items()}
+        drop = {key for key in stored if key.removeprefix(prefix).startswith(DROPS[family])}
+        state = read_weights(Path(folder), stored, model, names, drop, torch.float32)
+        model.load_state_dict(state, assign=True)
+        return model.eval()
+
+    def save_pretrained(self, folder: PathLike) -> None:
+        """Write model.safetensors, config.json and preprocessor_config.json as of a ViTModel."""
+        if self.config.model_type != "vit":
+            raise WeightsError(f"{folder}: only model_type vit is written, got "
+                               f"{self.config.model_type}; copy the original checkpoint instead")
+        folder, names, config = Path(folder), hub_names(self), asdict(self.config)
+        pictures = {k: config.pop(k) for k in ("image_mean", "image_std", "resample")}
+        pictures |= {"image_processor_type": "ViTImageProcessor",
+                     "size": {"height": self.size, "width": self.size}}
+        tensors = {names[own]: tensor.contiguous() for own, tensor in self.state_dict().items()}
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "model.safetensors", save(tensors, {"format": "pt"}))
+        write_whole(folder / "preprocessor_config.json", json.dumps(pictures, indent=2).encode())
+        write_whole(folder / "config.json", json.dumps(config, indent=2).encode())
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """The file is complete under its name or absent: written aside, flushed to disk, renamed."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+# Ours: (ViTModel's, CLIPVisionModel's). Modules stand for their .weight and .bias, {} for the layer.
+NAMES = {
+    "class_token": ("embeddings.cls_token", "embeddings.class_embedding"),
+    "positions": ("embeddings.position_embeddings", "embeddings.position_embedding.weight"),
+    "patches": ("embeddings.patch_embeddings.projection", "embeddings.patch_embedding"),
+    "first_norm": (None, "pre_layrnorm"),  # spelt so in every CLIP file
+    "final_norm": ("layernorm", None)}
+NAMES |= {f"blocks.{{}}.{own}": (f"encoder.layer.{{}}.{vit}", f"encoder.layers.{{}}.{clip}")
+          for own, vit, clip in (
+    ("attention_norm", "layernorm_before", "layer_norm1"),
+    ("q", "attention.attention.query", "self_attn.q_proj"),
+    ("k", "attention.attention.key", "self_attn.k_proj"),
+    ("v", "attention.attention.value", "self_attn.v_proj"),
+    ("o", "attention.output.dense", "self_attn.out_proj"),
+    ("mlp_norm", "layernorm_after", "layer_norm2"),
+    ("up", "intermediate.dense", "mlp.fc1"),
+    ("down", "output.dense", "mlp.fc2"))}
+FAMILIES = ("vit", "clip_vision_model")  # model_type of each column, the prefix its keys may carry,
+PREFIXES = ("vit.", "vision_model.")  # and keys not read: heads, poolers, CLIP's text half, buffers
+DROPS = (("pooler.", "classifier.", "embeddings.mask_token"),
+         ("post_layernorm.", "embeddings.position_ids", "text_model.", "text_projection.",
+          "visual_projection.", "logit_scale", "classifier."))
+
+
+def hub_names(model: ViT) -> dict[str, str]:
+    """Our parameter names -> the hub's (without prefix), one to one."""
+    family, names = FAMILIES.index(model.config.model_type), {}
+    for own in model.state_dict():
+        module, dot, leaf = own.rpartition(".")
+        hub = NAMES[re.sub(r"\d+", "{}", module or leaf)][family]
+        names[own] = hub.format(*re.findall(r"\d+", module)) + (dot and dot + leaf)
+    return names
+
+
+# ------------------------------------------------------------------------------ visual tokens
+def normalise_boxes(boxes: Boxes, size: Sequence[int]) -> Tensor:
+    """Pixel boxes (x1, y1, x2, y2) of a picture -> [1+n,5], row 0 the picture itself.
+
+    Rows are x1, y1, x2, y2, area in 0..1. Corners up to one pixel outside (annotators round) are
+    pulled in; anything else that is no box inside the picture is an error.
+    """
+    (w, h), rows = size, [(0.0, 0.0, 1.0, 1.0, 1.0)]
+    for box in boxes:
+        x1, y1, x2, y2 = box if len(box) == 4 else [math.nan] * 4
+        if not (-1 <= x1 <= x2 <= w + 1 and -1 <= y1 <= y2 <= h + 1):  # not so for NaN either
+            raise ImageError(f"box {list(box)}: expected x1 <= x2 in 0..{w} and y1 <= y2 in 0..{h} "
+                             "pixels; correct the record's objects or its size")
+        x1, x2 = (min(max(x, 0), w) / w for x in (x1, x2))
+        y1, y2 = (min(max(y, 0), h) / h for y in (y1, y2))
+        rows.append((x1, y1, x2, y2, (x2 - x1) * (y2 - y1)))
+    return torch.tensor(rows)
+
+
+def crop(image: Image.Image, box: Sequence[float]) -> Image.Image:
+    """All pixels that a box touches, at least one: a thinner box gives the pixel it lies in."""
+    left, top = (min(max(int(x), 0), n - 1) for x, n in zip(box[:2], image.size))
+    right, bottom = (min(math.ceil(x), n) for x, n in zip(box[2:], image.size))
+    return image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
+
+
+class FeatureCache:
+    """Features [V,F] of pictures and their boxes, computed once by a frozen tower and kept on disk.
+
+    `folder`/<vit_hash>/<shard>.safetensors holds one float32 tensor per picture and boxes, named by
+    the sha256 of the file's bytes, boxes, size and preprocessing; `vit_hash` names the tower's
+    weights. Shards are only added, each renamed when whole, so processes may share a folder.
+    Token 0 is the picture, token k its box k: the tower's first token of `last_hidden_state`.
+    """
+
+    SHARD, AHEAD, CROPS = 256, 16, 64  # pictures per file and read ahead, crops per tower call
+
+    def __init__(self, vit: ViT, vit_hash: str, folder: PathLike) -> None:
+        self.vit, self.folder = vit, Path(folder) / vit_hash
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.shards: dict[Path, Any] = {}  # memory-mapped files
+        self.index: dict[str, Path] = {}  # tensor name -> its shard
+        self.names: dict[Request, str] = {}  # a picture's bytes are hashed once a run
+
+    def get(self, path: PathLike, boxes: Boxes,
+            size: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+        """One picture -> (features [V,F], boxes [V,5]), computed and stored if not yet there.
+
+        `size`: the record's [w, h], which must be the upright picture's; None takes the picture's.
+        """
+        size = load_image(path).size if size is None else size
+        (name,) = self.prepare([(path, boxes, size)])
+        return self.shards[self.index[name]].get_tensor(name), normalise_boxes(boxes, size)
+
+    def prepare(self, requests: Iterable[tuple[PathLike, Boxes, Sequence[int]]]) -> list[str]:
+        """Compute what is not stored of these (path, boxes, size); returns their tensor names."""
+        requests = [(os.fspath(path), tuple(map(tuple, boxes)), tuple(size))
+                    for path, boxes, size in requests]
+        wanted = {self.name(request): request for request in requests}
+        if wanted.keys() - self.index.keys():
+            self.scan()  # another process may have stored them
+        missing = [item for item in wanted.items() if item[0] not in self.index]
+        if missing:
+            with tqdm(total=len(missing), desc="image features", unit="image",
+                      disable=len(missing) < 2) as bar, ThreadPoolExecutor() as pool:
+                for start in range(0, len(missing), self.SHARD):
+                    self.store(missing[start:start + self.SHARD], pool, bar)
+        return [self.names[request] for request in requests]
+
+    def name(self, request: Request) -> str:
+        """What a request's tensor is called: it changes with all that the features depend on."""
+        if request not in self.names:
+            (path, boxes, size), vit = request, self.vit
+            try:
+                normalise_boxes(boxes, size)
+                content = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            except (ImageError, OSError) as error:
+                raise ImageError(f"{path}: expected an image and boxes inside it: {error}; "
+                                 "correct the record or add the file") from error
+            parts = [content, boxes, size, vit.size, vit.mean, vit.std, vit.resample]
+            self.names[request] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return self.names[request]
+
+    def scan(self) -> None:
+        """Map the shards that are new in the folder; only their headers are read."""
+        for path in sorted(set(self.folder.glob("*.safetensors")) - set(self.shards)):
+            try:
+                self.shards[path] = safe_open(path, "pt")
+            except (SafetensorError, OSError) as error:
+                raise ImageError(f"{path}: expected a whole file of image features, got: {error}; "
+                                 "delete it, and its features are computed again") from error
+            self.index |= dict.fromkeys(self.shards[path].keys(), path)
+
+    def pixels(self, request: Request) -> Tensor:
+        """Read a picture -> [V,3,size,size], itself and its crops."""
+        (path, boxes, size), vit = request, self.vit
+        image = load_image(path)
+        if image.size != size:
+            raise ImageError(f"{path}: expected {size[0]} x {size[1]} pixels as in the record, got "
+                             f"{image.width} x {image.height} (upright); correct the record")
+        return torch.stack([preprocess(view, vit.size, vit.mean, vit.std, vit.resample)
+                            for view in (image, *(crop(image, box) for box in boxes))])
+
+    @torch.no_grad()
+    def store(self, items: list[tuple[str, Request]], pool: ThreadPoolExecutor, bar: tqdm) -> None:
+        """Compute one shard and add it to the folder."""
+        features, device = {}, self.vit.class_token.device
+        for start in range(0, len(items), self.AHEAD):
+            names, requests = zip(*items[start:start + self.AHEAD])
+            pixels = list(pool.map(self.pixels, requests))
+            tokens = torch.cat([self.vit(some.to(device))[:, 0].float().cpu()
+                                for some in torch.cat(pixels).split(self.CROPS)])
+            rows = tokens.split([len(views) for views in pixels])
+            features |= {name: row.clone() for name, row in zip(names, rows)}
+            bar.update(len(names))
+        shard = hashlib.sha256("".join(sorted(features)).encode()).hexdigest()[:32]
+        write_whole(self.folder / f"{shard}.safetensors", save(features))
+        self.scan()
+
+
+# ------------------------------------------------------------------------------ the UMIE adapter
+class VisualEmbedding(nn.Module):
+    """A visual token = LN(Linear(feature)) + LN(Linear(x1, y1, x2, y2, area)) + order embedding."""
+
+    def __init__(self, feature_width: int, config: T5Config, max_objects: int) -> None:
+        super().__init__()
+        D, eps = config.d_model, config.layer_norm_epsilon
+        self.feature, self.feature_norm = nn.Linear(feature_width, D), RMSNorm(D, eps)
+        self.box, self.box_norm = nn.Linear(5, D), RMSNorm(D, eps)
+        self.order = nn.Embedding(1 + max_objects, D)  # 0 the picture, k its k-th object
+
+    def forward(self, features: Tensor, boxes: Tensor) -> Tensor:
+        """features [B,V,F], boxes [B,V,5] -> [B,V,D]."""
+        V, dtype = features.shape[1], self.feature.weight.dtype
+        if V > self.order.num_embeddings:
+            raise ImageError(f"visual tokens: expected at most 1 + {self.order.num_embeddings - 1} "
+                             f"objects, got {V} tokens; raise max_objects or keep fewer boxes")
+        return (self.feature_norm(self.feature(features.to(dtype)))
+                + self.box_norm(self.box(boxes.to(dtype))) + self.order.weight[:V])
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """x [B,S,D], mask [B,S] -> mean over real tokens [B,D], at least float32; 0 where none is."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32)).masked_fill(~mask[..., None], 0.0)
+    return x.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+
+
+class GateFusion(nn.Module):
+    """h' = h + lambda FF(LN(h + CrossAttention(LN h, visual))), FF being T5's gated feed-forward.
+
+    Its last projection starts at zero: at first h' = h and the pretrained T5 is intact.
+    """
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        config = replace(config, feed_forward_proj="gated-gelu")
+        D, eps = config.d_model, config.layer_norm_epsilon
+        self.attention_norm, self.attention = RMSNorm(D, eps), Attention(config)
+        self.feed_forward_norm, self.feed_forward = RMSNorm(D, eps), FeedForward(config)
+        nn.init.zeros_(self.feed_forward.down.weight)
+        self.proj_text, self.proj_visual = (
+            nn.Sequential(linear(D, 384, D ** -0.5), linear(384, 128, 384 ** -0.5)) for _ in "tv")
+
+    def gate(self, h: Tensor, mask: Tensor, visual: Tensor, visual_mask: Tensor) -> Tensor:
+        """lambda [B]: leaky_relu twice of exp(0.5) cos(mean of projected text, of visual tokens).
+
+        The projections are linear, so the mean is taken first, which is cheaper and the same.
+        """
+        text, seen = masked_mean(h, mask), masked_mean(visual, visual_mask)
+        wide, dtype = text.dtype, self.proj_text[0].weight.dtype
+        cosine = F.cosine_similarity(self.proj_text(text.to(dtype)).to(wide),
+                                     self.proj_visual(seen.to(dtype)).to(wide), dim=-1)
+        return F.leaky_relu(F.leaky_relu(math.exp(0.5) * cosine))
+
+    def forward(self, h: Tensor, mask: Tensor, visual: Tensor, visual_mask: Tensor) -> Tensor:
+        """h [B,S,D], mask [B,S], visual [B,V,D], visual_mask [B,V] -> h' [B,S,D].
+
+        A row without visual tokens is returned as it came, to the bit.
+        """
+        source, bias = prepare_memory(visual, visual_mask, compute_dtype(h))
+        mixed = h + self.attention(self.attention_norm(h), source, bias)
+        mixed = self.feed_forward(self.feed_forward_norm(mixed))
+        fused = h + self.gate(h, mask, visual, visual_mask)[:, None, None] * mixed
+        return torch.where(visual_mask.any(1)[:, None, None], fused.to(h.dtype), h)
+
+
+class UMIE(nn.Module):
+    """T5 with visual tokens (Fig. 3), which first pass VStack, two encoder layers of their own.
+
+    fusion "gate": GateFusion after the text encoder, M = S. fusion "concat": the encoder reads
+    visual tokens before the text, M = V + S. A batch is anything with input_ids, attention_mask
+    [B,S], labels [B,T] (-100 at padding) or None, tasks [B], features [B,V,F], boxes [B,V,5] and
+    visual_mask [B,V], all False in a row without image; V may be 0. `routing`, where set, is told
+    each batch's tasks and masks: expert layers, unknown here, read them from it.
+    """
+
+    def __init__(self, t5: T5, feature_width: int, max_objects: int = 16,
+                 fusion: str = "gate") -> None:
+        super().__init__()
+        if fusion not in ("gate", "concat"):
+            raise ValueError(f"UMIE: expected fusion gate or concat, got {fusion!r}; choose one")
+        self.t5, self.routing = t5, None
+        self.visual_embedding = VisualEmbedding(feature_width, t5.config, max_objects)
+        self.vstack = Stack(t5.config, 2, decoder=False)
+        self.fusion = GateFusion(t5.config) if fusion == "gate" else None
+
+    def encode(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """-> memory [B,M,D] for the decoder and its mask [B,M]."""
+        mask, visual_mask = batch.attention_mask.bool(), batch.visual_mask.bool()
+        memory_mask = mask if self.fusion else torch.cat((visual_mask, mask), dim=1)
+        if self.routing is not None:
+            target = None if batch.labels is None else batch.labels != -100
+            self.routing.set(batch.tasks, memory=memory_mask, target=target, visual=visual_mask)
+        text_only = batch.features.shape[1] == 0
+        if not text_only:
+            visual = self.vstack(self.visual_embedding(batch.features, batch.boxes), visual_mask)
+        if self.fusion:
+            h = self.t5.encode(batch.input_ids, mask)
+            return (h if text_only else self.fusion(h, mask, visual, visual_mask)), mask
+        embeds = self.t5.embed(batch.input_ids)
+        embeds = embeds if text_only else torch.cat((visual.to(embeds.dtype), embeds), dim=1)
+        return self.t5.encode(None, memory_mask, inputs_embeds=embeds), memory_mask
+
+    def forward(self, batch: Any) -> Tensor:
+        """-> logits [B,T,C] for batch.labels."""
+        memory, mask = self.encode(batch)
+        return self.t5.decode(self.t5.shift_right(batch.labels), memory, mask)
+
+    def generate(self, batch: Any, max_new_tokens: int, num_beams: int = 1,
+                 banned_ids: list[int] | None = None) -> Tensor:
+        """-> ids [B,<=max_new_tokens], as T5.generate."""
+        with torch.no_grad():
+            memory, mask = self.encode(batch)
+        on_rows = None if self.routing is None else self.routing.rows
+        return self.t5.generate(attention_mask=mask, max_new_tokens=max_new_tokens, memory=memory,
+                                num_beams=num_beams, banned_ids=banned_ids, on_rows=on_rows)
