@@ -32,14 +32,12 @@ The model answers in this grammar (text is percent-escaped where it looks like s
 References: C-LoRAE (arXiv 2505.06303), UMIE (Sun et al., AAAI 2024), T5 (Raffel et al., 2020).
 Shape legend: B batch, S source tokens, T target tokens, V visual tokens, F image-feature width.
 
-    python data.py convert {twitter2015,twitter2017,snap,mnre_v1,mnre_v2,m2e2} SRC DST
-    python data.py check DST [--require-images]
+    python data.py convert KIND SRC DST        (the two commands themselves are in convert.py)
+    python data.py check DST
 """
 
 from __future__ import annotations
 
-import argparse
-import ast
 import difflib
 import hashlib
 import json
@@ -49,9 +47,8 @@ import re
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
-from itertools import combinations
 from pathlib import Path
 
 import sentencepiece
@@ -108,7 +105,7 @@ def iou(a: Box, b: Box) -> float:
     return width * height / (areas - width * height)
 
 
-# ------------------------------------------------------------------------------ strict reading
+# ---------------------------------------------------------------------------- strict reading
 # A rule says what a JSON value must be: a dict demands exactly its keys, a one-element list a list
 # of such elements, None nothing; a function looks at the value and returns one of these or a
 # string that completes the sentence "<value> ...: <what to do>".
@@ -116,31 +113,49 @@ def iou(a: Box, b: Box) -> float:
 Rule = dict | list | str | Callable | None
 
 
-def walk(value: object, rule: Rule, place: str, report: Callable[[str, str], None]) -> None:
-    """Calls report(field, problem) for every place where `value` breaks `rule`."""
-    while callable(rule):
-        rule = rule(value)
-    if isinstance(rule, str):
-        report(place, f"{show(value)} {rule}")
-    elif rule is not None and not isinstance(value, type(rule)):
-        report(place, f"{show(value)} is no {'object' if isinstance(rule, dict) else 'list'}: "
-               "write it as the top of data.py shows")
-    elif isinstance(rule, list):
-        for i, element in enumerate(value):
-            walk(element, rule[0], f"{place}[{i}]", report)
-    elif isinstance(rule, dict):
-        for key in sorted(value.keys() - rule.keys()):
-            report(place, f"key {show(key)} is unknown: {nearest(key, rule)}")
-        for key in rule:
-            if key in value:
-                walk(value[key], rule[key], f"{place}.{key}".removeprefix("record."), report)
-            else:
-                report(place, f'key "{key}" is missing: add it, null or [] where there is nothing')
+class Problems(list):
+    """Collects "file:line: field: problem: what to do", so that many mistakes show at once."""
+
+    def add(self, where: str, place: str, problem: str) -> None:
+        self.append(f"{where}: {place}: {problem}")
+        if len(self) >= MAX_PROBLEMS:
+            self.raise_if_any()
+
+    def raise_if_any(self) -> None:
+        more = ", stopped there" if len(self) >= MAX_PROBLEMS else ""
+        if self:
+            raise DataError(f"{len(self)} problem(s) in the data{more}:\n  " + "\n  ".join(self))
+
+    def check(self, value: object, rule: Rule, where: str, place: str) -> bool:
+        """Whether `value` keeps the rule; every place where it does not is added."""
+        before = len(self)
+        while callable(rule):
+            rule = rule(value)
+        if isinstance(rule, str):
+            self.add(where, place, f"{show(value)} {rule}")
+        elif rule is not None and not isinstance(value, type(rule)):
+            name = "object" if isinstance(rule, dict) else "list"
+            self.add(where, place, f"{show(value)} is no JSON {name}: correct it")
+        elif isinstance(rule, list):
+            for i, element in enumerate(value):
+                self.check(element, rule[0], where, f"{place}[{i}]")
+        elif isinstance(rule, dict):
+            for key in sorted(value.keys() - rule.keys()):
+                self.add(where, place, f"key {show(key)} is unknown: {nearest(key, rule)}")
+            for key, inner in rule.items():
+                if key in value:
+                    self.check(value[key], inner, where, f"{place}.{key}".removeprefix("record."))
+                else:
+                    self.add(where, place, f'key "{key}" is missing: add it, if only as null or []')
+        return len(self) == before
 
 
 def show(value: object) -> str:
     """A value as it stands in the file, shortened."""
-    text = json.dumps(value)
+    try:
+        text = json.dumps(value, default=repr, skipkeys=True)
+    except RecursionError:
+        text = "something nested deeply"
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -156,24 +171,30 @@ def must(test: Callable[[object], object], problem: str) -> Rule:
 
 
 def one_of(known: Iterable[str]) -> Rule:
-    return lambda v: None if isinstance(v, str) and v in known else f"is unknown: {nearest(v, known)}"
+    return lambda value: (None if isinstance(value, str) and value in known
+                          else f"is unknown: {nearest(value, known)}")
 
 
 def numbers(value: object, kinds: tuple[type, ...], count: int) -> bool:
-    """A list of `count` finite numbers of these types (type(), because True is an int)."""
+    """A list of `count` sane numbers of these types (type(), because True is an int)."""
     return (isinstance(value, list) and len(value) == count
-            and all(type(x) in kinds and math.isfinite(x) for x in value))
+            and all(type(x) in kinds and abs(x) < 1e9 for x in value))
 
 
 def get(mapping: object, key: object, default: object = None) -> object:
     """mapping[key] where both are what they should be, else the default."""
-    return mapping.get(key, default) if isinstance(mapping, dict) and isinstance(key, str) else default
+    known = isinstance(mapping, dict) and isinstance(key, str)
+    return mapping.get(key, default) if known else default
 
 
+BLANK = re.compile("[\\s\ud800-\udfff]", re.ASCII)    # no token holds these
 string = must(lambda v: isinstance(v, str) and v and v.isprintable(),
               "is no non-empty printable string: correct it")
-token = must(lambda v: isinstance(v, str) and v and not re.search("[\\s\ud800-\udfff]", v, re.ASCII),
+token = must(lambda v: isinstance(v, str) and v and not BLANK.search(v),
              "is no non-empty string without blanks and half surrogates: repair it, mind the spans")
+word = must(lambda v: not string(v) and v == v.lower()
+            and re.fullmatch("[^ ,:;<>%]+( [^ ,:;<>%]+)*", v),
+            "is no lower-case word without , : ; < > %: rename the label")
 image_name = must(lambda v: v is None or not string(v)
                   and not re.search(r"[\\:]|(^|/)\.{0,2}(/|$)", v),
                   "is neither null nor a plain relative path: name a file below images/")
@@ -228,41 +249,21 @@ def record_rule(raw: object, dataset: Dataset) -> Rule:
 
 def dataset_rule(raw: object, name: str) -> Rule:
     """The rule for dataset.json in the folder `name`; `raw` itself chooses the tasks."""
-    word = must(lambda v: not string(v) and v == v.lower() and re.fullmatch(
-        "[^ ,:;<>%]+( [^ ,:;<>%]+)*", v), "is no lower-case words without , : ; < > %: rename it")
-
-    def labels(value: object, none: bool) -> Rule:
-        if isinstance(value, list) and all(isinstance(x, str) for x in value):
-            if value != sorted(set(value)) or ("none" in value) != none:
-                return ("is not sorted without repetition, with \"none\" for mre and only there: "
-                        "correct the list")
-        return [word]
+    def labels(none: bool) -> Rule:
+        return lambda v: [word] if not isinstance(v, list) or ("none" in v) == none else (
+            'breaks that "none" is a label of mre and of no other task: add or remove it')
 
     def roles(value: object) -> Rule:
         if not isinstance(value, dict) or any(map(word, value)):
             return "is no {event type: [roles]} in lower-case words: correct it"
-        return {kind: lambda v: labels(v, False) for kind in value}
+        return dict.fromkeys(value, [word])
 
+    rules = {"mner": labels(False), "mre": labels(True), "med": labels(False), "meae": roles}
     units = get(raw, "units")
     tasks = [t for t in RECORD_TASKS if isinstance(units, dict) and t in units] or ["mner"]
-    return {"name": one_of([name]), **({"note": string} if "note" in (raw or ()) else {}),
+    return {"name": one_of([name]), **({} if get(raw, "note") is None else {"note": string}),
             "units": {t: one_of([u for u in UNITS if UNIT_TASK[u] == t]) for t in tasks},
-            "labels": {t: roles if t == "meae" else lambda v, t=t: labels(v, t == "mre")
-                       for t in tasks}}
-
-
-class Problems(list):
-    """Collects problem lines, so that a user sees many mistakes at once."""
-
-    def add(self, where: str, place: str, problem: str) -> None:
-        self.append(f"{where}: {place}: {problem}")
-        if len(self) >= MAX_PROBLEMS:
-            self.raise_if_any()
-
-    def raise_if_any(self) -> None:
-        more = ", stopped there" if len(self) >= MAX_PROBLEMS else ""
-        if self:
-            raise DataError(f"{len(self)} problem(s) in the data{more}:\n  " + "\n  ".join(self))
+            "labels": {t: rules[t] for t in tasks}}
 
 
 def read_bytes(path: Path) -> bytes:
@@ -293,8 +294,7 @@ def read_dataset(folder: Path) -> Dataset:
         raw = parse_json(data)
     except ValueError as error:
         raise DataError(f"{path}: not JSON ({error}): repair the file") from None
-    walk(raw, dataset_rule(raw, folder.name), "dataset",
-         lambda place, problem: problems.add(str(path), place, problem))
+    problems.check(raw, dataset_rule(raw, folder.name), str(path), "dataset")
     problems.raise_if_any()
     return Dataset(raw["name"], raw["units"], raw["labels"])
 
@@ -302,28 +302,24 @@ def read_dataset(folder: Path) -> Dataset:
 def read_split(folder: Path, split: str, dataset: Dataset, problems: Problems) -> list[Record]:
     """The records of folder/split.jsonl that are right; anything wrong is added to `problems`."""
     path, records, seen = folder / f"{split}.jsonl", [], {}
-    for number, line in enumerate(read_bytes(path).split(b"\n"), 1):    # U+2028 ends no line
-        where, before = f"{path}:{number}", len(problems)
-        if not line and number > 1:                  # the end of the file, else an error below
-            continue
+    lines = read_bytes(path).removesuffix(b"\n").split(b"\n")            # U+2028 ends no line
+    for number, line in enumerate(lines, 1):
+        where = f"{path}:{number}"
         try:
             raw = parse_json(line)
         except ValueError as error:
             problems.add(where, "line", f"not JSON in UTF-8 ({error}): repair or delete it")
             continue
-        walk(raw, record_rule(raw, dataset), "record",
-             lambda place, problem: problems.add(where, place, problem))
-        if len(problems) > before:
-            continue
-        if seen.setdefault(raw["id"], number) != number:
-            problems.add(where, "id", f'"{raw["id"]}" is also the id in line {seen[raw["id"]]}: '
-                         "make ids unique within the file")
-        records.append(Record(**{k: frozen(v) for k, v in raw.items()}, source=where))
+        if problems.check(raw, record_rule(raw, dataset), where, "record"):
+            if seen.setdefault(raw["id"], number) != number:
+                problems.add(where, "id", f'"{raw["id"]}" is the id of line {seen[raw["id"]]} too: '
+                             "make ids unique within the file")
+            records.append(Record(**{k: frozen(v) for k, v in raw.items()}, source=where))
     return records
 
 
 def frozen(value: object) -> object:
-    """Lists as tuples, so that a record cannot change and its boxes can be hashed."""
+    """Lists as tuples, so that a record stays as it was checked and its boxes can be hashed."""
     if isinstance(value, dict):
         return {key: frozen(element) for key, element in value.items()}
     return tuple(map(frozen, value)) if isinstance(value, list) else value
@@ -362,6 +358,25 @@ def load_corpus(corpus: str | os.PathLike, split: str,
     return records
 
 
+def write_dataset(folder: Path, descriptor: dict, splits: dict[str, list[dict]],
+                  sources: dict[str, list[str]] | None = None) -> None:
+    """Checks {split: [record as JSON]}, then writes folder/. sources: where each came from."""
+    dataset, problems = Dataset(folder.name, descriptor["units"], descriptor["labels"]), Problems()
+    problems.check(descriptor, dataset_rule(descriptor, folder.name), str(folder), "dataset")
+    for split, rows in splits.items():
+        for number, row in enumerate(rows):
+            where = sources[split][number] if sources else f"{split} record {number + 1}"
+            problems.check(row, record_rule(row, dataset), where, "record")
+    problems.raise_if_any()
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    texts = {f"{split}.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+             for split, rows in splits.items()}
+    texts["dataset.json"] = json.dumps(descriptor, ensure_ascii=False, indent=1) + "\n"
+    for name, text in texts.items():                 # renamed when whole: never half a file
+        (folder / f".{name}.part").write_text(text, encoding="utf-8", newline="\n")
+        os.replace(folder / f".{name}.part", folder / name)
+
+
 def training_texts(corpus: str | os.PathLike) -> list[str]:
     """The distinct texts of all training records and one instruction for each dataset and task."""
     records, datasets = load_corpus(corpus, "train"), load_datasets(corpus)
@@ -370,7 +385,7 @@ def training_texts(corpus: str | os.PathLike) -> list[str]:
     return [*texts, *(prompt(record, datasets[name])[0] for (name, _), record in first.items())]
 
 
-# ------------------------------------------------------------------------ prompts and targets
+# ---------------------------------------------------------------------------- prompts, targets
 
 RESERVED = re.compile(r"<(?=(?:spot|asoc|pad|unk|s|/s|extra_id_[0-9]+)>)")
 OBJECT = re.compile(r"O([0-9]+)")
@@ -418,35 +433,36 @@ class Item:
     event: int = field(default=0, compare=False)     # which event of the output a role belongs to
 
 
+def sorted_events(record: Record) -> list[dict]:
+    """By trigger; events of the whole image last."""
+    return sorted(record.events, key=lambda e: (e["trigger"] is None, e["trigger"] or ()))
+
+
 def gold_items(record: Record) -> list[Item]:
     """The gold facts of a record in the order of its target, unreachable boxes included.
 
-    Entities and triggers by offset (the whole image last); arguments event by event: those in the
-    text by offset, then objects by number, then boxes that no object shows.
+    Entities and triggers by offset; arguments event by event: those in the text by offset, then
+    objects by number, then boxes that no object shows.
     """
-    def located(label: str, span: Span | None, number: int | None, **more) -> Item:
+    def located(label: str, span: Span | None, number: int | None = None, role: str | None = None,
+                box: Box | None = None, event: int = 0) -> Item:
         text = words(record, span) if span else None if number is None else f"O{number}"
-        return Item(label, span=span, text=text, object=None if span else number, **more)
+        return Item(label, role, span, box, number == 0, text, number, event)
 
-    def text_first(span: Span | None, number: int | None) -> tuple:
+    def order(argument: dict) -> tuple:
+        span, number = argument.get("span"), argument.get("object")
         return span is None, span or (), number is None, number or 0
 
     if record.task == "mre":
         return [Item(record.relation)]
     if record.task == "mner":
-        return [located(label, (start, end), None) for start, end, label in sorted(
+        return [located(label, (start, end)) for start, end, label in sorted(
             (e["start"], e["end"], e["type"]) for e in record.entities)]
+    events = sorted_events(record)
     if record.task == "med":
-        return [located(e["type"], e["trigger"], 0, whole_image=e["trigger"] is None)
-                for e in sorted_events(record)]
-    return [located(e["type"], a.get("span"), a.get("object"), role=a["role"], box=a.get("box"),
-                    event=number)
-            for number, e in enumerate(sorted_events(record)) for a in sorted(
-                e["arguments"], key=lambda a: text_first(a.get("span"), a.get("object")))]
-
-
-def sorted_events(record: Record) -> list[dict]:
-    return sorted(record.events, key=lambda e: (e["trigger"] is None, e["trigger"] or ()))
+        return [located(e["type"], e["trigger"], None if e["trigger"] else 0) for e in events]
+    return [located(e["type"], a.get("span"), a.get("object"), a["role"], a.get("box"), k)
+            for k, e in enumerate(events) for a in sorted(e["arguments"], key=order)]
 
 
 def target_groups(record: Record, visible: int | None = None) -> list[list[str]]:
@@ -514,8 +530,9 @@ def parse(task: str, text: str, labels: Iterable[str] | dict, cut: bool = False)
     items, malformed = [], int(cut)
     for event, group in enumerate(groups):
         kind = group.pop(0).lower() if task == "meae" and group else None
+        known = labels if task != "meae" else labels.get(kind, ())
         malformed += kind is not None and kind not in labels and not group
-        for found in (split_item(x, labels if kind is None else labels.get(kind, ())) for x in group):
+        for found in (split_item(item, known) for item in group):
             if found is None:
                 malformed += 1
                 continue
@@ -551,7 +568,7 @@ def predicted_items(record: Record, text: str, dataset: Dataset,
 
     The k-th entity or trigger with one text is its k-th occurrence. An argument is the occurrence
     nearest to its event's trigger; triggers: {event type: first token} as predicted for the same
-    sample; where it is unknown, the first occurrence is meant. None is used twice in an event.
+    sample; where it is unknown, the first occurrence is meant. A role uses an occurrence once.
     """
     parsed = parse(record.task, text, dataset.labels[record.task], cut)
     tokens, used, items = [canon(token) for token in record.tokens], set(), []
@@ -562,9 +579,10 @@ def predicted_items(record: Record, text: str, dataset: Dataset,
                            whole_image=item.object == 0)
         elif item.text is not None:
             near = (triggers or {}).get(item.label, 0) if item.role else 0
-            free = [s for s in occurrences(tokens, canon(item.text)) if (item.event, s) not in used]
-            item = replace(item, span=min(free, key=lambda s: abs(s[0] - near), default=None))
-            used.add((item.event, item.span))
+            free = [span for span in occurrences(tokens, canon(item.text))
+                    if (item.event, item.role, span) not in used]
+            item = replace(item, span=min(free, key=lambda span: abs(span[0] - near), default=None))
+            used.add((item.event, item.role, item.span))
         items.append(item)
     return items, parsed.malformed
 
@@ -572,7 +590,6 @@ def predicted_items(record: Record, text: str, dataset: Dataset,
 # ---------------------------------------------------------------------------- tokenizer
 
 SENTINEL = re.compile(r"<(?:extra_id_(0|[1-9][0-9]?)|(spot)|(asoc))>")
-SENTINELS = 100                                      # <extra_id_0> .. <extra_id_99>
 
 
 class Tokenizer:
@@ -583,23 +600,22 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | os.PathLike):
-        path = Path(path)
-        path = path / "spiece.model" if path.is_dir() else path
+        path = Path(path) / "spiece.model" if Path(path).is_dir() else Path(path)
         try:
             self.pieces = sentencepiece.SentencePieceProcessor(model_proto=read_bytes(path))
         except RuntimeError:
-            raise DataError(f"{path}: expected a sentencepiece model; fetch the file again "
+            raise DataError(f"{path}: expected a sentencepiece model: fetch the file again "
                             "(T5 calls it spiece.model)") from None
         self.vocab_size = self.pieces.get_piece_size()
         self.pad_id, self.eos_id = self.pieces.pad_id(), self.pieces.eos_id()
         if min(self.pad_id, self.eos_id) < 0:
-            raise DataError(f"{path}: expected a T5 vocabulary with pad and eos pieces, got pad "
-                            f"{self.pad_id}, eos {self.eos_id}; use a T5 model's own file")
+            raise DataError(f"{path}: expected pad and eos pieces, got ids {self.pad_id} and "
+                            f"{self.eos_id}: use a T5 model's own file")
         self.spot_id, self.asoc_id = self.sentinel(0), self.sentinel(1)
 
     def sentinel(self, k: int) -> int:
         """The id of <extra_id_k>."""
-        return self.vocab_size + SENTINELS - 1 - k
+        return self.vocab_size + 99 - k
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text` with eos. It is split at sentinels, each part is encoded by itself."""
@@ -613,31 +629,28 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text up to eos; <spot>, <asoc> and <extra_id_k> stay visible, pad does not."""
         parts, run = [], []
-        for i in ids:
-            i = int(i)
+        for i in map(int, ids):
             if i == self.eos_id:
                 break
+            k = self.sentinel(0) - i
             if 0 <= i < self.vocab_size:
                 run += [i] if i != self.pad_id else []
-                continue
-            k = self.sentinel(0) - i
-            if not 0 <= k < SENTINELS:
+            elif 0 <= k < 100:
+                name = {0: "<spot>", 1: "<asoc>"}.get(k, f"<extra_id_{k}>")
+                parts, run = parts + [self.pieces.decode(run), name], []
+            else:
                 raise DataError(f"decode: id {i} is neither one of {self.vocab_size} pieces nor a "
-                                "sentinel; ban undecodable() ids when generating")
-            parts += [self.pieces.decode(run), {0: "<spot>", 1: "<asoc>"}.get(k, f"<extra_id_{k}>")]
-            run = []
+                                "sentinel: ban undecodable() ids when generating")
         return " ".join(part for part in parts + [self.pieces.decode(run)] if part)
 
     def undecodable(self, vocab_size: int) -> list[int]:
         """Ids below vocab_size (the model's) that stand for no output: never generate them."""
-        kept = {self.pad_id, self.eos_id, self.spot_id, self.asoc_id}
-        kept |= {i for i in range(self.vocab_size)
-                 if not (self.pieces.is_control(i) or self.pieces.is_unused(i))}
+        kept = {i for i in range(self.vocab_size) if not self.pieces.is_control(i)}
+        kept |= {self.pad_id, self.eos_id, self.spot_id, self.asoc_id}
         return [i for i in range(vocab_size) if i not in kept]
 
 
 # ---------------------------------------------------------------------------- examples, batches
-
 
 @dataclass(frozen=True)
 class Example:
@@ -655,24 +668,24 @@ def encode_records(records: list[Record], datasets: dict[str, Dataset], tokenize
                    announce: Callable[[str], None] = print) -> list[Example]:
     """Records -> examples of at most max_source and max_target ids, eos included.
 
-    Only text is truncated: a prefix that does not fit is an error. Gold items whose words were
-    lost are left out of the target, and so are trailing items of a target that is too long; both
-    are counted and announced. The gold that metrics see is the record's and stays whole.
+    Only text is truncated: a prefix that does not fit is an error. Items whose words were lost are
+    left out of the target, and so are the last items of a target that is too long; both are
+    counted and announced. The gold that metrics see is the record's and stays whole.
     """
     examples, lost = [], Counter()
     for row, record in enumerate(records):
         dataset = datasets[record.dataset]
         input_ids, visible = encode_source(record, dataset, tokenizer, max_source)
         groups = target_groups(record, visible)
-        dropped = sum(map(len, target_groups(record))) - sum(map(len, groups))
-        labels, shortened = encode_target(groups, tokenizer, max_target)
-        lost.update(texts=visible is not None, words_lost=dropped, too_long=shortened)
-        task = TASKS.index(record.task if record.task in TASKS else "mee")
+        labels, dropped = encode_target(record, groups, tokenizer, max_target)
+        lost.update(texts=visible is not None, too_long=dropped,
+                    items=sum(map(len, target_groups(record))) - sum(map(len, groups)))
+        task = TASKS.index("mee" if record.task in ("med", "meae") else record.task)
         unit = UNITS.index(dataset.units[record.task])
         examples.append(Example(record, unit, task, input_ids, labels, row))
     if lost.total():
         announce(f"truncation: {lost['texts']} of {len(records)} texts cut to {max_source} ids; "
-                 f"targets lost {lost['words_lost']} items with the text, {lost['too_long']} beyond "
+                 f"targets lost {lost['items']} items with the text and {lost['too_long']} beyond "
                  f"{max_target} ids")
     return examples
 
@@ -684,27 +697,27 @@ def encode_source(record: Record, dataset: Dataset, tokenizer: Tokenizer,
     ids = tokenizer.encode(prefix + text)
     if len(ids) <= limit:
         return ids, None
-    if len(tokenizer.encode(prefix)) >= limit:
-        raise DataError(f"{record.source}: task {record.task} of {record.dataset} needs "
-                        f"{len(tokenizer.encode(prefix))} ids for the instruction and its labels, "
-                        f"which leaves no room for text in {limit}; raise the source limit")
-    low, high = 0, len(record.tokens) - 1            # largest count of tokens that fits
+    if (least := len(tokenizer.encode(prefix))) >= limit:
+        raise DataError(f"{record.source}: the {record.task} instruction of {record.dataset} takes "
+                        f"{least} ids, which leaves no room for text in {limit}: raise the limit")
+    low, high = 0, len(record.tokens) - 1            # the largest number of tokens that fits
     while low < high:
         middle = (low + high + 1) // 2
-        part = escape(" ".join(record.tokens[:middle]))
-        fits = len(tokenizer.encode(prefix + part)) <= limit
-        low, high = (middle, high) if fits else (low, middle - 1)
+        part = prefix + escape(" ".join(record.tokens[:middle]))
+        low, high = (middle, high) if len(tokenizer.encode(part)) <= limit else (low, middle - 1)
     return ids[:limit - 1] + [tokenizer.eos_id], low
 
 
-def encode_target(groups: list[list[str]], tokenizer: Tokenizer,
+def encode_target(record: Record, groups: list[list[str]], tokenizer: Tokenizer,
                   limit: int) -> tuple[list[int], int]:
-    """(ids, number of trailing items dropped until they fit)."""
-    groups, dropped = [list(group) for group in groups], 0
-    while len(ids := tokenizer.encode(join_groups(groups))) > limit and groups:
-        groups[-1].pop()
-        groups, dropped = [group for group in groups if group], dropped + 1
-    return ids, dropped
+    """(ids, number of last items dropped until they fit); of a relation its label stays."""
+    count = sum(map(len, groups))
+    while len(ids := tokenizer.encode(join_groups(groups))) > limit and any(groups):
+        if record.task == "mre" and len(groups[0]) > 1:
+            groups = [[record.relation]]             # which parse() reads as well
+        else:
+            groups = [group for group in (*groups[:-1], groups[-1][:-1]) if group]
+    return ids, count - sum(map(len, groups))
 
 
 @dataclass
@@ -724,12 +737,6 @@ class Batch:
         return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
 
 
-def pad(rows: list[list[int]], value: int) -> Tensor:
-    """[B, longest] long."""
-    longest = max(map(len, rows))
-    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
-
-
 def collate(examples: list[Example],
             features: Callable[[Record], tuple[Tensor, Tensor] | None],
             feature_width: int, pad_id: int = 0) -> Batch:
@@ -737,26 +744,25 @@ def collate(examples: list[Example],
 
     features(record) -> (features [V,F], boxes [V,5]) or None for a record without an image.
     """
+    def padded(rows: list, value: int) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence(list(map(torch.as_tensor, rows)), True, value)
+
     examples = sorted(examples, key=lambda example: example.task)
-    visual = [features(example.record) for example in examples]
-    width = max((len(v[0]) for v in visual if v is not None), default=0)
-    image = torch.zeros(len(examples), width, feature_width)
-    boxes, mask = torch.zeros(len(examples), width, 5), torch.zeros(len(examples), width).bool()
-    for i, v in enumerate(visual):
-        if v is not None:
-            image[i, :len(v[0])], boxes[i, :len(v[0])], mask[i, :len(v[0])] = v[0], v[1], True
-    lengths = torch.tensor([len(example.input_ids) for example in examples])
-    source = pad([example.input_ids for example in examples], pad_id)
-    column = lambda name: torch.tensor([getattr(e, name) for e in examples])  # noqa: E731
-    return Batch(source, torch.arange(source.shape[1]) < lengths[:, None],
-                 pad([example.labels for example in examples], -100),
-                 column("task"), column("unit"), image, boxes, mask, column("row"))
+    nothing = torch.zeros(0, feature_width), torch.zeros(0, 5)
+    visual = [features(example.record) or nothing for example in examples]
+    ids, labels = [e.input_ids for e in examples], [e.labels for e in examples]
+    return Batch(padded(ids, pad_id), padded([[1] * len(row) for row in ids], 0).bool(),
+                 padded(labels, -100), torch.tensor([e.task for e in examples]),
+                 torch.tensor([e.unit for e in examples]),
+                 padded([image for image, _ in visual], 0), padded([box for _, box in visual], 0),
+                 padded([torch.ones(len(image), dtype=torch.bool) for image, _ in visual], False),
+                 torch.tensor([e.row for e in examples]))
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     """A permutation of range(count), a pure function of its arguments (resume needs no state)."""
     digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     return torch.randperm(count, generator=generator).tolist()
 
 
@@ -769,28 +775,10 @@ def global_batches(examples: list[Example], seed: int, epoch: int,
 
 def micro_batches(indices: list[int], examples: list[Example], rows: int) -> list[list[int]]:
     """`indices` in slices of `rows` examples of similar length, so that little is padding."""
-    def length(i: int) -> tuple[int, int, int]:
-        return len(examples[i].input_ids), len(examples[i].labels), i
-
-    order = sorted(indices, key=length)
+    order = sorted(indices, key=lambda i: (len(examples[i].input_ids), len(examples[i].labels), i))
     return [order[i:i + rows] for i in range(0, len(order), rows)]
 
 
-# ---------------------------------------------------------------------------- converters
-
-
-def write_dataset(folder: Path, descriptor: dict, splits: dict[str, list[dict]]) -> None:
-    """Writes {split: [JSON record, ...]} and dataset.json, then reads all of it back strictly."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "images").mkdir(exist_ok=True)
-    texts = {f"{split}.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-             for split, rows in splits.items()}
-    texts["dataset.json"] = json.dumps(descriptor, ensure_ascii=False, indent=1) + "\n"
-    for name, text in texts.items():
-        beside = folder / f".{name}.part"
-        beside.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(beside, folder / name)
-    dataset, problems = read_dataset(folder), Problems()
-    for split in splits:
-        read_split(folder, split, dataset, problems)
-    problems.raise_if_any()
+if __name__ == "__main__":
+    import convert                                   # which imports this file as `data`
+    sys.exit(convert.main())

@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -34,7 +35,7 @@ from tqdm import tqdm
 import data
 from data import UNITS, DataError, Dataset, Example, Item, Record, Tokenizer
 from t5 import WeightsError
-from vision import ImageError, ViT, load_image, normalise_boxes
+from vision import FeatureCache, ImageError, ViT
 
 if TYPE_CHECKING:
     import train  # imports this file; at run time only the functions that need it do the same
@@ -142,9 +143,8 @@ def box_matches(gold: Sequence[Item], predicted: Sequence[Item]) -> int:
 
 
 def is_object(item: Item) -> bool:
-    """Whether an argument names an object of the image, one that does not exist included."""
-    nowhere = item.span is None and data.OBJECT.fullmatch(item.text or "") is not None
-    return item.box is not None or item.whole_image or nowhere
+    """Whether an argument is a box, or names an object by number, existing or not."""
+    return item.box is not None or item.object is not None
 
 
 def count(task: str, gold: Sequence[Item], predicted: Sequence[Item], malformed: int = 0) -> Counts:
@@ -309,9 +309,10 @@ def save_predictions(path: Path, rows: Sequence[Row]) -> None:
 
 
 def items_json(items: Sequence[Item]) -> list[dict]:
-    """Items as JSON objects without their empty fields."""
+    """Items as JSON objects without their empty fields; only arguments belong to an event."""
     return [{name: value for name, value in dataclasses.asdict(item).items()
-             if value is not None and value is not False} for item in items]
+             if value is not None and value is not False and (name != "event" or item.role)}
+            for item in items]
 
 
 # -------------------------------------------------------------------------------------- decoding
@@ -361,7 +362,8 @@ def generate_ids(model: nn.Module, examples: Sequence[Example],
     batches = deal([len(e.input_ids) for e in examples], decoding.batch_size, rank, world)
     was_training = model.training
     model.eval()
-    for chosen in tqdm(batches, desc="decoding", unit="batch", disable=rank > 0, leave=False):
+    quiet = rank > 0 or len(batches) < 2
+    for chosen in tqdm(batches, desc="decoding", unit="batch", disable=quiet, leave=False):
         batch = data.collate([examples[i] for i in chosen], features, features.width).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=decoding.precision == "bf16"):
             ids = model.generate(batch, decoding.max_new_tokens, num_beams=decoding.beams,
@@ -445,14 +447,13 @@ class OneImage:
     visual: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    @torch.inference_mode()
     def load(cls, tower: Path, image: Path | None) -> "OneImage":
         """The image through the ViT in the folder `tower`."""
         if image is None:
             return cls(ViT.feature_width(tower))
-        vit = ViT.from_pretrained(tower).eval()
-        feature = vit(vit.pixels(load_image(image))[None])[0, :1]
-        return cls(feature.shape[1], (feature, normalise_boxes([], (1, 1))))
+        with TemporaryDirectory() as folder:
+            cache = FeatureCache(ViT.from_pretrained(tower).eval(), "once", folder)
+            return cls(ViT.feature_width(tower), cache.get(image, [], None))
 
     def __call__(self, record: Record) -> tuple[Tensor, Tensor] | None:
         return self.visual

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 FIRST_UNUSED_ID = 32100  # where T5's vocabulary ends; hub files add untrained rows behind it
-POLL = 8  # decoding steps between two looks at which rows ended; each look stalls a GPU
+POLL = {"cpu": 1, "cuda": 8}  # steps between two looks at which rows ended: a look stalls a GPU
 NEVER = -1e9  # score that loses against any real one
 
 
@@ -61,14 +61,14 @@ class T5Config:
         self.num_decoder_layers = self.num_decoder_layers or self.num_layers
         self.gated = self.feed_forward_proj == "gated-gelu"
         if self.feed_forward_proj not in ("relu", "gated-gelu"):
-            raise WeightsError("feed_forward_proj must be 'relu' or 'gated-gelu', T5's own; the config "
-                               f"has {self.feed_forward_proj!r}; use a T5 v1.0, v1.1 or flan")
+            raise WeightsError("feed_forward_proj must be 'relu' or 'gated-gelu', T5's own; the "
+                               f"config has {self.feed_forward_proj!r}; use a T5 or flan-T5")
 
     @classmethod
     def from_hf(cls, raw: dict, path: Path, tie_head: bool) -> "T5Config":
-        """Read a hub config.json. The weights tell whether the head is tied, not `raw`: its
-        tie_word_embeddings can be true beside a separate lm_head (transformers 5 writes so). That
-        key decides the scaling, and only where scale_decoder_outputs is absent."""
+        """Read a hub config.json. Whether the head is tied is a fact about the weights, since
+        transformers 5 writes tie_word_embeddings = true beside a separate lm_head; that key
+        decides the scaling, and only where scale_decoder_outputs is absent."""
         fields = {name: raw[name] for name in cls.__dataclass_fields__ if raw.get(name) is not None}
         scale = raw.get("scale_decoder_outputs")
         scale = raw.get("tie_word_embeddings", True) if scale is None else scale
@@ -245,13 +245,13 @@ class Stack(nn.Module):
         bucket = relative_buckets(distance, not self.decoder, weight.shape[0], self.furthest)
         values = F.embedding(bucket, weight).to(dtype).T  # [H, S-1+M], one per distance
         # Query i reads M distances from -i on: the window that starts at place S-1-i of `values`.
-        bias = values.unfold(1, M, 1).flip(1)[None]
+        bias = values.unfold(1, M, 1).flip(1)[None].contiguous()
         if self.decoder:
             later = torch.ones(S, M, dtype=torch.bool, device=weight.device).triu(1)
             bias = bias.masked_fill(later, torch.finfo(dtype).min)
         if mask is not None:
             padding = ~F.pad(mask, (0, M - S))[:, None, None]
-            bias = torch.where(padding, torch.finfo(dtype).min, bias)
+            bias = bias.masked_fill(padding, torch.finfo(dtype).min)
         return bias[..., :S]
 
     def forward(self, hidden: Tensor, mask: Tensor | None, memory: Tensor | None = None,
@@ -431,7 +431,7 @@ class T5(nn.Module):
             hidden = self.decoder(self.embed(token), None, cache=cache)
             parents, kept = search.advance(self.head(hidden[:, 0]).float(), banned, n), None
             out[requests] = search.best[:, 0]
-            if (memory.device.type == "cpu" or n % POLL == 0) and search.done.any():
+            if n % POLL.get(memory.device.type, 8) == 0 and search.done.any():
                 kept = (~search.done).nonzero()[:, 0]
                 if len(kept) == 0:
                     break
@@ -456,7 +456,7 @@ class T5(nn.Module):
         only_copy = "shared.weight" not in stored and COPIES[0] in stored
         shared = COPIES[0] if only_copy else "shared.weight"
         same = {key for key in stored.keys() & {*COPIES, "lm_head.weight"} if shared in stored
-                and torch.equal(stored[key].get_tensor(key), stored[shared].get_tensor(shared))}
+                and torch.equal(*(stored[k].get_tensor(k).float() for k in (key, shared)))}
         tied = "lm_head.weight" in same or "lm_head.weight" not in stored
         config = T5Config.from_hf(raw, folder / "config.json", tied)
         with torch.device("meta"):
@@ -471,8 +471,8 @@ class T5(nn.Module):
         folder, state, names = Path(folder), self.state_dict(), hf_names(self.config)
         if state.keys() != names.keys():
             odd = sorted(state.keys() ^ names.keys())[:4]
-            raise WeightsError(f"{folder}: expected a plain T5, whose parameters have names at Hugging"
-                               f" Face; this one differs in {odd}; save it before adapting it")
+            raise WeightsError(f"{folder}: expected a plain T5, as Hugging Face knows it; "
+                               f"this one differs in {odd}; save it before adapting it")
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {names[ours]: tensor.contiguous() for ours, tensor in state.items()}
         save_file(tensors, folder / "model.safetensors.tmp", metadata={"format": "pt"})
@@ -544,9 +544,9 @@ def open_weights(folder: Path) -> dict[str, safe_open]:
             or not (folder / n).is_file()]
     if lost or not names:
         pickles = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth"))
-        raise WeightsError(f"{folder}: expected {lost or 'a weight_map in ' + index.name} as "
-                           f".safetensors in this directory; not there (pickles {pickles} are never "
-                           "read, they can run code); fetch the safetensors files")
+        raise WeightsError(f"{folder}: expected {lost or 'a weight_map in ' + index.name}, in this "
+                           f"folder and as .safetensors; found pickles {pickles} (never read: they "
+                           "can run code); fetch the safetensors files")
     stored = {}
     for path in (folder / name for name in names):
         try:

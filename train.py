@@ -77,7 +77,7 @@ class Size:
     lr_epochs: int
 
 
-SIZES = {"tiny": Size(None, None, 24, 32, 32, 10, 1e-3, 4),
+SIZES = {"tiny": Size(None, None, 24, 32, 16, 10, 1e-3, 4),
          "base": Size("google/flan-t5-base", VIT, 128, 40, 10, 20, 1e-4, 5),
          "large": Size("google/flan-t5-large", VIT, 64, 16, 4, 20, 1e-4, 5),
          "xl": Size("google/flan-t5-xl", VIT, 64, 8, 2, 20, 1e-4, 5)}
@@ -386,8 +386,9 @@ def load_trainables(model: nn.Module, checkpoint: Path) -> None:
     """Copy a checkpoint's tensors into the trainable parameters; names and shapes must agree."""
     saved = load_file(checkpoint / "model.safetensors")
     wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    odd = sorted(set(saved) ^ set(wanted))
-    odd += [name for name in saved.keys() & wanted.keys() if saved[name].shape != wanted[name].shape]
+    both = sorted(saved.keys() & wanted.keys())
+    odd = [name for name in both if saved[name].shape != wanted[name].shape]
+    odd += sorted(saved.keys() ^ wanted.keys())
     if odd:
         name = odd[0]
         shapes = [list(side[name].shape) if name in side else "nothing" for side in (wanted, saved)]
@@ -547,9 +548,11 @@ class Run:
                         for split in data.SPLITS}
         self.features = Features(sources, sum(self.records.values(), []), config.missing_images,
                                  config.max_objects, world.device)
-        self.examples = data.encode_records(self.records["train"], self.setup.datasets,
-                                            self.setup.tokenizer, config.max_source,
-                                            config.max_target)
+        self.splits = {split: data.encode_records(records, self.setup.datasets,
+                                                  self.setup.tokenizer, config.max_source,
+                                                  config.max_target, world.print)
+                       for split, records in self.records.items()}
+        self.examples = self.splits["train"]
         self.units = [u for u in UNITS if any(UNITS[e.unit] == u for e in self.examples)]
         self.reference = self.references()
         self.progress = Progress(weights=dict.fromkeys(self.units, 1.0))
@@ -569,7 +572,9 @@ class Run:
 
     def state(self) -> dict:
         """What state.json holds; the dropout RNG needs no more than the seed and the step."""
-        return {"config": dataclasses.asdict(self.config), **dataclasses.asdict(self.progress),
+        config = {name: value for name, value in dataclasses.asdict(self.config).items()
+                  if name not in ("out", "save_every")}  # they change nothing that is computed
+        return {"config": config, **dataclasses.asdict(self.progress),
                 "rng": {"seed": self.config.seed, "next_step": self.progress.step}, **self.origin}
 
     def save(self, prefix: str = "step") -> None:
@@ -583,9 +588,12 @@ class Run:
 
     def resume(self, how: str) -> str:
         """Go on from a checkpoint; returns the line that says what was found."""
+        if self.world.main:
+            self.lock_folder()
         if how == "none":
             if self.world.main:
-                shutil.rmtree(self.out, ignore_errors=True)
+                for old in self.out.glob("[!.]*"):
+                    shutil.rmtree(old) if old.is_dir() else old.unlink()
             self.world.barrier()
             return "start: from the beginning (--resume none)"
         found = newest_checkpoint(self.out) if how == "auto" else Path(how)
@@ -599,11 +607,22 @@ class Run:
         self.cut_logs()
         return f"start: resumed {found} at step {state['step']}, epoch {state['epoch'] + 1}"
 
+    def lock_folder(self) -> None:
+        """Hold the run folder until this process ends, however it ends."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.out / ".lock", "w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(f"{self.out}: expected a run folder that no other process writes to, "
+                             "got one in use; wait for that run, end it, or use another --out"
+                             ) from None
+
     def check_same(self, state: dict, found: Path) -> None:
         """A run may only go on with the settings and weights that it began with."""
         mine = json.loads(json.dumps(self.state()))
         changed = [name for name, value in mine["config"].items()
-                   if state["config"].get(name) != value and name not in ("out", "save_every")]
+                   if state["config"].get(name) != value]
         changed += [name for name in ("t5_sha256", "vit_sha256") if state[name] != mine[name]]
         if changed:
             was = ", ".join(f"{name} {state['config'].get(name, state.get(name))} -> "
@@ -722,14 +741,11 @@ class Run:
 
     def evaluate(self, split: str) -> list[evaluate.Row]:
         """Decode and score a split, shared among the processes; every one returns all rows."""
-        examples = data.encode_records(self.records[split], self.setup.datasets,
-                                       self.setup.tokenizer, self.config.max_source,
-                                       self.config.max_target)
         decoding = evaluate.Decoding(max_new_tokens=self.config.max_target,
                                      precision=self.config.precision)
-        return evaluate.evaluate_split(self.model, examples, self.setup.datasets, self.features,
-                                       self.setup.tokenizer, self.world.device, decoding,
-                                       self.world.rank, self.world.size)
+        return evaluate.evaluate_split(self.model, self.splits[split], self.setup.datasets,
+                                       self.features, self.setup.tokenizer, self.world.device,
+                                       decoding, self.world.rank, self.world.size)
 
     def dev_f1(self) -> dict[str, float]:
         """F1 in % on the dev split of every trained unit: s_t^m of Eq. (9).
@@ -817,9 +833,10 @@ def finished(config: Config, resume: str) -> str | None:
     if resume != "auto" or not table.exists():
         return None
     newest = newest_checkpoint(table.parent)
-    state = read_state(newest) if newest else {"config": {}}
-    same = state["config"] == json.loads(json.dumps(dataclasses.asdict(config)))
-    return table.read_text(encoding="utf-8") if same else None
+    mine = json.loads(json.dumps(dataclasses.asdict(config)))
+    if newest is None or not read_state(newest)["config"].items() <= mine.items():
+        return None
+    return table.read_text(encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -834,7 +851,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     world.join()
     run = Run(config, sources, world)
     world.print(*describe(run, run.resume(resume)))
-    run.out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     run.train()
     world.print(f"trained to step {run.progress.step} in {time.perf_counter() - started:.0f} s; "

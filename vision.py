@@ -63,8 +63,8 @@ def resolve_image(root: PathLike, name: str) -> Path:
     except (AttributeError, OSError, ValueError):  # no text, too long, not encodable
         bad = True
     if bad:
-        raise ImageError(f'image name {name!r}: expected a relative path with "/" that stays inside '
-                         f"{root}, got one that does not; correct the record")
+        raise ImageError(f"image name {name!r}: expected a relative path, parts joined by /, that "
+                         f"stays inside {root}, got one that may not; correct the record")
     return Path(path)
 
 
@@ -140,9 +140,9 @@ class ViTConfig:
         if (self.model_type not in FAMILIES or self.hidden_act not in ACTIVATIONS
                 or any(type(n) is not int or n < 1 for n in astuple(self)[1:7])
                 or self.hidden_size % self.num_attention_heads):
-            raise WeightsError(f"expected model_type of {FAMILIES}, hidden_act of {[*ACTIVATIONS]}, "
-                               "sizes above 0 and heads that divide hidden_size, got "
-                               f"{self}; use a ViT or CLIP vision checkpoint")
+            raise WeightsError(f"expected model_type of {FAMILIES}, hidden_act of "
+                               f"{[*ACTIVATIONS]}, sizes above 0, heads that divide hidden_size; "
+                               f"got {self}; use a ViT or CLIP vision checkpoint")
 
     @classmethod
     def from_pretrained(cls, folder: PathLike) -> "ViTConfig":
@@ -161,8 +161,8 @@ class ViTConfig:
             size = size.get("height", size.get("shortest_edge"))
         off = [s for s in ("do_resize", "do_rescale", "do_normalize") if pictures.get(s) is False]
         if size != config.image_size or off:
-            raise WeightsError(f"{path}: expected size {config.image_size} as in config.json and no "
-                               f"step off, got {size} and off {off}; take files of one checkpoint")
+            raise WeightsError(f"{path}: expected size {config.image_size} as in config.json and "
+                               f"no step off, got {size}, off {off}; take files of one checkpoint")
         return config
 
 
@@ -276,23 +276,22 @@ def write_whole(path: Path, data: bytes) -> None:
         aside.unlink(missing_ok=True)
 
 
-# Ours: (ViTModel's, CLIPVisionModel's). Modules stand for their .weight and .bias, {} for the layer.
+# Ours: (ViTModel's, CLIPVisionModel's). Modules mean their .weight and .bias, {} is the layer.
+L, LS = "encoder.layer.{}.", "encoder.layers.{}."
 NAMES = {
     "class_token": ("embeddings.cls_token", "embeddings.class_embedding"),
     "positions": ("embeddings.position_embeddings", "embeddings.position_embedding.weight"),
     "patches": ("embeddings.patch_embeddings.projection", "embeddings.patch_embedding"),
     "first_norm": (None, "pre_layrnorm"),  # spelt so in every CLIP file
+    "blocks.{}.attention_norm": (L + "layernorm_before", LS + "layer_norm1"),
+    "blocks.{}.q": (L + "attention.attention.query", LS + "self_attn.q_proj"),
+    "blocks.{}.k": (L + "attention.attention.key", LS + "self_attn.k_proj"),
+    "blocks.{}.v": (L + "attention.attention.value", LS + "self_attn.v_proj"),
+    "blocks.{}.o": (L + "attention.output.dense", LS + "self_attn.out_proj"),
+    "blocks.{}.mlp_norm": (L + "layernorm_after", LS + "layer_norm2"),
+    "blocks.{}.up": (L + "intermediate.dense", LS + "mlp.fc1"),
+    "blocks.{}.down": (L + "output.dense", LS + "mlp.fc2"),
     "final_norm": ("layernorm", None)}
-NAMES |= {f"blocks.{{}}.{own}": (f"encoder.layer.{{}}.{vit}", f"encoder.layers.{{}}.{clip}")
-          for own, vit, clip in (
-    ("attention_norm", "layernorm_before", "layer_norm1"),
-    ("q", "attention.attention.query", "self_attn.q_proj"),
-    ("k", "attention.attention.key", "self_attn.k_proj"),
-    ("v", "attention.attention.value", "self_attn.v_proj"),
-    ("o", "attention.output.dense", "self_attn.out_proj"),
-    ("mlp_norm", "layernorm_after", "layer_norm2"),
-    ("up", "intermediate.dense", "mlp.fc1"),
-    ("down", "output.dense", "mlp.fc2"))}
 FAMILIES = ("vit", "clip_vision_model")  # model_type of each column, the prefix its keys may carry,
 PREFIXES = ("vit.", "vision_model.")  # and keys not read: heads, poolers, CLIP's text half, buffers
 DROPS = (("pooler.", "classifier.", "embeddings.mask_token"),
@@ -369,8 +368,8 @@ class FeatureCache:
         requests = [(os.fspath(path), tuple(map(tuple, boxes)), tuple(size))
                     for path, boxes, size in requests]
         wanted = {self.name(request): request for request in requests}
-        if wanted.keys() - self.index.keys():
-            self.scan()  # another process may have stored them
+        if any(name not in self.index for name in wanted):
+            self.scan()  # on disk from an earlier run or another process
         missing = [item for item in wanted.items() if item[0] not in self.index]
         if missing:
             with tqdm(total=len(missing), desc="image features", unit="image",
@@ -473,15 +472,19 @@ class GateFusion(nn.Module):
         self.proj_text, self.proj_visual = (
             nn.Sequential(linear(D, 384, D ** -0.5), linear(384, 128, 384 ** -0.5)) for _ in "tv")
 
-    def gate(self, h: Tensor, mask: Tensor, visual: Tensor, visual_mask: Tensor) -> Tensor:
-        """lambda [B]: leaky_relu twice of exp(0.5) cos(mean of projected text, of visual tokens).
+    def cosine(self, h: Tensor, mask: Tensor, visual: Tensor, visual_mask: Tensor) -> Tensor:
+        """[B], between the projected means over real tokens of text [B,S,D] and visual [B,V,D].
 
-        The projections are linear, so the mean is taken first, which is cheaper and the same.
+        The projections are linear, so the mean may come first, which is cheaper.
         """
         text, seen = masked_mean(h, mask), masked_mean(visual, visual_mask)
         wide, dtype = text.dtype, self.proj_text[0].weight.dtype
-        cosine = F.cosine_similarity(self.proj_text(text.to(dtype)).to(wide),
-                                     self.proj_visual(seen.to(dtype)).to(wide), dim=-1)
+        return F.cosine_similarity(self.proj_text(text.to(dtype)).to(wide),
+                                   self.proj_visual(seen.to(dtype)).to(wide), dim=-1)
+
+    def gate(self, h: Tensor, mask: Tensor, visual: Tensor, visual_mask: Tensor) -> Tensor:
+        """lambda [B] = leaky_relu twice of exp(0.5) cosine."""
+        cosine = self.cosine(h, mask, visual, visual_mask)
         return F.leaky_relu(F.leaky_relu(math.exp(0.5) * cosine))
 
     def forward(self, h: Tensor, mask: Tensor, visual: Tensor, visual_mask: Tensor) -> Tensor:
@@ -518,20 +521,39 @@ class UMIE(nn.Module):
 
     def encode(self, batch: Any) -> tuple[Tensor, Tensor]:
         """-> memory [B,M,D] for the decoder and its mask [B,M]."""
-        mask, visual_mask = batch.attention_mask.bool(), batch.visual_mask.bool()
-        memory_mask = mask if self.fusion else torch.cat((visual_mask, mask), dim=1)
+        mask = memory_mask = batch.attention_mask.bool()
+        visual_mask = batch.visual_mask.bool()
+        if self.fusion is None:  # padding first: distances to the text are the same in every batch
+            order = visual_mask.long().argsort(dim=1, stable=True)  # [B,V]
+            memory_mask = torch.cat((visual_mask.gather(1, order), mask), dim=1)
         if self.routing is not None:
             target = None if batch.labels is None else batch.labels != -100
             self.routing.set(batch.tasks, memory=memory_mask, target=target, visual=visual_mask)
-        text_only = batch.features.shape[1] == 0
-        if not text_only:
-            visual = self.vstack(self.visual_embedding(batch.features, batch.boxes), visual_mask)
-        if self.fusion:
+        if batch.features.shape[1] == 0:
+            return self.t5.encode(batch.input_ids, mask), mask
+        visual = self.vstack(self.visual_embedding(batch.features, batch.boxes), visual_mask)
+        if self.fusion is not None:
             h = self.t5.encode(batch.input_ids, mask)
-            return (h if text_only else self.fusion(h, mask, visual, visual_mask)), mask
+            return self.fusion(h, mask, visual, visual_mask), mask
         embeds = self.t5.embed(batch.input_ids)
-        embeds = embeds if text_only else torch.cat((visual.to(embeds.dtype), embeds), dim=1)
+        visual = visual.gather(1, order[..., None].expand_as(visual)).to(embeds.dtype)
+        embeds = torch.cat((visual, embeds), dim=1)
         return self.t5.encode(None, memory_mask, inputs_embeds=embeds), memory_mask
+
+    @torch.no_grad()
+    def open_gate(self, batch: Any) -> None:
+        """Give fresh projections the sign that makes the cosine positive on average over a batch.
+
+        Below 0 lambda is 1e-4 times smaller, and the feed-forward then learns to want it still more
+        negative: a gate that starts there stays shut. Either sign is an equally likely draw of the
+        initialisation. Once, before training.
+        """
+        inputs: list[tuple] = []
+        hook = self.fusion.register_forward_pre_hook(lambda _, given: inputs.append(given))
+        self.encode(batch)
+        hook.remove()
+        if inputs and self.fusion.cosine(*inputs[0])[inputs[0][3].any(1)].sum() < 0:
+            self.fusion.proj_visual[1].weight.neg_()
 
     def forward(self, batch: Any) -> Tensor:
         """-> logits [B,T,C] for batch.labels."""

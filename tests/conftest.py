@@ -1,6 +1,9 @@
-"""Shared ground of all tests: the repository root is importable, threads and seeds are fixed."""
+"""Shared ground of all tests: importable root, fixed seeds, a small world and a random backbone."""
 
+import os
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,3 +17,50 @@ sys.path.insert(0, str(ROOT))
 def fixed_seed() -> None:
     """Every test starts from the same random state."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders of a small demo world and of a random tiny T5 and ViT: {"data", "t5", "vit"}."""
+    import data
+    import demo
+    from t5 import T5, T5Config
+    from vision import ViT, ViTConfig
+    root = tmp_path_factory.mktemp("small")
+    world, t5, vit = root / "world", root / "t5", root / "vit"
+    demo.make_world(world, seed=0, scale=0.04)
+    datasets = data.load_datasets(world)
+    texts = ["".join(data.prompt(record, datasets[record.dataset]))
+             for record in data.load_corpus(world, "train")]
+    t5.mkdir()
+    demo.make_tokenizer(texts, t5 / "spiece.model", 300)
+    torch.manual_seed(0)
+    T5(T5Config(vocab_size=data.Tokenizer(t5).vocab_size + 100, d_model=32, d_kv=12, d_ff=48,
+                num_layers=1, num_heads=2, dropout_rate=0.1, feed_forward_proj="gated-gelu",
+                tie_head=False, scale_logits=False)).save_pretrained(t5)
+    ViT(ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+                  image_size=16, patch_size=8)).save_pretrained(vit)
+    return {"data": str(world), "t5": str(t5), "vit": str(vit)}
+
+
+@pytest.fixture(scope="session")
+def command(small: dict[str, str]) -> Callable[..., list[str]]:
+    """command(out, *flags, processes=1): the line that trains on the small world."""
+    def line(out: Path, *flags: object, processes: int = 1, script: str = "train.py") -> list[str]:
+        launch = ["-m", "torch.distributed.run", "--standalone",
+                  f"--nproc_per_node={processes}"] if processes > 1 else []
+        files = [word for name, folder in small.items() for word in (f"--{name}", folder)]
+        return [sys.executable, *launch, str(ROOT / script), *files, "--max-target", "24",
+                "--rank", "6", "--batch", "12", "--micro-batch", "4", "--out", str(out),
+                *map(str, flags)]
+    return line
+
+
+# One thread per process: sums over threads would depend on how many there are.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def run(line: list[str]) -> subprocess.CompletedProcess:
+    """Run a command to its end; its output is text."""
+    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=300,
+                          env=ENVIRONMENT)

@@ -7,6 +7,7 @@ with UMT's ner_evaluate and seqeval, R1-R9 with HVPNeT's eval_result.
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from torch import nn
 
 import data
 import evaluate
-from data import Argument, Dataset, Entity, Event, Item, Record
+from data import Dataset, Item, Record
 from evaluate import Answer, Counts, Decoding
 
 SPIECE = Path(__file__).parent / "golden" / "tokenizer"
@@ -32,6 +33,18 @@ NEWS = Dataset("news", {"med": "MED", "meae": "MEAE"}, {"med": sorted(ROLES), "m
 DATASETS = {dataset.name: dataset for dataset in (TWEETS, PAIRS, NEWS)}
 
 
+def entity(kind: str, start: int, end: int) -> dict:
+    return {"type": kind, "start": start, "end": end}
+
+
+def argument(role: str, **where: object) -> dict:
+    return {"role": role, **where}
+
+
+def event(kind: str, trigger: tuple[int, int] | None, arguments: Sequence[dict] = ()) -> dict:
+    return {"type": kind, "trigger": trigger, "arguments": list(arguments)}
+
+
 def prf(counts: Counts) -> tuple[float, float, float]:
     return tuple(round(x, 2) for x in (counts.precision, counts.recall, counts.f1))
 
@@ -42,7 +55,7 @@ def score(records: list[Record], texts: list[str], unit: str) -> Counts:
 
 # ------------------------------------------------------------------------------- MNER, N1 - N13
 
-def chunks(tags: str) -> list[Entity]:
+def chunks(tags: str) -> list[dict]:
     """Lenient BIO: a chunk starts at B-X, and at an I-X that does not continue an X."""
     names = {"PER": "person", "LOC": "location", "ORG": "organization", "MISC": "miscellaneous"}
     found, open_type = [], None
@@ -53,10 +66,10 @@ def chunks(tags: str) -> list[Entity]:
         elif kind:
             found[-1][2] = i + 1
         open_type = kind
-    return [Entity(names[kind], start, end) for kind, start, end in found]
+    return [entity(names[kind], start, end) for kind, start, end in found]
 
 
-def tweet(tokens: str, entities: list[Entity], name: str = "t") -> Record:
+def tweet(tokens: str, entities: list[dict], name: str = "t") -> Record:
     return Record(name, "tweets", "mner", tuple(tokens.split()), entities=tuple(entities))
 
 
@@ -87,20 +100,20 @@ def test_an_entity_is_right_when_type_start_and_end_are(case: str) -> None:
 
 def test_two_gold_entities_with_one_surface_need_two_predictions() -> None:
     """N5: "Bob and Bob", one Bob predicted: 100 / 50 / 66.67 (UMIE's scorer says 100)."""
-    record = tweet("Bob and Bob", [Entity("person", 0, 1), Entity("person", 2, 3)])
+    record = tweet("Bob and Bob", [entity("person", 0, 1), entity("person", 2, 3)])
     assert prf(score([record], ["person, Bob"], "T15")) == (100, 50, 66.67)
     assert prf(score([record], ["person, Bob <spot> person, Bob"], "T15")) == (100, 100, 100)
 
 
 def test_a_repeated_prediction_without_a_second_occurrence_costs_precision() -> None:
     """N11: gold {Bob}, predicted Bob twice: 50 / 100 / 66.67."""
-    record = tweet("hi Bob", [Entity("person", 1, 2)])
+    record = tweet("hi Bob", [entity("person", 1, 2)])
     assert prf(score([record], ["person, Bob <spot> person, Bob"], "T15")) == (50, 100, 66.67)
 
 
 def test_matching_is_case_sensitive() -> None:
     """N12: Bob is not bob; the item counts as predicted and cannot be right."""
-    counts = score([tweet("hi Bob", [Entity("person", 1, 2)])], ["person, bob"], "T15")
+    counts = score([tweet("hi Bob", [entity("person", 1, 2)])], ["person, bob"], "T15")
     assert (counts.tp, counts.pred, counts.gold) == (0, 1, 1)
 
 
@@ -150,7 +163,7 @@ def test_none_is_no_relation_and_accuracy_stands_beside(case: str) -> None:
 STRIKE = "the strike before the second airstrike and strike killed many"
 
 
-def sentence(task: str, events: list[Event], text: str = STRIKE, name: str = "s",
+def sentence(task: str, events: list[dict], text: str = STRIKE, name: str = "s",
              objects: tuple = (), image: str | None = None) -> Record:
     return Record(f"{name}/{task}", "news", task, tuple(text.split()), image, None, objects,
                   events=tuple(events))
@@ -158,15 +171,15 @@ def sentence(task: str, events: list[Event], text: str = STRIKE, name: str = "s"
 
 AIRSTRIKE, SECOND_STRIKE, KILLED = (5, 6), (7, 8), (8, 9)
 MED_CASES = {
-    "E1": ([[Event("attack", AIRSTRIKE)]], ["attack, airstrike"], (100, 100, 100)),
-    "E2": ([[Event("attack", AIRSTRIKE)]], ["attack, bombing"], (0, 0, 0)),
-    "E3": ([[Event("attack", AIRSTRIKE)]], ["die, airstrike"], (0, 0, 0)),
-    "E4": ([[Event("attack", AIRSTRIKE)], [Event("die", KILLED)]], ["attack, airstrike", "none"],
+    "E1": ([[event("attack", AIRSTRIKE)]], ["attack, airstrike"], (100, 100, 100)),
+    "E2": ([[event("attack", AIRSTRIKE)]], ["attack, bombing"], (0, 0, 0)),
+    "E3": ([[event("attack", AIRSTRIKE)]], ["die, airstrike"], (0, 0, 0)),
+    "E4": ([[event("attack", AIRSTRIKE)], [event("die", KILLED)]], ["attack, airstrike", "none"],
            (100, 50, 66.67)),
-    "E5": ([[Event("attack", AIRSTRIKE)]], ["attack, airstrike <spot> die, killed"],
+    "E5": ([[event("attack", AIRSTRIKE)]], ["attack, airstrike <spot> die, killed"],
            (50, 100, 66.67)),
-    "E6": ([[Event("attack", SECOND_STRIKE)]], ["attack, strike"], (0, 0, 0)),
-    "E8": ([[Event("attack", (5, 6))], [Event("meet", (1, 2))], [Event("die", KILLED)]],
+    "E6": ([[event("attack", SECOND_STRIKE)]], ["attack, strike"], (0, 0, 0)),
+    "E8": ([[event("attack", (5, 6))], [event("meet", (1, 2))], [event("die", KILLED)]],
            ["attack, airstrike", "die, strike", "die, killed"], (66.67, 66.67, 66.67)),
 }
 
@@ -182,7 +195,7 @@ def test_an_event_is_right_when_type_and_trigger_span_are(case: str) -> None:
 @pytest.mark.parametrize("text, expected", [("attack, O0", 100), ("meet, O0", 0)])
 def test_the_trigger_of_an_image_only_sample_is_the_whole_image(text: str, expected: int) -> None:
     """E7: gold (attack, O0)."""
-    record = sentence("med", [Event("attack", None)], text="", image="a.jpg")
+    record = sentence("med", [event("attack", None)], text="", image="a.jpg")
     assert score([record], [text], "MED").f1 == expected
 
 
@@ -191,11 +204,11 @@ def test_the_trigger_of_an_image_only_sample_is_the_whole_image(text: str, expec
 WORDS = " ".join(f"w{i}" for i in range(15)) + " coalition struck"
 GOLD_BOX = (1, 190, 508, 353)
 TEN = (10, 10, 50, 50)
-BOTH = [Argument("attacker", span=(15, 16)), Argument("target", box=GOLD_BOX, object=1)]
+BOTH = [argument("attacker", span=(15, 16)), argument("target", box=GOLD_BOX, object=1)]
 
 
-def boxes(*corners: tuple) -> list[Argument]:
-    return [Argument("target", box=box, object=None) for box in corners]
+def boxes(*corners: tuple) -> list[dict]:
+    return [argument("target", box=box, object=None) for box in corners]
 
 
 # name: (gold arguments, the objects the model saw, what it wrote, P / R / F)
@@ -210,7 +223,7 @@ MEAE_CASES = {
     "A7": (boxes(TEN), [(10, 10, 50, 92)], "attack <spot> target, O1", (0, 0, 0)),
     "A8": (BOTH[:1], [], "attack <spot> attacker, coalition <spot> attacker, coalition",
            (50, 100, 66.67)),
-    "A8b": ([Argument("attacker", span=(0, 1)), Argument("attacker", span=(2, 3))], [],
+    "A8b": ([argument("attacker", span=(0, 1)), argument("attacker", span=(2, 3))], [],
             "attack <spot> attacker, w0", (100, 50, 66.67)),
     "A9": (boxes(TEN), [(10, 10, 20, 20)], "attack <spot> target, O1", (0, 0, 0)),
     "A10": (boxes((0, 0, 10, 10), (0, 0, 10, 9)), [(0, 0, 10, 10)], "attack <spot> target, O1",
@@ -219,8 +232,8 @@ MEAE_CASES = {
 }
 
 
-def argument_record(arguments: list[Argument], objects: list[tuple], text: str = WORDS) -> Record:
-    return sentence("meae", [Event("attack", (16, 17), tuple(arguments))], text,
+def argument_record(arguments: list[dict], objects: list[tuple], text: str = WORDS) -> Record:
+    return sentence("meae", [event("attack", (16, 17), arguments)], text,
                     objects=tuple(objects), image="a.jpg")
 
 
@@ -262,8 +275,7 @@ def test_meae_reports_text_and_objects_apart_and_they_add_up() -> None:
 def test_argument_strings_are_looked_up_near_the_predicted_trigger() -> None:
     """"militia" stands at 0 and 8; the run's own MED prediction for the pair decides, not gold."""
     words = "militia a b c d e f struck militia"
-    argument = Argument("attacker", span=(8, 9))
-    events = [Event("attack", (7, 8), (argument,))]
+    events = [event("attack", (7, 8), [argument("attacker", span=(8, 9))])]
     records = [sentence("med", events, words), sentence("meae", events, words)]
     answer = "attack <spot> attacker, militia"
     near = evaluate.score_predictions(records, ["attack, struck", answer], DATASETS)
@@ -278,14 +290,14 @@ def test_argument_strings_are_looked_up_near_the_predicted_trigger() -> None:
 
 def test_unreadable_pieces_are_counted_and_never_scored() -> None:
     """There is no type "animal" and the last item is empty: two malformed, one predicted."""
-    record = tweet("hi Bob", [Entity("person", 1, 2)])
+    record = tweet("hi Bob", [entity("person", 1, 2)])
     counts = score([record], ["animal, Bob <spot> person, Bob <spot> person,"], "T15")
     assert (counts.tp, counts.pred, counts.malformed) == (1, 1, 2)
 
 
 def test_the_last_item_of_an_answer_cut_by_the_length_limit_is_dropped() -> None:
     """"person, Kim" may have been going to be "person, Kim Lee"."""
-    record = tweet("Bo and Kim Lee", [Entity("person", 0, 1), Entity("person", 2, 4)])
+    record = tweet("Bo and Kim Lee", [entity("person", 0, 1), entity("person", 2, 4)])
     row = evaluate.score_rows([record], [Answer("person, Bo <spot> person, Kim", cut=True)],
                               DATASETS)[0]
     assert (row.counts.tp, row.counts.pred, row.counts.malformed) == (1, 1, 1)
@@ -294,8 +306,8 @@ def test_the_last_item_of_an_answer_cut_by_the_length_limit_is_dropped() -> None
 def test_the_dev_score_of_a_unit_is_the_mean_over_its_datasets() -> None:
     """Two datasets share MED, 100 % of 1 event and 0 % of 3: s = 50, though micro-F1 is 25."""
     datasets = DATASETS | {"photos": Dataset("photos", NEWS.units, NEWS.labels)}
-    first = sentence("med", [Event("attack", AIRSTRIKE)])
-    rest = [Record(f"{i}/med", "photos", "med", ("x",), "a.jpg", events=(Event("meet", None),))
+    first = sentence("med", [event("attack", AIRSTRIKE)])
+    rest = [Record(f"{i}/med", "photos", "med", ("x",), "a.jpg", events=(event("meet", None),))
             for i in range(3)]
     texts = ["attack, airstrike"] + ["attack, O0"] * 3
     scores = evaluate.score_predictions([first, *rest], texts, datasets)
@@ -318,7 +330,7 @@ def test_the_table_sums_the_columns_that_are_there() -> None:
 
 def test_predictions_are_one_json_object_a_row(tmp_path: Path) -> None:
     """Each row says what was asked, what came raw, how it was read, and what that counts."""
-    record = tweet("hi Bob", [Entity("person", 1, 2)], "x1")
+    record = tweet("hi Bob", [entity("person", 1, 2)], "x1")
     rows = evaluate.score_rows([record], [Answer("person, Bob <spot> person, ☃")], DATASETS)
     evaluate.save_predictions(tmp_path / "new" / "p.jsonl", rows)
     line = json.loads((tmp_path / "new" / "p.jsonl").read_text(encoding="utf-8"))
@@ -362,8 +374,8 @@ def tokenizer() -> data.Tokenizer:
 
 def some_records() -> list[Record]:
     """Eleven records of all four tasks, with lengths that differ."""
-    events = [Event("attack", (16, 17), tuple(BOTH))]
-    records = [tweet("hi Bob " + "and so on " * i, [Entity("person", 1, 2)], f"t{i}")
+    events = [event("attack", (16, 17), BOTH)]
+    records = [tweet("hi Bob " + "and so on " * i, [entity("person", 1, 2)], f"t{i}")
                for i in range(5)]
     records += [pair(label, f"p{i}") for i, label in enumerate(RELATIONS)]
     return records + [sentence(task, events, WORDS, objects=(GOLD_BOX,), image="a.jpg")

@@ -1,0 +1,328 @@
+"""train.py as a specification: one loss whatever the processes, exact resume, checkpoints, errors."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ENVIRONMENT, ROOT, run
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+import clorae
+import data
+import losses
+import train
+from t5 import T5, T5Config
+from train import FlatParameters
+
+
+def first_step(command, tmp_path: Path, *flags: object, processes: int = 1) -> tuple[float, dict]:
+    """Loss and gradients of the first step, dropout off."""
+    target = tmp_path / f"step-{processes}-{'-'.join(map(str, flags))}.safetensors"
+    line = command(tmp_path / "run", "--dropout", 0, "--backbone-dropout", 0, "--clip", 1e9, *flags,
+                   processes=processes, script="tests/first_step.py")
+    line.insert(line.index(str(ROOT / "tests/first_step.py")) + 1, str(target))
+    done = run(line)
+    assert done.returncode == 0, done.stderr
+    with safe_open(target, "pt") as file:
+        return float(file.metadata()["loss"]), {k: file.get_tensor(k) for k in file.keys()}
+
+
+def assert_same_step(ours: tuple[float, dict], reference: tuple[float, dict]) -> None:
+    assert math.isclose(ours[0], reference[0], rel_tol=1e-5)
+    assert ours[1].keys() == reference[1].keys()
+    for name, gradient in reference[1].items():
+        scale = gradient.abs().max().clamp_min(1e-3)
+        assert (ours[1][name] - gradient).abs().max() <= 1e-5 * scale, name
+
+
+def test_two_processes_take_the_step_that_one_takes(command, tmp_path):
+    """D31: at dropout 0, loss and every gradient are equal within 1e-5."""
+    assert_same_step(first_step(command, tmp_path, processes=2), first_step(command, tmp_path))
+
+
+def test_accumulation_takes_the_step_that_one_pass_takes(command, tmp_path):
+    """D33, invariant 5: micro-batches of 12, 5 or 1 rows give one and the same gradient."""
+    whole = first_step(command, tmp_path, "--micro-batch", 12)
+    for rows in (5, 1):
+        assert_same_step(first_step(command, tmp_path, "--micro-batch", rows), whole)
+
+
+def sums(folder: Path) -> dict[str, bytes]:
+    """Content of every file of every checkpoint of a run, and its logs without the clock."""
+    found = {f"{path.parent.name}/{path.name}": path.read_bytes()
+             for path in folder.glob("*-*/*")}
+    rows = (folder / "metrics.csv").read_text().split("\n")
+    found["metrics.csv"] = "\n".join(row.rpartition(",")[0] for row in rows).encode()
+    return found | {name: (folder / name).read_bytes()
+                    for name in ("eval.jsonl", "table.txt", "predictions.jsonl")}
+
+
+def kill_at(line: list[str], out: Path, step: int) -> None:
+    """Start a run and SIGKILL it, with all its processes, once it has logged `step` steps."""
+    process = subprocess.Popen(line, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline, log = time.monotonic() + 120, out / "metrics.csv"
+    while process.poll() is None and time.monotonic() < deadline:
+        if log.exists() and log.read_text().count("\n") > step:
+            break
+        time.sleep(0.02)
+    assert process.poll() is None, "the run ended before it could be killed"
+    for pid in (*descendants(process.pid), process.pid):
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below one: torchrun puts its workers into sessions of their own."""
+    children = [int(word) for task in Path(f"/proc/{pid}/task").iterdir()
+                for word in (task / "children").read_text().split()]
+    return children + [below for child in children for below in descendants(child)]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_run_ends_bit_identical_to_one_that_was_not(command, tmp_path, processes):
+    """R1: SIGKILL twice, the same command again: weights, Adam moments, state and logs are equal."""
+    flags = ("--steps", 14, "--epochs", 2, "--save-every", 3)
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    assert run(command(straight, *flags, processes=processes)).returncode == 0
+    for step in (4, 8):
+        kill_at(command(killed, *flags, processes=processes), killed, step)
+    resumed = run(command(killed, *flags, processes=processes))
+    assert resumed.returncode == 0, resumed.stderr
+    assert "start: resumed" in resumed.stdout
+    assert sums(killed) == sums(straight)
+
+
+def test_a_finished_run_reprints_its_table(finished):
+    """DESIGN 8.16: the same command on a finished run prints the table and exits 0."""
+    again = run(finished["line"])
+    assert again.returncode == 0
+    assert "is finished" in again.stdout
+    assert (finished["out"] / "table.txt").read_text() in again.stdout
+
+
+@pytest.fixture(scope="module")
+def finished(command, tmp_path_factory) -> dict:
+    """A short finished run: {"out", "line", "stdout"}."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    line = command(out, "--steps", 6, "--epochs", 1, "--save-every", 2)
+    done = run(line)
+    assert done.returncode == 0, done.stderr
+    return {"out": out, "line": line, "stdout": done.stdout}
+
+
+def test_the_first_lines_say_what_will_run(finished):
+    """RELIABILITY 1.2: device, method, parameters, rows, images, steps, backbone, output, start."""
+    heads = [line.split(":")[0] for line in finished["stdout"].split("\n")[:9]]
+    assert heads == ["device", "method", "trainable", "rows", "images", "steps", "backbone",
+                     "output", "start"]
+
+
+def test_evaluate_reproduces_the_table_alone_and_under_torchrun(finished, tmp_path):
+    """The checkpoint suffices; predictions are equal for one and two processes."""
+    texts = []
+    for launch in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]):
+        target = tmp_path / f"{len(launch)}.jsonl"
+        done = run([finished["line"][0], *launch, str(ROOT / "evaluate.py"), str(finished["out"]),
+                    "--out", str(target)])
+        assert done.returncode == 0, done.stderr
+        assert (finished["out"] / "table.txt").read_text().strip() in done.stdout
+        texts.append(target.read_bytes())
+    assert texts[0] == texts[1] == (finished["out"] / "predictions.jsonl").read_bytes()
+
+
+def test_a_checkpoint_reproduces_logits_on_a_fresh_backbone_bit_for_bit(finished):
+    """Invariant 15: experts, gate, MIM and visual adapter are all that a checkpoint needs to hold."""
+    folder = train.find_checkpoint(finished["out"])
+    saved = load_file(folder / "model.safetensors")
+    assert not any(".base." in name or name == "t5.shared.weight" for name in saved)
+    device = torch.device("cpu")
+    logits = []
+    for _ in range(2):
+        setup = train.load_model(folder, device)
+        records = data.load_corpus(setup.sources.corpus, "test")[:9]
+        examples = data.encode_records(records, setup.datasets, setup.tokenizer)
+        batch = data.collate(examples, lambda record: None, 16)
+        logits.append(setup.model.eval()(batch))
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("flags, named", [(["--rank", "9"], "rank 6 -> 9"),
+                                          (["--lr", "0.5"], "lr 0.001 -> 0.5"),
+                                          (["--no-aml"], "aml True -> False")])
+def test_resuming_with_other_settings_is_refused_by_name(finished, flags, named):
+    """A run goes on as it began, or not at all."""
+    refused = run([*finished["line"], *flags])
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    assert named in refused.stderr and "--resume none" in refused.stderr
+
+
+def test_other_rank_on_loading_names_the_tensor(finished):
+    """Invariant 15: changing R gives a clear error, not a partial load."""
+    folder, device = train.find_checkpoint(finished["out"]), torch.device("cpu")
+    setup = train.load_model(folder, device)
+    other = train.build(dataclasses.replace(setup.config, rank=9), setup.sources, device)
+    with pytest.raises(train.UsageError, match=r"A_U: expected \[9, 32\], got \[6, 32\]"):
+        train.load_trainables(other.model, folder)
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(finished, tmp_path):
+    """R4: a flipped bit or a missing file is caught by sha256; the run goes on from the previous."""
+    out = tmp_path / "run"
+    shutil.copytree(finished["out"], out)
+    (out / "table.txt").unlink()
+    newest = sorted(out.glob("step-*"))[-1]
+    weights = newest / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    line = [str(out) if word == str(finished["out"]) else word for word in finished["line"]]
+    done = run(line)
+    assert done.returncode == 0, done.stderr
+    assert f"passed over: {weights}" in done.stderr
+    assert "at step 4" in done.stdout
+    assert sums(out) == sums(finished["out"])
+
+
+def test_resume_none_starts_over_and_a_wrong_path_is_fatal(finished, tmp_path):
+    lost = run([*finished["line"], "--resume", str(tmp_path / "nowhere")])
+    assert lost.returncode == 2 and "expected a checkpoint folder" in lost.stderr
+
+
+# ------------------------------------------------------------------------------- arguments, errors
+
+def test_unknown_flags_name_the_nearest_one_and_abbreviations_are_refused(command, tmp_path):
+    for flag, near in (("--epoch", "--epochs"), ("--batchsize", "--batch"), ("--methd", "--method")):
+        done = run(command(tmp_path, flag, 1))
+        assert done.returncode == 2 and f"did you mean {near}" in done.stderr
+
+
+def test_missing_images_are_an_error_unless_masked_and_then_counted(command, small, tmp_path):
+    """DESIGN 8.4: nothing is substituted; --missing-images mask is explicit and counted."""
+    corpus = tmp_path / "corpus"
+    shutil.copytree(small["data"], corpus)
+    shutil.rmtree(corpus / ".features", ignore_errors=True)
+    for image in (corpus / "demo_t15" / "images").glob("dev_*"):
+        image.unlink()
+    line = command(tmp_path / "run", "--steps", 1, "--epochs", 1)
+    line = [str(corpus) if word == small["data"] else word for word in line]
+    refused = run(line)
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    assert re.search(r"2 are missing, first \S+dev_\S+ \(\S+dev.jsonl:\d+\)", refused.stderr)
+    masked = run([*line, "--missing-images", "mask"])
+    assert masked.returncode == 0, masked.stderr
+    assert "images: 2 rows without their image" in masked.stdout
+
+
+def test_weights_that_cannot_be_had_offline_say_what_to_fetch_and_where_to_put_it(command,
+                                                                                  tmp_path):
+    done = run([*command(tmp_path / "run")[:2], "--size", "large", "--data", str(tmp_path)])
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "google/flan-t5-large" in done.stderr and "weights/flan-t5-large" in done.stderr
+
+
+def test_defaults_follow_the_size_and_the_paper():
+    """D2, D32, D33: ranks 128 / 64 / 64, global batches 40 / 16 / 8, lr 1e-4, 20 epochs."""
+    for size, rank, batch in (("base", 128, 40), ("large", 64, 16), ("xl", 64, 8)):
+        config, _ = train.parse_arguments(["--size", size])
+        assert (config.rank, config.batch, config.lr, config.epochs) == (rank, batch, 1e-4, 20)
+        assert config.aml and config.uses_mim and config.beta == 0.01
+    assert not train.parse_arguments(["--method", "lora"])[0].aml
+    assert train.parse_arguments(["--method", "lora", "--aml"])[0].aml
+
+
+# -------------------------------------------------------------------------------------- the vector
+
+def test_the_flat_vector_steps_as_one_adam_per_parameter():
+    """DESIGN 8.20: two slices, variance vectors at ten times the rate, equal to separate Adams."""
+    def model() -> nn.Module:
+        torch.manual_seed(1)
+        config = T5Config(vocab_size=20, d_model=8, d_kv=3, d_ff=8, num_layers=1, num_heads=2,
+                          feed_forward_proj="gated-gelu", dropout_rate=0.0)
+        return clorae.adapt(T5(config), rank=3)
+
+    ours, reference = model(), model()
+    flat = FlatParameters(ours, lr=1e-2)
+    named = [(n, p) for n, p in reference.named_parameters() if p.requires_grad]
+    adam = torch.optim.Adam([{"params": [p], "lr": 0.1 if n.endswith("rho") else 0.01}
+                             for n, p in named])
+    for seed in range(3):
+        for m in (ours, reference):
+            torch.manual_seed(seed)
+            for parameter in m.parameters():
+                if parameter.requires_grad:
+                    gradient = torch.randn(parameter.shape)
+                    if m is ours:
+                        parameter.grad.copy_(gradient)
+                    else:
+                        parameter.grad = gradient
+        flat.optimizer.step()
+        adam.step()
+    for name, parameter in named:
+        torch.testing.assert_close(ours.get_parameter(name), parameter, rtol=1e-6, atol=1e-7)
+
+
+def test_c_lorae_overfits_what_a_lone_universal_expert_cannot():
+    """Invariant 16: 3 tasks x 8 samples, the same inputs with a different answer per task.
+
+    Task experts drive the loss below 0.05; plain LoRA sees no task and cannot pass ln(3) a token.
+    """
+    def final_loss(method: str) -> float:
+        torch.manual_seed(0)
+        config = T5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+                          feed_forward_proj="gated-gelu", dropout_rate=0.0)
+        model = clorae.adapt(T5(config), method, rank=12, dropout=0.0,
+                             targets=("q", "v", "o", "up", "down"))
+        inputs = torch.randint(3, 32, (8, 6)).repeat(3, 1)
+        labels, tasks = torch.randint(3, 32, (24, 2)), torch.arange(3).repeat_interleave(8)
+        flat = FlatParameters(model, lr=5e-3)
+        mask = torch.ones_like(inputs, dtype=torch.bool)
+        for _ in range(250):
+            model.routing.set(tasks, memory=mask, target=labels != -100)
+            logits, loss = model(inputs, mask, labels)
+            flat.grads.zero_()
+            loss.backward()
+            flat.optimizer.step()
+        return loss.item()
+
+    assert final_loss("clorae") < 0.05
+    assert final_loss("lora") > 0.5
+
+
+def test_weights_of_one_and_no_mim_give_the_plain_token_mean(command, tmp_path):
+    """Invariant 11: --no-aml and beta = 0: the logged loss is token-mean cross-entropy."""
+    out = tmp_path / "run"
+    done = run(command(out, "--steps", 1, "--epochs", 1, "--no-aml", "--beta", 0))
+    assert done.returncode == 0, done.stderr
+    head, row = (line.split(",") for line in (out / "metrics.csv").read_text().split("\n")[:2])
+    values = dict(zip(head, row))
+    assert values["loss"] == values["L_MT"] and float(values["L_MIM"]) == 0
+
+
+def test_beta_zero_is_bitwise_the_run_without_mim(command, tmp_path):
+    """Invariant 6: --beta 0 and --no-mim end in the same weights."""
+    ends = []
+    for name, flags in (("beta", ["--beta", "0"]), ("no-mim", ["--no-mim"])):
+        done = run(command(tmp_path / name, "--steps", 3, "--epochs", 1, *flags))
+        assert done.returncode == 0, done.stderr
+        ends.append((tmp_path / name / "step-00000003" / "model.safetensors").read_bytes())
+    assert ends[0] == ends[1]
+
+
+def test_resume_restores_the_achievement_weights(finished):
+    """Invariant 10: history and weights are in the checkpoint, equal to Eq. (9) of its dev F1."""
+    state = json.loads((train.find_checkpoint(finished["out"]) / "state.json").read_text())
+    entry = state["history"][-1]
+    weights = losses.achievement_weights(entry["f1"], train.SINGLE_TASK_F1)
+    assert state["weights"] == entry["weights"] == weights
