@@ -29,7 +29,7 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterable
 
 import sentencepiece
 import torch
@@ -38,7 +38,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import Tokenizer
-from t5 import T5, T5Config
+from t5 import T5, Attention, T5Config
+from vision import ViT, ViTConfig, crop, preprocess
 
 
 # ------------------------------------------------------------------ constants of the world
@@ -519,7 +520,8 @@ class Tiny:
     inner: int = 256  # width of the feed-forward
     steps: int = 2500
     batch: int = 32
-    rate: float = 3e-3
+    rate: float = 2e-3
+    vit_width: int = 64
     vit_steps: int = 600
     vit_batch: int = 64
     vit_rate: float = 1e-3
@@ -547,15 +549,39 @@ def schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / rise) * (.5 + .5 * math.cos(math.pi * step / steps))
 
 
+@torch.no_grad()
+def start_mimetic(model: T5) -> None:
+    """Mimetic initialisation (Trockman and Kolter, arXiv 2305.09828): start where training leads.
+
+    Queries equal keys, so that like attends to like; values and outputs make a near identity, so
+    that what is attended to is copied; and some heads prefer neighbours. From T5's own random start
+    copying needs thousands of steps to appear, from here about a hundred.
+    """
+    for module in model.modules():
+        if isinstance(module, Attention):
+            width = module.k.weight.shape[0]
+            turn = torch.nn.init.orthogonal_(torch.empty(module.k.weight.shape))
+            module.k.weight.copy_(turn)
+            module.q.weight.copy_(turn * (width // module.heads) ** -.5)
+            turn = torch.nn.init.orthogonal_(torch.empty(module.v.weight.shape))
+            module.v.weight.copy_(turn)
+            module.o.weight.copy_(turn.T)
+    after = model.config.relative_attention_num_buckets // 2  # buckets of keys to the right
+    for head, bucket in enumerate((1, after + 1, 2)):
+        model.encoder.relative_bias.weight[bucket, head] += 7.0
+    for head, bucket in enumerate((1, 2)):
+        model.decoder.relative_bias.weight[bucket, head] += 7.0
+
+
 def make_t5(lessons: Lessons, tiny: Tiny, seed: int) -> T5:
-    """A tiny T5 v1.1, trained on the lessons."""
+    """A tiny T5 with v1.1's feed-forward and a tied head, trained on the lessons."""
     torch.manual_seed(seed)
     config = T5Config(
         vocab_size=lessons.tokenizer.vocab_size + 100, d_model=tiny.width, num_heads=tiny.heads,
         d_kv=tiny.width // tiny.heads, d_ff=tiny.inner, num_layers=tiny.layers,
-        dropout_rate=0.0, feed_forward_proj="gated-gelu", tie_head=False, scale_logits=False)
+        dropout_rate=0.0, feed_forward_proj="gated-gelu", tie_head=True, scale_logits=True)
     model = T5(config).train()
-    torch.nn.init.normal_(model.lm_head.weight, std=tiny.width ** -.5)  # logits of size one
+    start_mimetic(model)
     optimizer = torch.optim.Adam(model.parameters(), tiny.rate, betas=(.9, .98), fused=True)
     mean = None
     with tqdm(range(tiny.steps), desc="tiny T5", unit="step") as bar:
@@ -572,6 +598,52 @@ def make_t5(lessons: Lessons, tiny: Tiny, seed: int) -> T5:
             mean = loss.item() if mean is None else .98 * mean + .02 * loss.item()
             bar.set_postfix_str(f"loss {mean:.3f}", refresh=False)
     return model.eval()
+
+
+def make_vit(tiny: Tiny, seed: int) -> ViT:
+    """A tiny ViT, trained to tell which drawings in which colours are in a picture or a crop."""
+    rng = random.Random(f"{seed}/vit")
+    torch.manual_seed(seed)
+    model = ViT(ViTConfig(hidden_size=tiny.vit_width, num_hidden_layers=3, num_attention_heads=4,
+                          intermediate_size=2 * tiny.vit_width, image_size=32, patch_size=8))
+    kinds = [(glyph, colour) for glyph in GLYPHS for colour in COLOURS]
+    head = torch.nn.Linear(tiny.vit_width, len(kinds))
+    weights = [*model.parameters(), *head.parameters()]
+    optimizer = torch.optim.Adam(weights, tiny.vit_rate, fused=True)
+    mean = None
+    with tqdm(range(tiny.vit_steps), desc="tiny ViT", unit="step") as bar:
+        for step in bar:
+            pixels, truth = [], []
+            while len(pixels) < tiny.vit_batch:
+                things = [rng.choice(kinds) for _ in range(rng.randint(0, MAX_OBJECTS))]
+                image, boxes = draw_scene(things, rng)
+                views = (image, *(crop(image, box) for box in boxes))
+                pixels += [preprocess(view, size=model.size) for view in views]
+                shown = [things, *([thing] for thing in things)]
+                truth += [[float(kind in seen) for kind in kinds] for seen in shown]
+            logits = head(model(torch.stack(pixels))[:, 0])
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, torch.tensor(truth))
+            mean = loss.item() if mean is None else .98 * mean + .02 * loss.item()
+            bar.set_postfix_str(f"loss {mean:.3f}", refresh=False)
+            for group in optimizer.param_groups:
+                group["lr"] = tiny.vit_rate * schedule(step, tiny.vit_steps)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return model.eval()
+
+
+def make_backbone(dst: str | Path, texts: list[str], seed: int = 0, tiny: Tiny = Tiny(),
+                  avoid: Iterable[str] = ()) -> None:
+    """Makes dst/t5 (with spiece.model) and dst/vit in the HF layout from training inputs `texts`.
+
+    avoid: words never to be used as keys of the lessons, meant for the corpus' labels.
+    """
+    dst = Path(dst)
+    make_tokenizer(texts, dst / "t5" / "spiece.model", tiny.pieces)
+    lessons = Lessons(texts, set(avoid), Tokenizer(dst / "t5"), random.Random(f"{seed}/lessons"))
+    make_t5(lessons, tiny, seed).save_pretrained(dst / "t5")
+    make_vit(tiny, seed).save_pretrained(dst / "vit")
 
 
 def main() -> None:

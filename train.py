@@ -24,10 +24,11 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,6 +99,8 @@ class Config:
                                            choices=UNITS)
     t5: str | None = option(None, "T5 folder instead of the size's own")
     vit: str | None = option(None, "ViT or CLIP folder instead of the size's own")
+    backbone_steps: int | None = option(None, "steps to make the tiny T5 with; default: enough",
+                                        int)
     out: str | None = option(None, "run folder; default: runs/DATA-SIZE-METHOD")
     method: str = option("clorae", "what is trained", choices=METHODS)
     egr: bool = option(True, "gate router between the experts, Eq. (6)", bool)
@@ -280,18 +283,40 @@ def prepare(config: Config) -> Sources:
     with locked(Path("weights/.lock")):
         corpus = Path(config.data or "data/demo")
         if config.data is None and not corpus.exists():
-            demo.make_world(corpus)
-        size = SIZES[config.size]
-        tiny = None
+            whole(corpus, demo.make_world)
+        made = None
         if config.size == "tiny" and not (config.t5 and config.vit):
-            texts = data.training_texts(corpus)
-            digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()[:8]
-            tiny = Path("weights") / f"tiny-{digest}"
-            if not tiny.exists():
-                demo.make_backbone(tiny, texts)
-        t5 = Path(config.t5) if config.t5 else tiny / "t5" if tiny else find_weights(size.t5)
-        vit = Path(config.vit) if config.vit else tiny / "vit" if tiny else find_weights(size.vit)
+            made = tiny_backbone(corpus, config.backbone_steps)
+        size = SIZES[config.size]
+        t5 = Path(config.t5) if config.t5 else made / "t5" if made else find_weights(size.t5)
+        vit = Path(config.vit) if config.vit else made / "vit" if made else find_weights(size.vit)
     return Sources(corpus, t5, vit)
+
+
+def whole(folder: Path, make: Callable[[Path], object]) -> None:
+    """Let `make` fill a folder that appears under its name only once it is complete."""
+    aside = folder.with_name(f".{folder.name}.making")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    make(aside)
+    aside.rename(folder)
+
+
+def tiny_backbone(corpus: Path, steps: int | None) -> Path:
+    """The tiny T5 and ViT made from a corpus' training inputs, cached by their hash."""
+    datasets = data.load_datasets(corpus)
+    records = data.load_corpus(corpus, "train")
+    texts = ["".join(data.prompt(record, datasets[record.dataset])) for record in records]
+    tiny = demo.Tiny()
+    if steps is not None:
+        tiny = dataclasses.replace(tiny, steps=steps, vit_steps=min(steps, tiny.vit_steps))
+    digest = hashlib.sha256("\n".join([repr(tiny), *texts]).encode()).hexdigest()
+    folder = Path("weights") / f"tiny-{digest[:8]}"
+    if not folder.exists():
+        labels = json.dumps([dataset.labels for dataset in datasets.values()])
+        avoid = set(re.findall(r"\w+", labels))  # lessons never use a label as an answer
+        whole(folder, lambda aside: demo.make_backbone(aside, texts, tiny=tiny, avoid=avoid))
+    return folder
 
 
 class Features:
@@ -556,8 +581,25 @@ class Run:
         self.units = [u for u in UNITS if any(UNITS[e.unit] == u for e in self.examples)]
         self.reference = self.references()
         self.progress = Progress(weights=dict.fromkeys(self.units, 1.0))
+        if config.fusion == "gate":
+            self.open_gate()
         self.origin = {"t5": str(sources.t5), "t5_sha256": folder_hash(sources.t5),
                        "vit": str(sources.vit), "vit_sha256": folder_hash(sources.vit)}
+
+    def collate(self, indices: list[int]) -> data.Batch:
+        return data.collate([self.examples[i] for i in indices], self.features,
+                            self.features.width).to(self.world.device)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.world.device.type, torch.bfloat16,
+                              enabled=self.config.precision == "bf16")
+
+    @torch.no_grad()
+    def open_gate(self) -> None:
+        """Turn the fusion gate's fresh projections to the side that lets gradients through."""
+        self.model.eval()
+        with self.autocast():
+            self.model.open_gate(self.collate(self.batches(0)[0][:self.config.micro_batch]))
 
     def references(self) -> dict[str, float]:
         """p_m of Eq. (9) for every unit."""
@@ -598,6 +640,7 @@ class Run:
             return "start: from the beginning (--resume none)"
         found = newest_checkpoint(self.out) if how == "auto" else Path(how)
         if found is None:
+            self.cut_logs()
             return f"start: from the beginning, no checkpoint in {self.out}"
         state = read_state(found)
         self.check_same(state, found)
@@ -633,16 +676,14 @@ class Run:
 
     def cut_logs(self) -> None:
         """Drop logged rows from after the checkpoint, so that no step appears twice."""
-        if not self.world.main:
-            return
-        for name, step_of in (("metrics.csv", lambda line: line.split(",")[0]),
+        for name, step_of in (("metrics.csv", lambda line: int(line.split(",")[0])),
                               ("eval.jsonl", lambda line: json.loads(line)["step"])):
             path = self.out / name
-            if path.exists():
-                lines = path.read_text(encoding="utf-8").split("\n")
-                kept = [line for line in lines if line.startswith("step,")
-                        or line and int(step_of(line)) <= self.progress.step]
-                path.write_text("\n".join(kept) + "\n", encoding="utf-8")
+            if self.world.main and path.exists():
+                lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # the last may be torn
+                kept = [line + "\n" for line in lines if line.startswith("step,")
+                        or step_of(line) <= self.progress.step]
+                path.write_text("".join(kept), encoding="utf-8")
 
     # ---------------------------------------------------------------- training
 
@@ -660,9 +701,8 @@ class Run:
             if part % self.world.size != self.world.rank:
                 continue
             torch.manual_seed(hash((config.seed, progress.step, part)))  # of integers: always equal
-            batch = data.collate([self.examples[i] for i in rows], self.features,
-                                 self.features.width).to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            batch = self.collate(rows)
+            with self.autocast():
                 logits = self.model(batch)
             ce = losses.token_cross_entropy(logits, batch.labels)  # [B]
             L_MT = (w[batch.units] * ce).sum() / tokens

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ import losses
 import train
 from t5 import T5, T5Config
 from train import FlatParameters
+from vision import UMIE
 
 
 def first_step(command, tmp_path: Path, *flags: object, processes: int = 1) -> tuple[float, dict]:
@@ -326,3 +328,36 @@ def test_resume_restores_the_achievement_weights(finished):
     entry = state["history"][-1]
     weights = losses.achievement_weights(entry["f1"], train.SINGLE_TASK_F1)
     assert state["weights"] == entry["weights"] == weights
+
+
+@pytest.mark.slow
+def test_base_geometry_takes_a_step_and_decodes_on_a_cpu(capsys):
+    """flan-t5-base geometry, random weights: one training step of 6 rows and 16 decoded tokens."""
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=32128, d_model=768, d_kv=64, d_ff=2048, num_layers=12,
+                      num_heads=12, feed_forward_proj="gated-gelu", tie_head=False,
+                      scale_logits=False)
+    model = clorae.adapt(UMIE(T5(config), 768, 16), rank=128)
+    for part in (model.visual_embedding, model.vstack, model.fusion):
+        part.requires_grad_(True)
+    flat = FlatParameters(model, 1e-4)
+    batch = data.Batch(
+        input_ids=torch.randint(3, 32000, (6, 48)), attention_mask=torch.ones(6, 48).bool(),
+        labels=torch.randint(3, 32000, (6, 16)), tasks=torch.tensor([0, 0, 1, 1, 2, 2]),
+        units=torch.tensor([0, 1, 3, 4, 5, 6]), features=torch.randn(6, 5, 768),
+        boxes=torch.rand(6, 5, 5), visual_mask=torch.ones(6, 5).bool(), rows=torch.arange(6))
+    model.routing.mim_batch = 6
+    started = time.perf_counter()
+    ce = losses.token_cross_entropy(model.train()(batch), batch.labels)
+    loss = ce.sum() / batch.labels.numel() \
+        + 0.01 * losses.mutual_information(model.routing.moments, 76)
+    loss.backward()
+    flat.optimizer.step()
+    stepped = time.perf_counter()
+    ids = model.eval().generate(batch, max_new_tokens=16, banned_ids=[1])  # no early end
+    decoded = time.perf_counter()
+    assert torch.isfinite(loss) and ids.shape == (6, 16)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    with capsys.disabled():
+        print(f"\nbase geometry, 6 rows: step {stepped - started:.1f} s, 16 tokens "
+              f"{decoded - stepped:.1f} s, peak {peak:.1f} GiB, loss {loss.item():.2f}")
