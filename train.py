@@ -304,8 +304,7 @@ def whole(folder: Path, make: Callable[[Path], object]) -> None:
 
 def tiny_backbone(corpus: Path, steps: int | None) -> Path:
     """The tiny T5 and ViT made from a corpus' training inputs, cached by their hash."""
-    datasets = data.load_datasets(corpus)
-    records = data.load_corpus(corpus, "train")
+    datasets, records = data.load_datasets(corpus), data.load_corpus(corpus, "train")
     texts = ["".join(data.prompt(record, datasets[record.dataset])) for record in records]
     tiny = demo.Tiny()
     if steps is not None:

@@ -4,6 +4,7 @@ Letters: B rows, S tokens, R universal rank, r task rank, N tasks.
 """
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -116,7 +117,7 @@ def test_rank_space_layer_equals_the_paper_equations_with_every_gradient(method,
 
 def test_float64_gradcheck_of_the_layer():
     """Finite differences agree with autograd through gates, experts and MIM moments."""
-    m, (x, tasks, mask) = layer(dtype=torch.float64).train(), inputs(torch.float64)
+    m, (x, tasks, _) = layer(dtype=torch.float64).train(), inputs(torch.float64)
     x = x[:3, :2].clone().requires_grad_()
     names = ("A_U", "B_U", "A_T", "B_T", "W_g")
 
@@ -448,3 +449,31 @@ def test_frozen_weights_never_move():
         if plain in before:
             assert not parameter.requires_grad and torch.equal(parameter, before[plain]), name
     assert any(torch.count_nonzero(m.B_U) for m in clorae.expert_layers(t5).values())
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_tasks_survive_beams_and_dropped_rows_in_a_whole_model(beams):
+    """Invariant 12: a mixed batch decodes as its rows do alone, whatever ends first."""
+    model = clorae.adapt(tiny_umie(), rank=6).eval()
+    with torch.no_grad():
+        for m in clorae.expert_layers(model).values():
+            m.B_U.normal_(0, 0.2)
+            m.B_T.normal_(0, 0.5)
+            m.W_g.normal_(0, 0.3)
+        model.t5.lm_head.weight[1] *= 2  # rows end early, at different steps
+    tasks = torch.tensor([0, 0, 1, 1, 2, 2])
+    ids = torch.randint(3, 40, (2, 7)).repeat(3, 1)
+
+    def generate(rows: slice) -> list[list[int]]:
+        count = len(tasks[rows])
+        batch = SimpleNamespace(
+            input_ids=ids[rows], attention_mask=torch.ones(count, 7, dtype=torch.bool),
+            labels=None, tasks=tasks[rows], features=torch.zeros(count, 0, 12),
+            boxes=torch.zeros(count, 0, 5), visual_mask=torch.zeros(count, 0, dtype=torch.bool))
+        found = model.generate(batch, max_new_tokens=9, num_beams=beams)
+        return [[i for i in row if i] for row in found.tolist()]
+
+    together = generate(slice(None))
+    assert together == [generate(slice(i, i + 1))[0] for i in range(6)]
+    assert together[0] != together[2] or together[0] != together[4]  # same input, other task
+    assert len({len(row) for row in together}) > 1  # some rows ended earlier than others
