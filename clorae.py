@@ -10,7 +10,7 @@ github.com/huggingface/peft, the dense softmax router follows github.com/Ablustr
     W_0                 base.weight   [D_out,D_in]   frozen weight
     A^U, B^U            A_U, B_U      [R,D_in], [D_out,R]          universal expert
     A^D_n, B^D_n        A_T, B_T      [N,r,D_in], [N,D_out,r]      task experts, stacked
-    W_g                 W_g           [2,D_in]       gate router (the paper's D_out cannot multiply x)
+    W_g                 W_g           [2,D_in]       gate router (the paper's 2 x D_out cannot be)
     g^1, g^2            gates         [B,S,2]        weight of the universal and of the task expert
     alpha / r           scale         scalar         alpha / R for both experts
     sigma^2 (Sec. 2.3)  rho           [D_out]        variance of the MIM student, before softplus
@@ -19,8 +19,8 @@ Shapes: B rows of the batch, S tokens, D_in and D_out the widths of one linear, 
 r = floor(R / N) task rank, N tasks, k = R + r columns that a row of one task computes.
 
 Everything but W_0 x lives in rank space: the gate multiplies the k numbers z = [A_U x ; A_n x] of a
-token before one product with [B_U B_n], so the experts' outputs U = B_U z_U and D = B_n z_n of width
-D_out are never formed.  The MIM loss (Eq. 5) needs only second moments of z, collected here.
+token before one product with [B_U B_n], so the experts' outputs U = B_U z_U and D = B_n z_n, each
+D_out wide, are never formed.  The MIM loss (Eq. 5) needs only second moments of z, collected here.
 """
 
 import math

@@ -4,7 +4,7 @@ The world is a generated corpus in the unified schema of data.py: short texts ab
 each with a drawn picture. What makes it worth training on:
   - the picture is needed: many mentions, pairs and triggers read the same whatever they are; only
     what is drawn beside them decides the type, the relation, the event, and which box has a role;
-  - the tasks share names, words and symbols, and disagree about their meaning (MEANING below);
+  - the tasks share names, words and symbols, and disagree about their meaning;
   - the units differ in size, and every split has its own names, so names must be copied.
 
 The tiny backbone is made as its big sisters were: a T5 v1.1 layout trained by span corruption
@@ -24,7 +24,6 @@ import io
 import json
 import math
 import random
-import re
 import zlib
 from collections import Counter
 from dataclasses import dataclass
@@ -61,33 +60,31 @@ SIZES = {"T15": 900, "T17": 500, "SNAP": 700, "V1": 600, "V2": 1500, "MEE": 1000
 SPLITS = {"train": None, "dev": 60, "test": 150}
 COLOURS = {"red": (214, 40, 40), "blue": (40, 80, 214), "green": (40, 160, 70),
            "yellow": (236, 190, 30)}
-GLYPHS = ("figure", "house", "flag", "car", "blade", "tree")  # a tree never means anything
 PAPER = ((250, 250, 245), (225, 235, 245), (240, 228, 220), (228, 240, 226))
 SIDE, MAX_OBJECTS = 64, 4
 
 # One drawing, three meanings: the tasks read the same symbols differently, on purpose.
-MEANING = {
-    "mner": {"figure": "person", "house": "location", "flag": "organization", "car": "other"},
-    "mre": {"flag": "member of", "house": "residence"},  # and figures: couple if red, else peer
-    "mee": {"blade": "attack", "flag": "demonstrate", "house": "meet", "car": "transport"},
-}
+TYPES = {"person": "figure", "location": "house", "organization": "flag", "other": "car"}
+MET = {"member of": "flag", "residence": "house"}  # what a figure is with; couple, peer: a figure
+CUES = {"attack": "blade", "demonstrate": "flag", "meet": "house", "transport": "car"}
 ROLES = {"attack": ("attacker", "target"), "demonstrate": ("demonstrator", "place"),
          "meet": ("participant", "place"), "transport": ("passenger", "vehicle")}
-V_LABELS = {"V1": ("couple", "member of", "none", "peer"),
-            "V2": ("member of", "none", "peer", "residence")}
+RELATIONS = {"V1": ("couple", "member of", "none", "peer"),
+             "V2": ("member of", "none", "peer", "residence")}
 
-VAGUE = ("so proud of {}", "look at {}", "{} looks great", "waiting for {}", "love {} today")
-CLEAR = {"person": ("says coach {}", "singer {} smiled", "{} joined us"),
-         "location": ("downtown {} is busy", "rain near {}", "we drove to {}"),
-         "organization": ("club {} won", "{} hired staff", "shares of {} fell"),
-         "other": ("film {} opens", "the {} award", "reading {} now")}
-IDLE = ("good morning everyone", "what a busy day", "rain again today", "so tired of waiting",
-        "we won today", "nothing to see here")
+PHRASES = {
+    "vague": ("so proud of {}", "look at {}", "{} looks great", "waiting for {}", "love {} today"),
+    "person": ("says coach {}", "singer {} smiled", "{} joined us"),
+    "location": ("downtown {} is busy", "rain near {}", "we drove to {}"),
+    "organization": ("club {} won", "{} hired staff", "shares of {} fell"),
+    "other": ("film {} opens", "the {} award", "reading {} now"),
+    "idle": ("good morning everyone", "what a busy day", "rain again today", "we won today",
+             "so tired of waiting", "nothing to see here")}
 PAIR_VAGUE = ("{} with {} today", "{} and {} again", "great day for {} and {}")
 PAIR_CLEAR = {"couple": ("{} married {}", "{} loves {}"), "peer": ("{} met {}", "{} faced {}"),
               "member of": ("{} joined {}", "{} signed for {}"),
-              "residence": ("{} moved to {}", "{} is home in {}")}
-THIRD = ("says {}", "near {}", "thanks {}")
+              "residence": ("{} moved to {}", "{} lives in {}")}
+THIRD = ("says", "near", "thanks")
 TRIGGERS = {"attack": ("struck", "bombed"), "demonstrate": ("protested", "marched"),
             "meet": ("met", "hosted"), "transport": ("drove", "boarded")}
 VAGUE_TRIGGERS = ("joined", "faced", "moved", "took")
@@ -95,38 +92,31 @@ VAGUE_TRIGGERS = ("joined", "faced", "moved", "took")
 
 # ------------------------------------------------------------------ drawing
 
+# Each glyph: (shape, colour or None for the thing's own, points in its box scaled to 0..1).
+INK, WOOD, STEEL, WHITE = (40, 40, 40), (100, 65, 45), (150, 150, 160), (255, 255, 255)
+GLYPHS = {
+    "figure": (("ellipse", None, (.3, 0, .7, .35)),
+               ("polygon", None, (.5, .3, .9, .7, .65, .65, .75, 1, .25, 1, .35, .65, .1, .7))),
+    "house": (("polygon", WOOD, (0, .45, .5, 0, 1, .45)), ("rectangle", None, (.1, .45, .9, 1)),
+              ("rectangle", INK, (.4, .65, .6, 1))),
+    "flag": (("rectangle", INK, (.05, 0, .15, 1)), ("rectangle", None, (.15, .02, 1, .55)),
+             ("rectangle", WHITE, (.15, .22, 1, .35))),
+    "car": (("polygon", None, (0, .75, 0, .5, .25, .45, .35, .2, .75, .2, 1, .5, 1, .75)),
+            ("ellipse", INK, (.12, .6, .38, .95)), ("ellipse", INK, (.62, .6, .88, .95))),
+    "blade": (("polygon", STEEL, (.9, 0, 1, .1, .4, .75, .25, .6)),
+              ("polygon", None, (.15, .5, .5, .85, .4, .95, .05, .6)),
+              ("polygon", None, (.3, .7, .1, 1, 0, .9, .2, .6))),
+    "tree": (("rectangle", WOOD, (.42, .6, .58, 1)), ("ellipse", None, (.1, 0, .9, .68))),
+}  # a tree never means anything
+
+
 def draw_glyph(draw: ImageDraw.ImageDraw, glyph: str, box: tuple, colour: tuple) -> None:
     """Draws one of GLYPHS into box (x1, y1, x2, y2), in pixels."""
     x1, y1, x2, y2 = box
-    w, h = x2 - x1, y2 - y1
-
-    def at(*points: tuple[float, float]) -> list[tuple[float, float]]:
-        return [(x1 + px * w, y1 + py * h) for px, py in points]
-
-    if glyph == "figure":
-        draw.ellipse(at((.3, 0), (.7, .35)), fill=colour)
-        draw.polygon(at((.5, .3), (.9, .7), (.65, .65), (.75, 1), (.25, 1), (.35, .65), (.1, .7)),
-                     fill=colour)
-    elif glyph == "house":
-        draw.polygon(at((0, .45), (.5, 0), (1, .45)), fill=(90, 60, 50))
-        draw.rectangle(at((.1, .45), (.9, 1)), fill=colour)
-        draw.rectangle(at((.4, .65), (.6, 1)), fill=(60, 40, 30))
-    elif glyph == "flag":
-        draw.rectangle(at((.05, 0), (.15, 1)), fill=(60, 60, 60))
-        draw.rectangle(at((.15, .02), (1, .55)), fill=colour)
-        draw.rectangle(at((.15, .22), (1, .35)), fill=(255, 255, 255))
-    elif glyph == "car":
-        draw.polygon(at((0, .75), (0, .5), (.25, .45), (.35, .2), (.75, .2), (1, .5), (1, .75)),
-                     fill=colour)
-        for left in (.12, .62):
-            draw.ellipse(at((left, .6), (left + .26, .95)), fill=(30, 30, 30))
-    elif glyph == "blade":
-        draw.polygon(at((.9, 0), (1, .1), (.4, .75), (.25, .6)), fill=(150, 150, 160))
-        draw.line(at((.15, .5), (.5, .85)), fill=colour, width=3)
-        draw.line(at((.3, .7), (.05, .95)), fill=colour, width=4)
-    else:
-        draw.rectangle(at((.42, .6), (.58, 1)), fill=(110, 75, 40))
-        draw.ellipse(at((.1, 0), (.9, .68)), fill=colour)
+    for shape, fill, points in GLYPHS[glyph]:
+        xy = [(x1 + px * (x2 - x1), y1 + py * (y2 - y1))
+              for px, py in zip(points[::2], points[1::2])]
+        getattr(draw, shape)(xy, fill=fill or colour)
 
 
 def draw_scene(things: list[tuple[str, str]], rng: random.Random) -> tuple[Image.Image, list]:
@@ -149,162 +139,138 @@ def draw_scene(things: list[tuple[str, str]], rng: random.Random) -> tuple[Image
 
 # ------------------------------------------------------------------ the world
 
-class Names:
-    """Made-up names of one or two words; no word is shared between splits."""
-
-    def __init__(self, split: str, rng: random.Random) -> None:
-        self.split, self.rng = split, rng
-
-    def word(self) -> str:
-        """A capitalised word of two or three syllables that belongs to this split."""
-        while True:
-            syllables = [self.rng.choice("bdfgklmnprstvz") + self.rng.choice("aeiou")
-                         for _ in range(self.rng.choice((2, 2, 2, 3)))]
-            word = "".join(syllables).capitalize() + self.rng.choice(("", "", "n", "r"))
-            slot = zlib.crc32(word.encode()) % 10
-            if self.split == ("dev" if slot == 0 else "test" if slot < 3 else "train"):
-                return word
-
-    def name(self) -> list[str]:
-        """One word, or two in a quarter of the cases."""
-        return [self.word() for _ in range(self.rng.choice((1, 1, 1, 2)))]
-
-
 class Writer:
     """Makes the records of one dataset's split: texts, pictures, gold."""
 
     def __init__(self, folder: Path, split: str, unit: str, seed: int, hard: Difficulty) -> None:
         self.folder, self.split, self.unit, self.hard = folder, split, unit, hard
         self.rng = random.Random(f"{seed}/{unit}/{split}")
-        self.names = Names(split, self.rng)
         self.tokens: list[str] = []
 
+    def word(self, most: int) -> str:
+        """A made-up name of two syllables, or up to `most`; each split has names of its own."""
+        while True:
+            syllables = [self.rng.choice("bdfgklmnprstvz") + self.rng.choice("aeiou")
+                         for _ in range(self.rng.choice((2, 2, 2, most)))]
+            word = "".join(syllables).capitalize() + self.rng.choice(("", "", "n", "r"))
+            slot = zlib.crc32(word.encode()) % 10
+            if self.split == ("dev" if slot == 0 else "test" if slot < 3 else "train"):
+                return word
+
     def chance(self, probability: float) -> bool:
+        """True as often as the probability says."""
         return self.rng.random() < probability
 
     def say(self, phrase: str) -> list[list[int]]:
-        """Appends a phrase, each {} a new name; returns the names' token spans."""
+        """Appends a phrase, each {} a new name, one of two words at most; the names' token spans."""
         spans = []
         for word in phrase.split():
             start = len(self.tokens)
-            self.tokens += self.names.name() if word == "{}" else [word]
-            spans += [[start, len(self.tokens)]] if word == "{}" else []
+            if word != "{}":
+                self.tokens.append(word)
+                continue
+            double = self.chance(.35) and all(b - a == 1 for a, b in spans)
+            self.tokens += [self.word(2), self.word(2)] if double else [self.word(3)]
+            spans.append([start, len(self.tokens)])
         return spans
 
     def things(self, glyphs: list[str], colour: str | None = None) -> list[tuple[str, str]]:
-        """Glyphs with the given colour, or each with a random one."""
-        return [(glyph, colour or self.rng.choice(list(COLOURS))) for glyph in glyphs]
-
-    def picture(self, number: int, things: list[tuple[str, str]]) -> dict:
-        """Adds clutter, shuffles (an index says nothing), draws and saves; image fields."""
-        room = MAX_OBJECTS - len(things)
-        clutter = [g for g in ("tree", "tree")[:room] if self.chance(self.hard.clutter)]
-        things = things + self.things(clutter)
+        """Glyphs in the given colour or each in a random one, and clutter; an order without sense."""
+        room = MAX_OBJECTS - len(glyphs)
+        things = [(glyph, colour or self.rng.choice(list(COLOURS))) for glyph in glyphs]
+        things += [("tree", self.rng.choice(list(COLOURS))) for _ in range(min(2, room))
+                   if self.chance(self.hard.clutter)]
         self.rng.shuffle(things)
+        return things
+
+    def record(self, task: str, things: list[tuple[str, str]]) -> dict:
+        """Draws the things and saves the picture; a record without gold."""
         image, boxes = draw_scene(things, self.rng)
-        name = f"{self.split}_{number:05d}.png"
+        name, dataset = f"{self.split}_{self.number:05d}.png", self.folder.name
         image.save(self.folder / "images" / name)
-        self.drawn = list(zip(things, boxes))
-        return {"image": name, "size": [SIDE, SIDE], "objects": boxes}
+        return {"id": f"{dataset}/{self.split}/{self.number}", "dataset": dataset, "task": task,
+                "tokens": self.tokens, "image": name, "size": [SIDE, SIDE], "objects": boxes}
 
-    def base(self, number: int, task: str, fields: dict) -> dict:
-        name = self.folder.name
-        return {"id": f"{name}/{self.split}/{number}", "dataset": name, "task": task,
-                "tokens": self.tokens, **fields}
-
-    def mner(self, number: int) -> list[dict]:
+    def mner(self) -> list[dict]:
         """One mention that the picture types, up to two that the text types; or none at all."""
-        rng, gold, shown = self.rng, [], None
-        types = list(MEANING["mner"].values())
-        plan = []
+        rng, gold, plan = self.rng, [], []
+        glyph = rng.choice(list(GLYPHS))  # says nothing where nothing is vague
         if not self.chance(self.hard.empty):
-            vague = self.chance(self.hard.ambiguous)
-            plan = ["vague"] * vague + rng.choices(types, (3, 3, 2, 2), k=rng.choice((0, 1, 2)))
-            plan = plan or [rng.choice(types)]
-        rng.shuffle(plan)
+            plan = rng.choices(list(TYPES), (3, 3, 2, 2), k=rng.choice((0, 1, 2)))
+            plan += ["vague"] if self.chance(self.hard.ambiguous) or not plan else []
+            rng.shuffle(plan)
         for kind in plan or ["idle"]:
             self.tokens += ["and"] if self.tokens else []  # keeps neighbouring names apart
-            if kind == "idle":
-                self.say(rng.choice(IDLE))
-                continue
-            span, = self.say(rng.choice(VAGUE if kind == "vague" else CLEAR[kind]))
-            if kind == "vague":
-                shown = kind = rng.choices(types, (3, 3, 2, 2))[0]
-            label = "miscellaneous" if kind == "other" and self.unit != "T15" else kind
-            gold.append({"type": label, "start": span[0], "end": span[1]})
-        glyph = {v: k for k, v in MEANING["mner"].items()}.get(shown) or rng.choice(GLYPHS)
-        blank = shown and self.chance(self.hard.blank)
-        fields = self.picture(number, [] if blank else self.things([glyph]))
-        return [self.base(number, "mner", {**fields, "entities": gold})]
+            for start, end in self.say(rng.choice(PHRASES[kind])):
+                if kind == "vague":
+                    kind = rng.choices(list(TYPES), (3, 3, 2, 2))[0]
+                    glyph = None if self.chance(self.hard.blank) else TYPES[kind]
+                gold.append({"type": type_name(kind, self.unit), "start": start, "end": end})
+        return [self.record("mner", self.things([glyph] if glyph else [])) | {"entities": gold}]
 
-    def mre(self, number: int) -> list[dict]:
+    def mre(self) -> list[dict]:
         """A pair whose relation the text or the picture gives, or which has none."""
         rng = self.rng
-        relation = rng.choice([label for label in V_LABELS[self.unit] if label != "none"])
+        relation = rng.choice([label for label in RELATIONS[self.unit] if label != "none"])
         none, vague = self.chance(2.5 * self.hard.empty), self.chance(self.hard.ambiguous)
         spans = self.say(rng.choice(PAIR_VAGUE if vague else PAIR_CLEAR[relation]))
-        if self.chance(.3) or (none and not vague):
-            spans += self.say(rng.choice(THIRD))
-        pair = spans[:2]
-        if none and not vague:  # the text's relation is another pair's
-            pair = [spans[0], spans[2]]
-        figures = {"couple": "red", "peer": "blue" if self.unit == "V1" else None}
-        if vague and none:
+        other = none and not vague  # then the text's relation is another pair's
+        if other or self.chance(.3):
+            self.tokens += [rng.choice(THIRD), self.word(2)]
+            spans.append([len(self.tokens) - 1, len(self.tokens)])
+        if not vague:
+            shown = self.things(rng.sample(list(GLYPHS), 2))
+        elif none:
             shown = self.things(rng.choice((["car"], ["figure"], ["car", "figure"])), "green")
-        elif vague and self.chance(self.hard.blank):
-            shown = []
-        elif vague and relation in figures:
-            shown = self.things(["figure", "figure"], figures[relation])
-        elif vague:
-            glyph, = (g for g, label in MEANING["mre"].items() if label == relation)
-            shown = self.things(["figure", glyph])
         else:
-            shown = self.things(rng.sample(GLYPHS, 2))
-        gold = {"head": pair[0], "tail": pair[1], "relation": "none" if none else relation}
-        return [self.base(number, "mre", {**self.picture(number, shown), **gold})]
+            blank = self.chance(self.hard.blank)
+            shown = self.things([] if blank else ["figure", MET.get(relation, "figure")],
+                                "red" if relation == "couple" else
+                                "blue" if relation == "peer" and self.unit == "V1" else None)
+        gold = {"head": spans[0], "tail": spans[2 if other else 1],
+                "relation": "none" if none else relation}
+        return [self.record("mre", shown) | gold]
 
-    def mee(self, number: int) -> list[dict]:
+    def mee(self) -> list[dict]:
         """A pair of text and picture with one event or none, as a med and a meae record."""
         rng = self.rng
         kind = rng.choice(list(ROLES))
         none, vague = self.chance(self.hard.empty), self.chance(self.hard.ambiguous)
-        cue = next(glyph for glyph, event in MEANING["mee"].items() if event == kind)
         blank = none or self.chance(self.hard.blank if vague else .5)
-        shown = [] if blank else self.things([cue])
-        for _ in range(rng.choice((0, 1, 2))):
-            shown += self.things(["figure"])
+        glyphs = ([] if blank else [CUES[kind]]) + ["figure"] * rng.choice((0, 1, 2))
         seen = not none and vague and not blank and self.chance(.2)  # only the picture tells it
+        trigger, arguments = None, []
         if none or seen:
-            spans, trigger = self.say(rng.choice(PAIR_VAGUE)), None
+            self.say(rng.choice(PAIR_VAGUE))
         else:
             verb = rng.choice(VAGUE_TRIGGERS if vague else TRIGGERS[kind])
-            spans = self.say(f"{{}} {verb} {{}}")
+            spans = self.say(f"{{}} {verb} {{}}" + " today" * self.chance(.3))
             trigger = [spans[0][1], spans[0][1] + 1]
-        if self.chance(.3):
-            self.say("today")
-        fields = self.picture(number, shown)
-        arguments = [{"role": role, "span": span} for role, span in zip(ROLES[kind], spans)
-                     if trigger]
-        for k, (thing, box) in enumerate(self.drawn, start=1):
+            arguments = [{"role": role, "span": span} for role, span in zip(ROLES[kind], spans)]
+        things = self.things(glyphs)
+        record = self.record("mee", things)
+        for k, (thing, box) in enumerate(zip(things, record["objects"]), start=1):
             role = object_role(kind, *thing)
             arguments += [{"role": role, "box": box, "object": k}] if role else []
         events = [] if none else [{"type": kind, "trigger": trigger, "arguments": arguments}]
-        records = []
-        for task in ("med", "meae"):
-            record = self.base(number, task, {**fields, "events": events})
-            records.append({**record, "id": f"{record['id']}/{task}"})
-        return records
+        return [record | {"id": f"{record['id']}/{task}", "task": task, "events": events}
+                for task in ("med", "meae")]
 
-    def write(self, task: str, count: int) -> int:
+    def write(self, count: int) -> int:
         """Writes SPLIT.jsonl with count texts; returns the number of records."""
-        make: Callable[[int], list[dict]] = getattr(self, task)
+        make = self.mee if self.unit == "MEE" else self.mre if self.unit in RELATIONS else self.mner
         lines = []
-        for number in range(count):
+        for self.number in range(count):
             self.tokens = []
-            lines += [json.dumps(record) for record in make(number)]
-        path = self.folder / f"{self.split}.jsonl"
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            lines += [json.dumps(record) for record in make()]
+        text = "\n".join(lines) + "\n"
+        (self.folder / f"{self.split}.jsonl").write_text(text, encoding="utf-8")
         return len(lines)
+
+
+def type_name(kind: str, unit: str) -> str:
+    """The label of an entity type; Twitter-2015 alone calls the fourth one "other"."""
+    return "miscellaneous" if kind == "other" and unit != "T15" else kind
 
 
 def object_role(event: str, glyph: str, colour: str) -> str | None:
@@ -315,18 +281,14 @@ def object_role(event: str, glyph: str, colour: str) -> str | None:
     return second if (event, glyph) in (("meet", "house"), ("transport", "car")) else None
 
 
-def describe(name: str, unit: str) -> dict:
-    """dataset.json of one of the demo's datasets."""
-    types = sorted("miscellaneous" if t == "other" and unit != "T15" else t
-                   for t in MEANING["mner"].values())
+def labels_of(unit: str) -> dict:
+    """The labels of one of the demo's datasets, by record task."""
     if unit == "MEE":
         roles = {event: sorted(roles) for event, roles in sorted(ROLES.items())}
-        units, labels = {"med": "MED", "meae": "MEAE"}, {"med": sorted(ROLES), "meae": roles}
-    elif unit in V_LABELS:
-        units, labels = {"mre": unit}, {"mre": sorted(V_LABELS[unit])}
-    else:
-        units, labels = {"mner": unit}, {"mner": types}
-    return {"name": name, "units": units, "labels": labels, "note": "made by demo.py"}
+        return {"med": list(roles), "meae": roles}
+    if unit in RELATIONS:
+        return {"mre": list(RELATIONS[unit])}
+    return {"mner": sorted(type_name(kind, unit) for kind in TYPES)}
 
 
 def make_world(dst: str | Path, seed: int = 0, scale: float = 1.0,
@@ -337,22 +299,24 @@ def make_world(dst: str | Path, seed: int = 0, scale: float = 1.0,
     """
     counts: dict[str, dict[str, int]] = {}
     for unit, size in SIZES.items():
-        name = f"demo_{unit.lower()}"
-        folder = Path(dst) / name
+        folder = Path(dst) / f"demo_{unit.lower()}"
         (folder / "images").mkdir(parents=True, exist_ok=True)
-        text = json.dumps(describe(name, unit), indent=1) + "\n"
-        (folder / "dataset.json").write_text(text, encoding="utf-8")
-        task = "mee" if unit == "MEE" else "mre" if unit in V_LABELS else "mner"
-        counts[name] = {
+        labels = labels_of(unit)
+        units = {task: task.upper() if unit == "MEE" else unit for task in labels}
+        text = json.dumps({"name": folder.name, "units": units, "labels": labels})
+        (folder / "dataset.json").write_text(text + "\n", encoding="utf-8")
+        counts[folder.name] = {
             split: Writer(folder, split, unit, seed, hard).write(
-                task, max(2, round((fixed or size) * scale)))
+                max(2, round((fixed or size) * scale)))
             for split, fixed in SPLITS.items()}
     return counts
 
 
 # ------------------------------------------------------------------ generic lessons
 
-EOS = 1
+ASK = {"copy": "Copy", "pairs": "Please extract the following", "nested": "Please extract groups",
+       "triple": "Please extract the following word between"}
+
 
 class Lessons:
     """Endless generic text-to-text examples over the words of some texts and made-up words.
@@ -370,8 +334,7 @@ class Lessons:
                              if part}) or ["ka", "to"]
         self.avoid = avoid
         self.level = 0.0  # 0 .. 1, how far training is: lessons start short
-        self.kinds = (self.copy, self.span, self.capitals, self.pairs, self.pairs, self.coded,
-                      self.triple, self.nested, self.index, self.corrupt)
+        self.kinds = (self.copy, self.triple, self.corrupt, *[self.pairs] * 5, *[self.nested] * 2)
 
     def made_up(self) -> str:
         """A lower-case word of random parts."""
@@ -399,58 +362,30 @@ class Lessons:
     def copy(self) -> tuple[str, str]:
         text = " ".join(self.name() if self.rng.random() < .5 else self.word()
                         for _ in range(self.rng.randint(1, 3 + round(5 * self.level))))
-        return f"Copy. Text: {text}", text
-
-    def span(self) -> tuple[str, str]:
-        """What stands between two given words."""
-        first, second, *rest = self.words(8, 4)
-        inner, outer = [*rest[:2], self.name()], rest[2:]
-        self.rng.shuffle(inner)
-        text = " ".join([*outer, first, *inner, second, *self.words(2)])
-        return f"Copy between {first} and {second}. Text: {text}", " ".join(inner)
-
-    def capitals(self) -> tuple[str, str]:
-        """All capitalised runs in order."""
-        names = [self.name() for _ in range(self.rng.randint(0, 3))]
-        text = " ".join([*self.words(2)] + [f"{n} {' '.join(self.words(3, 1))}" for n in names])
-        return f"Please extract the names. Text: {text}", " <spot> ".join(names) or "none"
+        return f"{ASK['copy']}: {text}", text
 
     def pairs(self) -> tuple[str, str]:
-        """Each listed key that stands beside a name, with that name."""
-        keys = self.words(5, 2)
-        shown = [self.rng.choice(keys) for _ in range(self.rng.choice((0, 1, 2, 2, 3)))]
-        text, answer = [" ".join(self.words(2))], []
-        for key in shown:
-            name, other = self.name(), " ".join(w for w in self.words(2) if w not in keys)
-            text.append(self.rng.choice((f"{other} {key} {name}", f"{name} {key} {other}")))
-            answer.append(f"{key}, {name}")
-        kind = " ".join(self.words(2, 1))
-        prompt = f"Please extract the following {kind}: {', '.join(sorted(keys))}. Text: "
-        return prompt + " and ".join(text), " <spot> ".join(answer) or "none"
-
-    def coded(self) -> tuple[str, str]:
-        """As pairs, but the input tells which word in the text stands for which key."""
-        words = self.words(8, 4)
-        keys = dict(zip(words[::2], words[1::2]))
-        text, answer = [], []
-        for sign in self.rng.sample(sorted(keys), self.rng.randint(1, len(keys))):
-            name = self.name()
-            text.append(self.rng.choice((f"{sign} {name}", f"{name} {sign}")))
-            answer.append(f"{keys[sign]}, {name}")
-        code = ", ".join(f"{sign} {key}" for sign, key in keys.items())
-        return f"Please extract by code: {code}. Text: {' and '.join(text)}", " <spot> ".join(answer)
+        """Each listed key with the name beside it; or beside the word that is given as its code."""
+        words, code = self.words(8, 4), self.rng.random() < .4
+        keys = words[:len(words) // 2]
+        signs = words[len(keys):] if code else keys
+        text, answer = [self.word()], []
+        for k in self.rng.choices(range(len(keys)), k=self.rng.choice((0, 1, 2, 2, 3))):
+            name, other = self.name(), " ".join(w for w in self.words(2) if w not in words)
+            text.append(self.rng.choice((f"{other} {signs[k]} {name}", f"{name} {signs[k]} {other}")))
+            answer.append(f"{keys[k]}, {name}")
+        listed = [f"{sign} {key}" for sign, key in zip(signs, keys)] if code else sorted(keys)
+        return (f"{ASK['pairs']} {self.word()}: {', '.join(listed)}. Text: {' and '.join(text)}",
+                " <spot> ".join(answer) or "none")
 
     def triple(self) -> tuple[str, str]:
         """The listed word that is in the text, between two given names."""
         head, tail, keys = self.name(), self.name(), self.words(5, 2)
         found = self.rng.choice(keys)
-        middle = [w for w in self.words(3) if w not in keys] + [found]
-        self.rng.shuffle(middle)
-        ends = [head, tail]
-        self.rng.shuffle(ends)
-        prompt = f"Please extract the following word between {head} and {tail}: "
-        text = f"{', '.join(sorted(keys))}. Text: {ends[0]} {' '.join(middle)} {ends[1]}"
-        return prompt + text, f"{head} <spot> {found} <spot> {tail}"
+        text = [head, found, tail, *(w for w in self.words(3) if w not in keys)]
+        self.rng.shuffle(text)
+        prompt = f"{ASK['triple']} {head} and {tail}: {', '.join(sorted(keys))}. Text: "
+        return prompt + " ".join(text), f"{head} <spot> {found} <spot> {tail}"
 
     def nested(self) -> tuple[str, str]:
         """Groups of listed keys: the group that is named, its keys, their names."""
@@ -463,19 +398,12 @@ class Lessons:
             text.append(f"{key} {name}")
             answer.append(f"{key}, {name}")
         listed = "; ".join(f"{group}: {', '.join(keys)}" for group, keys in sorted(groups.items()))
-        return (f"Please extract the following groups: {listed}. Text: {' and '.join(text)}",
+        return (f"{ASK['nested']}: {listed}. Text: {' and '.join(text)}",
                 " <spot> ".join(answer))
-
-    def index(self) -> tuple[str, str]:
-        """The places (O1, O2, ...) of given words in a list."""
-        words = self.words(4, 1)
-        asked = self.rng.sample(range(len(words)), self.rng.randint(1, min(3, len(words))))
-        prompt = f"Please extract the places of {', '.join(words[k] for k in asked)}. Text: "
-        return prompt + " ".join(words), " <spot> ".join(f"{words[k]}, O{k + 1}" for k in asked)
 
     def corrupt(self) -> tuple[str, str]:
         """Span corruption: 15 % of the words, in spans of about two, become sentinels."""
-        words = self.rng.choice(self.texts).split()
+        words = self.rng.choice(self.texts).split()[:60]
         source, target, k, count = [], [], 0, 0
         while k < len(words):
             if self.rng.random() < .08 and count < 10:
@@ -488,21 +416,11 @@ class Lessons:
                 k += 1
         return " ".join(source), " ".join(target + [f"<extra_id_{count}>"])
 
-    def ids(self, text: str) -> Tensor:
-        """Token ids of a text, in which <extra_id_k> are the sentinels."""
-        parts, ids = re.split(r"<extra_id_(\d+)>", text), []
-        for k, part in enumerate(parts):
-            if k % 2:
-                ids.append(self.tokenizer.spot_id - int(part))  # <spot> is sentinel 0
-            elif part.strip():
-                ids += self.tokenizer.encode(part.strip())[:-1]
-        return torch.tensor([*ids, EOS])
-
     def batch(self, size: int) -> tuple[Tensor, Tensor]:
         """input ids [B,S] padded with 0 and labels [B,T] padded with -100."""
         rows = [self.rng.choice(self.kinds)() for _ in range(size)]
-        sources = [self.ids(source) for source, _ in rows]
-        targets = [self.ids(target) for _, target in rows]
+        sources, targets = ([torch.tensor(self.tokenizer.encode(text)) for text in column]
+                            for column in zip(*rows))
         pad = torch.nn.utils.rnn.pad_sequence
         return pad(sources, True, 0), pad(targets, True, -100)
 
@@ -513,12 +431,12 @@ class Lessons:
 class Tiny:
     """How the tiny T5 and ViT are made."""
 
-    pieces: int = 500  # of the tokenizer
+    pieces: int = 600  # of the tokenizer
     width: int = 128
     layers: int = 3  # in the encoder and in the decoder
     heads: int = 4
     inner: int = 256  # width of the feed-forward
-    steps: int = 2500
+    steps: int = 1300
     batch: int = 32
     rate: float = 2e-3
     vit_width: int = 64
@@ -533,20 +451,33 @@ def make_tokenizer(texts: list[str], path: Path, pieces: int) -> None:
     counts = Counter(word.strip(".,:;") for text in texts for word in text.split())
     common = [word for word, count in counts.items() if word.isalpha() and count >= 20]
     common += ["none"] + [f"O{k}" for k in range(10)]
-    extra = [f"{word} {word}, {word}." for word in common]
+    extra = [f"{word} {word}, {word}." for word in common + " ".join(ASK.values()).split()]
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts + extra * 20), model_writer=out,
-        vocab_size=pieces, model_type="unigram", character_coverage=1.0, pad_id=0, eos_id=EOS,
+        vocab_size=pieces, model_type="unigram", character_coverage=1.0, pad_id=0, eos_id=1,
         unk_id=2, bos_id=-1, hard_vocab_limit=False, num_threads=1, minloglevel=2)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(out.getvalue())
 
 
-def schedule(step: int, steps: int) -> float:
-    """Factor of the learning rate: a short rise, then a half cosine to zero."""
-    rise = max(1, min(100, steps // 10))
-    return min(1.0, (step + 1) / rise) * (.5 + .5 * math.cos(math.pi * step / steps))
+def train(loss_of: Callable[[float], Tensor], parameters: Iterable[torch.nn.Parameter],
+          steps: int, rate: float, title: str) -> None:
+    """Adam on loss_of(progress in 0..1): a short rise of the rate, then half a cosine to zero."""
+    parameters = list(parameters)
+    optimizer = torch.optim.Adam(parameters, rate, betas=(.9, .98), fused=True)
+    mean, rise = None, max(1, min(50, steps // 10))
+    with tqdm(range(steps), desc=title, unit="step") as bar:
+        for step in bar:
+            factor = min(1.0, (step + 1) / rise) * (.5 + .5 * math.cos(math.pi * step / steps))
+            optimizer.param_groups[0]["lr"] = rate * factor
+            loss = loss_of(step / steps)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            mean = loss.item() if mean is None else .98 * mean + .02 * loss.item()
+            bar.set_postfix_str(f"loss {mean:.3f}", refresh=False)
 
 
 @torch.no_grad()
@@ -582,21 +513,13 @@ def make_t5(lessons: Lessons, tiny: Tiny, seed: int) -> T5:
         dropout_rate=0.0, feed_forward_proj="gated-gelu", tie_head=True, scale_logits=True)
     model = T5(config).train()
     start_mimetic(model)
-    optimizer = torch.optim.Adam(model.parameters(), tiny.rate, betas=(.9, .98), fused=True)
-    mean = None
-    with tqdm(range(tiny.steps), desc="tiny T5", unit="step") as bar:
-        for step in bar:
-            lessons.level = min(1.0, 1.5 * step / tiny.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = tiny.rate * schedule(step, tiny.steps)
-            inputs, labels = lessons.batch(tiny.batch)
-            _, loss = model(inputs, inputs != 0, labels)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            mean = loss.item() if mean is None else .98 * mean + .02 * loss.item()
-            bar.set_postfix_str(f"loss {mean:.3f}", refresh=False)
+
+    def loss_of(progress: float) -> Tensor:
+        lessons.level = min(1.0, 1.5 * progress)
+        inputs, labels = lessons.batch(tiny.batch)
+        return model(inputs, inputs != 0, labels)[1]
+
+    train(loss_of, model.parameters(), tiny.steps, tiny.rate, "tiny T5")
     return model.eval()
 
 
@@ -608,28 +531,21 @@ def make_vit(tiny: Tiny, seed: int) -> ViT:
                           intermediate_size=2 * tiny.vit_width, image_size=32, patch_size=8))
     kinds = [(glyph, colour) for glyph in GLYPHS for colour in COLOURS]
     head = torch.nn.Linear(tiny.vit_width, len(kinds))
-    weights = [*model.parameters(), *head.parameters()]
-    optimizer = torch.optim.Adam(weights, tiny.vit_rate, fused=True)
-    mean = None
-    with tqdm(range(tiny.vit_steps), desc="tiny ViT", unit="step") as bar:
-        for step in bar:
-            pixels, truth = [], []
-            while len(pixels) < tiny.vit_batch:
-                things = [rng.choice(kinds) for _ in range(rng.randint(0, MAX_OBJECTS))]
-                image, boxes = draw_scene(things, rng)
-                views = (image, *(crop(image, box) for box in boxes))
-                pixels += [preprocess(view, size=model.size) for view in views]
-                shown = [things, *([thing] for thing in things)]
-                truth += [[float(kind in seen) for kind in kinds] for seen in shown]
-            logits = head(model(torch.stack(pixels))[:, 0])
-            loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, torch.tensor(truth))
-            mean = loss.item() if mean is None else .98 * mean + .02 * loss.item()
-            bar.set_postfix_str(f"loss {mean:.3f}", refresh=False)
-            for group in optimizer.param_groups:
-                group["lr"] = tiny.vit_rate * schedule(step, tiny.vit_steps)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+
+    def loss_of(_: float) -> Tensor:
+        pixels, truth = [], []
+        while len(pixels) < tiny.vit_batch:
+            things = rng.choices(kinds, k=rng.randint(0, MAX_OBJECTS))
+            image, boxes = draw_scene(things, rng)
+            pixels += [preprocess(view, size=model.size)
+                       for view in (image, *(crop(image, box) for box in boxes))]
+            truth += [[float(kind in seen) for kind in kinds]
+                      for seen in (things, *([thing] for thing in things))]
+        logits = head(model(torch.stack(pixels))[:, 0])
+        return torch.nn.functional.binary_cross_entropy_with_logits(logits, torch.tensor(truth))
+
+    train(loss_of, [*model.parameters(), *head.parameters()], tiny.vit_steps, tiny.vit_rate,
+          "tiny ViT")
     return model.eval()
 
 

@@ -1,16 +1,16 @@
 """Train C-LoRAE, or one of the methods it is compared with, on one process or under torchrun.
 
-    python train.py                                             the demo: data, backbone, training, table
-    torchrun --nproc_per_node=4 train.py --size large --data DIR         the real run
-    (the same line again)                                       resumes, or reprints a finished run
+    python train.py                                                 the demo, from nothing to table
+    torchrun --nproc_per_node=4 train.py --size large --data DIR    the real run
+    (the same line again)                                           resumes, or reprints the table
 
 Paper: C-LoRAE, IJCAI 2025, arXiv 2505.06303; `train_step` is Eq. (10), `finish_epoch` is Eq. (9).
-The order of this file is the order of a run: what to run (Config), who runs (World), what is needed
-(prepare), the model (build), its trainable vector (FlatParameters), checkpoints, the step, the loop.
+The order of this file is the order of a run: what to run (Config), who runs (World), what is
+needed (prepare), the model (build), its trainable vector (FlatParameters), checkpoints, the run.
 
-Exactness: the batches of an epoch are a function of (seed, epoch), the dropout masks of (seed, step,
-micro-batch), and every normaliser counts the global batch.  So neither the number of processes nor
-accumulation changes the loss, and a run that is killed and started again ends as if it had not been.
+Exactness: the batches of an epoch are a function of (seed, epoch), the dropout masks of (seed,
+step, micro-batch), and every normaliser counts the global batch.  So neither the number of
+processes nor accumulation changes the loss, and a run that was killed ends as if it had not been.
 
 Shapes: B rows, T target tokens, V visual tokens, F image-feature width.
 """
@@ -47,7 +47,7 @@ import losses
 from clorae import METHODS
 from data import UNITS
 from t5 import T5, WeightsError
-from vision import UMIE, FeatureCache, ImageError, ViT, ViTConfig, resolve_image
+from vision import UMIE, FeatureCache, ImageError, ViT, resolve_image
 
 VIT = "google/vit-base-patch16-224-in21k"
 HUB_FILES = ["*.json", "*.safetensors", "spiece.model"]  # never pickled weights
@@ -109,7 +109,8 @@ class Config:
     rank: int | None = option(None, "universal rank R; default by size", int)
     alpha: float | None = option(None, "numerator of the expert scale, Eq. (8); default 2 R", float)
     dropout: float = option(0.1, "dropout on the experts' input", float)
-    backbone_dropout: float | None = option(None, "dropout of T5 and the visual adapter; default: T5's own", float)
+    backbone_dropout: float | None = option(None, "dropout of T5 and the visual adapter; "
+                                            "default: T5's own", float)
     fusion: str = option("gate", "how visual tokens meet the text", choices=("gate", "concat"))
     max_objects: int = option(16, "object crops used per image", int)
     max_source: int = option(256, "source tokens; only the text part is cut", int)
@@ -176,8 +177,8 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Config, str]:
                                 action=argparse.BooleanOptionalAction)
         else:
             parser.add_argument(flag, type=kind, default=spec.default, **more)
-    parser.add_argument("--resume", default="auto", help="'auto' goes on with the newest checkpoint "
-                        "of the run folder, 'none' starts over, a path names a checkpoint")
+    parser.add_argument("--resume", default="auto", help="'auto' goes on with the newest "
+                        "checkpoint of --out, 'none' starts over, a path names a checkpoint")
     values = vars(parser.parse_args(argv))
     resume = values.pop("resume")
     if values["units"] is not None:
@@ -263,10 +264,10 @@ def find_weights(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except Exception as cause:
         raise UsageError(
-            f"weights of {name}: expected them in {local}/ or the hub cache, found neither, and the "
-            f"download failed ({type(cause).__name__}: {str(cause).splitlines()[0]}); on a machine "
-            f"with network run `huggingface-cli download {name}` and copy config.json, the "
-            f"*.safetensors files and spiece.model to {local}/") from cause
+            f"weights of {name}: expected them in {local}/ or the hub cache, found neither, and "
+            f"the download failed ({type(cause).__name__}: {str(cause).splitlines()[0]}); on a "
+            f"machine with network run `hf download {name}` and copy config.json, the *.safetensors "
+            f"files and spiece.model to {local}/") from cause
 
 
 @dataclass
@@ -333,12 +334,12 @@ class Features:
         if absent and missing_images == "error":
             raise UsageError(
                 f"images: expected a file for each of {len(named)} records, {len(absent)} are "
-                f"missing, first {self.path(absent[0])} ({absent[0].source}); put the images there, "
-                "or pass --missing-images mask to go on without them")
+                f"missing, first {self.path(absent[0])} ({absent[0].source}); put the images "
+                "there, or pass --missing-images mask to go on without them")
         self.missing = {self.path(record) for record in absent}
         self.missing_rows = len(absent)
         self.cache: FeatureCache | None = None
-        self.width = ViTConfig.from_pretrained(sources.vit).hidden_size
+        self.width = ViT.feature_width(sources.vit)
         if len(absent) < len(named):
             vit = ViT.from_pretrained(sources.vit).to(device).eval()
             self.cache = FeatureCache(vit, folder_hash(sources.vit), sources.corpus / ".features")
@@ -372,11 +373,11 @@ class Setup:
 
 
 def build(config: Config, sources: Sources, device: torch.device) -> Setup:
-    """The adapted model at its seeded start; trainables fp32, the frozen backbone as `precision`."""
+    """The adapted model at its seeded start; trainables fp32, a frozen backbone as `precision`."""
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     t5 = T5.from_pretrained(sources.t5, dtype=torch.float32 if config.method == "full" else dtype)
     torch.manual_seed(config.seed)
-    model = UMIE(t5, ViTConfig.from_pretrained(sources.vit).hidden_size, config.max_objects, config.fusion)
+    model = UMIE(t5, ViT.feature_width(sources.vit), config.max_objects, config.fusion)
     clorae.adapt(model, config.method, config.rank, data.TASKS, alpha=config.alpha,
                  dropout=config.dropout, egr=config.egr, mim=config.uses_mim)
     for name, parameter in model.named_parameters():  # D3: hub checkpoints have no visual adapter
@@ -417,8 +418,8 @@ def load_trainables(model: nn.Module, checkpoint: Path) -> None:
         name = odd[0]
         shapes = [list(side[name].shape) if name in side else "nothing" for side in (wanted, saved)]
         raise UsageError(f"{checkpoint}/model.safetensors: {name}: expected {shapes[0]}, got "
-                         f"{shapes[1]} ({len(odd)} tensors differ); use the rank, tasks, method and "
-                         "backbone that the checkpoint was made with")
+                         f"{shapes[1]} ({len(odd)} tensors differ); use the rank, tasks, method "
+                         "and backbone that the checkpoint was made with")
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(saved[name])
@@ -551,8 +552,8 @@ def find_checkpoint(path: Path) -> Path:
         return path
     best = newest_checkpoint(path, "best") or newest_checkpoint(path)
     if best is None:
-        raise UsageError(f"{path}: expected a run folder or a checkpoint folder, found no checkpoint "
-                         "in it; train first, or name a folder such as runs/demo-tiny-clorae")
+        raise UsageError(f"{path}: expected a run folder or a checkpoint folder, found no "
+                         "checkpoint in it; train first, or name a folder below runs/")
     return best
 
 
@@ -621,7 +622,8 @@ class Run:
     def save(self, prefix: str = "step") -> None:
         """Write a checkpoint of this moment and drop the oldest ones."""
         if self.world.main:
-            write_checkpoint(self.out / f"{prefix}-{self.progress.step:08d}", self.flat, self.state())
+            folder = self.out / f"{prefix}-{self.progress.step:08d}"
+            write_checkpoint(folder, self.flat, self.state())
             kept = CHECKPOINTS_KEPT if prefix == "step" else 1
             for old in sorted(self.out.glob(f"{prefix}-*"))[:-kept]:
                 shutil.rmtree(old)
@@ -758,8 +760,8 @@ class Run:
         progress = self.progress
         f1 = self.dev_f1()
         if self.config.aml:
-            progress.weights = losses.achievement_weights(f1, self.reference, self.config.aml_margin,
-                                                          self.config.aml_gamma)
+            progress.weights = losses.achievement_weights(  # w_t^m of Eq. (9), for the next epoch
+                f1, self.reference, self.config.aml_margin, self.config.aml_gamma)
         progress.history.append({"epoch": progress.epoch + 1, "step": progress.step, "f1": f1,
                                  "weights": progress.weights})
         better = sum(f1.values()) > progress.best_sum

@@ -500,7 +500,7 @@ class GateFusion(nn.Module):
 
 
 class UMIE(nn.Module):
-    """T5 with visual tokens (Fig. 3), which first pass VStack, two encoder layers of their own.
+    """T5 with visual tokens, Eq. (1) and Fig. 3; these first pass VStack, two encoder layers.
 
     fusion "gate": GateFusion after the text encoder, M = S. fusion "concat": the encoder reads
     visual tokens before the text, M = V + S. A batch is anything with input_ids, attention_mask

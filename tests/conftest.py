@@ -11,6 +11,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)  # the models are tiny: a second thread only waits for the first
 
 
 @pytest.fixture(autouse=True)

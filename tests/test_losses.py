@@ -1,4 +1,4 @@
-"""losses.py as a specification: cross-entropy, AML (Eq. 9) and MIM (Eq. 5) against worked values."""
+"""losses.py as a specification: cross-entropy, AML (Eq. 9), MIM (Eq. 5) against worked values."""
 
 import math
 

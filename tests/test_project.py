@@ -66,7 +66,7 @@ def test_nothing_unpickles_or_evaluates_text(path):
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
             assert name not in ("eval", "exec", "torch.load", "torch.save"), name
-            assert not name.endswith(("_object", "_object_list")), name
+            assert not re.search(r"(broadcast|gather|scatter|send|recv)\w*_object", name), name
             assert "allow_pickle" not in {k.arg for k in node.keywords}
         assert not (isinstance(node, ast.ExceptHandler) and node.type is None)
 

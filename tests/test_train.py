@@ -1,4 +1,4 @@
-"""train.py as a specification: one loss whatever the processes, exact resume, checkpoints, errors."""
+"""train.py as a specification: one loss for any processes, exact resume, checkpoints, errors."""
 
 import dataclasses
 import json
@@ -94,7 +94,7 @@ def descendants(pid: int) -> list[int]:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_run_ends_bit_identical_to_one_that_was_not(command, tmp_path, processes):
-    """R1: SIGKILL twice, the same command again: weights, Adam moments, state and logs are equal."""
+    """R1: SIGKILL twice, the same command again: weights, moments, state and logs are equal."""
     flags = ("--steps", 14, "--epochs", 2, "--save-every", 3)
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     assert run(command(straight, *flags, processes=processes)).returncode == 0
@@ -126,7 +126,8 @@ def finished(command, tmp_path_factory) -> dict:
 
 def test_the_first_lines_say_what_will_run(finished):
     """RELIABILITY 1.2: device, method, parameters, rows, images, steps, backbone, output, start."""
-    heads = [line.split(":")[0] for line in finished["stdout"].split("\n")[:9]]
+    heads = [line.split(":")[0] for line in finished["stdout"].split("\n")
+             if not line.startswith("truncation")][:9]
     assert heads == ["device", "method", "trainable", "rows", "images", "steps", "backbone",
                      "output", "start"]
 
@@ -145,7 +146,7 @@ def test_evaluate_reproduces_the_table_alone_and_under_torchrun(finished, tmp_pa
 
 
 def test_a_checkpoint_reproduces_logits_on_a_fresh_backbone_bit_for_bit(finished):
-    """Invariant 15: experts, gate, MIM and visual adapter are all that a checkpoint needs to hold."""
+    """Invariant 15: experts, gate, MIM and visual adapter are all that a checkpoint holds."""
     folder = train.find_checkpoint(finished["out"])
     saved = load_file(folder / "model.safetensors")
     assert not any(".base." in name or name == "t5.shared.weight" for name in saved)
@@ -175,12 +176,12 @@ def test_other_rank_on_loading_names_the_tensor(finished):
     folder, device = train.find_checkpoint(finished["out"]), torch.device("cpu")
     setup = train.load_model(folder, device)
     other = train.build(dataclasses.replace(setup.config, rank=9), setup.sources, device)
-    with pytest.raises(train.UsageError, match=r"A_U: expected \[9, 32\], got \[6, 32\]"):
+    with pytest.raises(train.UsageError, match=r"A_T: expected \[3, 3, 32\], got"):
         train.load_trainables(other.model, folder)
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(finished, tmp_path):
-    """R4: a flipped bit or a missing file is caught by sha256; the run goes on from the previous."""
+    """R4: a flipped bit is caught by sha256; the run goes on from the checkpoint before."""
     out = tmp_path / "run"
     shutil.copytree(finished["out"], out)
     (out / "table.txt").unlink()
@@ -205,7 +206,8 @@ def test_resume_none_starts_over_and_a_wrong_path_is_fatal(finished, tmp_path):
 # ------------------------------------------------------------------------------- arguments, errors
 
 def test_unknown_flags_name_the_nearest_one_and_abbreviations_are_refused(command, tmp_path):
-    for flag, near in (("--epoch", "--epochs"), ("--batchsize", "--batch"), ("--methd", "--method")):
+    for flag, near in (("--epoch", "--epochs"), ("--batchsize", "--batch"),
+                       ("--methd", "--method")):
         done = run(command(tmp_path, flag, 1))
         assert done.returncode == 2 and f"did you mean {near}" in done.stderr
 
@@ -280,17 +282,18 @@ def test_c_lorae_overfits_what_a_lone_universal_expert_cannot():
 
     Task experts drive the loss below 0.05; plain LoRA sees no task and cannot pass ln(3) a token.
     """
-    def final_loss(method: str) -> float:
+    def final_loss(method: str, steps: int = 300) -> float:
         torch.manual_seed(0)
         config = T5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
-                          feed_forward_proj="gated-gelu", dropout_rate=0.0)
+                          feed_forward_proj="gated-gelu", dropout_rate=0.0, tie_head=False,
+                          scale_logits=False)
         model = clorae.adapt(T5(config), method, rank=12, dropout=0.0,
                              targets=("q", "v", "o", "up", "down"))
         inputs = torch.randint(3, 32, (8, 6)).repeat(3, 1)
         labels, tasks = torch.randint(3, 32, (24, 2)), torch.arange(3).repeat_interleave(8)
-        flat = FlatParameters(model, lr=5e-3)
+        flat = FlatParameters(model, lr=1e-2)
         mask = torch.ones_like(inputs, dtype=torch.bool)
-        for _ in range(250):
+        for _ in range(steps):
             model.routing.set(tasks, memory=mask, target=labels != -100)
             logits, loss = model(inputs, mask, labels)
             flat.grads.zero_()
