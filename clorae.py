@@ -177,7 +177,7 @@ class ExpertLinear(nn.Module):
         h, codes = [], []
         for task, rows in self.routing.segments(len(x)):
             A, B = self.factors(task)
-            z = F.linear(dropped[rows], A.to(x.dtype))  # [b,S,k], Eq. (3) and (4) before B_U, B_n
+            z = F.linear(dropped[rows], A.to(x.dtype))  # [b,S,k]: Eq. (3), Eq. (4) before B_U, B_n
             h.append(F.linear(self.mix(z, gates, rows), B.to(x.dtype)))
             codes.append((task, rows, z))
         if self.training and self.routing.mim_batch is not None and hasattr(self, "rho"):
@@ -196,7 +196,7 @@ class ExpertLinear(nn.Module):
     def factors(self, task: int) -> tuple[Tensor, Tensor]:
         """The stacked experts that a row of this task uses: A [k,D_in], B [D_out,k]."""
         if not self.config.has_tasks:
-            return self.A_U, self.B_U
+            return self.A_U, self.B_U  # Eq. (2): plain LoRA
         if not self.config.has_universal:
             return self.A_T[task], self.B_T[task]
         return torch.cat([self.A_U, self.A_T[task]]), torch.cat([self.B_U, self.B_T[task]], dim=1)
@@ -216,17 +216,18 @@ class ExpertLinear(nn.Module):
         with rho_i the RMS of U over the sample's tokens and channels.
         """
         mask, R = self.routing.masks[self.stream].to(self.rho.dtype), self.config.rank
-        b = mask / mask.sum(dim=1, keepdim=True).clamp(min=1) / self.routing.mim_batch  # [B,S]
-        segments = []
+        share = mask / mask.sum(dim=1, keepdim=True).clamp(min=1)  # [B,S] 1 / |J_i|
+        b = share / self.routing.mim_batch
+        B_U = self.B_U.detach()
         with torch.autocast(mask.device.type, enabled=False):  # fp32 island
+            z_U = wide(torch.cat([z[..., :R] for _, _, z in codes]).detach())
+            energy = ((z_U @ (B_U.T @ B_U)) * z_U).sum(dim=-1)  # [B,S] |U_t|^2, no U formed
+            rho = ((energy * share).sum(dim=1) / len(B_U)).clamp(min=0).sqrt() + RMS_FLOOR
+            a = b / rho.square()[:, None]
+            segments = []
             for task, rows, z in codes:
-                z_U, z_T = wide(z[..., :R].detach()), wide(z[..., R:])
-                B_U = self.B_U.detach()
-                energy = ((z_U @ (B_U.T @ B_U)) * z_U).sum(dim=-1)  # [b,S] |U_t|^2, no U formed
-                mean = (energy * mask[rows]).sum(1) / mask[rows].sum(1).clamp(min=1) / len(B_U)
-                a = b[rows] / (mean.clamp(min=0).sqrt() + RMS_FLOOR).square()[:, None]
-                z = torch.cat([z_U, z_T], dim=-1).flatten(0, 1)  # [b S,k]
-                S = (z * a.flatten()[:, None]).T @ z
+                z = torch.cat([z_U[rows], wide(z[..., R:])], dim=-1).flatten(0, 1)  # [b S,k]
+                S = (z * a[rows].reshape(-1, 1)).T @ z
                 segments.append((S, torch.cat([-B_U, self.B_T[task]], dim=1)))
         return Moments(segments, b.sum(), F.softplus(self.rho) + VARIANCE_FLOOR)
 

@@ -1,16 +1,13 @@
 """The demo: a small drawn world for all seven units, and the making of a tiny T5 and a tiny ViT.
 
-The world is a generated corpus in the unified schema of data.py: short texts about made-up names,
-each with a drawn picture. What makes it worth training on:
-  - the picture is needed: many mentions, pairs and triggers read the same whatever they are; only
-    what is drawn beside them decides the type, the relation, the event, and which box has a role;
-  - the tasks share names, words and symbols, and disagree about their meaning;
-  - the units differ in size, and every split has its own names, so names must be copied.
-
-The tiny backbone is made as its big sisters were: a T5 v1.1 layout trained by span corruption
-(Raffel et al., arXiv 1910.10683) and generic text-to-text instructions on random words (as flan-t5,
-arXiv 2210.11416), and a ViT (arXiv 2010.11929) trained to classify drawings. Neither sees a label
-of any task. Both are saved in the HF layout and loaded as any other size.
+The world is a corpus in the schema of data.py: short texts on made-up names, each with a picture.
+  - The picture is needed: many mentions, pairs and triggers read the same whatever they are, and
+    only what is drawn decides the type, the relation, the event, and which box has which role.
+  - The tasks share names, words and symbols, and disagree about their meaning.
+  - The units differ in size; each split has names of its own, so that names must be copied.
+The tiny backbone is made as its big sisters were: T5 by span corruption (arXiv 1910.10683) and
+text-to-text instructions on random words (as flan-t5, arXiv 2210.11416), ViT (arXiv 2010.11929) by
+classifying drawings. Neither is taught a label of any task.
 
 Letters: B batch, S source tokens, T target tokens, C vocabulary.
 
@@ -56,7 +53,7 @@ class Difficulty:
 # Reference scores p_m of eq. 9 for the demo: dev F1 of one plain LoRA trained on that unit alone.
 P_M = {"T15": 85.0, "T17": 85.0, "SNAP": 85.0, "V1": 85.0, "V2": 85.0, "MED": 85.0, "MEAE": 75.0}
 
-SIZES = {"T15": 900, "T17": 500, "SNAP": 700, "V1": 600, "V2": 1500, "MEE": 1000}  # train records
+SIZES = {"T15": 1500, "T17": 400, "SNAP": 1000, "V1": 600, "V2": 1500, "MEE": 1200}  # train texts
 SPLITS = {"train": None, "dev": 60, "test": 150}
 COLOURS = {"red": (214, 40, 40), "blue": (40, 80, 214), "green": (40, 160, 70),
            "yellow": (236, 190, 30)}
@@ -110,15 +107,6 @@ GLYPHS = {
 }  # a tree never means anything
 
 
-def draw_glyph(draw: ImageDraw.ImageDraw, glyph: str, box: tuple, colour: tuple) -> None:
-    """Draws one of GLYPHS into box (x1, y1, x2, y2), in pixels."""
-    x1, y1, x2, y2 = box
-    for shape, fill, points in GLYPHS[glyph]:
-        xy = [(x1 + px * (x2 - x1), y1 + py * (y2 - y1))
-              for px, py in zip(points[::2], points[1::2])]
-        getattr(draw, shape)(xy, fill=fill or colour)
-
-
 def draw_scene(things: list[tuple[str, str]], rng: random.Random) -> tuple[Image.Image, list]:
     """Draws up to four (glyph, colour name) things; returns the picture and their pixel boxes."""
     image = Image.new("RGB", (SIDE, SIDE), rng.choice(PAPER))
@@ -132,7 +120,9 @@ def draw_scene(things: list[tuple[str, str]], rng: random.Random) -> tuple[Image
         x = cell % 2 * half + rng.randrange(1, half - w)
         y = cell // 2 * half + rng.randrange(1, half - h)
         shade = tuple(max(0, min(255, c + rng.randrange(-25, 26))) for c in COLOURS[colour])
-        draw_glyph(draw, glyph, (x, y, x + w - 1, y + h - 1), shade)
+        for shape, fill, points in GLYPHS[glyph]:
+            xy = [(x + px * (w - 1), y + py * (h - 1)) for px, py in zip(points[::2], points[1::2])]
+            getattr(draw, shape)(xy, fill=fill or shade)
         boxes.append([x, y, x + w, y + h])
     return image, boxes
 
@@ -162,7 +152,7 @@ class Writer:
         return self.rng.random() < probability
 
     def say(self, phrase: str) -> list[list[int]]:
-        """Appends a phrase, each {} a new name, one of two words at most; the names' token spans."""
+        """Appends a phrase with new names for {}, at most one of two words; their token spans."""
         spans = []
         for word in phrase.split():
             start = len(self.tokens)
@@ -175,7 +165,7 @@ class Writer:
         return spans
 
     def things(self, glyphs: list[str], colour: str | None = None) -> list[tuple[str, str]]:
-        """Glyphs in the given colour or each in a random one, and clutter; an order without sense."""
+        """Glyphs in the given colour or in random ones, and clutter, in an order without sense."""
         room = MAX_OBJECTS - len(glyphs)
         things = [(glyph, colour or self.rng.choice(list(COLOURS))) for glyph in glyphs]
         things += [("tree", self.rng.choice(list(COLOURS))) for _ in range(min(2, room))
@@ -205,7 +195,7 @@ class Writer:
                 if kind == "vague":
                     kind = rng.choices(list(TYPES), (3, 3, 2, 2))[0]
                     glyph = None if self.chance(self.hard.blank) else TYPES[kind]
-                gold.append({"type": type_name(kind, self.unit), "start": start, "end": end})
+                gold.append({"type": kind, "start": start, "end": end})
         return [self.record("mner", self.things([glyph] if glyph else [])) | {"entities": gold}]
 
     def mre(self) -> list[dict]:
@@ -268,27 +258,12 @@ class Writer:
         return len(lines)
 
 
-def type_name(kind: str, unit: str) -> str:
-    """The label of an entity type; Twitter-2015 alone calls the fourth one "other"."""
-    return "miscellaneous" if kind == "other" and unit != "T15" else kind
-
-
 def object_role(event: str, glyph: str, colour: str) -> str | None:
     """The role a drawn thing plays in an event: colour counts in an attack, and nowhere else."""
     first, second = ROLES[event]
     if glyph == "figure":
         return {"red": first, "blue": second}.get(colour) if event == "attack" else first
     return second if (event, glyph) in (("meet", "house"), ("transport", "car")) else None
-
-
-def labels_of(unit: str) -> dict:
-    """The labels of one of the demo's datasets, by record task."""
-    if unit == "MEE":
-        roles = {event: sorted(roles) for event, roles in sorted(ROLES.items())}
-        return {"med": list(roles), "meae": roles}
-    if unit in RELATIONS:
-        return {"mre": list(RELATIONS[unit])}
-    return {"mner": sorted(type_name(kind, unit) for kind in TYPES)}
 
 
 def make_world(dst: str | Path, seed: int = 0, scale: float = 1.0,
@@ -301,7 +276,8 @@ def make_world(dst: str | Path, seed: int = 0, scale: float = 1.0,
     for unit, size in SIZES.items():
         folder = Path(dst) / f"demo_{unit.lower()}"
         (folder / "images").mkdir(parents=True, exist_ok=True)
-        labels = labels_of(unit)
+        labels = ({"med": sorted(ROLES), "meae": ROLES} if unit == "MEE" else
+                  {"mre": RELATIONS[unit]} if unit in RELATIONS else {"mner": sorted(TYPES)})
         units = {task: task.upper() if unit == "MEE" else unit for task in labels}
         text = json.dumps({"name": folder.name, "units": units, "labels": labels})
         (folder / "dataset.json").write_text(text + "\n", encoding="utf-8")
@@ -327,37 +303,38 @@ class Lessons:
     def __init__(self, texts: list[str], avoid: set[str], tokenizer: Tokenizer,
                  rng: random.Random) -> None:
         self.texts, self.tokenizer, self.rng = texts, tokenizer, rng
-        words = Counter(word for text in texts for word in text.split())
-        plain = sorted(w for w in words if w.isalpha() and w not in avoid)
-        self.lower = [w for w in plain if w.islower() and words[w] > 1] or ["word"]
-        self.parts = sorted({part for w in plain if w.istitle() for part in (w[:2], w[2:4], w[-3:])
-                             if part}) or ["ka", "to"]
-        self.avoid = avoid
+        self.avoid = {*avoid, "and"}  # "and" separates
+        counts = Counter(word for text in texts for word in text.split() if word.isalpha())
+        self.lower = [w for w in counts if w.islower() and counts[w] > 1]
+        names = [w for w in counts if w.istitle()]
+        self.heads = sorted({w[:2] for w in names})
+        self.tails = sorted({w[k:k + 2] for w in names for k in (2, 4)})
+        self.pool: list[list] = []  # batches made ahead
         self.level = 0.0  # 0 .. 1, how far training is: lessons start short
         self.kinds = (self.copy, self.triple, self.corrupt, *[self.pairs] * 5, *[self.nested] * 2)
 
     def made_up(self) -> str:
-        """A lower-case word of random parts."""
-        parts = self.rng.choices(self.parts, k=self.rng.choice((1, 2, 2, 3)))
-        return "".join(parts).lower()
+        """A capitalised word of the parts of others."""
+        tails = self.rng.choices(self.tails, k=self.rng.choice((1, 1, 2)))
+        return self.rng.choice(self.heads) + "".join(tails)
 
     def word(self) -> str:
         """A lower-case word, known or made up, never one of the words to avoid."""
-        word = self.rng.choice(self.lower) if self.rng.random() < .7 else self.made_up()
-        return word if word not in self.avoid else "word"
+        known = self.lower and self.rng.random() < .7
+        word = self.rng.choice(self.lower) if known else self.made_up().lower()
+        return self.word() if word in self.avoid else word
 
     def words(self, most: int, least: int = 0) -> list[str]:
-        """Distinct words, at most `most`, fewer while training is young."""
+        """`least` to `most` distinct words, fewer while training is young."""
         most = max(least, 1, round(most * (.4 + .6 * self.level)))
-        wanted, found = self.rng.randint(least, most), []
+        wanted, found = self.rng.randint(least, most), {}
         while len(found) < wanted:
-            word = self.word()
-            found += [word] if word not in found else []
-        return found
+            found[self.word()] = None
+        return list(found)
 
     def name(self) -> str:
         """One or two capitalised made-up words."""
-        return " ".join(self.made_up().capitalize() for _ in range(self.rng.choice((1, 1, 2))))
+        return " ".join(self.made_up() for _ in range(self.rng.choice((1, 1, 2))))
 
     def copy(self) -> tuple[str, str]:
         text = " ".join(self.name() if self.rng.random() < .5 else self.word()
@@ -366,16 +343,16 @@ class Lessons:
 
     def pairs(self) -> tuple[str, str]:
         """Each listed key with the name beside it; or beside the word that is given as its code."""
-        words, code = self.words(8, 4), self.rng.random() < .4
+        words, code = self.words(8, 4), self.rng.random() < .25
         keys = words[:len(words) // 2]
         signs = words[len(keys):] if code else keys
         text, answer = [self.word()], []
-        for k in self.rng.choices(range(len(keys)), k=self.rng.choice((0, 1, 2, 2, 3))):
-            name, other = self.name(), " ".join(w for w in self.words(2) if w not in words)
-            text.append(self.rng.choice((f"{other} {signs[k]} {name}", f"{name} {signs[k]} {other}")))
+        for k in self.rng.choices(range(len(keys)), k=self.rng.choice((0, 1, 2, 3, 3))):
+            name, around = self.name(), [w for w in self.words(2) if w not in words] + [signs[k]]
+            text += ["and", *self.rng.choice(((*around, name), (name, *around[::-1])))]
             answer.append(f"{keys[k]}, {name}")
         listed = [f"{sign} {key}" for sign, key in zip(signs, keys)] if code else sorted(keys)
-        return (f"{ASK['pairs']} {self.word()}: {', '.join(listed)}. Text: {' and '.join(text)}",
+        return (f"{ASK['pairs']} {self.word()}: {', '.join(listed)}. Text: {' '.join(text)}",
                 " <spot> ".join(answer) or "none")
 
     def triple(self) -> tuple[str, str]:
@@ -403,24 +380,26 @@ class Lessons:
 
     def corrupt(self) -> tuple[str, str]:
         """Span corruption: 15 % of the words, in spans of about two, become sentinels."""
-        words = self.rng.choice(self.texts).split()[:60]
-        source, target, k, count = [], [], 0, 0
-        while k < len(words):
-            if self.rng.random() < .08 and count < 10:
-                length = self.rng.choice((1, 2, 3))
-                source.append(f"<extra_id_{count}>")
-                target += [f"<extra_id_{count}>", *words[k:k + length]]
-                k, count = k + length, count + 1
+        words, source, target, mark = self.rng.choice(self.texts).split()[:60], [], [], 0
+        while words:
+            if self.rng.random() < .08:
+                source.append(f"<extra_id_{mark}>")
+                target += [f"<extra_id_{mark}>", *words[:(length := self.rng.choice((1, 2, 3)))]]
+                words, mark = words[length:], mark + 1
             else:
-                source.append(words[k])
-                k += 1
-        return " ".join(source), " ".join(target + [f"<extra_id_{count}>"])
+                source.append(words.pop(0))
+        return " ".join(source), " ".join(target + [f"<extra_id_{mark}>"])
 
     def batch(self, size: int) -> tuple[Tensor, Tensor]:
-        """input ids [B,S] padded with 0 and labels [B,T] padded with -100."""
-        rows = [self.rng.choice(self.kinds)() for _ in range(size)]
-        sources, targets = ([torch.tensor(self.tokenizer.encode(text)) for text in column]
-                            for column in zip(*rows))
+        """input ids [B,S] padded with 0 and labels [B,T] padded with -100, of similar lengths."""
+        if not self.pool:
+            rows = [[self.tokenizer.encode(text) for text in self.rng.choice(self.kinds)()]
+                    for _ in range(8 * size)]
+            rows.sort(key=lambda row: len(row[0]) + len(row[1]))
+            self.pool = [rows[k:k + size] for k in range(0, len(rows), size)]
+            self.rng.shuffle(self.pool)
+        columns = zip(*self.pool.pop())
+        sources, targets = ([torch.tensor(ids) for ids in column] for column in columns)
         pad = torch.nn.utils.rnn.pad_sequence
         return pad(sources, True, 0), pad(targets, True, -100)
 
@@ -434,9 +413,9 @@ class Tiny:
     pieces: int = 600  # of the tokenizer
     width: int = 128
     layers: int = 3  # in the encoder and in the decoder
-    heads: int = 4
+    heads: int = 8
     inner: int = 256  # width of the feed-forward
-    steps: int = 1300
+    steps: int = 1500
     batch: int = 32
     rate: float = 2e-3
     vit_width: int = 64
@@ -447,14 +426,16 @@ class Tiny:
 
 def make_tokenizer(texts: list[str], path: Path, pieces: int) -> None:
     """Trains a sentencepiece unigram model with T5's special ids: pad 0, eos 1, unk 2, no bos."""
-    # The trainer proposes a piece only if it occurs in two different words: hence the commas.
-    counts = Counter(word.strip(".,:;") for text in texts for word in text.split())
-    common = [word for word, count in counts.items() if word.isalpha() and count >= 20]
-    common += ["none"] + [f"O{k}" for k in range(10)]
-    extra = [f"{word} {word}, {word}." for word in common + " ".join(ASK.values()).split()]
+    counts = Counter(word for text in texts for word in text.split())
+    # Square roots, so that prompts do not crowd out the pieces that rare names are made of.
+    words = [word for word, count in counts.items() for _ in range(math.isqrt(count))]
+    known = {word.strip(".,:;") for word, count in counts.items() if count >= 20}
+    known |= {"none", *" ".join(ASK.values()).split(), *(f"O{k}" for k in range(10))}
+    # The trainer proposes a piece only if it occurs in two different words: hence the marks.
+    words += [word + mark for word in sorted(known) for mark in ("", ",", ".")] * 20
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts + extra * 20), model_writer=out,
+        sentence_iterator=iter(words), model_writer=out,
         vocab_size=pieces, model_type="unigram", character_coverage=1.0, pad_id=0, eos_id=1,
         unk_id=2, bos_id=-1, hard_vocab_limit=False, num_threads=1, minloglevel=2)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -498,9 +479,9 @@ def start_mimetic(model: T5) -> None:
             module.v.weight.copy_(turn)
             module.o.weight.copy_(turn.T)
     after = model.config.relative_attention_num_buckets // 2  # buckets of keys to the right
-    for head, bucket in enumerate((1, after + 1, 2)):
+    for head, bucket in enumerate((1, after + 1, 2, after + 2)):
         model.encoder.relative_bias.weight[bucket, head] += 7.0
-    for head, bucket in enumerate((1, 2)):
+    for head, bucket in enumerate((1, 2, 3)):
         model.decoder.relative_bias.weight[bucket, head] += 7.0
 
 
@@ -563,8 +544,8 @@ def make_backbone(dst: str | Path, texts: list[str], seed: int = 0, tiny: Tiny =
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the demo world's corpus.")
-    parser.add_argument("dst", help="folder to write the corpus into")
+    parser = argparse.ArgumentParser(description="Write the demo world.")
+    parser.add_argument("dst", help="folder of the corpus")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes")
     arguments = parser.parse_args()
     for name, splits in make_world(arguments.dst, arguments.seed).items():

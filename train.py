@@ -52,6 +52,7 @@ from vision import UMIE, FeatureCache, ImageError, ViT, resolve_image
 VIT = "google/vit-base-patch16-224-in21k"
 HUB_FILES = ["*.json", "*.safetensors", "spiece.model"]  # never pickled weights
 CHECKPOINTS_KEPT = 2
+REAL_PIECES = 4000  # vocabulary of a tiny backbone made from a real corpus
 
 # p_m of Eq. (9): the best single-task model of Table 2 for each unit.
 SINGLE_TASK_F1 = {"T15": 78.9, "T17": 89.8, "SNAP": 90.2, "V1": 81.8, "V2": 82.0,
@@ -76,12 +77,14 @@ class Size:
     epochs: int
     lr: float
     lr_epochs: int
+    dropout: float
+    max_target: int
 
 
-SIZES = {"tiny": Size(None, None, 24, 32, 16, 10, 1e-3, 4),
-         "base": Size("google/flan-t5-base", VIT, 128, 40, 10, 20, 1e-4, 5),
-         "large": Size("google/flan-t5-large", VIT, 64, 16, 4, 20, 1e-4, 5),
-         "xl": Size("google/flan-t5-xl", VIT, 64, 8, 2, 20, 1e-4, 5)}
+SIZES = {"tiny": Size(None, None, 24, 32, 32, 4, 1e-3, 3, 0.0, 40),
+         "base": Size("google/flan-t5-base", VIT, 128, 40, 10, 20, 1e-4, 5, 0.1, 192),
+         "large": Size("google/flan-t5-large", VIT, 64, 16, 4, 20, 1e-4, 5, 0.1, 192),
+         "xl": Size("google/flan-t5-xl", VIT, 64, 8, 2, 20, 1e-4, 5, 0.1, 192)}
 
 
 def option(default: object, text: str, kind: type = str, **more: object) -> object:
@@ -108,13 +111,13 @@ class Config:
     aml: bool | None = option(None, "achievement weights, Eq. (9); default: clorae only", bool)
     rank: int | None = option(None, "universal rank R; default by size", int)
     alpha: float | None = option(None, "numerator of the expert scale, Eq. (8); default 2 R", float)
-    dropout: float = option(0.1, "dropout on the experts' input", float)
+    dropout: float | None = option(None, "dropout on the experts' input; default by size", float)
     backbone_dropout: float | None = option(None, "dropout of T5 and the visual adapter; "
                                             "default: T5's own", float)
     fusion: str = option("gate", "how visual tokens meet the text", choices=("gate", "concat"))
     max_objects: int = option(16, "object crops used per image", int)
     max_source: int = option(256, "source tokens; only the text part is cut", int)
-    max_target: int = option(192, "target tokens", int)
+    max_target: int | None = option(None, "target tokens; default by size", int)
     epochs: int | None = option(None, "epochs; default by size", int)
     steps: int | None = option(None, "stop after this many optimizer steps", int)
     batch: int | None = option(None, "global batch size; default by size", int)
@@ -136,9 +139,8 @@ class Config:
     def resolved(self) -> "Config":
         """The same with every default that depends on another field filled in."""
         size = SIZES[self.size]
-        filled = {name: getattr(size, name) for name in
-                  ("rank", "batch", "micro_batch", "epochs", "lr", "lr_epochs")
-                  if getattr(self, name) is None}
+        filled = {name: value for name, value in vars(size).items()
+                  if name not in ("t5", "vit") and getattr(self, name) is None}
         if self.aml is None:
             filled["aml"] = self.method == "clorae"
         if self.precision is None:
@@ -266,8 +268,8 @@ def find_weights(name: str) -> Path:
         raise UsageError(
             f"weights of {name}: expected them in {local}/ or the hub cache, found neither, and "
             f"the download failed ({type(cause).__name__}: {str(cause).splitlines()[0]}); on a "
-            f"machine with network run `hf download {name}` and copy config.json, the *.safetensors "
-            f"files and spiece.model to {local}/") from cause
+            f"machine with network run `hf download {name}` and copy config.json, the "
+            f"*.safetensors files and spiece.model to {local}/") from cause
 
 
 @dataclass
@@ -287,7 +289,7 @@ def prepare(config: Config) -> Sources:
             whole(corpus, demo.make_world)
         made = None
         if config.size == "tiny" and not (config.t5 and config.vit):
-            made = tiny_backbone(corpus, config.backbone_steps)
+            made = tiny_backbone(corpus, config)
         size = SIZES[config.size]
         t5 = Path(config.t5) if config.t5 else made / "t5" if made else find_weights(size.t5)
         vit = Path(config.vit) if config.vit else made / "vit" if made else find_weights(size.vit)
@@ -303,13 +305,16 @@ def whole(folder: Path, make: Callable[[Path], object]) -> None:
     aside.rename(folder)
 
 
-def tiny_backbone(corpus: Path, steps: int | None) -> Path:
+def tiny_backbone(corpus: Path, config: Config) -> Path:
     """The tiny T5 and ViT made from a corpus' training inputs, cached by their hash."""
-    datasets, records = data.load_datasets(corpus), data.load_corpus(corpus, "train")
+    datasets = data.load_datasets(corpus)
+    records = data.load_corpus(corpus, "train", config.units)
     texts = ["".join(data.prompt(record, datasets[record.dataset])) for record in records]
-    tiny = demo.Tiny()
+    tiny, steps = demo.Tiny(), config.backbone_steps
     if steps is not None:
         tiny = dataclasses.replace(tiny, steps=steps, vit_steps=min(steps, tiny.vit_steps))
+    if config.data is not None:  # real text needs a larger vocabulary than the demo's
+        tiny = dataclasses.replace(tiny, pieces=REAL_PIECES)
     digest = hashlib.sha256("\n".join([repr(tiny), *texts]).encode()).hexdigest()
     folder = Path("weights") / f"tiny-{digest[:8]}"
     if not folder.exists():
