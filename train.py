@@ -81,7 +81,7 @@ class Size:
     max_target: int
 
 
-SIZES = {"tiny": Size(None, None, 24, 32, 32, 4, 1e-3, 3, 0.0, 40),
+SIZES = {"tiny": Size(None, None, 24, 32, 32, 3, 1e-3, 2, 0.0, 40),
          "base": Size("google/flan-t5-base", VIT, 128, 40, 10, 20, 1e-4, 5, 0.1, 192),
          "large": Size("google/flan-t5-large", VIT, 64, 16, 4, 20, 1e-4, 5, 0.1, 192),
          "xl": Size("google/flan-t5-xl", VIT, 64, 8, 2, 20, 1e-4, 5, 0.1, 192)}
