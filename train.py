@@ -308,7 +308,7 @@ def whole(folder: Path, make: Callable[[Path], object]) -> None:
 def tiny_backbone(corpus: Path, config: Config) -> Path:
     """The tiny T5 and ViT made from a corpus' training inputs, cached by their hash."""
     datasets = data.load_datasets(corpus)
-    records = data.load_corpus(corpus, "train", config.units)
+    records = data.load_corpus(corpus, "train")
     texts = ["".join(data.prompt(record, datasets[record.dataset])) for record in records]
     tiny, steps = demo.Tiny(), config.backbone_steps
     if steps is not None:
@@ -347,8 +347,9 @@ class Features:
         self.width = ViT.feature_width(sources.vit)
         if len(absent) < len(named):
             vit = ViT.from_pretrained(sources.vit).to(device).eval()
-            self.cache = FeatureCache(vit, folder_hash(sources.vit), sources.corpus / ".features")
-            with locked(sources.corpus / ".features" / ".lock"):
+            folder = sources.corpus / ".features"
+            with locked(folder / ".lock"):
+                self.cache = FeatureCache(vit, folder_hash(sources.vit), folder)
                 self.cache.prepare([self.key(record) for record in named
                                     if self.path(record) not in self.missing])
 
