@@ -45,7 +45,7 @@ import demo
 import evaluate
 import losses
 from clorae import METHODS
-from data import UNITS
+from data import TASKS, UNITS
 from t5 import T5, WeightsError
 from vision import UMIE, FeatureCache, ImageError, ViT, resolve_image
 
@@ -150,6 +150,18 @@ class Config:
             filled["out"] = f"runs/{name}-{self.size}-{self.method}"
         return dataclasses.replace(self, **filled)
 
+    def check(self) -> None:
+        """Refuse numbers that cannot work, before anything slow has begun."""
+        least = {"rank": len(TASKS), "epochs": 1, "batch": 1, "micro_batch": 1, "lr_epochs": 1,
+                 "save_every": 1, "max_source": 2, "max_target": 2, "max_objects": 0}
+        bad = [f"--{name.replace('_', '-')} at least {low}, got {getattr(self, name)}"
+               for name, low in least.items() if getattr(self, name) < low]
+        bad += [f"--{name.replace('_', '-')} in [0, 1), got {value}" for name, value in
+                (("dropout", self.dropout), ("backbone_dropout", self.backbone_dropout or 0.0))
+                if not 0 <= value < 1]
+        if bad:
+            raise UsageError(f"expected {'; '.join(bad)}; correct the command line")
+
     @property
     def uses_mim(self) -> bool:
         return self.method == "clorae" and self.mim and self.beta > 0
@@ -185,7 +197,9 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Config, str]:
     resume = values.pop("resume")
     if values["units"] is not None:
         values["units"] = tuple(values["units"])
-    return Config(**values).resolved(), resume
+    config = Config(**values).resolved()
+    config.check()
+    return config, resume
 
 
 # ----------------------------------------------------------------------------------------- World
@@ -384,7 +398,7 @@ def build(config: Config, sources: Sources, device: torch.device) -> Setup:
     t5 = T5.from_pretrained(sources.t5, dtype=torch.float32 if config.method == "full" else dtype)
     torch.manual_seed(config.seed)
     model = UMIE(t5, ViT.feature_width(sources.vit), config.max_objects, config.fusion)
-    clorae.adapt(model, config.method, config.rank, data.TASKS, alpha=config.alpha,
+    clorae.adapt(model, config.method, config.rank, TASKS, alpha=config.alpha,
                  dropout=config.dropout, egr=config.egr, mim=config.uses_mim)
     for name, parameter in model.named_parameters():  # D3: hub checkpoints have no visual adapter
         if not name.startswith("t5.") and ".base." not in name:
@@ -608,10 +622,19 @@ class Run:
             self.model.open_gate(self.collate(self.batches(0)[0][:self.config.micro_batch]))
 
     def references(self) -> dict[str, float]:
-        """p_m of Eq. (9) for every unit."""
-        if self.config.aml_reference:
-            return json.loads(Path(self.config.aml_reference).read_text(encoding="utf-8"))
-        return demo.P_M if self.config.data is None else SINGLE_TASK_F1
+        """p_m of Eq. (9) for every unit; UsageError if a trained unit has none."""
+        given = self.config.aml_reference
+        if given is None:
+            return demo.P_M if self.config.data is None else SINGLE_TASK_F1
+        try:
+            found = json.loads(Path(given).read_text(encoding="utf-8"))
+            lost = [unit for unit in self.units if not float(found.get(unit, 0)) > 0]
+        except (OSError, ValueError, TypeError, AttributeError) as cause:
+            found, lost = {}, [f"(unreadable: {cause})"]
+        if lost:
+            raise UsageError(f"{given}: expected a JSON object with a positive F1 for each of "
+                             f"{', '.join(self.units)}, got none for {', '.join(lost)}; add them")
+        return found
 
     def batches(self, epoch: int) -> list[list[int]]:
         return data.global_batches(self.examples, self.config.seed, epoch, self.config.batch)
