@@ -598,6 +598,9 @@ class Run:
                                                   config.max_target, world.print)
                        for split, records in self.records.items()}
         self.examples = self.splits["train"]
+        if not self.examples:
+            raise UsageError(f"{sources.corpus}: expected training records, found no train.jsonl "
+                             "with any; convert a dataset that has a train split")
         self.units = [u for u in UNITS if any(UNITS[e.unit] == u for e in self.examples)]
         self.reference = self.references()
         self.progress = Progress(weights=dict.fromkeys(self.units, 1.0))

@@ -523,3 +523,27 @@ def test_head_and_tail_are_found_in_the_text() -> None:
     assert evaluate.find_words(tokens, "Kim Lee", "--head") == (0, 2)
     with pytest.raises(data.DataError, match="--tail.*'Ki'"):
         evaluate.find_words(tokens, "Ki", "--tail")
+
+
+@pytest.mark.skipif("CLORAE_REALDATA" not in os.environ, reason="CLORAE_REALDATA names no folder "
+                    "with the published files")
+def test_gold_scored_against_itself_reaches_the_ceilings_on_the_published_files(tmp_path):
+    """DESIGN 8.13: 100 in each column except where a string cannot be mapped back to its span."""
+    real = Path(os.environ["CLORAE_REALDATA"])
+    ceilings = {("twitter2015", "train"): 99.67, ("twitter2015", "dev"): 99.75,
+                ("twitter2015", "test"): 99.65, ("twitter2017", "train"): 99.79,
+                ("twitter2017", "dev"): 99.77}
+    for kind in ("twitter2015", "twitter2017", "mnre_v1", "mnre_v2", "m2e2"):
+        data.convert(kind, real / kind, tmp_path)
+    datasets, found = data.load_datasets(tmp_path), {}
+    for split in data.SPLITS:
+        records = data.load_corpus(tmp_path, split)
+        scores = evaluate.score_predictions(records, list(map(data.target, records)), datasets)
+        found |= {(name, split): counts for name, counts in scores.items()}
+    for (name, split), counts in found.items():
+        dataset = name.partition("@")[2]
+        if (dataset, split) in ceilings:
+            assert round(counts.f1, 2) == ceilings[dataset, split], (name, split)
+        elif name.startswith(("V1", "V2", "MED", "MEAE/object")):
+            assert counts.f1 == 100.0, (name, split)
+    assert found["MEAE/text", "test"].f1 > 98

@@ -333,6 +333,29 @@ def test_resume_restores_the_achievement_weights(finished):
     assert state["weights"] == entry["weights"] == weights
 
 
+@pytest.mark.parametrize("flags", [["--method", "lora"], ["--method", "tlora"], ["--no-egr"],
+                                   ["--method", "full"], ["--fusion", "concat"],
+                                   ["--precision", "bf16"]], ids=" ".join)
+def test_every_method_fusion_and_precision_trains_and_prints_its_table(command, tmp_path, flags):
+    """METHOD 7, DESIGN 3, D35: the same loop serves them all; the loss stays finite."""
+    done = run(command(tmp_path / "run", "--steps", 2, "--epochs", 1, *flags))
+    assert done.returncode == 0, done.stderr
+    assert "test split, best checkpoint:" in done.stdout
+    last = (tmp_path / "run" / "metrics.csv").read_text().split("\n")[-2]
+    assert math.isfinite(float(last.split(",")[2]))
+
+
+def test_a_corpus_without_training_records_is_refused(command, small, tmp_path):
+    corpus = tmp_path / "corpus"
+    shutil.copytree(small["data"], corpus)
+    for path in corpus.glob("*/train.jsonl"):
+        path.unlink()
+    line = command(tmp_path / "run")
+    done = run([str(corpus) if word == small["data"] else word for word in line])
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "expected training records" in done.stderr
+
+
 @pytest.mark.slow
 def test_base_geometry_takes_a_step_and_decodes_on_a_cpu(capsys):
     """flan-t5-base geometry, random weights: one training step of 6 rows and 16 decoded tokens."""
