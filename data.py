@@ -387,14 +387,6 @@ def write_dataset(folder: Path, descriptor: dict, splits: dict[str, list[dict]],
         os.replace(folder / f".{name}.part", folder / name)
 
 
-def training_texts(corpus: str | os.PathLike) -> list[str]:
-    """The distinct texts of all training records and one instruction for each dataset and task."""
-    records, datasets = load_corpus(corpus, "train"), load_datasets(corpus)
-    texts = dict.fromkeys(" ".join(record.tokens) for record in records if record.tokens)
-    first = {(record.dataset, record.task): record for record in reversed(records)}
-    return [*texts, *(prompt(record, datasets[name])[0] for (name, _), record in first.items())]
-
-
 # ---------------------------------------------------------------------------- prompts, targets
 
 RESERVED = re.compile(r"<(?=(?:spot|asoc|pad|unk|s|/s|extra_id_[0-9]+)>)")

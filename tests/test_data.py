@@ -702,14 +702,6 @@ def test_a_dataset_is_checked_before_anything_is_written(tmp_path: Path) -> None
     assert sorted(os.listdir(tmp_path / "tweets")) == ["dataset.json", "images", "train.jsonl"]
 
 
-def test_training_texts_are_all_texts_once_and_one_instruction_per_task(tmp_path: Path) -> None:
-    rows = [MRE, changed(MRE, "id", "2")]
-    corpus = write_corpus(tmp_path, {"pairs": rows, "tweets": [MNER]})
-    texts = data.training_texts(corpus)
-    assert texts[:2] == ["a b", "Bob is in Rome"] and len(texts) == 4
-    assert all(text.startswith("Please extract") for text in texts[2:])
-
-
 def test_iou_of_boxes() -> None:
     """Worked examples A4 and A7: 0.5 and 0.488."""
     assert data.iou((10, 10, 50, 50), (10, 10, 50, 90)) == 0.5

@@ -145,20 +145,27 @@ def test_evaluate_reproduces_the_table_alone_and_under_torchrun(finished, tmp_pa
     assert texts[0] == texts[1] == (finished["out"] / "predictions.jsonl").read_bytes()
 
 
-def test_a_checkpoint_reproduces_logits_on_a_fresh_backbone_bit_for_bit(finished):
+def test_a_checkpoint_reproduces_logits_on_a_fresh_backbone_bit_for_bit(finished, tmp_path):
     """Invariant 15: experts, gate, MIM and visual adapter are all that a checkpoint holds."""
-    folder = train.find_checkpoint(finished["out"])
-    saved = load_file(folder / "model.safetensors")
+    folder, device = train.find_checkpoint(finished["out"]), torch.device("cpu")
+    setup = train.load_model(folder, device)
+    flat = FlatParameters(setup.model, lr=0.1)
+    flat.grads.normal_()
+    flat.optimizer.step()  # away from what the checkpoint held
+    train.write_checkpoint(tmp_path / "step-1", flat, train.read_state(folder))
+    saved = load_file(tmp_path / "step-1" / "model.safetensors")
     assert not any(".base." in name or name == "t5.shared.weight" for name in saved)
-    device = torch.device("cpu")
-    logits = []
-    for _ in range(2):
-        setup = train.load_model(folder, device)
+
+    def logits(setup: train.Setup) -> torch.Tensor:
         records = data.load_corpus(setup.sources.corpus, "test")[:9]
         examples = data.encode_records(records, setup.datasets, setup.tokenizer)
-        batch = data.collate(examples, lambda record: None, 16)
-        logits.append(setup.model.eval()(batch))
-    assert torch.equal(*logits)
+        torch.manual_seed(5)
+        visual = {record.id: (torch.randn(2, 16), torch.rand(2, 5)) for record in records}
+        return setup.model.eval()(data.collate(examples, lambda record: visual[record.id], 16))
+
+    before = logits(train.load_model(folder, device))
+    assert torch.equal(logits(train.load_model(tmp_path / "step-1", device)), logits(setup))
+    assert not torch.equal(logits(setup), before)
 
 
 @pytest.mark.parametrize("flags, named", [(["--rank", "9"], "rank 6 -> 9"),
