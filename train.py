@@ -400,14 +400,20 @@ def build(config: Config, sources: Sources, device: torch.device) -> Setup:
     model = UMIE(t5, ViT.feature_width(sources.vit), config.max_objects, config.fusion)
     clorae.adapt(model, config.method, config.rank, TASKS, alpha=config.alpha,
                  dropout=config.dropout, egr=config.egr, mim=config.uses_mim)
-    for name, parameter in model.named_parameters():  # D3: hub checkpoints have no visual adapter
-        if not name.startswith("t5.") and ".base." not in name:
-            parameter.requires_grad_(True)
+    train_visual_adapter(model)
     for module in model.modules():
         if isinstance(module, nn.Dropout) and config.backbone_dropout is not None:
             module.p = config.backbone_dropout
     return Setup(config, sources, data.load_datasets(sources.corpus),
                  data.Tokenizer(sources.t5), model.to(device))
+
+
+def train_visual_adapter(model: UMIE) -> None:
+    """Let everything but T5 learn, in full: hub checkpoints have no visual adapter, and random
+    frozen weights would be noise.  This includes the linears below VStack's experts."""
+    for name, parameter in model.named_parameters():
+        if not name.startswith("t5."):
+            parameter.requires_grad_(True)
 
 
 def load_model(checkpoint: Path, device: torch.device, **changes: object) -> Setup:
@@ -419,9 +425,10 @@ def load_model(checkpoint: Path, device: torch.device, **changes: object) -> Set
     state = read_state(checkpoint)
     config = dataclasses.replace(Config(**state["config"]), **changes)
     sources = Sources(Path(config.data or "data/demo"), Path(state["t5"]), Path(state["vit"]))
-    if folder_hash(sources.t5) != state["t5_sha256"]:
-        raise UsageError(f"{sources.t5}: expected the T5 weights that {checkpoint} was trained on "
-                         f"(sha256 {state['t5_sha256'][:12]}), got others; restore that folder")
+    for folder, digest in ((sources.t5, state["t5_sha256"]), (sources.vit, state["vit_sha256"])):
+        if folder_hash(folder) != digest:
+            raise UsageError(f"{folder}: expected the weights that {checkpoint} was trained on "
+                             f"(sha256 {digest[:12]}), got others; restore that folder")
     setup = build(config, sources, device)
     load_trainables(setup.model, checkpoint)
     return setup
