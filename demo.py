@@ -52,7 +52,7 @@ class Difficulty:
 
 # p_m of Eq. (9), measured: best dev F1 of a plain LoRA trained on one unit alone for 250 steps,
 # `train.py --method lora --units U --steps 250 --epochs 99 --lr-epochs 99`, seed 0.
-P_M = {"T15": 74.2, "T17": 71.2, "SNAP": 73.9, "V1": 91.6, "V2": 83.3, "MED": 89.1, "MEAE": 74.7}
+P_M = {"T15": 71.6, "T17": 75.7, "SNAP": 75.5, "V1": 89.2, "V2": 90.7, "MED": 90.0, "MEAE": 76.4}
 
 SIZES = {"T15": 1500, "T17": 400, "SNAP": 1000, "V1": 600, "V2": 1500, "MEE": 1200}  # train texts
 SPLITS = {"train": None, "dev": 60, "test": 150}
