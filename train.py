@@ -945,7 +945,7 @@ def describe(run: Run, start: str) -> list[str]:
 
 def hold_out(records: dict[str, list[data.Record]], datasets: dict[str, data.Dataset],
              how: str) -> str | None:
-    """Take the units of Table 4 out of the train and dev records, in place; what was done, in words.
+    """Take Table 4's units out of the train and dev records, in place; what was done, in words.
 
     paper: T17 and V2.  clean: also SNAP, drawn from the same pool of tweets as T17, and every text
     of another dataset that stands in the test split of T17 or V2 (TASKS: V1 holds 183 of T17's).
