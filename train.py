@@ -965,7 +965,7 @@ def hold_out(records: dict[str, list[data.Record]], datasets: dict[str, data.Dat
                           if how == "paper" or data.normalised(record) not in seen]
         dropped += len(kept) - len(records[split])
     return (f"hold-out ({how}): {', '.join(u for u in UNITS if u in away)} neither in train nor in "
-            f"dev; {dropped} more records left out because a test split of T17 or V2 has their text")
+            f"dev; {dropped} more records left out, whose text is in the test split of T17 or V2")
 
 
 def unit_rows(records: Sequence[data.Record], datasets: dict[str, data.Dataset]) -> dict[str, int]:
