@@ -30,9 +30,11 @@ D_out wide, are never formed.  The MIM loss (Eq. 5) needs only second moments of
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 METHODS = ("clorae", "lora", "tlora", "moslora", "loramoe", "full")
@@ -72,14 +74,13 @@ class ExpertConfig:
 
 @dataclass
 class Moments:
-    """What L_MIM needs to know of one wrapped linear in one forward pass (README, "MIM").
+    """What L_MIM needs of the L wrapped linears that see one token stream (README, "MIM").
 
-    segments: per run of rows of one task (S [k,k], C [D_out,k]) with S = sum_t a_t z_t z_t^T over
-    its valid tokens and C = [-B_U, B_n], so that sum_t a_t (D_tc - U_tc)^2 = (C S C^T)_cc;
-    b: sum_t 1 / (B |J_i|), a scalar; variance [D_out]: the layer's sigma^2.
+    q [L,D_out]: sum_t a_t (D_tc - U_tc)^2 of each output channel c over the valid tokens t;
+    b: sum_t 1 / (B |J_i|), a scalar; variance [L,D_out]: the layers' sigma^2.
     """
 
-    segments: list[tuple[Tensor, Tensor]]
+    q: Tensor
     b: Tensor
     variance: Tensor
 
@@ -102,7 +103,7 @@ class Routing:
         self.masks: dict[str, Tensor | None] = {}
         self.fixed_gates: tuple[float, float] | None = None  # replaces Eq. (6) in every layer
         self.mim_batch: int | None = None  # global batch size B while L_MIM is wanted, else None
-        self.moments: list[Moments] = []
+        self.codes: list[tuple["ExpertLinear", list[Tensor]]] = []  # z of each run, for L_MIM
         self._rows: list[int] | None = None
 
     def set(self, tasks: Tensor, memory: Tensor | None = None, target: Tensor | None = None,
@@ -121,7 +122,7 @@ class Routing:
                              "build the experts with every task that the data holds")
         self.tasks, self._rows = rows, rows
         self.masks = {"memory": memory, "target": target, "visual": visual}
-        self.moments = []
+        self.codes = []
 
     def rows(self, index: Tensor) -> None:
         """Follow the decoder: computed row k is row index[k] of the batch given to `set`."""
@@ -141,6 +142,112 @@ class Routing:
             if stop == rows or self._rows[stop] != self._rows[start]:
                 yield self._rows[start], slice(start, stop)
                 start = stop
+
+
+    def moments(self) -> list[Moments]:
+        """What the layers saw since `set`, one report per token stream; then it is forgotten."""
+        codes, self.codes = self.codes, []
+        tasks = [task for task, _ in self.segments(len(self.tasks or []))]
+        streams = {name: [(layer, z) for layer, z in codes if layer.stream == name]
+                   for name in self.masks}
+        return [stream_moments(some, self.masks[name], tasks, self.mim_batch)
+                for name, some in streams.items() if some]
+
+
+def stream_moments(codes: list[tuple["ExpertLinear", list[Tensor]]], mask: Tensor,
+                   tasks: list[int], batch: int) -> Moments:
+    """Second moments for L_MIM, Eq. (5), of all layers at once; the teacher U has no gradient.
+
+    Weights per valid token t of sample i: a_t = 1 / (B |J_i| rho_i^2), b_t = 1 / (B |J_i|), with
+    rho_i the RMS of U over the sample's tokens and channels.  With C = [-B_U, B_n] and S = sum_t
+    a_t z_t z_t^T, q = diag(C S C^T), taken apart into U's, the mixed and D's block of S.
+    """
+    layers, R = [layer for layer, _ in codes], codes[0][0].config.rank
+    z = [torch.stack(parts) for parts in zip(*(parts for _, parts in codes))]  # runs of [L,b S,k]
+    B_U = torch.stack([layer.B_U for layer in layers]).detach()  # [L,D_out,R]
+    B_T = torch.stack([layer.B_T for layer in layers], dim=1)  # [N,L,D_out,r]
+    rho = torch.stack([layer.rho for layer in layers])
+    with torch.autocast(mask.device.type, enabled=False):  # fp32 island
+        share = mask / mask.sum(dim=1, keepdim=True).clamp(min=1).to(rho.dtype)  # [B,S] 1 / |J_i|
+        z_U = wide(torch.cat([part[..., :R] for part in z], dim=1).detach())  # [L,B S,R]
+        energy = ((z_U @ (B_U.mT @ B_U)) * z_U).sum(dim=-1)  # |U_t|^2, no U formed
+        power = (energy.unflatten(1, mask.shape) * share).sum(dim=-1) / B_U.shape[1]  # [L,B]
+        scale = (power.clamp(min=0).sqrt() + RMS_FLOOR).square()[..., None]
+        a = (share / batch / scale).flatten(1)[..., None]  # [L,B S,1]
+        weighted = a * z_U
+        q = ((B_U @ (weighted.mT @ z_U)) * B_U).sum(dim=-1)  # U's block, one for all tasks
+        start = 0
+        for task, part in zip(tasks, z):
+            run = slice(start, start := start + part.shape[1])
+            z_D, B_n = wide(part[..., R:]), B_T[task]
+            mixed, own = weighted[:, run].mT @ z_D, (a[:, run] * z_D).mT @ z_D
+            q = q + ((B_n @ own - 2 * (B_U @ mixed)) * B_n).sum(dim=-1)
+        return Moments(q, share.sum() / batch, F.softplus(rho) + VARIANCE_FLOOR)
+
+
+def spread(gates: Tensor, widths: Sequence[int]) -> Tensor:
+    """gates [...,E] -> [...,k]: each expert's gate beside each of its columns."""
+    if len(widths) == 1:
+        return gates
+    return torch.cat([g.expand(*g.shape[:-1], width)
+                      for g, width in zip(gates.split(1, dim=-1), widths)], dim=-1)
+
+
+class LowRank(torch.autograd.Function):
+    """y + (s g z) B^T with z = x A^T, run by run of rows that share their experts.
+
+    Written by hand for what autograd cannot know: the product is added into y, which nobody else
+    needs; no [tokens, D_out] tensor is kept or filled with zeros; s g z is cheaper made again
+    than stored.  The codes z are outputs as well, so that L_MIM's gradient comes back through them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, gates: Tensor | None, scale: float,
+                widths: Sequence[int], runs: Sequence[slice], *factors: Tensor
+                ) -> tuple[Tensor, ...]:
+        """y [B,S,D_out] (overwritten), x [B,S,D_in], gates [B,S,E] or None, and for each run its
+        A [k,D_in] and B [D_out,k] -> y, then each run's z [b S,k]."""
+        A, B = ([f.to(y.dtype) for f in factors[side::2]] for side in (0, 1))
+        x, codes = x.to(y.dtype), []
+        for rows, A_n, B_n in zip(runs, A, B):
+            z = x[rows].flatten(0, 1) @ A_n.T  # Eq. (3), Eq. (4) before B_U and B_n
+            weights = LowRank.weights(gates, scale, widths, rows, y.dtype)
+            y[rows].flatten(0, 1).addmm_(z * weights, B_n.T)  # Eq. (7), Eq. (8)
+            codes.append(z)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, gates, *A, *B, *codes)
+        ctx.scale, ctx.widths, ctx.runs = scale, widths, runs
+        return y, *codes
+
+    @staticmethod
+    def weights(gates: Tensor | None, scale: float, widths: Sequence[int], rows: slice,
+                dtype: torch.dtype) -> Tensor | float:
+        """s g^1 or s g^2 for each column of z, Eq. (7) in rank space; without gates s alone."""
+        if gates is None:
+            return scale
+        return spread((scale * gates[rows]).flatten(0, 1), widths).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, *dcodes: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, gates, *saved = ctx.saved_tensors
+        n = len(ctx.runs)
+        A, B, codes = saved[:n], saved[n:2 * n], saved[2 * n:]
+        dx = torch.empty_like(x) if ctx.needs_input_grad[1] else None
+        dgates = None if gates is None else torch.empty_like(gates)
+        dfactors: list[Tensor] = []
+        for rows, A_n, B_n, z, dcode in zip(ctx.runs, A, B, codes, dcodes):
+            dy_n = dy[rows].flatten(0, 1)
+            weights = LowRank.weights(gates, ctx.scale, ctx.widths, rows, dy.dtype)
+            dv = dy_n @ B_n  # gradient of v = s g z
+            if dgates is not None:
+                parts = (ctx.scale * dv * z).split(ctx.widths, dim=-1)
+                dgates[rows].flatten(0, 1).copy_(torch.stack([p.sum(-1) for p in parts], dim=-1))
+            dz = dv * weights if dcode is None else dcode + dv * weights
+            dfactors += [dz.T @ x[rows].flatten(0, 1), dy_n.T @ (z * weights)]
+            if dx is not None:
+                torch.mm(dz, A_n, out=dx[rows].flatten(0, 1))
+        return dy, dx, dgates, None, None, None, *dfactors
 
 
 class ExpertLinear(nn.Module):
@@ -185,16 +292,18 @@ class ExpertLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B,S,D_in] -> y [B,S,D_out] = W_0 x + (alpha / r) h, Eq. (8)."""
-        gates, dropped = self.gates(x), self.dropped(x)
-        h, codes = [], []
-        for task, rows in self.segments(len(x)):
-            A, B = self.factors(task)
-            z = self.project(dropped, rows, A)  # [b,S,k]: Eq. (3), Eq. (4) before B_U and B_n
-            h.append(F.linear(self.mix(z, gates, rows), B.to(x.dtype)))
-            codes.append((task, rows, z))
+        y, gates = self.base(x), self.gates(x)
+        if self.config.method == "loramoe":  # every expert for every row, each under its own mask
+            every, R = [slice(0, len(x))], [self.config.rank]
+            for g, A_e, B_e in zip(gates.split(1, dim=-1), self.A_E, self.B_E):
+                y, _ = LowRank.apply(y, self.dropped(x), g, self.scale, R, every, A_e, B_e)
+            return y
+        tasks, runs = zip(*self.segments(len(x)))
+        y, *codes = LowRank.apply(y, self.dropped(x), gates, self.scale, self.widths, runs,
+                                  *self.factors(tasks))
         if self.training and self.routing.mim_batch is not None and hasattr(self, "rho"):
-            self.routing.moments.append(self.moments(codes))
-        return self.base(x) + torch.cat(h)  # Eq. (8); the scale is already inside h
+            self.routing.codes.append((self, codes))
+        return y
 
     def segments(self, rows: int) -> Iterator[tuple[int, slice]]:
         """The runs of rows that share their experts: all rows where no expert belongs to a task."""
@@ -202,16 +311,9 @@ class ExpertLinear(nn.Module):
             return self.routing.segments(rows)
         return iter([(0, slice(0, rows))])
 
-    def dropped(self, x: Tensor) -> list[Tensor]:
-        """x under dropout: one mask for both experts (D14), for LoRAMoE one mask per expert."""
-        masks = self.config.experts if self.config.method == "loramoe" else 1
-        return [F.dropout(x, self.config.dropout, self.training) for _ in range(masks)]
-
-    def project(self, dropped: list[Tensor], rows: slice, A: Tensor) -> Tensor:
-        """z [b,S,k] = A x of the given rows, each expert's block under its own mask."""
-        blocks = A.to(dropped[0].dtype).chunk(len(dropped))
-        z = [F.linear(x[rows], block) for x, block in zip(dropped, blocks)]
-        return z[0] if len(z) == 1 else torch.cat(z, dim=-1)
+    def dropped(self, x: Tensor) -> Tensor:
+        """x under dropout: one mask for both experts (D14)."""
+        return F.dropout(x, self.config.dropout, self.training)
 
     def gates(self, x: Tensor) -> Tensor | None:
         """x [B,S,D_in] -> gates [B,S,2] >= 0 summing to 1, in x's dtype; None without a router.
@@ -225,49 +327,23 @@ class ExpertLinear(nn.Module):
         logits = F.linear(x, self.W_g.to(x.dtype))
         return wide(logits).softmax(dim=-1).to(logits.dtype)  # Eq. (6)
 
-    def factors(self, task: int) -> tuple[Tensor, Tensor]:
-        """The stacked experts that a row of this task uses: A [k,D_in], B [D_out,k]."""
-        if self.config.method == "loramoe":
-            return self.A_E.flatten(0, 1), torch.cat(self.B_E.unbind(), dim=1)
-        if not self.config.has_tasks:
-            return self.A_U, self.B_U  # Eq. (2): plain LoRA
-        if not self.config.has_universal:
-            return self.A_T[task], self.B_T[task]
-        return torch.cat([self.A_U, self.A_T[task]]), torch.cat([self.B_U, self.B_T[task]], dim=1)
+    @property
+    def widths(self) -> list[int]:
+        """How many columns of z belong to each gate."""
+        R, r = self.config.rank, self.config.rank // len(self.routing.names)
+        return [R] * self.config.has_universal + [r] * self.config.has_tasks
 
-    def mix(self, z: Tensor, gates: Tensor | None, rows: slice) -> Tensor:
-        """Weigh z [b,S,k] by (alpha / r) and by each token's gates: Eq. (7) in rank space."""
+    def factors(self, tasks: Sequence[int]) -> list[Tensor]:
+        """For each run of rows of one task its experts side by side: A [k,D_in], B [D_out,k], ..."""
         if self.config.method == "moslora":
-            z = F.linear(z, self.M_U.to(z.dtype))  # B M A x: the mixer joins all ranks
-        if gates is None:
-            return self.scale * z
-        weights, R = self.scale * gates[rows], self.config.rank
-        if self.config.method == "loramoe":
-            return z * weights.repeat_interleave(R, dim=-1)
-        g_U, g_T = weights.split(1, dim=-1)
-        return torch.cat([g_U * z[..., :R], g_T * z[..., R:]], dim=-1)  # Eq. (7): g1 U + g2 D
-
-    def moments(self, codes: list[tuple[int, slice, Tensor]]) -> Moments:
-        """Second moments of z for L_MIM, Eq. (5); the teacher U carries no gradient.
-
-        Weights per valid token t of sample i: a_t = 1 / (B |J_i| rho_i^2), b_t = 1 / (B |J_i|),
-        with rho_i the RMS of U over the sample's tokens and channels.
-        """
-        mask, R = self.routing.masks[self.stream].to(self.rho.dtype), self.config.rank
-        share = mask / mask.sum(dim=1, keepdim=True).clamp(min=1)  # [B,S] 1 / |J_i|
-        b = share / self.routing.mim_batch
-        B_U = self.B_U.detach()
-        with torch.autocast(mask.device.type, enabled=False):  # fp32 island
-            z_U = wide(torch.cat([z[..., :R] for _, _, z in codes]).detach())
-            energy = ((z_U @ (B_U.T @ B_U)) * z_U).sum(dim=-1)  # [B,S] |U_t|^2, no U formed
-            rho = ((energy * share).sum(dim=1) / len(B_U)).clamp(min=0).sqrt() + RMS_FLOOR
-            a = b / rho.square()[:, None]
-            segments = []
-            for task, rows, z in codes:
-                z = torch.cat([z_U[rows], wide(z[..., R:])], dim=-1).flatten(0, 1)  # [b S,k]
-                S = (z * a[rows].reshape(-1, 1)).T @ z
-                segments.append((S, torch.cat([-B_U, self.B_T[task]], dim=1)))
-        return Moments(segments, b.sum(), F.softplus(self.rho) + VARIANCE_FLOOR)
+            return [self.A_U, self.B_U @ self.M_U]  # B M A x: the mixer joins all ranks
+        if not self.config.has_tasks:
+            return [self.A_U, self.B_U]  # Eq. (2): plain LoRA
+        pairs = list(zip(self.A_T.unbind(), self.B_T.unbind()))
+        if self.config.has_universal:
+            pairs = [(torch.cat([self.A_U, A_n]), torch.cat([self.B_U, B_n], dim=1))
+                     for A_n, B_n in pairs]
+        return [factor for task in tasks for factor in pairs[task]]
 
     @torch.no_grad()
     def merged_weight(self, task: int, gates: tuple[float, ...] | None = None) -> Tensor:
@@ -279,10 +355,13 @@ class ExpertLinear(nn.Module):
         if hasattr(self, "W_g") and gates is None:
             raise ValueError("merge: expected fixed gates, got a live gate router, which "
                              "weighs each token anew; pass mean gates to merge approximately")
-        A, B = self.factors(task)
-        every = slice(None)
-        weights = None if gates is None else A.new_tensor(gates).expand(len(A.T), 1, len(gates))
-        return self.base.weight + (B @ self.mix(A.T[:, None], weights, every)[:, 0].T)
+        if self.config.method == "loramoe":
+            A, B = self.A_E.flatten(0, 1), torch.cat(self.B_E.unbind(), dim=1)
+            widths = [self.config.rank] * self.config.experts
+        else:
+            (A, B), widths = self.factors([task]), self.widths
+        weights = 1.0 if gates is None else spread(A.new_tensor(gates), widths)
+        return self.base.weight + self.scale * (B * weights) @ A
 
     def extra_repr(self) -> str:
         return f"method={self.config.method}, rank={self.config.rank}, stream={self.stream}"

@@ -60,26 +60,25 @@ def achievement_weights(f1: Mapping[str, float], reference: Mapping[str, float],
 
 
 class Moments(Protocol):
-    """What one wrapped linear reports (clorae.Moments): sum_t a_t (D_tc - U_tc)^2 as C S C^T."""
+    """What the wrapped linears of one token stream report (clorae.Moments), L of them."""
 
-    segments: Sequence[tuple[Tensor, Tensor]]  # per task: S [k,k], C [D_out,k]
+    q: Tensor  # [L,D_out] sum_t a_t (D_tc - U_tc)^2
     b: Tensor  # sum_t b_t
-    variance: Tensor  # sigma^2 [D_out]
+    variance: Tensor  # [L,D_out] sigma^2
 
 
-def mutual_information(layers: Sequence[Moments], count: int) -> Tensor:
+def mutual_information(streams: Sequence[Moments], count: int) -> Tensor:
     """L_MIM = 1 / count sum_l L_l, a scalar >= ln(0.1) / 2, exact without forming U or D.
 
-    L_l = 1 / (2 D_out) sum_c (q_c / sigma_c^2 + (sum_t b_t) ln sigma_c^2), q_c = (C S C^T)_cc: the
-    Gaussian bound -E log q(U | D) of Eq. (5) with mean D and variance sigma^2, constants dropped.
-    layers: the reports of this (micro-)batch; count: wrapped linears of the model, including those
+    L_l = 1 / (2 D_out) sum_c (q_c / sigma_c^2 + (sum_t b_t) ln sigma_c^2): the Gaussian bound
+    -E log q(U | D) of Eq. (5) with mean D and variance sigma^2, constants dropped.
+    streams: the reports of this (micro-)batch; count: wrapped linears of the model, including those
     that saw no valid token.  Additive over micro-batches and ranks.
     """
     total = torch.zeros(())
-    for layer in layers:
-        variance = layer.variance
+    for report in streams:
+        variance = report.variance
         with torch.autocast(variance.device.type, enabled=False):  # fp32 island
-            q = sum(((C @ S) * C).sum(dim=1) for S, C in layer.segments)  # [D_out]
-            bound = (q / variance + layer.b * variance.log()).sum() / (2 * len(variance))
-        total = total.to(bound.device) + bound  # Eq. (5)
+            bound = (report.q / variance + report.b * variance.log()).sum()
+        total = total.to(bound.device) + bound / (2 * variance.shape[-1])  # Eq. (5)
     return total / count

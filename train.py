@@ -787,7 +787,7 @@ class Run:
                 logits = self.model(batch)
             ce = losses.token_cross_entropy(logits, batch.labels)  # [B]
             L_MT = (w[batch.units] * ce).sum() / tokens
-            L_MIM = losses.mutual_information(self.routing.moments if config.uses_mim else [],
+            L_MIM = losses.mutual_information(self.routing.moments() if config.uses_mim else [],
                                               max(self.layers, 1)).to(device)
             loss = L_MT + config.beta * L_MIM  # Eq. (10)
             loss.backward()

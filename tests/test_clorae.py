@@ -147,7 +147,7 @@ def test_float64_gradcheck_of_mim_in_the_student_and_the_variance():
         m.routing.set(tasks[1:4], memory=mask[1:4])
         m.routing.mim_batch = B
         torch.func.functional_call(m, dict(zip(names, values)), (x[1:4],))
-        return losses.mutual_information(m.routing.moments, 2)
+        return losses.mutual_information(m.routing.moments(), 2)
 
     assert torch.autograd.gradcheck(loss, tuple(getattr(m, name) for name in names))
 
@@ -166,7 +166,7 @@ def test_first_backward_reaches_only_the_up_projections():
     """Invariant 3: with B = 0, B_U and B_n get gradient; A's and W_g exactly zero; all finite."""
     m, (x, tasks, mask) = layer(awake=False).train(), inputs()
     y = run(m, x, tasks, mask, batch=B)
-    loss = y.square().sum() + losses.mutual_information(m.routing.moments, 1)
+    loss = y.square().sum() + losses.mutual_information(m.routing.moments(), 1)
     loss.backward()
     for name in ("A_U", "A_T", "W_g"):
         assert torch.count_nonzero(getattr(m, name).grad) == 0, name
@@ -179,7 +179,7 @@ def test_a_batch_of_one_task_trains_no_other_expert():
     """Invariant 4: gradients of A_k, B_k are exactly 0 for every absent task k."""
     m, (x, _, mask) = layer().train(), inputs()
     y = run(m, x, torch.full((B,), 1), mask, batch=B)
-    (y.square().sum() + losses.mutual_information(m.routing.moments, 1)).backward()
+    (y.square().sum() + losses.mutual_information(m.routing.moments(), 1)).backward()
     for parameter in (m.A_T, m.B_T):
         assert torch.count_nonzero(parameter.grad[1]) > 0
         assert torch.count_nonzero(parameter.grad[[0, 2]]) == 0
@@ -211,7 +211,7 @@ def test_mixed_batch_gradients_equal_any_micro_batch_split():
         m.zero_grad()
         for rows in parts:
             y = run(m, x[rows], tasks[rows], mask[rows], batch=B)
-            (y.square().sum() + losses.mutual_information(m.routing.moments, 1)).backward()
+            (y.square().sum() + losses.mutual_information(m.routing.moments(), 1)).backward()
         return {n: p.grad.clone() for n, p in m.named_parameters() if p.requires_grad}
 
     whole = gradients([[0, 1, 2, 3, 4]])
@@ -228,7 +228,7 @@ def test_rank_space_mim_equals_the_materialised_loss_with_every_gradient():
     expected_value = naive_mim(m, x, tasks, mask)
     expected = torch.autograd.grad(expected_value, [*wanted, x])
     run(m, x, tasks, mask, batch=B)
-    value = losses.mutual_information(m.routing.moments, 1)
+    value = losses.mutual_information(m.routing.moments(), 1)
     got = torch.autograd.grad(value, [*wanted, x])
     torch.testing.assert_close(value, expected_value, rtol=1e-9, atol=1e-9)
     for ours, reference in zip(got, expected):
@@ -241,11 +241,11 @@ def test_mim_starts_at_zero_and_never_falls_below_its_floor():
     mask[3, 0] = True  # the mean is over the batch: a row without tokens would lower its weight
     m = layer(awake=False).train()
     run(m, x, tasks, mask, batch=B)
-    assert abs(losses.mutual_information(m.routing.moments, 1).item()) < 1e-6
+    assert abs(losses.mutual_information(m.routing.moments(), 1).item()) < 1e-6
     with torch.no_grad():
         m.rho.fill_(-50.0)
     run(m, x, tasks, mask, batch=B)
-    assert math.isclose(losses.mutual_information(m.routing.moments, 1).item(),
+    assert math.isclose(losses.mutual_information(m.routing.moments(), 1).item(),
                         0.5 * math.log(0.1), rel_tol=1e-5)
 
 
@@ -253,7 +253,7 @@ def test_mim_gives_the_teacher_no_gradient_and_the_student_some():
     """D17, invariant 6: U is detached, D learns."""
     m, (x, tasks, mask) = layer().train(), inputs()
     run(m, x, tasks, mask, batch=B)
-    losses.mutual_information(m.routing.moments, 1).backward()
+    losses.mutual_information(m.routing.moments(), 1).backward()
     for name in ("A_U", "B_U", "W_g"):
         grad = getattr(m, name).grad
         assert grad is None or torch.count_nonzero(grad) == 0, name
@@ -267,7 +267,7 @@ def test_padding_changes_no_mim():
     for padded, valid in ((x, mask), (x.masked_fill(~mask[..., None], 9.0), mask),
                           (F.pad(x, (0, 0, 0, 3), value=-4.0), F.pad(mask, (0, 3)))):
         run(m, padded, tasks, valid, batch=B)
-        values.append(losses.mutual_information(m.routing.moments, 1).item())
+        values.append(losses.mutual_information(m.routing.moments(), 1).item())
     assert max(values) - min(values) < 1e-6
 
 
@@ -275,9 +275,9 @@ def test_mim_is_collected_in_training_only():
     """No statistics in evaluation, nor when no batch size asks for them."""
     m, (x, tasks, mask) = layer(), inputs()
     run(m.eval(), x, tasks, mask, batch=B)
-    assert m.routing.moments == []
+    assert m.routing.codes == []
     run(m.train(), x, tasks, mask, batch=None)
-    assert m.routing.moments == []
+    assert m.routing.codes == []
 
 
 def copy(source: ExpertLinear, target: ExpertLinear) -> ExpertLinear:

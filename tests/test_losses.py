@@ -98,15 +98,16 @@ def test_mim_closed_form_of_one_token():
     """Eq. (5) by hand: e = D - U per channel, L = mean_c (e^2 / sigma^2 + ln sigma^2) / 2."""
     U, D = torch.tensor([1.0, -2.0]), torch.tensor([3.0, 1.0])
     variance = torch.tensor([0.5, 2.0])
-    z, C = torch.tensor([1.0, 1.0]), torch.stack([-U, D], dim=1)  # z_U = z_n = 1
-    layer = Moments([(torch.outer(z, z), C)], torch.tensor(1.0), variance)
+    layer = Moments((D - U).square()[None], torch.tensor(1.0), variance[None])
     expected = 0.5 * ((4 / 0.5 + math.log(0.5)) + (9 / 2 + math.log(2.0))) / 2
     assert math.isclose(losses.mutual_information([layer], 1).item(), expected, rel_tol=1e-6)
 
 
 def test_mim_is_the_mean_over_all_layers_also_those_that_saw_nothing():
     """D21: 1 / |l| sum_l, with |l| the wrapped linears of the model."""
-    layer = Moments([(torch.eye(2), torch.ones(3, 2))], torch.tensor(1.0), torch.full((3,), 2.0))
+    layer = Moments(torch.rand(1, 3), torch.tensor(1.0), torch.full((1, 3), 2.0))
+    two = Moments(layer.q.repeat(2, 1), layer.b, layer.variance.repeat(2, 1))
     one = losses.mutual_information([layer], 1)
     torch.testing.assert_close(losses.mutual_information([layer, layer], 8), one / 4)
+    torch.testing.assert_close(losses.mutual_information([two], 8), one / 4)
     assert losses.mutual_information([], 8) == 0
