@@ -247,18 +247,15 @@ def record_rule(raw: object, dataset: Dataset) -> Rule:
         pair = [get(value, "start"), get(value, "end")]
         return {"type": one_of(labels), "start": None, "end": lambda v: span(pair)}
 
-    def event(value: object) -> Rule:
-        roles = get(get(dataset.labels, "meae"), get(value, "type"), ())
-        return {"type": one_of(labels), "trigger": lambda v: in_image(None) if v is None else span,
-                "arguments": [lambda a: argument(a, roles)]}
+    def event(value: object, in_text: bool = False) -> Rule:
+        roles, trigger = get(get(dataset.labels, "meae"), get(value, "type"), ()), span
+        if not in_text and get(value, "trigger") is None:
+            trigger = in_image(None)
+        return {"type": one_of(labels), "trigger": trigger,
+                "arguments": [lambda a: argument(a, roles, in_text)]}
 
-    def accepted(value: object) -> Rule:
-        rule = event(value) | {"trigger": span}
-        roles = get(get(dataset.labels, "meae"), get(value, "type"), ())
-        return rule | {"arguments": [{"role": one_of(roles), "span": span}]}
-
-    def argument(value: object, roles: Iterable[str]) -> Rule:
-        if not isinstance(value, dict) or not value.keys() & {"box", "object"}:
+    def argument(value: object, roles: Iterable[str], in_text: bool) -> Rule:
+        if in_text or not isinstance(value, dict) or not value.keys() & {"box", "object"}:
             return {"role": one_of(roles), "span": span}
         return {"role": one_of(roles), "box": in_image(box),
                 "object": lambda k: None if k is None else shown(k, value.get("box"))}
@@ -272,7 +269,7 @@ def record_rule(raw: object, dataset: Dataset) -> Rule:
     gold = {"mner": {"entities": [entity]}, "med": {"events": [event]}, "meae": {"events": [event]},
             "mre": {"head": span, "tail": span, "relation": one_of(labels)}}
     if task in ("med", "meae") and "accepted" in raw:
-        gold[task]["accepted"] = [accepted]          # the one key that may be missing
+        gold[task]["accepted"] = [lambda e: event(e, in_text=True)]      # the one optional key
     empty = tokens == [] and (image is None or task in ("mner", "mre"))
     return {"id": string, "dataset": one_of([dataset.name]), "task": one_of(dataset.labels),
             "tokens": "is no text: only med and meae records with an image may lack it" if empty
@@ -1049,12 +1046,13 @@ def read_swig(path: Path, kind: str) -> Rows:
     """
     verbs, rows, flat = read_mapping(path.with_name("ace_sr_mapping.txt")), [], 0
     with expecting("SWiG's {image: {verb, height, width, bb}}", path):
-        pictures = parse_json(read_bytes(path))
-        for image, picture in pictures.items():
+        pictures = dict(parse_json(read_bytes(path)))
+    for image, picture in pictures.items():
+        with expecting("{verb, height, width, bb: {role: box}}", where := f"{path}: {image}"):
             if picture["verb"] not in verbs:
                 continue
             if image_size(size := [picture["width"], picture["height"]]):
-                raise ValueError(f"{image} has the size {size}")
+                raise ValueError(f"the size {size}")
             grounded = {role: box for role, box in picture["bb"].items() if max(box) >= 0}
             boxes = {role: box for role, some in grounded.items() if (box := tidy(some, *size))}
             flat += len(grounded) - len(boxes)
@@ -1064,8 +1062,8 @@ def read_swig(path: Path, kind: str) -> Rows:
             event = {"type": event, "trigger": None, "arguments": [
                 {"role": role, "box": list(box)} for role, box in named]}
             objects = [list(box) for box in dict.fromkeys(map(tuple, boxes.values()))]
-            rows.append((f"{path}: {image}", raw_record(kind, "", image, [], image, objects,
-                                                        events=[event]) | {"size": size}))
+            rows.append((where, raw_record(kind, "", image, [], image, objects,
+                                           events=[event]) | {"size": size}))
     print(f"{path}: {len(pictures) - len(rows)} of {len(pictures)} pictures left out (verb unmapped"
           f"); {flat} boxes without area dropped")
     return rows

@@ -679,6 +679,7 @@ def test_mutated_rows_are_rejected_by_name_and_valid_rows_never(tmp_path: Path) 
     for _ in range(3000):
         name, row = rng.choice(sorted(SAMPLES.items()))
         dataset = {"tweets": TWEETS, "pairs": PAIRS, "news": NEWS}[name]
+        row = row | {"accepted": [ACCEPTED]} if name == "news" and rng.random() < 0.5 else row
         mutant = changed(row, rng.choice(places(row)), rng.choice([..., *MUTANTS]))
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
@@ -1431,8 +1432,15 @@ def test_a_tiny_picture_has_the_objects_that_fit(tmp_path: Path) -> None:
     ("bb.agent", None), ("bb.agent", [1, 2, 3]), ("bb.agent.0", "x"), ("verb", ["attacking"])])
 def test_a_swig_picture_that_does_not_fit_is_named(path: str, value: object,
                                                    tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="train.json: attacking_2.jpg: expected {verb, height, "):
+        swig_records({"attacking_1.jpg": SWIG, "attacking_2.jpg": changed(SWIG, path, value)},
+                     tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "3", "[1]", "{", '{"a": 1, "a": 2}'])
+def test_a_swig_file_that_is_none_is_named(text: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="train.json: expected SWiG's {image: "):
-        swig_records({"attacking_1.jpg": changed(SWIG, path, value)}, tmp_path)
+        run_convert("swig", swig_files({}) | {"train.json": text}, tmp_path)
 
 
 @pytest.mark.parametrize("line", [
@@ -1506,15 +1514,16 @@ def test_settings_that_make_no_sense_are_refused(options: dict, says: str, tmp_p
         run_convert("twitter2017", {"train.txt": CONLL}, tmp_path, **options)
 
 
-def test_the_commands_take_the_settings_of_events(tmp_path: Path) -> None:
+def test_the_commands_take_the_settings_of_events(tmp_path: Path,
+                                                  capsys: pytest.CaptureFixture) -> None:
     for name, text in swig_files({"attacking_1.jpg": SWIG}).items():
         (tmp_path / name).write_text(text)
-    done = command("convert", "swig", str(tmp_path), str(tmp_path / "c"), "--max-objects", "4",
-                   "--event-types", "all")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "SWiG with event types all: pictures without text, 4 objects each" in done.stdout
-    done = command("check", str(tmp_path / "c"))
-    assert done.returncode == 0 and "no text stands in two splits" in done.stdout
+    assert data.main(["convert", "swig", str(tmp_path), str(tmp_path / "c"), "--max-objects", "4",
+                      "--event-types", "all"]) == 0
+    out = capsys.readouterr().out
+    assert "SWiG with event types all: pictures without text, 4 objects each" in out
+    assert data.main(["check", str(tmp_path / "c")]) == 0
+    assert "no text stands in two splits" in capsys.readouterr().out
 
 
 def test_a_faulty_corpus_and_a_wrong_call_end_with_2(tmp_path: Path) -> None:
