@@ -957,7 +957,7 @@ def hold_out(records: dict[str, list[data.Record]], datasets: dict[str, data.Dat
     def unit(record: data.Record) -> str:
         return datasets[record.dataset].units[record.task]
 
-    seen = {data.normalised(r) for r in records["test"] if unit(r) in ("T17", "V2")} - {""}
+    seen = data.texts_of(r for r in records["test"] if unit(r) in ("T17", "V2"))
     dropped = 0
     for split in ("train", "dev"):
         kept = [record for record in records[split] if unit(record) not in away]
