@@ -16,15 +16,20 @@ Shapes: T target tokens, V visual tokens, F image-feature width.
 """
 
 import argparse
+import csv
 import dataclasses
 import json
+import math
 import os
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from statistics import mean, stdev
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -32,10 +37,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import clorae
 import data
+import losses
 from data import UNITS, DataError, Dataset, Example, Item, Record, Tokenizer
-from t5 import WeightsError
-from vision import FeatureCache, ImageError, ViT
+from t5 import T5, Attention, FeedForward, RMSNorm, T5Config, WeightsError
+from vision import UMIE, FeatureCache, ImageError, ViT
 
 if TYPE_CHECKING:
     import train  # imports this file; at run time only the functions that need it do the same
@@ -401,6 +408,670 @@ def evaluate_split(model: nn.Module, examples: Sequence[Example], datasets: Mapp
     return score_rows([example.record for example in examples], answers, datasets)
 
 
+# -------------------------------------------------------------------------------------- analyses
+# What does a method cost (Table 5), where do its gates send the tokens (Fig. 6), how much do the AML
+# weights depend on p_m, and the pictures (Fig. 4 and 5, learning curves, error classes).
+
+GEOMETRY = {"base": (768, 2048, 12, 12), "large": (1024, 2816, 24, 16), "xl": (2048, 5120, 24, 32)}
+COSTED = {"full": {}, "lora": {}, "moslora": {}, "loramoe": {}, "clorae": {}, "tlora": {},
+          "clorae --no-egr": {"egr": False}, "clorae --no-mim": {"mim": False}}
+# What learns besides the experts; each policy adds to the one before it (D3).
+VISUAL_POLICIES = {"frozen": (), "paper": ("visual_embedding",),
+                   "train": ("visual_embedding", "vstack", "fusion")}
+# Table 5 (arXiv 2505.06303v1, HTML): TP in millions, GFLOPs of fwd and of fwd + bwd.
+PAPER_COSTS = {
+    "base": {"full": (287.0, 21.3, 63.8), "lora": (15.5, 22.0, 65.9), "moslora": (15.8, 26.3, 78.9),
+             "loramoe": (30.5, 22.7, 68.2), "clorae": (30.4, 23.2, 69.5)},
+    "large": {"full": (843.0, 73.2, 219.0), "lora": (20.3, 74.1, 223.4),
+              "moslora": (20.4, 89.1, 267.3), "loramoe": (40.0, 75.2, 225.5),
+              "clorae": (39.9, 75.7, 227.2)}}
+PAPER_LENGTHS = (95, 1, 21)  # source, target, visual tokens that reproduce its figures of "full"
+UMIE_FEATURES = 512  # F in UMIE
+# p_m of Eq. (9), the other reading of the paper (D26): best of Table 2, UMIE-XL included.
+SOTA_F1 = {"T15": 78.9, "T17": 91.4, "SNAP": 91.0, "V1": 86.4, "V2": 82.0, "MED": 62.1, "MEAE": 24.5}
+
+
+def passing(path: str) -> str:
+    """Whose tokens pass through a linear: "memory", "target", "visual", or one mean per "row"."""
+    parts = path.split(".")
+    if "proj_text" in parts or "proj_visual" in parts:
+        return "row"
+    if parts[0] == "visual_embedding" or parts[0] == "fusion" and parts[-1] in ("k", "v"):
+        return "visual"
+    return clorae.stream_of(path)
+
+
+class FlopCounter:
+    """FLOPs of one row of a UMIE: 2 per multiply-add of a matrix product, the rest is free.
+
+    forward; backward: one product for each gradient that exists, that of a linear's input if
+    anything below it is trained, that of its weight if it is trained itself.  Experts count as
+    their layer runs them, in rank space and one task of N.  `live` says of each stream whether its
+    hidden states need a gradient so far; the walk follows the order of the forward pass.
+    """
+
+    def __init__(self, model: nn.Module, source: float, target: float, visual: float):
+        embedded = model.t5.shared.weight.requires_grad
+        self.tokens = {"memory": source, "target": target, "visual": visual, "row": 1}
+        self.live = {"memory": embedded, "target": embedded, "visual": False}
+        self.forward = self.backward = 0.0
+        if visual:
+            self.walk("visual_embedding", model.visual_embedding)
+            self.walk("vstack", model.vstack)
+            if model.fusion is None:
+                self.tokens["memory"] += visual
+                self.live["memory"] |= self.live["visual"]
+        self.walk("encoder", model.t5.encoder)
+        if visual and model.fusion is not None:
+            self.walk("fusion", model.fusion)
+        self.walk("decoder", model.t5.decoder)
+        self.linear(model.t5.lm_head or model.t5.shared, target, self.live["target"])
+
+    def walk(self, path: str, module: nn.Module) -> None:
+        """Count what lies below a module, and note whether its stream is live behind it."""
+        stream = "memory" if passing(path) == "row" else passing(path)
+        if isinstance(module, Attention):
+            self.attention(path, module)
+        elif isinstance(module, FeedForward):
+            up = [self.linear(part, self.tokens[stream], self.live[stream])
+                  for part in (module.gate, module.up) if part is not None]
+            self.live[stream] |= self.linear(module.down, self.tokens[stream], any(up))
+        elif isinstance(module, nn.Linear):
+            live = self.live[stream] and not path.startswith("visual_embedding")  # reads data
+            self.live[stream] |= self.linear(module, self.tokens[passing(path)], live)
+        elif isinstance(module, (RMSNorm, nn.Embedding)):
+            self.live[stream] |= module.weight.requires_grad
+        else:
+            for name, child in module.named_children():
+                self.walk(f"{path}.{name}", child)
+
+    def attention(self, path: str, module: Attention) -> None:
+        """q, k, v, o, and two products per head of forward: scores, and their mix of values."""
+        query, source = passing(path + ".q"), passing(path + ".k")
+        q, k, v = (self.linear(getattr(module, name), self.tokens[stream], self.live[stream])
+                   for name, stream in (("q", query), ("k", source), ("v", source)))
+        product = 2 * module.o.in_features * self.tokens[query] * self.tokens[source]
+        self.forward += 2 * product
+        self.backward += product * (q + k + v + (q or k))  # dQ, dK, dV, and dScores for either
+        self.live[query] |= self.linear(module.o, self.tokens[query], q or k or v)
+
+    def linear(self, module: nn.Module, tokens: float, live: bool) -> bool:
+        """Count one linear with its experts; returns whether its output needs a gradient."""
+        for name, weight in module.named_parameters():
+            kind = name.split(".")[-1]
+            if weight.dim() > 1:
+                one = len(weight) if kind in ("A_T", "B_T") else 1  # a row meets one task of N
+                product = 2 * tokens * weight.numel() / one
+                below = live or kind.startswith(("B", "M"))  # these read codes, live by A
+                self.forward += product
+                self.backward += product * (weight.requires_grad + below)
+        return live or any(weight.requires_grad for weight in module.parameters())
+
+
+def mim_flops(model: nn.Module, lengths: Sequence[float]) -> float:
+    """FLOPs that L_MIM adds to a training step of one row, forward and backward (clorae.moments).
+
+    The part with D_out is the same for a micro-batch of any number of rows of one task.
+    """
+    tokens = dict(zip(("memory", "target", "visual"), lengths))
+    layers = [m for m in clorae.expert_layers(model).values() if hasattr(m, "rho")]
+    ranks = [(layer.B_U.shape[1], layer.B_U.shape[1] + layer.B_T.shape[2]) for layer in layers]
+    return sum(2 * (len(layer.rho) + tokens[layer.stream]) * (R * R + 3 * k * k)
+               for layer, (R, k) in zip(layers, ranks))
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What the cost of a method depends on besides the method."""
+
+    name: str
+    t5: T5Config
+    rank: int
+    features: int  # F
+    objects: int  # most object tokens of a row
+    lengths: tuple[float, float, float]  # source, target, visual tokens of a row
+
+    @classmethod
+    def of_size(cls, size: str, rank: int, lengths: Sequence[float]) -> "Geometry":
+        """flan-t5-SIZE with UMIE's image features."""
+        D, hidden, layers, heads = GEOMETRY[size]
+        t5 = T5Config(32128, D, 64, hidden, layers, heads, feed_forward_proj="gated-gelu",
+                      tie_head=False, scale_logits=False)
+        objects = max(16, math.ceil(lengths[2]) - 1)
+        return cls(f"flan-t5-{size}", t5, rank, UMIE_FEATURES, objects, tuple(lengths))
+
+    @classmethod
+    def of_run(cls, setup: "train.Setup", examples: Sequence[Example]) -> "Geometry":
+        """A run's own backbone and rank, at the mean lengths of these rows."""
+        most = setup.config.max_objects
+        visual = [1 + min(len(e.record.objects), most) for e in examples if e.record.image]
+        sums = sum(len(e.input_ids) for e in examples), sum(len(e.labels) for e in examples)
+        lengths = tuple(n / max(len(examples), 1) for n in (*sums, sum(visual)))
+        return cls("this run", setup.model.t5.config, setup.config.rank,
+                   ViT.feature_width(setup.sources.vit), most, lengths)
+
+    def model(self, method: str, **options: object) -> nn.Module:
+        """The adapted model, on the meta device: without memory for its weights."""
+        with torch.device("meta"):
+            model = UMIE(T5(self.t5), self.features, self.objects)
+        return clorae.adapt(model, method, options.pop("rank", self.rank), data.TASKS, **options)
+
+    def forward(self, method: str, **options: object) -> float:
+        """GFLOPs of a forward pass."""
+        return FlopCounter(self.model(method, **options), *self.lengths).forward / 1e9
+
+
+Costs = dict[str, dict[str, tuple[dict[str, int], float, float]]]
+
+
+def costs(geometry: Geometry) -> Costs:
+    """{method: {visual policy: (trainable parameters by kind, GFLOPs fwd, GFLOPs bwd)}}."""
+    found: Costs = {}
+    for label, options in COSTED.items():
+        method = label.split()[0]
+        if method in clorae.METHODS:
+            model = geometry.model(method, **options)
+            for policy, trained in VISUAL_POLICIES.items():
+                for name in trained:
+                    getattr(model, name).requires_grad_(True)
+                count = FlopCounter(model, *geometry.lengths)
+                found.setdefault(label, {})[policy] = (
+                    clorae.parameter_split(model), count.forward / 1e9, count.backward / 1e9)
+    return found
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines with straight columns, the first to the left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return [row[0].ljust(widths[0]) + "".join(cell.rjust(width + 2) for cell, width
+                                              in zip(row[1:], widths[1:])) for row in rows]
+
+
+def cost_table(found: Costs, paper: Mapping[str, tuple]) -> list[str]:
+    """Trainable parameters and GFLOPs of every method, beside the paper's where it has them."""
+    kinds, policies = ("experts", "gate", "mim", "backbone"), list(VISUAL_POLICIES)
+    parameters = [["trainable, M", *kinds, *(f"visual:{p}" for p in policies),
+                   *(f"all:{p}" for p in policies), "paper"]]
+    flops = [["GFLOPs", "fwd", "3 fwd", *(f"fwd+bwd:{p}" for p in policies), "paper fwd",
+              "paper fwd+bwd"]]
+    for label, each in found.items():
+        splits, theirs = [each[p][0] for p in policies], paper.get(label, ("-",) * 3)
+        numbers = [splits[0][kind] for kind in kinds] + [split["visual"] for split in splits]
+        numbers += [sum(split.values()) for split in splits]
+        parameters.append([label, *(f"{n / 1e6:.3f}" for n in numbers), str(theirs[0])])
+        forward = each["train"][1]
+        honest = [forward + each[p][2] for p in policies]
+        flops.append([label, *(f"{n:.2f}" for n in (forward, 3 * forward, *honest)),
+                      *map(str, theirs[1:])])
+    return [*aligned(parameters), "", *aligned(flops)]
+
+
+def paper_notes(geometry: Geometry, found: Costs, paper: Mapping[str, tuple]) -> list[str]:
+    """Where our figures and the paper's part, each difference as a number."""
+    t5, (S, T, V), R, f = geometry.t5, geometry.lengths, geometry.rank, geometry.forward
+    full, lora, half = f("full"), f("lora"), f("lora", rank=R // 2)
+    means = 2 * (t5.d_model * 384 + 384 * 128) * (S + V - 2) / 1e9
+    scores = t5.num_heads * (t5.num_layers * (S * S + T * T + S * T) + 2 * V * V + S * V) / 1e9
+    more = means + scores
+    twice = half + (lora - full) * t5.d_model / (2 * R)  # q and v are square: 2 D^2 from 4 D R
+    millions = {label: sum(each["paper"][0].values()) / 1e6 for label, each in found.items()}
+    notes = [
+        f"full: the paper's tool gives {full + more:.2f} for UMIE. UMIE projects every token for "
+        f"its gate, we project the means (+{means:.3f}); the tool counts 1 FLOP per attention "
+        f"score (+{scores:.3f}). These two, {more:.3f}, are in each figure of the notes below.",
+        f"clorae: with them {f('clorae') + more:.2f}, the paper's {paper['clorae'][1]}: universal "
+        "and own task expert at full rank, gate included.",
+        f"lora: rank R gives {lora + more:.2f}; the paper's {paper['lora'][1]} is rank R/2 "
+        f"({half + more:.2f}), though its TP is that of rank R.",
+        f"moslora: the paper's {paper['moslora'][1]} is near rank R/2 with the frozen q and v "
+        f"computed twice ({twice + more:.2f}); here they are computed once."]
+    if "loramoe" in clorae.METHODS:
+        notes.append(f"loramoe: the paper's {paper['loramoe'][1]} is near two experts of rank R/2 "
+                     f"({f('loramoe', rank=R // 2) + more:.2f}), though its TP is that of rank R.")
+    return [*notes,
+            f"TP: all:paper leaves {paper['full'][0] - millions['full']:.1f} M (full) and "
+            f"{paper['clorae'][0] - millions['clorae']:.2f} M (clorae) that no part explains."]
+
+
+def cost_notes(geometry: Geometry, found: Costs) -> list[str]:
+    """How to read the table."""
+    full, ours = (sum(found[label]["train"][1:]) for label in ("full", "clorae"))
+    model = geometry.model("clorae")
+    fixed = mim_flops(model, (0, 0, 0)) / 1e9
+    row = mim_flops(model, geometry.lengths) / 1e9 - fixed
+    return [
+        "visual policies: train = the whole adapter (VStack, fusion, visual embedding), paper = "
+        "visual embedding, frozen = none of it; VStack's experts learn in all three.",
+        "3 fwd: the paper's convention, backward = 2 x forward whatever is frozen. fwd+bwd: input "
+        "gradients above the lowest trained weight, weight gradients of trained weights only; "
+        f"clorae:train then costs {100 * ours / full:.0f} % of full, not "
+        f"{100 * found['clorae']['train'][1] / found['full']['train'][1]:.0f} %.",
+        f"L_MIM comes on top, in training only: {fixed:.2f} GFLOPs per micro-batch and task in it, "
+        f"{row:.2f} per row; decoding, image tower and optimizer are not counted."]
+
+
+def cost_report(geometry: Geometry, paper: Mapping[str, tuple]) -> str:
+    """Table 5 for one backbone, beside the paper's figures."""
+    found = costs(geometry)
+    source, target, visual = geometry.lengths
+    title = (f"{geometry.name}, rank {geometry.rank}; one row of {source:.4g} source, {target:.4g} "
+             f"target, {visual:.4g} visual tokens, {geometry.features}-wide image features")
+    notes = cost_notes(geometry, found)
+    if geometry.lengths == PAPER_LENGTHS and paper:
+        notes += paper_notes(geometry, found, paper)
+    return "\n".join([title, "", *cost_table(found, paper), "", *notes])
+
+
+@torch.inference_mode()
+def gate_sums(model: nn.Module, examples: Sequence[Example], groups: Sequence[int],
+              features: Features, device: torch.device, decoding: Decoding, rank: int = 0,
+              world: int = 1) -> Tensor:
+    """Sums over valid tokens [layers, groups, 6] float64, complete on every process.
+
+    Teacher-forced; groups[i] is the group of example i.  Summed: 1, g1, g2, g2 > .5, g2^2, entropy.
+    """
+    layers = clorae.expert_layers(model)
+    sums = torch.zeros(len(layers), max(groups) + 1, 6, dtype=torch.float64, device=device)
+    group = {example.row: g for example, g in zip(examples, groups, strict=True)}
+    rows = torch.zeros(0, dtype=torch.long)
+
+    def log(place: int, layer: nn.Module, inputs: tuple[Tensor]) -> None:
+        g1, g2 = layer.gates(inputs[0]).double().unbind(dim=-1)
+        mask = layer.routing.masks[layer.stream]  # [B,S]
+        entropy = -(g1.xlogy(g1) + g2.xlogy(g2))
+        values = torch.stack([torch.ones_like(g2), g1, g2, g2 > 0.5, g2 * g2, entropy], dim=-1)
+        sums[place].index_add_(0, rows, (values * mask[..., None]).sum(dim=1))
+
+    hooks = [layer.register_forward_pre_hook(partial(log, i))
+             for i, layer in enumerate(layers.values())]
+    was_training = model.training
+    model.eval()
+    batches = deal([len(e.input_ids) for e in examples], decoding.batch_size, rank, world)
+    for chosen in tqdm(batches, desc="routing", unit="batch", disable=rank > 0, leave=False):
+        batch = data.collate([examples[i] for i in chosen], features, features.width).to(device)
+        rows = torch.tensor([group[row] for row in batch.rows.tolist()], device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=decoding.precision == "bf16"):
+            model(batch)
+    for hook in hooks:
+        hook.remove()
+    model.train(was_training)
+    if world > 1:
+        dist.all_reduce(sums)
+    return sums
+
+
+def check_gates(model: nn.Module, method: str) -> None:
+    """UsageError unless every expert layer has a live gate between a universal and a task expert."""
+    import train
+    layers = clorae.expert_layers(model).values()
+    if not layers or not all(hasattr(layer, "W_g") and hasattr(layer, "A_T") for layer in layers):
+        kind = "whose gate weighs equal experts" if method == "loramoe" else "without such a gate"
+        raise train.UsageError(f"--routing: expected a run whose gate divides tokens between a "
+                               f"universal and a task expert, got method {method}, {kind}; use a "
+                               "run of --method clorae with --egr")
+
+
+def routing_rows(paths: Sequence[str], groups: Sequence[tuple[str, str]],
+                 sums: Tensor) -> list[dict]:
+    """One row per wrapped linear and (task, dataset) with tokens there, from `gate_sums`."""
+    rows = []
+    for path, layer in zip(paths, sums.tolist(), strict=True):
+        parts = path.split(".")
+        stack = next(name for name in ("vstack", "encoder", "decoder") if name in parts)
+        for (task, dataset), (n, *totals) in zip(groups, layer, strict=True):
+            if n:
+                g1, soft, hard, square, entropy = (value / n for value in totals)
+                rows.append({"stack": stack, "layer": int(parts[-3]),
+                             "site": parts[-2].split("_")[0], "proj": parts[-1], "task": task,
+                             "dataset": dataset, "n_tokens": int(n), "soft_universal": g1,
+                             "soft": soft, "hard": hard, "var": max(0.0, square - soft * soft),
+                             "entropy": entropy})
+    return rows
+
+
+def save_rows(path: Path, rows: Sequence[Mapping]) -> None:
+    """Write rows as CSV, columns from the first one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def pooled(rows: Sequence[Mapping], stacks: Sequence[str]) -> dict[tuple[int, str], float]:
+    """{(layer, "dataset task"): soft share of the task expert}, weighted by tokens."""
+    sums: dict[tuple[int, str], Tensor] = {}
+    for row in rows:
+        if row["stack"] in stacks:
+            key = row["layer"], f"{row['dataset']} {row['task']}"
+            n = row["n_tokens"]
+            sums[key] = sums.get(key, 0) + torch.tensor([n, n * row["soft"]], dtype=torch.float64)
+    return {key: (total / n).item() for key, (n, total) in sums.items()}
+
+
+def route(args: argparse.Namespace, setup: "train.Setup", examples: Sequence[Example],
+          features: Features, world: "train.World") -> str:
+    """Fig. 6: routing.csv over all layers, routing.png over --layers (D37)."""
+    check_gates(setup.model, setup.config.method)
+    pairs = [(e.record.task, e.record.dataset) for e in examples]
+    groups = sorted(set(pairs), key=lambda pair: (data.RECORD_TASKS.index(pair[0]), pair[1]))
+    decoding = Decoding(args.batch_size, precision=setup.config.precision)
+    sums = gate_sums(setup.model, examples, [groups.index(pair) for pair in pairs], features,
+                     world.device, decoding, world.rank, world.size)
+    rows = routing_rows(list(clorae.expert_layers(setup.model)), groups, sums.cpu())
+    if world.main:
+        save_rows(args.routing / "routing.csv", rows)
+        plot_routing(rows, args.layers, args.routing / "routing.png")
+    return f"share of the task expert, per layer and dataset: {args.routing}/routing.csv, .png"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One setting of Eq. (9) under which a history is replayed."""
+
+    changed: str  # what differs from the run: "" for the run itself
+    reference: Mapping[str, float]
+    margin: float
+    gamma: float
+    temperature: float = 1.0
+
+    def weights(self, f1: Mapping[str, float]) -> dict[str, float]:
+        return losses.achievement_weights(f1, self.reference, self.margin, self.gamma,
+                                          self.temperature)
+
+
+def variants(own: Variant, units: Sequence[str]) -> list[Variant]:
+    """The run's setting, then one change at a time: each p_m, its source, margin, gamma, tau."""
+    import train
+    p = own.reference
+    found = [replace(own, changed=f"p {m} x {x}", reference={**p, m: p[m] * x})
+             for x in (0.9, 0.95, 1.05, 1.1) for m in units]
+    found += [replace(own, changed=f"all p x {x}", reference={m: p[m] * x for m in units})
+              for x in (0.9, 0.95, 1.05, 1.1)]
+    found += [replace(own, changed="p single", reference=train.SINGLE_TASK_F1),
+              replace(own, changed="p sota", reference=SOTA_F1)]
+    for name, values in (("margin", (1.0, 1.05, 1.1)), ("gamma", (1.0, 2.0, 3.0)),
+                         ("temperature", (0.1, 0.3, 1.0))):
+        found += [replace(own, changed=f"{name} {value:g}", **{name: value}) for value in values]
+    return [own, *found]
+
+
+def replay(history: Sequence[Mapping], settings: Sequence[Variant],
+           rows: Mapping[str, int]) -> list[dict]:
+    """The weights that each setting gives after each epoch, one dict per setting, epoch and unit.
+
+    settings[0] is the run's own; `rows` are the training rows per unit, whose products with the
+    weights are the units' shares of the loss.
+    """
+    found = []
+    for variant in settings:
+        for past in history:
+            f1, own, weights = past["f1"], settings[0].weights(past["f1"]), variant.weights(past["f1"])
+            whole = sum(rows[m] * weights[m] for m in f1)
+            for m in f1:
+                level = f1[m] / (variant.margin * variant.reference[m])
+                found.append({"changed": variant.changed or "run", "after_epoch": past["epoch"],
+                              "unit": m, "f1": f1[m], "achievement": level,
+                              "achieved": int(level >= 1), "weight": weights[m],
+                              "shift": weights[m] - own[m],
+                              "share": rows[m] * weights[m] / whole})
+    return found
+
+
+def weight_slopes(f1: Mapping[str, float], reference: Mapping[str, float], margin: float = 1.05,
+                  gamma: float = 2.0, temperature: float = 1.0) -> dict[tuple[str, str], float]:
+    """{(m, k): d weight_m / d ln p_k} of `losses.achievement_weights`; 0 for an achieved k.
+
+    M softmax_m (delta_mk - softmax_k) gamma (1 - a_k)^(gamma - 1) a_k / temperature, with a the
+    achievement s / (margin p): a p_k that is wrong by 10 % moves weight m by a tenth of it.
+    """
+    weights = losses.achievement_weights(f1, reference, margin, gamma, temperature)
+    M, slopes = len(f1), {}
+    for k in f1:
+        a = f1[k] / (margin * reference[k])
+        inner = 0.0 if a >= 1 else gamma * (1 - a) ** (gamma - 1) * a / temperature
+        slopes |= {(m, k): weights[m] * ((m == k) - weights[k] / M) * inner for m in f1}
+    return slopes
+
+
+def replay_report(checkpoint: Path, out: Path) -> str:
+    """aml.csv, aml.png, and the lines that say how much the weights depend on their settings."""
+    import train
+    newest = train.newest_checkpoint(checkpoint) or train.find_checkpoint(checkpoint)
+    state = train.read_state(newest)
+    config, history = train.Config(**state["config"]), state["history"]
+    if not history:
+        raise train.UsageError(f"{newest}: expected a run with at least one finished epoch, got "
+                               "none; let it train on, its dev F1 is what is replayed")
+    units = list(history[0]["f1"])
+    reference = train.Run.references(SimpleNamespace(config=config, units=units))
+    own = Variant("", reference, config.aml_margin, config.aml_gamma)
+    corpus = Path(config.data or "data/demo")
+    counts = train.unit_rows(data.load_corpus(corpus, "train", units), data.load_datasets(corpus))
+    rows = replay(history, variants(own, units), counts)
+    save_rows(out / "aml.csv", rows)
+    plot_replay(rows, out / "aml.png")
+    steep = max(abs(slope) for past in history for slope in weight_slopes(
+        past["f1"], reference, own.margin, own.gamma).values())
+    return "\n".join([*replay_lines(rows), f"analytic: one p_m wrong by 10 % moves no weight by "
+                      f"more than {steep / 10:.3f} after any of {len(history)} epochs; "
+                      f"written: {out}/aml.csv, aml.png"])
+
+
+def replay_lines(rows: Sequence[Mapping]) -> list[str]:
+    """Per setting: largest shift of a weight, where; largest change of a share; units achieved."""
+    own = {(row["after_epoch"], row["unit"]): row["share"] for row in rows
+           if row["changed"] == "run"}
+    table = [["setting", "shift", "unit", "after epoch", "share by", "units at or above margin p"]]
+    for changed in dict.fromkeys(row["changed"] for row in rows):
+        some = [row for row in rows if row["changed"] == changed]
+        worst = max(some, key=lambda row: abs(row["shift"]))
+        share = max(abs(r["share"] - own[r["after_epoch"], r["unit"]]) for r in some)
+        units = dict.fromkeys(row["unit"] for row in some if row["achieved"])
+        table.append([changed, f"{worst['shift']:+.3f}", worst["unit"], str(worst["after_epoch"]),
+                      f"{100 * share:.1f} %", " ".join(units) or "-"])
+    return aligned(table)
+
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+MARKERS = "osD^vPX"
+
+
+def canvas(rows: int, columns: int, width: float, height: float) -> tuple:
+    """An empty picture and its axes, row by row; matplotlib is imported only here."""
+    from matplotlib.figure import Figure
+    figure = Figure((width, height), layout="constrained", dpi=150)
+    return figure, figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+
+
+def save_picture(figure: object, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def unit_style(unit: str) -> dict:
+    """A colour and a marker that a unit keeps in every picture; the mean is grey."""
+    if unit not in UNITS:
+        return {"color": "#777777", "linestyle": "--", "linewidth": 2.5}
+    i = UNITS.index(unit)
+    return {"color": COLOURS[i], "marker": MARKERS[i], "markersize": 4, "linewidth": 1.5}
+
+
+PANELS = {"encoder": ("encoder",), "decoder": ("decoder",),
+          "encoder + decoder": ("encoder", "decoder"), "visual stack": ("vstack",)}
+
+
+def plot_routing(rows: Sequence[Mapping], layers: Sequence[int] | None, path: Path) -> None:
+    """Fig. 6: share of tokens given to the task expert, layers x datasets, values in the cells."""
+    chosen = [row for row in rows if layers is None or row["layer"] in layers]
+    columns = list(dict.fromkeys(f"{row['dataset']} {row['task']}" for row in rows))
+    panels = {name: cells for name, stacks in PANELS.items()
+              if (cells := pooled(chosen, stacks))}
+    tallest = max(len({layer for layer, _ in cells}) for cells in panels.values())
+    figure, axes = canvas(1, len(panels), len(panels) * (1.2 + 0.55 * len(columns)),
+                          2.2 + 0.3 * tallest)
+    for ax, (name, cells) in zip(axes, panels.items()):
+        found = sorted({layer for layer, _ in cells})
+        grid = [[cells.get((layer, column), math.nan) for column in columns] for layer in found]
+        image = ax.imshow(grid, vmin=0, vmax=1, cmap="cividis", aspect="auto")
+        ax.set_title(name, fontsize=10)
+        ax.set_yticks(range(len(found)), found, fontsize=8)
+        ax.set_xticks(range(len(columns)), columns, rotation=60, ha="right", fontsize=8,
+                      rotation_mode="anchor")
+        for i, line in enumerate(grid):
+            for j, value in enumerate(line):
+                ax.text(j, i, "-" if math.isnan(value) else f"{value:.2f}", ha="center",
+                        va="center", fontsize=7, color="white" if value < 0.5 else "black")
+    axes[0].set_ylabel("layer")
+    figure.colorbar(image, ax=axes, label="mean gate of the task expert")
+    save_picture(figure, path)
+
+
+def plot_replay(rows: Sequence[Mapping], path: Path) -> None:
+    """A panel per unit: the run's weight after each epoch, the range over the settings behind it."""
+    units = list(dict.fromkeys(row["unit"] for row in rows))
+    figure, axes = canvas(2, math.ceil(len(units) / 2), 10, 5)
+    for ax, unit in zip(axes, units):
+        found: dict[int, dict[str, float]] = {}
+        for row in rows:
+            if row["unit"] == unit:
+                found.setdefault(row["after_epoch"], {})[row["changed"]] = row["weight"]
+        epochs = sorted(found)
+        for only, shade, label in (("", 0.2, "all settings"), ("p ", 0.35, "p_m changed")):
+            some = [[w for name, w in found[t].items() if name.startswith((only, "run"))]
+                    for t in epochs]
+            ax.fill_between(epochs, list(map(min, some)), list(map(max, some)), alpha=shade,
+                            color=unit_style(unit)["color"], label=label, linewidth=0)
+        ax.plot(epochs, [found[t]["run"] for t in epochs], **unit_style(unit), label="run")
+        ax.set_title(unit, fontsize=10)
+        ax.set_xlabel("after epoch")
+    for ax in axes[len(units):]:
+        ax.axis("off")
+    axes[0].set_ylabel("weight")
+    axes[0].legend(fontsize=8)
+    save_picture(figure, path)
+
+
+Results = Mapping[str, Mapping[str, Sequence[float]]]  # {system: {unit: F1 in %, one per seed}}
+
+
+def plot_systems(results: Results, path: Path) -> None:
+    """Fig. 4: F1 relative to the best system of each unit; bars are means over seeds."""
+    units = [u for u in UNITS if any(u in scores for scores in results.values())]
+    best = {u: max(mean(scores[u]) for scores in results.values() if u in scores) or 1.0
+            for u in units}
+    figure, (ax,) = canvas(1, 1, 2 + 1.1 * len(units), 4)
+    width = 0.8 / len(results)
+    for i, (system, scores) in enumerate(results.items()):
+        there = [j for j, u in enumerate(units) if u in scores]
+        ratios = [[f1 / best[units[j]] for f1 in scores[units[j]]] for j in there]
+        ax.bar([j + (i - (len(results) - 1) / 2) * width for j in there], list(map(mean, ratios)),
+               width, yerr=[stdev(r) if len(r) > 1 else 0 for r in ratios], capsize=2,
+               color=COLOURS[i % len(COLOURS)], edgecolor="white", label=system,
+               hatch="" if i < len(COLOURS) else "//")
+    low = min(min(s[u]) / best[u] for s in results.values() for u in s)
+    ax.set_ylim(max(0.0, low - 0.1), 1.05)
+    ax.set_xticks(range(len(units)), units)
+    ax.set_ylabel("F1 / best system's F1")
+    figure.legend(loc="outside upper center", ncols=min(4, len(results)), fontsize=9)
+    save_picture(figure, path)
+
+
+def plot_sweep(results: Mapping[float, Mapping[str, Sequence[float]]], name: str,
+               path: Path) -> None:
+    """Fig. 5: F1 of each unit, and their mean, against a setting such as rank or dropout."""
+    xs = sorted(results)
+    units = [u for u in UNITS if all(u in results[x] for x in xs)]
+    figure, (ax,) = canvas(1, 1, 7, 4.5)
+    for unit in units:
+        ax.errorbar(range(len(xs)), [mean(results[x][unit]) for x in xs],
+                    [stdev(results[x][unit]) if len(results[x][unit]) > 1 else 0 for x in xs],
+                    capsize=2, label=unit, **unit_style(unit))
+    ax.plot(range(len(xs)), [mean([mean(results[x][u]) for u in units]) for x in xs],
+            label="mean", **unit_style("mean"))
+    ax.set_xticks(range(len(xs)), [f"{x:g}" for x in xs])
+    ax.set_xlabel(name)
+    ax.set_ylabel("F1")
+    figure.legend(loc="outside right upper", fontsize=9)
+    save_picture(figure, path)
+
+
+def plot_curves(run: Path, path: Path) -> None:
+    """Loss per step, dev F1 and AML weights per epoch, from a run's metrics.csv and eval.jsonl."""
+    with open(run / "metrics.csv", newline="", encoding="utf-8") as file:
+        loss = [float(row["loss"]) for row in csv.DictReader(file)]
+    lines = (run / "eval.jsonl").read_text(encoding="utf-8").splitlines()
+    history = [json.loads(line) for line in lines]
+    figure, (left, middle, right) = canvas(1, 3, 13, 4)
+    window = max(1, len(loss) // 40)
+    smooth = [mean(loss[max(0, i - window + 1):i + 1]) for i in range(len(loss))]
+    steps = range(1, len(loss) + 1)
+    left.plot(steps, loss, color="#BBBBBB", linewidth=0.6, label="each step")
+    left.plot(steps, smooth, color=COLOURS[0], label=f"mean of {window}")
+    left.legend(fontsize=8)
+    epochs = [past["epoch"] for past in history]
+    for unit in history[0]["f1"] if history else ():
+        middle.plot(epochs, [past["f1"][unit] for past in history], label=unit, **unit_style(unit))
+        right.plot(range(1, len(epochs) + 2), [1.0] + [past["weights"][unit] for past in history],
+                   **unit_style(unit))
+    for ax, x, title in ((left, "step", "training loss"), (middle, "epoch", "dev F1, %"),
+                         (right, "epoch", "AML weight")):
+        ax.set_xlabel(x)
+        ax.set_title(title, fontsize=10)
+    figure.legend(loc="outside right upper", fontsize=9)
+    save_picture(figure, path)
+
+
+def plot_errors(counts: Mapping[str, Mapping[str, int]], path: Path) -> None:
+    """Stacked bars {system or unit: {error class: count}}, as shares of each one's errors."""
+    kinds = list(dict.fromkeys(kind for classes in counts.values() for kind in classes))
+    figure, (ax,) = canvas(1, 1, 3 + 0.9 * len(counts), 4)
+    bottom = [0.0] * len(counts)
+    for i, kind in enumerate(kinds):
+        parts = [percent(c.get(kind, 0), sum(c.values())) for c in counts.values()]
+        ax.bar(range(len(counts)), parts, 0.7, bottom, label=kind, edgecolor="white",
+               color=COLOURS[i % len(COLOURS)], hatch="" if i < len(COLOURS) else "//")
+        bottom = [a + b for a, b in zip(bottom, parts)]
+    ax.set_xticks(range(len(counts)), [f"{name}\n{sum(c.values())}" for name, c in counts.items()])
+    ax.set_ylabel("% of the errors")
+    figure.legend(loc="outside right upper", fontsize=9)
+    save_picture(figure, path)
+
+
+def sweep_of(configs: Mapping[str, Mapping]) -> str | None:
+    """The one setting, rank or dropout, in which runs differ; None if there is no such."""
+    for name in ("rank", "dropout"):
+        rest = [{k: v for k, v in config.items() if k not in (name, "seed", "out")}
+                for config in configs.values()]
+        if all(other == rest[0] for other in rest) and len({c[name] for c in configs.values()}) > 1:
+            return name
+    return None
+
+
+def draw(out: Path, runs: Sequence[Path], results: Results = {}, errors: Mapping = {},
+         configs: Mapping[str, Mapping] = {}) -> list[Path]:
+    """Every picture that these runs and their scores allow; returns what was written.
+
+    configs: the training settings of each system in `results`, to find a sweep.
+    """
+    made = []
+    for run in runs:
+        if (run / "metrics.csv").exists() and (run / "eval.jsonl").exists():
+            made.append(out / f"curves-{run.name}.png")
+            plot_curves(run, made[-1])
+    if len(results) > 1:
+        made.append(out / "systems.png")
+        plot_systems(results, made[-1])
+        name = sweep_of({system: configs[system] for system in results if system in configs})
+        if name:
+            made.append(out / f"{name}.png")
+            plot_sweep({configs[s][name]: scores for s, scores in results.items()}, name, made[-1])
+    if errors:
+        made.append(out / "errors.png")
+        plot_errors(errors, made[-1])
+    return made
+
+
 # ------------------------------------------------------------------------------------ the command
 
 def parser() -> argparse.ArgumentParser:
@@ -409,7 +1080,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="The model is rebuilt from what its checkpoint stores; no training flag is "
                "repeated.  Under torchrun the processes share the decoding; the result is equal.",
         allow_abbrev=False)
-    result.add_argument("checkpoint", type=Path, metavar="CKPT",
+    result.add_argument("checkpoint", type=Path, metavar="CKPT", nargs="?",
                         help="run folder (its best checkpoint is used) or checkpoint folder")
     split = result.add_argument_group("scoring a split")
     split.add_argument("--split", choices=("test", "dev", "train"), default="test",
@@ -428,6 +1099,23 @@ def parser() -> argparse.ArgumentParser:
                           help="beam search over N beams; default: 1, greedy")
     decoding.add_argument("--batch-size", type=int, default=32, metavar="N",
                           help="rows decoded together; default: 32")
+    analysis = result.add_argument_group("analyses (instead of scoring)")
+    analysis.add_argument("--costs", action="store_true",
+                          help="parameters and FLOPs of every method, as Table 5: of flan-t5-SIZE, "
+                               "or with CKPT of its backbone at its rows' mean lengths")
+    analysis.add_argument("--size", choices=tuple(GEOMETRY), default="base")
+    analysis.add_argument("--lengths", nargs=3, type=int, default=PAPER_LENGTHS,
+                          metavar=("N_E", "N_D", "N_V"), help="source, target, visual tokens of a "
+                          "row; default: 95 1 21, which give the paper's figures")
+    analysis.add_argument("--routing", type=Path, metavar="DIR",
+                          help="share of tokens that the gates give the task experts, as Fig. 6")
+    analysis.add_argument("--layers", nargs="+", type=int, metavar="N",
+                          help="layers that the picture shows; default: all")
+    analysis.add_argument("--aml-replay", type=Path, metavar="DIR",
+                          help="AML weights of the run's history under other references p_m, "
+                               "margins, exponents and temperatures; nothing is trained")
+    analysis.add_argument("--plot", type=Path, metavar="DIR",
+                          help="after scoring, every picture that the runs allow")
     example = result.add_argument_group("answering one example (instead of scoring)")
     example.add_argument("--text", metavar="T", help="the sentence, tokens separated by spaces")
     example.add_argument("--image", type=Path, metavar="FILE", help="its image, if it has one")
@@ -501,6 +1189,13 @@ def run(args: argparse.Namespace) -> None:
     """Load the checkpoint and do what the command line asks."""
     import train
     world = train.World()
+    if args.checkpoint is None:
+        geometry = Geometry.of_size(args.size, train.SIZES[args.size].rank, args.lengths)
+        world.print(cost_report(geometry, PAPER_COSTS.get(args.size, {})))
+        return
+    if args.aml_replay:
+        world.print(replay_report(args.checkpoint, args.aml_replay))
+        return
     changes = {name: value for name, value in (("data", args.data),
                                                ("missing_images", args.missing_images)) if value}
     setup = train.load_model(train.find_checkpoint(args.checkpoint), world.device, **changes)
@@ -511,10 +1206,17 @@ def run(args: argparse.Namespace) -> None:
     records = data.load_corpus(setup.sources.corpus, args.split, args.units)
     examples = data.encode_records(records, datasets, setup.tokenizer, config.max_source,
                                    config.max_target, world.print)
+    if args.costs:
+        world.print(cost_report(Geometry.of_run(setup, examples), {}))
+        return
     features = train.Features(setup.sources, records, config.missing_images, config.max_objects,
                               world.device)
     decoding = Decoding(args.batch_size, args.beams, config.max_target, config.precision)
     world.join()
+    if args.routing:
+        world.print(route(args, setup, examples, features, world))
+        world.leave()
+        return
     rows = evaluate_split(setup.model, examples, datasets, features, setup.tokenizer, world.device,
                           decoding, world.rank, world.size)
     out = args.out or args.checkpoint / f"predictions-{args.split}.jsonl"
@@ -523,12 +1225,18 @@ def run(args: argparse.Namespace) -> None:
     world.print(f"{args.checkpoint}, {args.split} split of {setup.sources.corpus}, "
                 f"{'greedy' if args.beams == 1 else f'{args.beams} beams'}; predictions: {out}",
                 table(total(rows)))
+    if args.plot and world.main:
+        scores = {unit: [f1] for unit, f1 in unit_f1(total(rows)).items()}
+        made = draw(args.plot, [args.checkpoint], {args.checkpoint.name: scores})
+        print(*made, sep="\n")
     world.leave()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     command = parser()
     args = command.parse_args(argv)
+    if args.checkpoint is None and not args.costs:
+        command.error("give a run folder or a checkpoint folder; only --costs works without")
     if args.text is not None and (args.task is None or not args.text.split()):
         command.error("--text needs some words and --task mner, mre, med or meae")
     if args.text is None and (args.task or args.image):
