@@ -18,16 +18,17 @@ Shapes: T target tokens, V visual tokens, F image-feature width.
 import argparse
 import csv
 import dataclasses
+import itertools
 import json
 import math
 import os
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import fmean, stdev
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Protocol
@@ -409,8 +410,8 @@ def evaluate_split(model: nn.Module, examples: Sequence[Example], datasets: Mapp
 
 
 # -------------------------------------------------------------------------------------- analyses
-# What does a method cost (Table 5), where do its gates send the tokens (Fig. 6), how much do the AML
-# weights depend on p_m, and the pictures (Fig. 4 and 5, learning curves, error classes).
+# What does a method cost (Table 5), where do its gates send the tokens (Fig. 6), how much do the
+# AML weights depend on p_m, and the pictures (Fig. 4 and 5, learning curves, error classes).
 
 GEOMETRY = {"base": (768, 2048, 12, 12), "large": (1024, 2816, 24, 16), "xl": (2048, 5120, 24, 32)}
 COSTED = {"full": {}, "lora": {}, "moslora": {}, "loramoe": {}, "clorae": {}, "tlora": {},
@@ -428,7 +429,8 @@ PAPER_COSTS = {
 PAPER_LENGTHS = (95, 1, 21)  # source, target, visual tokens that reproduce its figures of "full"
 UMIE_FEATURES = 512  # F in UMIE
 # p_m of Eq. (9), the other reading of the paper (D26): best of Table 2, UMIE-XL included.
-SOTA_F1 = {"T15": 78.9, "T17": 91.4, "SNAP": 91.0, "V1": 86.4, "V2": 82.0, "MED": 62.1, "MEAE": 24.5}
+SOTA_F1 = {"T15": 78.9, "T17": 91.4, "SNAP": 91.0, "V1": 86.4, "V2": 82.0, "MED": 62.1,
+           "MEAE": 24.5}
 
 
 def passing(path: str) -> str:
@@ -568,15 +570,14 @@ def costs(geometry: Geometry) -> Costs:
     """{method: {visual policy: (trainable parameters by kind, GFLOPs fwd, GFLOPs bwd)}}."""
     found: Costs = {}
     for label, options in COSTED.items():
-        method = label.split()[0]
-        if method in clorae.METHODS:
+        if (method := label.split()[0]) in clorae.METHODS:
             model = geometry.model(method, **options)
             for policy, trained in VISUAL_POLICIES.items():
                 for name in trained:
                     getattr(model, name).requires_grad_(True)
-                count = FlopCounter(model, *geometry.lengths)
+                flops = FlopCounter(model, *geometry.lengths)
                 found.setdefault(label, {})[policy] = (
-                    clorae.parameter_split(model), count.forward / 1e9, count.backward / 1e9)
+                    clorae.parameter_split(model), flops.forward / 1e9, flops.backward / 1e9)
     return found
 
 
@@ -587,79 +588,70 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
                                               in zip(row[1:], widths[1:])) for row in rows]
 
 
-def cost_table(found: Costs, paper: Mapping[str, tuple]) -> list[str]:
+def cost_tables(found: Costs, paper: Mapping[str, tuple]) -> list[str]:
     """Trainable parameters and GFLOPs of every method, beside the paper's where it has them."""
-    kinds, policies = ("experts", "gate", "mim", "backbone"), list(VISUAL_POLICIES)
-    parameters = [["trainable, M", *kinds, *(f"visual:{p}" for p in policies),
-                   *(f"all:{p}" for p in policies), "paper"]]
-    flops = [["GFLOPs", "fwd", "3 fwd", *(f"fwd+bwd:{p}" for p in policies), "paper fwd",
-              "paper fwd+bwd"]]
+    kinds, policies = ("experts", "gate", "mim", "backbone"), tuple(VISUAL_POLICIES)
+    millions = [["trainable, M", *kinds, *(f"visual:{p}" for p in policies),
+                 *(f"all:{p}" for p in policies), "paper"]]
+    gflops = [["GFLOPs", "fwd", "3 fwd", *(f"fwd+bwd:{p}" for p in policies), "paper fwd",
+               "paper fwd+bwd"]]
     for label, each in found.items():
         splits, theirs = [each[p][0] for p in policies], paper.get(label, ("-",) * 3)
-        numbers = [splits[0][kind] for kind in kinds] + [split["visual"] for split in splits]
-        numbers += [sum(split.values()) for split in splits]
-        parameters.append([label, *(f"{n / 1e6:.3f}" for n in numbers), str(theirs[0])])
+        numbers = [*(splits[0][kind] for kind in kinds), *(split["visual"] for split in splits),
+                   *(sum(split.values()) for split in splits)]
         forward = each["train"][1]
-        honest = [forward + each[p][2] for p in policies]
-        flops.append([label, *(f"{n:.2f}" for n in (forward, 3 * forward, *honest)),
-                      *map(str, theirs[1:])])
-    return [*aligned(parameters), "", *aligned(flops)]
+        work = [forward, 3 * forward, *(forward + each[p][2] for p in policies)]
+        millions.append([label, *(f"{n / 1e6:.3f}" for n in numbers), str(theirs[0])])
+        gflops.append([label, *(f"{n:.2f}" for n in work), *map(str, theirs[1:])])
+    return [*aligned(millions), "", *aligned(gflops)]
 
 
 def paper_notes(geometry: Geometry, found: Costs, paper: Mapping[str, tuple]) -> list[str]:
     """Where our figures and the paper's part, each difference as a number."""
     t5, (S, T, V), R, f = geometry.t5, geometry.lengths, geometry.rank, geometry.forward
-    full, lora, half = f("full"), f("lora"), f("lora", rank=R // 2)
     means = 2 * (t5.d_model * 384 + 384 * 128) * (S + V - 2) / 1e9
     scores = t5.num_heads * (t5.num_layers * (S * S + T * T + S * T) + 2 * V * V + S * V) / 1e9
-    more = means + scores
+    full, ours, lora, half = (n + means + scores for n in (f("full"), f("clorae"), f("lora"),
+                                                           f("lora", rank=R // 2)))
     twice = half + (lora - full) * t5.d_model / (2 * R)  # q and v are square: 2 D^2 from 4 D R
     millions = {label: sum(each["paper"][0].values()) / 1e6 for label, each in found.items()}
     notes = [
-        f"full: the paper's tool gives {full + more:.2f} for UMIE. UMIE projects every token for "
-        f"its gate, we project the means (+{means:.3f}); the tool counts 1 FLOP per attention "
-        f"score (+{scores:.3f}). These two, {more:.3f}, are in each figure of the notes below.",
-        f"clorae: with them {f('clorae') + more:.2f}, the paper's {paper['clorae'][1]}: universal "
-        "and own task expert at full rank, gate included.",
-        f"lora: rank R gives {lora + more:.2f}; the paper's {paper['lora'][1]} is rank R/2 "
-        f"({half + more:.2f}), though its TP is that of rank R.",
-        f"moslora: the paper's {paper['moslora'][1]} is near rank R/2 with the frozen q and v "
-        f"computed twice ({twice + more:.2f}); here they are computed once."]
+        f"full: UMIE projects each token for its gate, we the means (+{means:.3f}); the paper's "
+        f"tool adds 1 FLOP per attention score (+{scores:.3f}). So counted: {full:.2f}, paper "
+        f"{paper['full'][1]}; and likewise below.",
+        f"clorae: {ours:.2f}, paper {paper['clorae'][1]}: U, one task expert, gate, all at rank R.",
+        f"lora: {lora:.2f} at rank R, {half:.2f} at R/2, paper {paper['lora'][1]}; its TP is that "
+        "of rank R.",
+        f"moslora: {twice:.2f} if it were rank R/2 with the frozen q and v computed twice, paper "
+        f"{paper['moslora'][1]}; here they are computed once.",
+        f"TP: all:paper leaves {paper['full'][0] - millions['full']:.1f} (full) and "
+        f"{paper['clorae'][0] - millions['clorae']:.2f} (clorae) that no part of the model has."]
     if "loramoe" in clorae.METHODS:
-        notes.append(f"loramoe: the paper's {paper['loramoe'][1]} is near two experts of rank R/2 "
-                     f"({f('loramoe', rank=R // 2) + more:.2f}), though its TP is that of rank R.")
-    return [*notes,
-            f"TP: all:paper leaves {paper['full'][0] - millions['full']:.1f} M (full) and "
-            f"{paper['clorae'][0] - millions['clorae']:.2f} M (clorae) that no part explains."]
-
-
-def cost_notes(geometry: Geometry, found: Costs) -> list[str]:
-    """How to read the table."""
-    full, ours = (sum(found[label]["train"][1:]) for label in ("full", "clorae"))
-    model = geometry.model("clorae")
-    fixed = mim_flops(model, (0, 0, 0)) / 1e9
-    row = mim_flops(model, geometry.lengths) / 1e9 - fixed
-    return [
-        "visual policies: train = the whole adapter (VStack, fusion, visual embedding), paper = "
-        "visual embedding, frozen = none of it; VStack's experts learn in all three.",
-        "3 fwd: the paper's convention, backward = 2 x forward whatever is frozen. fwd+bwd: input "
-        "gradients above the lowest trained weight, weight gradients of trained weights only; "
-        f"clorae:train then costs {100 * ours / full:.0f} % of full, not "
-        f"{100 * found['clorae']['train'][1] / found['full']['train'][1]:.0f} %.",
-        f"L_MIM comes on top, in training only: {fixed:.2f} GFLOPs per micro-batch and task in it, "
-        f"{row:.2f} per row; decoding, image tower and optimizer are not counted."]
+        pair = f("loramoe", rank=R // 2) + means + scores
+        notes.insert(4, f"loramoe: {pair:.2f} with two experts of rank R/2, paper "
+                        f"{paper['loramoe'][1]}; its TP is that of rank R.")
+    return notes
 
 
 def cost_report(geometry: Geometry, paper: Mapping[str, tuple]) -> str:
-    """Table 5 for one backbone, beside the paper's figures."""
-    found = costs(geometry)
-    source, target, visual = geometry.lengths
-    title = (f"{geometry.name}, rank {geometry.rank}; one row of {source:.4g} source, {target:.4g} "
-             f"target, {visual:.4g} visual tokens, {geometry.features}-wide image features")
-    notes = cost_notes(geometry, found)
-    if geometry.lengths == PAPER_LENGTHS and paper:
+    """Table 5 for one backbone, beside the paper's figures, and how to read it."""
+    found, model = costs(geometry), geometry.model("clorae")
+    (forward, backward), whole = found["clorae"]["train"][1:], found["full"]["train"]
+    fixed, each = mim_flops(model, (0, 0, 0)) / 1e9, mim_flops(model, geometry.lengths) / 1e9
+    S, T, V = geometry.lengths
+    notes = [
+        "visual: train = the whole adapter learns, paper = its embedding, frozen = nothing of it; "
+        "VStack's experts always do.  3 fwd: the paper's convention.  fwd+bwd: input gradients "
+        "above the lowest trained weight, weight gradients of trained weights.",
+        f"clorae:train costs {100 * (forward + backward) / sum(whole[1:]):.0f} % of full, by 3 fwd "
+        f"{100 * forward / whole[1]:.0f} %.  L_MIM comes on top, in training: {fixed:.2f} GFLOPs "
+        f"per micro-batch and task in it, {each - fixed:.2f} per row.  Not counted: image tower, "
+        "optimizer, norms, softmax."]
+    if paper and geometry.lengths == PAPER_LENGTHS:
         notes += paper_notes(geometry, found, paper)
-    return "\n".join([title, "", *cost_table(found, paper), "", *notes])
+    title = (f"{geometry.name}, rank {geometry.rank}; one row of {S:.4g} source, {T:.4g} target, "
+             f"{V:.4g} visual tokens; image features {geometry.features} wide")
+    return "\n".join([title, "", *cost_tables(found, paper), "", *notes])
 
 
 @torch.inference_mode()
@@ -670,20 +662,19 @@ def gate_sums(model: nn.Module, examples: Sequence[Example], groups: Sequence[in
 
     Teacher-forced; groups[i] is the group of example i.  Summed: 1, g1, g2, g2 > .5, g2^2, entropy.
     """
-    layers = clorae.expert_layers(model)
+    layers = clorae.expert_layers(model).values()
     sums = torch.zeros(len(layers), max(groups) + 1, 6, dtype=torch.float64, device=device)
     group = {example.row: g for example, g in zip(examples, groups, strict=True)}
-    rows = torch.zeros(0, dtype=torch.long)
+    rows = torch.zeros(0, dtype=torch.long)  # group of each row of the batch in progress
 
     def log(place: int, layer: nn.Module, inputs: tuple[Tensor]) -> None:
         g1, g2 = layer.gates(inputs[0]).double().unbind(dim=-1)
-        mask = layer.routing.masks[layer.stream]  # [B,S]
         entropy = -(g1.xlogy(g1) + g2.xlogy(g2))
         values = torch.stack([torch.ones_like(g2), g1, g2, g2 > 0.5, g2 * g2, entropy], dim=-1)
-        sums[place].index_add_(0, rows, (values * mask[..., None]).sum(dim=1))
+        valid = layer.routing.masks[layer.stream][..., None]
+        sums[place].index_add_(0, rows, (values * valid).sum(dim=1))
 
-    hooks = [layer.register_forward_pre_hook(partial(log, i))
-             for i, layer in enumerate(layers.values())]
+    hooks = [layer.register_forward_pre_hook(partial(log, i)) for i, layer in enumerate(layers)]
     was_training = model.training
     model.eval()
     batches = deal([len(e.input_ids) for e in examples], decoding.batch_size, rank, world)
@@ -700,37 +691,60 @@ def gate_sums(model: nn.Module, examples: Sequence[Example], groups: Sequence[in
     return sums
 
 
-def check_gates(model: nn.Module, method: str) -> None:
-    """UsageError unless every expert layer has a live gate between a universal and a task expert."""
-    import train
-    layers = clorae.expert_layers(model).values()
-    if not layers or not all(hasattr(layer, "W_g") and hasattr(layer, "A_T") for layer in layers):
-        kind = "whose gate weighs equal experts" if method == "loramoe" else "without such a gate"
-        raise train.UsageError(f"--routing: expected a run whose gate divides tokens between a "
-                               f"universal and a task expert, got method {method}, {kind}; use a "
-                               "run of --method clorae with --egr")
-
-
 def routing_rows(paths: Sequence[str], groups: Sequence[tuple[str, str]],
                  sums: Tensor) -> list[dict]:
     """One row per wrapped linear and (task, dataset) with tokens there, from `gate_sums`."""
     rows = []
     for path, layer in zip(paths, sums.tolist(), strict=True):
         parts = path.split(".")
-        stack = next(name for name in ("vstack", "encoder", "decoder") if name in parts)
+        place = {"stack": next(s for s in ("vstack", "encoder", "decoder") if s in parts),
+                 "layer": int(parts[-3]), "site": parts[-2].split("_")[0], "proj": parts[-1]}
         for (task, dataset), (n, *totals) in zip(groups, layer, strict=True):
             if n:
                 g1, soft, hard, square, entropy = (value / n for value in totals)
-                rows.append({"stack": stack, "layer": int(parts[-3]),
-                             "site": parts[-2].split("_")[0], "proj": parts[-1], "task": task,
-                             "dataset": dataset, "n_tokens": int(n), "soft_universal": g1,
-                             "soft": soft, "hard": hard, "var": max(0.0, square - soft * soft),
-                             "entropy": entropy})
+                rows.append({**place, "task": task, "dataset": dataset, "n_tokens": int(n),
+                             "soft_universal": g1, "soft": soft, "hard": hard,
+                             "var": max(0.0, square - soft * soft), "entropy": entropy})
     return rows
 
 
-def save_rows(path: Path, rows: Sequence[Mapping]) -> None:
-    """Write rows as CSV, columns from the first one."""
+def pooled(rows: Sequence[Mapping], stacks: Sequence[str]) -> dict[tuple[int, str], float]:
+    """{(layer, "dataset task"): soft share of the task expert}, each token with equal weight."""
+    sums: dict[tuple[int, str], list[float]] = {}
+    for row in rows:
+        if row["stack"] in stacks:
+            total = sums.setdefault((row["layer"], f"{row['dataset']} {row['task']}"), [0, 0.0])
+            total[0] += row["n_tokens"]
+            total[1] += row["n_tokens"] * row["soft"]
+    return {key: total / n for key, (n, total) in sums.items()}
+
+
+def route(args: argparse.Namespace, setup: "train.Setup", examples: Sequence[Example],
+          features: Features, world: "train.World") -> str:
+    """Fig. 6: routing.csv over all layers, routing.png over --layers (D37)."""
+    import train
+    model, method = setup.model, setup.config.method
+    layers = clorae.expert_layers(model)
+    if not layers or not all(hasattr(m, "W_g") and hasattr(m, "A_T") for m in layers.values()):
+        why = "whose gate knows no task expert" if method == "loramoe" else "without such a gate"
+        raise train.UsageError("--routing: expected a run with a live gate between a universal and "
+                               f"a task expert, got method {method}, {why}; name a run of clorae "
+                               "with --egr")
+    pairs = [(data.RECORD_TASKS.index(e.record.task), e.record.dataset) for e in examples]
+    groups = sorted(set(pairs))
+    decoding = Decoding(args.batch_size, precision=setup.config.precision)
+    sums = gate_sums(model, examples, list(map(groups.index, pairs)), features, world.device,
+                     decoding, world.rank, world.size)
+    names = [(data.RECORD_TASKS[task], dataset) for task, dataset in groups]
+    rows = routing_rows(list(layers), names, sums.cpu())
+    if world.main:
+        save_csv(args.routing / "routing.csv", rows)
+        plot_routing(rows, args.layers, args.routing / "routing.png")
+    return f"tokens given to the task expert: {args.routing}/routing.csv and routing.png"
+
+
+def save_csv(path: Path, rows: Sequence[Mapping]) -> None:
+    """Write rows under the names of the first one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
@@ -738,262 +752,206 @@ def save_rows(path: Path, rows: Sequence[Mapping]) -> None:
         writer.writerows(rows)
 
 
-def pooled(rows: Sequence[Mapping], stacks: Sequence[str]) -> dict[tuple[int, str], float]:
-    """{(layer, "dataset task"): soft share of the task expert}, weighted by tokens."""
-    sums: dict[tuple[int, str], Tensor] = {}
-    for row in rows:
-        if row["stack"] in stacks:
-            key = row["layer"], f"{row['dataset']} {row['task']}"
-            n = row["n_tokens"]
-            sums[key] = sums.get(key, 0) + torch.tensor([n, n * row["soft"]], dtype=torch.float64)
-    return {key: (total / n).item() for key, (n, total) in sums.items()}
+Setting = Mapping[str, object]  # reference, margin, gamma, temperature of achievement_weights
 
 
-def route(args: argparse.Namespace, setup: "train.Setup", examples: Sequence[Example],
-          features: Features, world: "train.World") -> str:
-    """Fig. 6: routing.csv over all layers, routing.png over --layers (D37)."""
-    check_gates(setup.model, setup.config.method)
-    pairs = [(e.record.task, e.record.dataset) for e in examples]
-    groups = sorted(set(pairs), key=lambda pair: (data.RECORD_TASKS.index(pair[0]), pair[1]))
-    decoding = Decoding(args.batch_size, precision=setup.config.precision)
-    sums = gate_sums(setup.model, examples, [groups.index(pair) for pair in pairs], features,
-                     world.device, decoding, world.rank, world.size)
-    rows = routing_rows(list(clorae.expert_layers(setup.model)), groups, sums.cpu())
-    if world.main:
-        save_rows(args.routing / "routing.csv", rows)
-        plot_routing(rows, args.layers, args.routing / "routing.png")
-    return f"share of the task expert, per layer and dataset: {args.routing}/routing.csv, .png"
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One setting of Eq. (9) under which a history is replayed."""
-
-    changed: str  # what differs from the run: "" for the run itself
-    reference: Mapping[str, float]
-    margin: float
-    gamma: float
-    temperature: float = 1.0
-
-    def weights(self, f1: Mapping[str, float]) -> dict[str, float]:
-        return losses.achievement_weights(f1, self.reference, self.margin, self.gamma,
-                                          self.temperature)
-
-
-def variants(own: Variant, units: Sequence[str]) -> list[Variant]:
-    """The run's setting, then one change at a time: each p_m, its source, margin, gamma, tau."""
+def variants(own: Setting) -> dict[str, Setting]:
+    """The run's setting of Eq. (9) and, one change at a time, others: each p_m, where the p_m come
+    from, margin, gamma, temperature."""
     import train
-    p = own.reference
-    found = [replace(own, changed=f"p {m} x {x}", reference={**p, m: p[m] * x})
-             for x in (0.9, 0.95, 1.05, 1.1) for m in units]
-    found += [replace(own, changed=f"all p x {x}", reference={m: p[m] * x for m in units})
-              for x in (0.9, 0.95, 1.05, 1.1)]
-    found += [replace(own, changed="p single", reference=train.SINGLE_TASK_F1),
-              replace(own, changed="p sota", reference=SOTA_F1)]
+    p: Mapping[str, float] = own["reference"]
+    found = {"run": own}
+    for x in (0.9, 0.95, 1.05, 1.1):
+        found |= {f"p {m} x {x}": {**own, "reference": {**p, m: p[m] * x}} for m in p}
+        found[f"p all x {x}"] = {**own, "reference": {m: p[m] * x for m in p}}
+    found["p single"] = {**own, "reference": train.SINGLE_TASK_F1}
+    found["p sota"] = {**own, "reference": SOTA_F1}
     for name, values in (("margin", (1.0, 1.05, 1.1)), ("gamma", (1.0, 2.0, 3.0)),
                          ("temperature", (0.1, 0.3, 1.0))):
-        found += [replace(own, changed=f"{name} {value:g}", **{name: value}) for value in values]
-    return [own, *found]
+        found |= {f"{name} {value:g}": {**own, name: value} for value in values}
+    return found
 
 
-def replay(history: Sequence[Mapping], settings: Sequence[Variant],
+def replay(history: Sequence[Mapping], settings: Mapping[str, Setting],
            rows: Mapping[str, int]) -> list[dict]:
-    """The weights that each setting gives after each epoch, one dict per setting, epoch and unit.
+    """The weights that each setting gives after each epoch; one dict per setting, epoch, unit.
 
-    settings[0] is the run's own; `rows` are the training rows per unit, whose products with the
-    weights are the units' shares of the loss.
+    shift: against settings["run"].  share: of the loss' weight, with `rows` training rows per unit.
     """
     found = []
-    for variant in settings:
-        for past in history:
-            f1, own, weights = past["f1"], settings[0].weights(past["f1"]), variant.weights(past["f1"])
-            whole = sum(rows[m] * weights[m] for m in f1)
-            for m in f1:
-                level = f1[m] / (variant.margin * variant.reference[m])
-                found.append({"changed": variant.changed or "run", "after_epoch": past["epoch"],
-                              "unit": m, "f1": f1[m], "achievement": level,
-                              "achieved": int(level >= 1), "weight": weights[m],
-                              "shift": weights[m] - own[m],
-                              "share": rows[m] * weights[m] / whole})
+    for past, (name, setting) in itertools.product(history, settings.items()):
+        f1 = past["f1"]
+        own, w = (losses.achievement_weights(f1, **s) for s in (settings["run"], setting))
+        for m in f1:
+            level = f1[m] / (setting["margin"] * setting["reference"][m])
+            found.append({"setting": name, "after_epoch": past["epoch"], "unit": m, "f1": f1[m],
+                          "achievement": level, "achieved": int(level >= 1), "weight": w[m],
+                          "shift": w[m] - own[m],
+                          "share": rows[m] * w[m] / sum(rows[k] * w[k] for k in f1)})
     return found
 
 
 def weight_slopes(f1: Mapping[str, float], reference: Mapping[str, float], margin: float = 1.05,
                   gamma: float = 2.0, temperature: float = 1.0) -> dict[tuple[str, str], float]:
-    """{(m, k): d weight_m / d ln p_k} of `losses.achievement_weights`; 0 for an achieved k.
-
-    M softmax_m (delta_mk - softmax_k) gamma (1 - a_k)^(gamma - 1) a_k / temperature, with a the
-    achievement s / (margin p): a p_k that is wrong by 10 % moves weight m by a tenth of it.
-    """
+    """{(m, k): d weight_m / d ln p_k} of `losses.achievement_weights`, 0 for an achieved k: a p_k
+    that is wrong by 1 % moves weight m by a hundredth of it."""
     weights = losses.achievement_weights(f1, reference, margin, gamma, temperature)
-    M, slopes = len(f1), {}
+    slopes = {}
     for k in f1:
         a = f1[k] / (margin * reference[k])
         inner = 0.0 if a >= 1 else gamma * (1 - a) ** (gamma - 1) * a / temperature
-        slopes |= {(m, k): weights[m] * ((m == k) - weights[k] / M) * inner for m in f1}
+        slopes |= {(m, k): weights[m] * ((m == k) - weights[k] / len(f1)) * inner for m in f1}
     return slopes
 
 
+def replay_table(rows: Sequence[Mapping]) -> list[str]:
+    """Per setting: largest shift of a weight and where, of a share, and the achieved units."""
+    own = {(r["after_epoch"], r["unit"]): r["share"] for r in rows if r["setting"] == "run"}
+    table = [["setting", "shift", "unit", "after epoch", "share by", "units at or above margin p"]]
+    for setting in dict.fromkeys(row["setting"] for row in rows):
+        some = [row for row in rows if row["setting"] == setting]
+        worst = max(some, key=lambda row: abs(row["shift"]))
+        share = max(abs(r["share"] - own[r["after_epoch"], r["unit"]]) for r in some)
+        units = dict.fromkeys(row["unit"] for row in some if row["achieved"])
+        table.append([setting, f"{worst['shift']:+.3f}", worst["unit"], str(worst["after_epoch"]),
+                      f"{100 * share:.1f} %", " ".join(units) or "-"])
+    return aligned(table)
+
+
 def replay_report(checkpoint: Path, out: Path) -> str:
-    """aml.csv, aml.png, and the lines that say how much the weights depend on their settings."""
+    """Write aml.csv and aml.png; how much the weights of a run depend on what was assumed."""
     import train
     newest = train.newest_checkpoint(checkpoint) or train.find_checkpoint(checkpoint)
     state = train.read_state(newest)
     config, history = train.Config(**state["config"]), state["history"]
     if not history:
-        raise train.UsageError(f"{newest}: expected a run with at least one finished epoch, got "
-                               "none; let it train on, its dev F1 is what is replayed")
-    units = list(history[0]["f1"])
-    reference = train.Run.references(SimpleNamespace(config=config, units=units))
-    own = Variant("", reference, config.aml_margin, config.aml_gamma)
-    corpus = Path(config.data or "data/demo")
+        raise train.UsageError(f"{newest}: expected a run that has finished an epoch, got none; "
+                               "let it train on: its dev F1 is what is replayed")
+    units, corpus = list(history[0]["f1"]), Path(config.data or "data/demo")
+    known = train.Run.references(SimpleNamespace(config=config, units=units))
+    own = {"reference": {m: known[m] for m in units}, "margin": config.aml_margin,
+           "gamma": config.aml_gamma, "temperature": 1.0}
     counts = train.unit_rows(data.load_corpus(corpus, "train", units), data.load_datasets(corpus))
-    rows = replay(history, variants(own, units), counts)
-    save_rows(out / "aml.csv", rows)
+    rows = replay(history, variants(own), counts)
+    save_csv(out / "aml.csv", rows)
     plot_replay(rows, out / "aml.png")
-    steep = max(abs(slope) for past in history for slope in weight_slopes(
-        past["f1"], reference, own.margin, own.gamma).values())
-    return "\n".join([*replay_lines(rows), f"analytic: one p_m wrong by 10 % moves no weight by "
-                      f"more than {steep / 10:.3f} after any of {len(history)} epochs; "
-                      f"written: {out}/aml.csv, aml.png"])
-
-
-def replay_lines(rows: Sequence[Mapping]) -> list[str]:
-    """Per setting: largest shift of a weight, where; largest change of a share; units achieved."""
-    own = {(row["after_epoch"], row["unit"]): row["share"] for row in rows
-           if row["changed"] == "run"}
-    table = [["setting", "shift", "unit", "after epoch", "share by", "units at or above margin p"]]
-    for changed in dict.fromkeys(row["changed"] for row in rows):
-        some = [row for row in rows if row["changed"] == changed]
-        worst = max(some, key=lambda row: abs(row["shift"]))
-        share = max(abs(r["share"] - own[r["after_epoch"], r["unit"]]) for r in some)
-        units = dict.fromkeys(row["unit"] for row in some if row["achieved"])
-        table.append([changed, f"{worst['shift']:+.3f}", worst["unit"], str(worst["after_epoch"]),
-                      f"{100 * share:.1f} %", " ".join(units) or "-"])
-    return aligned(table)
+    steepest = max(abs(s) for past in history for s in weight_slopes(past["f1"], **own).values())
+    trained = {(past["epoch"], m): past["weights"][m] for past in history for m in units}
+    off = max(abs(row["weight"] - trained[row["after_epoch"], row["unit"]]) for row in rows
+              if row["setting"] == "run")
+    lines = [*replay_table(rows), f"first order: a p_m wrong by 10 % moves a weight by at most "
+             f"{steepest / 10:.3f}; written: {out}/aml.csv and aml.png"]
+    if off > 1e-9:
+        lines.append(f"note: the run trained with other weights, up to {off:.3f} away: without AML,"
+                     " or with references that have changed since")
+    return "\n".join(lines)
 
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
-MARKERS = "osD^vPX"
-
-
-def canvas(rows: int, columns: int, width: float, height: float) -> tuple:
-    """An empty picture and its axes, row by row; matplotlib is imported only here."""
-    from matplotlib.figure import Figure
-    figure = Figure((width, height), layout="constrained", dpi=150)
-    return figure, figure.subplots(rows, columns, squeeze=False).flatten().tolist()
-
-
-def save_picture(figure: object, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-
-
-def unit_style(unit: str) -> dict:
-    """A colour and a marker that a unit keeps in every picture; the mean is grey."""
-    if unit not in UNITS:
-        return {"color": "#777777", "linestyle": "--", "linewidth": 2.5}
-    i = UNITS.index(unit)
-    return {"color": COLOURS[i], "marker": MARKERS[i], "markersize": 4, "linewidth": 1.5}
-
-
+STYLES = {unit: {"color": colour, "marker": marker, "markersize": 4}
+          for unit, colour, marker in zip(UNITS, COLOURS, "osD^vPX")}
 PANELS = {"encoder": ("encoder",), "decoder": ("decoder",),
           "encoder + decoder": ("encoder", "decoder"), "visual stack": ("vstack",)}
+Results = Mapping[object, Mapping[str, Sequence[float]]]  # {system: {unit: F1 in %, one a seed}}
+
+
+def canvas(path: Path, width: float, height: float, rows: int = 1, columns: int = 1,
+           **options: object) -> tuple:
+    """(axes in reading order, figure, function that writes it to `path`)."""
+    from matplotlib.figure import Figure  # imported only where a picture is wanted
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure = Figure((width, height), layout="constrained", dpi=150)
+    axes = figure.subplots(rows, columns, squeeze=False, **options).flatten().tolist()
+    return axes, figure, partial(figure.savefig, path)
+
+
+def spread(values: Sequence[float]) -> float:
+    """Standard deviation over seeds; NaN, which draws no error bar, for a single one."""
+    return stdev(values) if len(values) > 1 else math.nan
 
 
 def plot_routing(rows: Sequence[Mapping], layers: Sequence[int] | None, path: Path) -> None:
-    """Fig. 6: share of tokens given to the task expert, layers x datasets, values in the cells."""
+    """Fig. 6: mean gate of the task expert, layers x datasets, values in the cells."""
     chosen = [row for row in rows if layers is None or row["layer"] in layers]
     columns = list(dict.fromkeys(f"{row['dataset']} {row['task']}" for row in rows))
-    panels = {name: cells for name, stacks in PANELS.items()
-              if (cells := pooled(chosen, stacks))}
-    tallest = max(len({layer for layer, _ in cells}) for cells in panels.values())
-    figure, axes = canvas(1, len(panels), len(panels) * (1.2 + 0.55 * len(columns)),
-                          2.2 + 0.3 * tallest)
+    panels = {name: cells for name, stacks in PANELS.items() if (cells := pooled(chosen, stacks))}
+    depth = len({row["layer"] for row in chosen})
+    axes, figure, save = canvas(path, len(panels) * (1 + 0.5 * len(columns)), 2.5 + 0.3 * depth,
+                                1, len(panels))
     for ax, (name, cells) in zip(axes, panels.items()):
         found = sorted({layer for layer, _ in cells})
         grid = [[cells.get((layer, column), math.nan) for column in columns] for layer in found]
         image = ax.imshow(grid, vmin=0, vmax=1, cmap="cividis", aspect="auto")
-        ax.set_title(name, fontsize=10)
-        ax.set_yticks(range(len(found)), found, fontsize=8)
-        ax.set_xticks(range(len(columns)), columns, rotation=60, ha="right", fontsize=8,
-                      rotation_mode="anchor")
-        for i, line in enumerate(grid):
-            for j, value in enumerate(line):
-                ax.text(j, i, "-" if math.isnan(value) else f"{value:.2f}", ha="center",
-                        va="center", fontsize=7, color="white" if value < 0.5 else "black")
-    axes[0].set_ylabel("layer")
+        ax.set_title(name)
+        ax.set_yticks(range(len(found)), [f"layer {layer}" for layer in found])
+        ax.set_xticks(range(len(columns)), columns, rotation=50, ha="right", rotation_mode="anchor")
+        for (i, line), (j, _) in itertools.product(enumerate(grid), enumerate(columns)):
+            ax.text(j, i, f"{line[j]:.2f}", ha="center", va="center", fontsize=8,
+                    color="white" if line[j] < 0.5 else "black")
     figure.colorbar(image, ax=axes, label="mean gate of the task expert")
-    save_picture(figure, path)
+    save()
 
 
 def plot_replay(rows: Sequence[Mapping], path: Path) -> None:
-    """A panel per unit: the run's weight after each epoch, the range over the settings behind it."""
+    """A panel per unit: the run's weight, before the range over all settings and over the p_m."""
     units = list(dict.fromkeys(row["unit"] for row in rows))
-    figure, axes = canvas(2, math.ceil(len(units) / 2), 10, 5)
+    epochs = sorted({row["after_epoch"] for row in rows})
+    axes, figure, save = canvas(path, 11, 5, 2, math.ceil(len(units) / 2), sharex=True, sharey=True)
     for ax, unit in zip(axes, units):
-        found: dict[int, dict[str, float]] = {}
-        for row in rows:
-            if row["unit"] == unit:
-                found.setdefault(row["after_epoch"], {})[row["changed"]] = row["weight"]
-        epochs = sorted(found)
-        for only, shade, label in (("", 0.2, "all settings"), ("p ", 0.35, "p_m changed")):
-            some = [[w for name, w in found[t].items() if name.startswith((only, "run"))]
-                    for t in epochs]
-            ax.fill_between(epochs, list(map(min, some)), list(map(max, some)), alpha=shade,
-                            color=unit_style(unit)["color"], label=label, linewidth=0)
-        ax.plot(epochs, [found[t]["run"] for t in epochs], **unit_style(unit), label="run")
-        ax.set_title(unit, fontsize=10)
-        ax.set_xlabel("after epoch")
+        weights = {(row["setting"], row["after_epoch"]): row["weight"] for row in rows
+                   if row["unit"] == unit}
+        for start, alpha, label in (("", 0.2, "all settings"), ("p ", 0.45, "other p_m")):
+            range_of = [[w for (name, t), w in weights.items() if t == epoch
+                         and name.startswith((start, "run"))] for epoch in epochs]
+            ax.fill_between(epochs, list(map(min, range_of)), list(map(max, range_of)),
+                            color=STYLES[unit]["color"], alpha=alpha, linewidth=0, label=label)
+        ax.plot(epochs, [weights["run", t] for t in epochs], **STYLES[unit], label="run")
+        ax.set_title(unit)
+        ax.set_xticks(epochs)
     for ax in axes[len(units):]:
         ax.axis("off")
-    axes[0].set_ylabel("weight")
-    axes[0].legend(fontsize=8)
-    save_picture(figure, path)
-
-
-Results = Mapping[str, Mapping[str, Sequence[float]]]  # {system: {unit: F1 in %, one per seed}}
+    figure.supxlabel("after epoch")
+    figure.supylabel("weight of the unit's loss")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
+    save()
 
 
 def plot_systems(results: Results, path: Path) -> None:
-    """Fig. 4: F1 relative to the best system of each unit; bars are means over seeds."""
+    """Fig. 4: F1 relative to each unit's best system; means and deviations over seeds."""
     units = [u for u in UNITS if any(u in scores for scores in results.values())]
-    best = {u: max(mean(scores[u]) for scores in results.values() if u in scores) or 1.0
-            for u in units}
-    figure, (ax,) = canvas(1, 1, 2 + 1.1 * len(units), 4)
-    width = 0.8 / len(results)
+    best = {u: max(fmean(s[u]) for s in results.values() if u in s) or 1.0 for u in units}
+    (ax,), figure, save = canvas(path, 2 + 1.2 * len(units), 4)
+    width, lowest = 0.8 / len(results), 1.0
     for i, (system, scores) in enumerate(results.items()):
-        there = [j for j, u in enumerate(units) if u in scores]
-        ratios = [[f1 / best[units[j]] for f1 in scores[units[j]]] for j in there]
-        ax.bar([j + (i - (len(results) - 1) / 2) * width for j in there], list(map(mean, ratios)),
-               width, yerr=[stdev(r) if len(r) > 1 else 0 for r in ratios], capsize=2,
-               color=COLOURS[i % len(COLOURS)], edgecolor="white", label=system,
-               hatch="" if i < len(COLOURS) else "//")
-    low = min(min(s[u]) / best[u] for s in results.values() for u in s)
-    ax.set_ylim(max(0.0, low - 0.1), 1.05)
+        at = {j: [f1 / best[u] for f1 in scores[u]] for j, u in enumerate(units) if u in scores}
+        ax.bar([j + (i + 0.5) * width - 0.4 for j in at], [fmean(r) for r in at.values()], width,
+               yerr=[spread(r) for r in at.values()], capsize=2, label=system, edgecolor="white",
+               color=COLOURS[i % len(COLOURS)], hatch="//" * (i // len(COLOURS)))
+        lowest = min([lowest, *(min(r) for r in at.values())])
+    start = max(0, math.floor(10 * lowest - 0.5) / 10)
+    ax.set_ylim(bottom=start)
     ax.set_xticks(range(len(units)), units)
-    ax.set_ylabel("F1 / best system's F1")
-    figure.legend(loc="outside upper center", ncols=min(4, len(results)), fontsize=9)
-    save_picture(figure, path)
+    ax.set_ylabel(f"F1 / F1 of the best system (from {start:g})")
+    figure.legend(loc="outside upper center", ncols=min(6, len(results)))
+    save()
 
 
-def plot_sweep(results: Mapping[float, Mapping[str, Sequence[float]]], name: str,
-               path: Path) -> None:
-    """Fig. 5: F1 of each unit, and their mean, against a setting such as rank or dropout."""
-    xs = sorted(results)
-    units = [u for u in UNITS if all(u in results[x] for x in xs)]
-    figure, (ax,) = canvas(1, 1, 7, 4.5)
+def plot_sweep(results: Results, name: str, path: Path) -> None:
+    """Fig. 5: F1 of each unit, and their mean, at each value of a setting (the results' keys)."""
+    values = sorted(results)
+    units = [u for u in UNITS if all(u in results[x] for x in values)]
+    (ax,), figure, save = canvas(path, 7, 4.5)
     for unit in units:
-        ax.errorbar(range(len(xs)), [mean(results[x][unit]) for x in xs],
-                    [stdev(results[x][unit]) if len(results[x][unit]) > 1 else 0 for x in xs],
-                    capsize=2, label=unit, **unit_style(unit))
-    ax.plot(range(len(xs)), [mean([mean(results[x][u]) for u in units]) for x in xs],
-            label="mean", **unit_style("mean"))
-    ax.set_xticks(range(len(xs)), [f"{x:g}" for x in xs])
+        ax.errorbar(range(len(values)), [fmean(results[x][unit]) for x in values],
+                    [spread(results[x][unit]) for x in values], capsize=2, label=unit,
+                    **STYLES[unit])
+    ax.errorbar(range(len(values)), [fmean(fmean(results[x][u]) for u in units) for x in values],
+                label="mean", color="#777777", linestyle="--", linewidth=2.5)
+    ax.set_xticks(range(len(values)), [f"{x:g}" for x in values])
     ax.set_xlabel(name)
-    ax.set_ylabel("F1")
-    figure.legend(loc="outside right upper", fontsize=9)
-    save_picture(figure, path)
+    ax.set_ylabel("F1, %")
+    figure.legend(loc="outside right upper")
+    save()
 
 
 def plot_curves(run: Path, path: Path) -> None:
@@ -1001,75 +959,66 @@ def plot_curves(run: Path, path: Path) -> None:
     with open(run / "metrics.csv", newline="", encoding="utf-8") as file:
         loss = [float(row["loss"]) for row in csv.DictReader(file)]
     lines = (run / "eval.jsonl").read_text(encoding="utf-8").splitlines()
-    history = [json.loads(line) for line in lines]
-    figure, (left, middle, right) = canvas(1, 3, 13, 4)
+    f1, weights = zip(*[(past["f1"], past["weights"]) for past in map(json.loads, lines)])
+    used = [dict.fromkeys(f1[0], 1.0), *weights[:-1]]  # the last ones would be the next epoch's
+    (left, middle, right), figure, save = canvas(path, 14, 4, 1, 3)
     window = max(1, len(loss) // 40)
-    smooth = [mean(loss[max(0, i - window + 1):i + 1]) for i in range(len(loss))]
-    steps = range(1, len(loss) + 1)
-    left.plot(steps, loss, color="#BBBBBB", linewidth=0.6, label="each step")
-    left.plot(steps, smooth, color=COLOURS[0], label=f"mean of {window}")
-    left.legend(fontsize=8)
-    epochs = [past["epoch"] for past in history]
-    for unit in history[0]["f1"] if history else ():
-        middle.plot(epochs, [past["f1"][unit] for past in history], label=unit, **unit_style(unit))
-        right.plot(range(1, len(epochs) + 2), [1.0] + [past["weights"][unit] for past in history],
-                   **unit_style(unit))
-    for ax, x, title in ((left, "step", "training loss"), (middle, "epoch", "dev F1, %"),
-                         (right, "epoch", "AML weight")):
-        ax.set_xlabel(x)
-        ax.set_title(title, fontsize=10)
-    figure.legend(loc="outside right upper", fontsize=9)
-    save_picture(figure, path)
+    sums = [0.0, *itertools.accumulate(loss)]
+    smooth = [(sums[i] - sums[max(0, i - window)]) / min(i, window) for i in range(1, len(sums))]
+    left.plot(range(1, len(loss) + 1), loss, color="#BBBBBB", linewidth=0.6)
+    left.plot(range(1, len(loss) + 1), smooth, color=COLOURS[0])
+    left.set(title=f"training loss, and mean of {window} steps", xlabel="step")
+    for ax, series, title in ((middle, f1, "dev F1, %"), (right, used, "AML weight")):
+        for unit in f1[0]:
+            ax.plot(range(1, len(f1) + 1), [values[unit] for values in series], **STYLES[unit],
+                    label=unit)
+        ax.set(title=title, xlabel="epoch")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(*middle.get_legend_handles_labels(), loc="outside right upper")
+    save()
 
 
 def plot_errors(counts: Mapping[str, Mapping[str, int]], path: Path) -> None:
-    """Stacked bars {system or unit: {error class: count}}, as shares of each one's errors."""
+    """Stacked bars of {bar: {error class: count}} in % of a bar's errors; their number below."""
     kinds = list(dict.fromkeys(kind for classes in counts.values() for kind in classes))
-    figure, (ax,) = canvas(1, 1, 3 + 0.9 * len(counts), 4)
+    (ax,), figure, save = canvas(path, 3 + len(counts), 4)
     bottom = [0.0] * len(counts)
     for i, kind in enumerate(kinds):
         parts = [percent(c.get(kind, 0), sum(c.values())) for c in counts.values()]
         ax.bar(range(len(counts)), parts, 0.7, bottom, label=kind, edgecolor="white",
-               color=COLOURS[i % len(COLOURS)], hatch="" if i < len(COLOURS) else "//")
+               color=COLOURS[i % len(COLOURS)], hatch="//" * (i // len(COLOURS)))
         bottom = [a + b for a, b in zip(bottom, parts)]
-    ax.set_xticks(range(len(counts)), [f"{name}\n{sum(c.values())}" for name, c in counts.items()])
+    ax.set_xticks(range(len(counts)), [f"{bar}\n{sum(c.values())}" for bar, c in counts.items()])
     ax.set_ylabel("% of the errors")
-    figure.legend(loc="outside right upper", fontsize=9)
-    save_picture(figure, path)
+    figure.legend(loc="outside right upper")
+    save()
 
 
-def sweep_of(configs: Mapping[str, Mapping]) -> str | None:
-    """The one setting, rank or dropout, in which runs differ; None if there is no such."""
+def swept(configs: Mapping[str, Mapping]) -> str | None:
+    """The one setting, rank or dropout, in which systems differ, if there is one."""
     for name in ("rank", "dropout"):
-        rest = [{k: v for k, v in config.items() if k not in (name, "seed", "out")}
-                for config in configs.values()]
-        if all(other == rest[0] for other in rest) and len({c[name] for c in configs.values()}) > 1:
+        rest = [{k: v for k, v in c.items() if k not in (name, "seed")} for c in configs.values()]
+        if len({c[name] for c in configs.values()}) == len(configs) > 1 \
+                and all(other == rest[0] for other in rest):
             return name
     return None
 
 
-def draw(out: Path, runs: Sequence[Path], results: Results = {}, errors: Mapping = {},
-         configs: Mapping[str, Mapping] = {}) -> list[Path]:
-    """Every picture that these runs and their scores allow; returns what was written.
-
-    configs: the training settings of each system in `results`, to find a sweep.
-    """
-    made = []
-    for run in runs:
-        if (run / "metrics.csv").exists() and (run / "eval.jsonl").exists():
-            made.append(out / f"curves-{run.name}.png")
-            plot_curves(run, made[-1])
+def draw(out: Path, runs: Sequence[Path], results: Results, configs: Mapping[str, Mapping],
+         errors: Mapping[str, Mapping[str, int]]) -> list[Path]:
+    """All pictures that these runs, and the scores and settings of these systems, allow."""
+    jobs = {f"curves-{run.name}.png": partial(plot_curves, run) for run in runs
+            if (run / "eval.jsonl").exists() and (run / "eval.jsonl").stat().st_size}
     if len(results) > 1:
-        made.append(out / "systems.png")
-        plot_systems(results, made[-1])
-        name = sweep_of({system: configs[system] for system in results if system in configs})
-        if name:
-            made.append(out / f"{name}.png")
-            plot_sweep({configs[s][name]: scores for s, scores in results.items()}, name, made[-1])
+        jobs["systems.png"] = partial(plot_systems, results)
+    if name := swept(configs):
+        jobs[f"{name}.png"] = partial(plot_sweep, {configs[system][name]: scores for system, scores
+                                                   in results.items()}, name)
     if errors:
-        made.append(out / "errors.png")
-        plot_errors(errors, made[-1])
-    return made
+        jobs["errors.png"] = partial(plot_errors, errors)
+    for name, job in jobs.items():
+        job(out / name)
+    return [out / name for name in jobs]
 
 
 # ------------------------------------------------------------------------------------ the command
@@ -1227,8 +1176,8 @@ def run(args: argparse.Namespace) -> None:
                 table(total(rows)))
     if args.plot and world.main:
         scores = {unit: [f1] for unit, f1 in unit_f1(total(rows)).items()}
-        made = draw(args.plot, [args.checkpoint], {args.checkpoint.name: scores})
-        print(*made, sep="\n")
+        name, settings = args.checkpoint.name, dataclasses.asdict(config)
+        print(*draw(args.plot, [args.checkpoint], {name: scores}, {name: settings}, {}), sep="\n")
     world.leave()
 
 
