@@ -416,9 +416,7 @@ def evaluate_split(model: nn.Module, examples: Sequence[Example], datasets: Mapp
 GEOMETRY = {"base": (768, 2048, 12, 12), "large": (1024, 2816, 24, 16), "xl": (2048, 5120, 24, 32)}
 COSTED = {"full": {}, "lora": {}, "moslora": {}, "loramoe": {}, "clorae": {}, "tlora": {},
           "clorae --no-egr": {"egr": False}, "clorae --no-mim": {"mim": False}}
-# What learns besides the experts; each policy adds to the one before it (D3).
-VISUAL_POLICIES = {"frozen": (), "paper": ("visual_embedding",),
-                   "train": ("visual_embedding", "vstack", "fusion")}
+VISUAL_POLICIES = ("frozen", "paper", "train")  # of train.Config, each adding to the one before
 # Table 5 (arXiv 2505.06303v1, HTML): TP in millions, GFLOPs of fwd and of fwd + bwd.
 PAPER_COSTS = {
     "base": {"full": (287.0, 21.3, 63.8), "lora": (15.5, 22.0, 65.9), "moslora": (15.8, 26.3, 78.9),
@@ -568,16 +566,15 @@ Costs = dict[str, dict[str, tuple[dict[str, int], float, float]]]
 
 def costs(geometry: Geometry) -> Costs:
     """{method: {visual policy: (trainable parameters by kind, GFLOPs fwd, GFLOPs bwd)}}."""
+    import train
     found: Costs = {}
     for label, options in COSTED.items():
-        if (method := label.split()[0]) in clorae.METHODS:
-            model = geometry.model(method, **options)
-            for policy, trained in VISUAL_POLICIES.items():
-                for name in trained:
-                    getattr(model, name).requires_grad_(True)
-                flops = FlopCounter(model, *geometry.lengths)
-                found.setdefault(label, {})[policy] = (
-                    clorae.parameter_split(model), flops.forward / 1e9, flops.backward / 1e9)
+        model = geometry.model(label.split()[0], **options)
+        for policy in VISUAL_POLICIES:
+            train.free_visual_adapter(model, policy)
+            flops = FlopCounter(model, *geometry.lengths)
+            found.setdefault(label, {})[policy] = (
+                clorae.parameter_split(model), flops.forward / 1e9, flops.backward / 1e9)
     return found
 
 
@@ -590,7 +587,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def cost_tables(found: Costs, paper: Mapping[str, tuple]) -> list[str]:
     """Trainable parameters and GFLOPs of every method, beside the paper's where it has them."""
-    kinds, policies = ("experts", "gate", "mim", "backbone"), tuple(VISUAL_POLICIES)
+    kinds, policies = ("experts", "gate", "mim", "backbone"), VISUAL_POLICIES
     millions = [["trainable, M", *kinds, *(f"visual:{p}" for p in policies),
                  *(f"all:{p}" for p in policies), "paper"]]
     gflops = [["GFLOPs", "fwd", "3 fwd", *(f"fwd+bwd:{p}" for p in policies), "paper fwd",
@@ -602,7 +599,7 @@ def cost_tables(found: Costs, paper: Mapping[str, tuple]) -> list[str]:
         forward = each["train"][1]
         work = [forward, 3 * forward, *(forward + each[p][2] for p in policies)]
         millions.append([label, *(f"{n / 1e6:.3f}" for n in numbers), str(theirs[0])])
-        gflops.append([label, *(f"{n:.2f}" for n in work), *map(str, theirs[1:])])
+        gflops.append([label, *(f"{n:.{2 if n > 1 else 5}f}" for n in work), *map(str, theirs[1:])])
     return [*aligned(millions), "", *aligned(gflops)]
 
 
@@ -611,11 +608,12 @@ def paper_notes(geometry: Geometry, found: Costs, paper: Mapping[str, tuple]) ->
     t5, (S, T, V), R, f = geometry.t5, geometry.lengths, geometry.rank, geometry.forward
     means = 2 * (t5.d_model * 384 + 384 * 128) * (S + V - 2) / 1e9
     scores = t5.num_heads * (t5.num_layers * (S * S + T * T + S * T) + 2 * V * V + S * V) / 1e9
-    full, ours, lora, half = (n + means + scores for n in (f("full"), f("clorae"), f("lora"),
-                                                           f("lora", rank=R // 2)))
+    full, ours, lora, half, pair = (
+        n + means + scores for n in (f("full"), f("clorae"), f("lora"), f("lora", rank=R // 2),
+                                     f("loramoe", rank=R // 2)))
     twice = half + (lora - full) * t5.d_model / (2 * R)  # q and v are square: 2 D^2 from 4 D R
     millions = {label: sum(each["paper"][0].values()) / 1e6 for label, each in found.items()}
-    notes = [
+    return [
         f"full: UMIE projects each token for its gate, we the means (+{means:.3f}); the paper's "
         f"tool adds 1 FLOP per attention score (+{scores:.3f}). So counted: {full:.2f}, paper "
         f"{paper['full'][1]}; and likewise below.",
@@ -623,14 +621,11 @@ def paper_notes(geometry: Geometry, found: Costs, paper: Mapping[str, tuple]) ->
         f"lora: {lora:.2f} at rank R, {half:.2f} at R/2, paper {paper['lora'][1]}; its TP is that "
         "of rank R.",
         f"moslora: {twice:.2f} if it were rank R/2 with the frozen q and v computed twice, paper "
-        f"{paper['moslora'][1]}; here they are computed once.",
+        f"{paper['moslora'][1]}; here they are computed once.  Its TP fits a mixer of (R/2)^2.",
+        f"loramoe: {pair:.2f} with two experts of rank R/2, paper {paper['loramoe'][1]}; its TP "
+        "is that of rank R.",
         f"TP: all:paper leaves {paper['full'][0] - millions['full']:.1f} (full) and "
         f"{paper['clorae'][0] - millions['clorae']:.2f} (clorae) that no part of the model has."]
-    if "loramoe" in clorae.METHODS:
-        pair = f("loramoe", rank=R // 2) + means + scores
-        notes.insert(4, f"loramoe: {pair:.2f} with two experts of rank R/2, paper "
-                        f"{paper['loramoe'][1]}; its TP is that of rank R.")
-    return notes
 
 
 def cost_report(geometry: Geometry, paper: Mapping[str, tuple]) -> str:
@@ -719,25 +714,28 @@ def pooled(rows: Sequence[Mapping], stacks: Sequence[str]) -> dict[tuple[int, st
     return {key: total / n for key, (n, total) in sums.items()}
 
 
-def route(args: argparse.Namespace, setup: "train.Setup", examples: Sequence[Example],
-          features: Features, world: "train.World") -> str:
+def route(setup: "train.Setup", examples: Sequence[Example], args: argparse.Namespace,
+          world: "train.World") -> str:
     """Fig. 6: routing.csv over all layers, routing.png over --layers (D37)."""
     import train
-    model, method = setup.model, setup.config.method
-    layers = clorae.expert_layers(model)
+    config, layers = setup.config, clorae.expert_layers(setup.model)
     if not layers or not all(hasattr(m, "W_g") and hasattr(m, "A_T") for m in layers.values()):
-        why = "whose gate knows no task expert" if method == "loramoe" else "without such a gate"
+        why = "whose gate knows no task expert" if config.method == "loramoe" else "which has none"
         raise train.UsageError("--routing: expected a run with a live gate between a universal and "
-                               f"a task expert, got method {method}, {why}; name a run of clorae "
-                               "with --egr")
-    pairs = [(data.RECORD_TASKS.index(e.record.task), e.record.dataset) for e in examples]
-    groups = sorted(set(pairs))
-    decoding = Decoding(args.batch_size, precision=setup.config.precision)
-    sums = gate_sums(model, examples, list(map(groups.index, pairs)), features, world.device,
-                     decoding, world.rank, world.size)
-    names = [(data.RECORD_TASKS[task], dataset) for task, dataset in groups]
-    rows = routing_rows(list(layers), names, sums.cpu())
+                               f"a task expert, got method {config.method}, {why}; name a run of "
+                               "clorae with --egr")
+    if args.layers and not set(args.layers) & {int(path.split(".")[-3]) for path in layers}:
+        raise train.UsageError(f"--layers: expected numbers of layers, counted from 0, got "
+                               f"{args.layers}; leave it out for all")
+    pairs = [(e.unit, e.record.task, e.record.dataset) for e in examples]
+    groups = sorted(set(pairs))  # in the order of the table
+    features = train.Features(setup.sources, [e.record for e in examples], config.missing_images,
+                              config.max_objects, world.device)
+    world.join()
+    sums = gate_sums(setup.model, examples, list(map(groups.index, pairs)), features, world.device,
+                     Decoding(args.batch_size, precision=config.precision), world.rank, world.size)
     if world.main:
+        rows = routing_rows(list(layers), [group[1:] for group in groups], sums.cpu())
         save_csv(args.routing / "routing.csv", rows)
         plot_routing(rows, args.layers, args.routing / "routing.png")
     return f"tokens given to the task expert: {args.routing}/routing.csv and routing.png"
@@ -876,19 +874,20 @@ def plot_routing(rows: Sequence[Mapping], layers: Sequence[int] | None, path: Pa
     columns = list(dict.fromkeys(f"{row['dataset']} {row['task']}" for row in rows))
     panels = {name: cells for name, stacks in PANELS.items() if (cells := pooled(chosen, stacks))}
     depth = len({row["layer"] for row in chosen})
-    axes, figure, save = canvas(path, len(panels) * (1 + 0.5 * len(columns)), 2.5 + 0.3 * depth,
-                                1, len(panels))
+    axes, figure, save = canvas(path, 4 + 1.1 * len(columns), 2.5 + 0.7 * depth, 2, 2, sharex=True)
     for ax, (name, cells) in zip(axes, panels.items()):
         found = sorted({layer for layer, _ in cells})
         grid = [[cells.get((layer, column), math.nan) for column in columns] for layer in found]
-        image = ax.imshow(grid, vmin=0, vmax=1, cmap="cividis", aspect="auto")
+        image = ax.imshow(grid, vmin=0, vmax=1, cmap="PuOr_r", aspect="auto")
         ax.set_title(name)
         ax.set_yticks(range(len(found)), [f"layer {layer}" for layer in found])
         ax.set_xticks(range(len(columns)), columns, rotation=50, ha="right", rotation_mode="anchor")
         for (i, line), (j, _) in itertools.product(enumerate(grid), enumerate(columns)):
             ax.text(j, i, f"{line[j]:.2f}", ha="center", va="center", fontsize=8,
-                    color="white" if line[j] < 0.5 else "black")
-    figure.colorbar(image, ax=axes, label="mean gate of the task expert")
+                    color="white" if abs(line[j] - 0.5) > 0.35 else "black")
+    for ax in axes[len(panels):]:
+        ax.axis("off")
+    figure.colorbar(image, ax=axes, label="mean gate of the task expert (the rest: universal)")
     save()
 
 
@@ -907,7 +906,7 @@ def plot_replay(rows: Sequence[Mapping], path: Path) -> None:
                             color=STYLES[unit]["color"], alpha=alpha, linewidth=0, label=label)
         ax.plot(epochs, [weights["run", t] for t in epochs], **STYLES[unit], label="run")
         ax.set_title(unit)
-        ax.set_xticks(epochs)
+        ax.xaxis.get_major_locator().set_params(integer=True)
     for ax in axes[len(units):]:
         ax.axis("off")
     figure.supxlabel("after epoch")
@@ -1019,6 +1018,27 @@ def draw(out: Path, runs: Sequence[Path], results: Results, configs: Mapping[str
     for name, job in jobs.items():
         job(out / name)
     return [out / name for name in jobs]
+
+
+def analyse(args: argparse.Namespace, checkpoint: Path | None, world: "train.World") -> str | None:
+    """What the command line asks for instead of scores, as text; None if it wants scores."""
+    import train
+    if checkpoint is None:
+        geometry = Geometry.of_size(args.size, train.SIZES[args.size].rank, args.lengths)
+        return cost_report(geometry, PAPER_COSTS.get(args.size, {}))
+    if args.aml_replay:
+        return replay_report(checkpoint, args.aml_replay) if world.main else ""
+    if not args.costs and not args.routing:
+        return None
+    changes = {name: getattr(args, name) for name in ("data", "missing_images")
+               if getattr(args, name)}
+    setup = train.load_model(train.find_checkpoint(checkpoint), world.device, **changes)
+    examples = data.encode_records(data.load_corpus(setup.sources.corpus, args.split, args.units),
+                                   setup.datasets, setup.tokenizer, setup.config.max_source,
+                                   setup.config.max_target, world.print)
+    if args.costs:
+        return cost_report(Geometry.of_run(setup, examples), {})
+    return route(setup, examples, args, world)
 
 
 # ------------------------------------------------------------------------------------ the command
@@ -1138,12 +1158,9 @@ def run(args: argparse.Namespace) -> None:
     """Load the checkpoint and do what the command line asks."""
     import train
     world = train.World()
-    if args.checkpoint is None:
-        geometry = Geometry.of_size(args.size, train.SIZES[args.size].rank, args.lengths)
-        world.print(cost_report(geometry, PAPER_COSTS.get(args.size, {})))
-        return
-    if args.aml_replay:
-        world.print(replay_report(args.checkpoint, args.aml_replay))
+    if (report := analyse(args, args.checkpoint, world)) is not None:
+        world.print(report)
+        world.leave()
         return
     changes = {name: value for name, value in (("data", args.data),
                                                ("missing_images", args.missing_images)) if value}
@@ -1155,17 +1172,10 @@ def run(args: argparse.Namespace) -> None:
     records = data.load_corpus(setup.sources.corpus, args.split, args.units)
     examples = data.encode_records(records, datasets, setup.tokenizer, config.max_source,
                                    config.max_target, world.print)
-    if args.costs:
-        world.print(cost_report(Geometry.of_run(setup, examples), {}))
-        return
     features = train.Features(setup.sources, records, config.missing_images, config.max_objects,
                               world.device)
     decoding = Decoding(args.batch_size, args.beams, config.max_target, config.precision)
     world.join()
-    if args.routing:
-        world.print(route(args, setup, examples, features, world))
-        world.leave()
-        return
     rows = evaluate_split(setup.model, examples, datasets, features, setup.tokenizer, world.device,
                           decoding, world.rank, world.size)
     out = args.out or args.checkpoint / f"predictions-{args.split}.jsonl"
