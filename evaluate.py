@@ -608,9 +608,9 @@ def paper_notes(geometry: Geometry, found: Costs, paper: Mapping[str, tuple]) ->
     t5, (S, T, V), R, f = geometry.t5, geometry.lengths, geometry.rank, geometry.forward
     means = 2 * (t5.d_model * 384 + 384 * 128) * (S + V - 2) / 1e9
     scores = t5.num_heads * (t5.num_layers * (S * S + T * T + S * T) + 2 * V * V + S * V) / 1e9
-    full, ours, lora, half, pair = (
-        n + means + scores for n in (f("full"), f("clorae"), f("lora"), f("lora", rank=R // 2),
-                                     f("loramoe", rank=R // 2)))
+    full, ours, lora = (found[label]["train"][1] + means + scores
+                        for label in ("full", "clorae", "lora"))
+    half, pair = (f(method, rank=R // 2) + means + scores for method in ("lora", "loramoe"))
     twice = half + (lora - full) * t5.d_model / (2 * R)  # q and v are square: 2 D^2 from 4 D R
     millions = {label: sum(each["paper"][0].values()) / 1e6 for label, each in found.items()}
     return [
@@ -887,7 +887,7 @@ def plot_routing(rows: Sequence[Mapping], layers: Sequence[int] | None, path: Pa
                     color="white" if abs(line[j] - 0.5) > 0.35 else "black")
     for ax in axes[len(panels):]:
         ax.axis("off")
-    figure.colorbar(image, ax=axes, label="mean gate of the task expert (the rest: universal)")
+    figure.colorbar(image, ax=axes, label="mean gate of the task expert")
     save()
 
 
@@ -971,7 +971,7 @@ def plot_curves(run: Path, path: Path) -> None:
         for unit in f1[0]:
             ax.plot(range(1, len(f1) + 1), [values[unit] for values in series], **STYLES[unit],
                     label=unit)
-        ax.set(title=title, xlabel="epoch")
+        ax.set(title=title, xlabel="epoch", xlim=(0.5, len(f1) + 0.5))
         ax.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(*middle.get_legend_handles_labels(), loc="outside right upper")
     save()
@@ -997,7 +997,7 @@ def swept(configs: Mapping[str, Mapping]) -> str | None:
     """The one setting, rank or dropout, in which systems differ, if there is one."""
     for name in ("rank", "dropout"):
         rest = [{k: v for k, v in c.items() if k not in (name, "seed")} for c in configs.values()]
-        if len({c[name] for c in configs.values()}) == len(configs) > 1 \
+        if len({c.get(name) for c in configs.values()}) == len(configs) > 1 \
                 and all(other == rest[0] for other in rest):
             return name
     return None
