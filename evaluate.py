@@ -887,6 +887,8 @@ def plot_routing(rows: Sequence[Mapping], layers: Sequence[int] | None, path: Pa
                     color="white" if abs(line[j] - 0.5) > 0.35 else "black")
     for ax in axes[len(panels):]:
         ax.axis("off")
+    for ax in axes[len(panels) - 2:len(panels)]:  # nothing drawn below them
+        ax.tick_params(labelbottom=True)
     figure.colorbar(image, ax=axes, label="mean gate of the task expert")
     save()
 
@@ -895,7 +897,7 @@ def plot_replay(rows: Sequence[Mapping], path: Path) -> None:
     """A panel per unit: the run's weight, before the range over all settings and over the p_m."""
     units = list(dict.fromkeys(row["unit"] for row in rows))
     epochs = sorted({row["after_epoch"] for row in rows})
-    axes, figure, save = canvas(path, 11, 5, 2, math.ceil(len(units) / 2), sharex=True, sharey=True)
+    axes, figure, save = canvas(path, 11, 5, 2, math.ceil(len(units) / 2), sharey=True)
     for ax, unit in zip(axes, units):
         weights = {(row["setting"], row["after_epoch"]): row["weight"] for row in rows
                    if row["unit"] == unit}
