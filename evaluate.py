@@ -16,15 +16,21 @@ Shapes: T target tokens, V visual tokens, F image-feature width.
 """
 
 import argparse
+import csv
 import dataclasses
+import itertools
 import json
+import math
 import os
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from statistics import fmean, stdev
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -32,10 +38,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import clorae
 import data
+import losses
 from data import UNITS, DataError, Dataset, Example, Item, Record, Tokenizer
-from t5 import WeightsError
-from vision import FeatureCache, ImageError, ViT
+from t5 import T5, Attention, FeedForward, RMSNorm, T5Config, WeightsError
+from vision import UMIE, FeatureCache, ImageError, ViT
 
 if TYPE_CHECKING:
     import train  # imports this file; at run time only the functions that need it do the same
@@ -401,6 +409,640 @@ def evaluate_split(model: nn.Module, examples: Sequence[Example], datasets: Mapp
     return score_rows([example.record for example in examples], answers, datasets)
 
 
+# -------------------------------------------------------------------------------------- analyses
+# What does a method cost (Table 5), where do its gates send the tokens (Fig. 6), how much do the
+# AML weights depend on p_m, and the pictures (Fig. 4 and 5, learning curves, error classes).
+
+GEOMETRY = {"base": (768, 2048, 12, 12), "large": (1024, 2816, 24, 16), "xl": (2048, 5120, 24, 32)}
+COSTED = {"full": {}, "lora": {}, "moslora": {}, "loramoe": {}, "clorae": {}, "tlora": {},
+          "clorae --no-egr": {"egr": False}, "clorae --no-mim": {"mim": False}}
+VISUAL_POLICIES = ("frozen", "paper", "train")  # of train.Config, each adding to the one before
+# Table 5 (arXiv 2505.06303v1, HTML): TP in millions, GFLOPs of fwd and of fwd + bwd.
+PAPER_COSTS = {
+    "base": {"full": (287.0, 21.3, 63.8), "lora": (15.5, 22.0, 65.9), "moslora": (15.8, 26.3, 78.9),
+             "loramoe": (30.5, 22.7, 68.2), "clorae": (30.4, 23.2, 69.5)},
+    "large": {"full": (843.0, 73.2, 219.0), "lora": (20.3, 74.1, 223.4),
+              "moslora": (20.4, 89.1, 267.3), "loramoe": (40.0, 75.2, 225.5),
+              "clorae": (39.9, 75.7, 227.2)}}
+PAPER_LENGTHS = (95, 1, 21)  # source, target, visual tokens that reproduce its figures of "full"
+UMIE_FEATURES = 512  # F in UMIE
+# p_m of Eq. (9), the other reading of the paper (D26): best of Table 2, UMIE-XL included.
+SOTA_F1 = {"T15": 78.9, "T17": 91.4, "SNAP": 91.0, "V1": 86.4, "V2": 82.0, "MED": 62.1,
+           "MEAE": 24.5}
+
+
+def passing(path: str) -> str:
+    """Whose tokens pass through a linear: "memory", "target", "visual", or one mean per "row"."""
+    parts = path.split(".")
+    if "proj_text" in parts or "proj_visual" in parts:
+        return "row"
+    if parts[0] == "visual_embedding" or parts[0] == "fusion" and parts[-1] in ("k", "v"):
+        return "visual"
+    return clorae.stream_of(path)
+
+
+class FlopCounter:
+    """FLOPs of one row of a UMIE: 2 per multiply-add of a matrix product, the rest is free.
+
+    forward; backward: one product for each gradient that exists, that of a linear's input if
+    anything below it is trained, that of its weight if it is trained itself.  Experts count as
+    their layer runs them, in rank space and one task of N.  `live` says of each stream whether its
+    hidden states need a gradient so far; the walk follows the order of the forward pass.
+    """
+
+    def __init__(self, model: nn.Module, source: float, target: float, visual: float):
+        embedded = model.t5.shared.weight.requires_grad
+        self.tokens = {"memory": source, "target": target, "visual": visual, "row": 1}
+        self.live = {"memory": embedded, "target": embedded, "visual": False}
+        self.forward = self.backward = 0.0
+        if visual:
+            self.walk("visual_embedding", model.visual_embedding)
+            self.walk("vstack", model.vstack)
+            if model.fusion is None:
+                self.tokens["memory"] += visual
+                self.live["memory"] |= self.live["visual"]
+        self.walk("encoder", model.t5.encoder)
+        if visual and model.fusion is not None:
+            self.walk("fusion", model.fusion)
+        self.walk("decoder", model.t5.decoder)
+        self.linear(model.t5.lm_head or model.t5.shared, target, self.live["target"])
+
+    def walk(self, path: str, module: nn.Module) -> None:
+        """Count what lies below a module, and note whether its stream is live behind it."""
+        stream = "memory" if passing(path) == "row" else passing(path)
+        if isinstance(module, Attention):
+            self.attention(path, module)
+        elif isinstance(module, FeedForward):
+            up = [self.linear(part, self.tokens[stream], self.live[stream])
+                  for part in (module.gate, module.up) if part is not None]
+            self.live[stream] |= self.linear(module.down, self.tokens[stream], any(up))
+        elif isinstance(module, nn.Linear):
+            live = self.live[stream] and not path.startswith("visual_embedding")  # reads data
+            self.live[stream] |= self.linear(module, self.tokens[passing(path)], live)
+        elif isinstance(module, (RMSNorm, nn.Embedding)):
+            self.live[stream] |= module.weight.requires_grad
+        else:
+            for name, child in module.named_children():
+                self.walk(f"{path}.{name}", child)
+
+    def attention(self, path: str, module: Attention) -> None:
+        """q, k, v, o, and two products per head of forward: scores, and their mix of values."""
+        query, source = passing(path + ".q"), passing(path + ".k")
+        q, k, v = (self.linear(getattr(module, name), self.tokens[stream], self.live[stream])
+                   for name, stream in (("q", query), ("k", source), ("v", source)))
+        product = 2 * module.o.in_features * self.tokens[query] * self.tokens[source]
+        self.forward += 2 * product
+        self.backward += product * (q + k + v + (q or k))  # dQ, dK, dV, and dScores for either
+        self.live[query] |= self.linear(module.o, self.tokens[query], q or k or v)
+
+    def linear(self, module: nn.Module, tokens: float, live: bool) -> bool:
+        """Count one linear with its experts; returns whether its output needs a gradient."""
+        for name, weight in module.named_parameters():
+            kind = name.split(".")[-1]
+            if weight.dim() > 1:
+                one = len(weight) if kind in ("A_T", "B_T") else 1  # a row meets one task of N
+                product = 2 * tokens * weight.numel() / one
+                below = live or kind.startswith(("B", "M"))  # these read codes, live by A
+                self.forward += product
+                self.backward += product * (weight.requires_grad + below)
+        return live or any(weight.requires_grad for weight in module.parameters())
+
+
+def mim_flops(model: nn.Module, lengths: Sequence[float]) -> float:
+    """FLOPs that L_MIM adds to a training step of one row, forward and backward (clorae.moments).
+
+    The part with D_out is the same for a micro-batch of any number of rows of one task.
+    """
+    tokens = dict(zip(("memory", "target", "visual"), lengths))
+    layers = [m for m in clorae.expert_layers(model).values() if hasattr(m, "rho")]
+    ranks = [(layer.B_U.shape[1], layer.B_U.shape[1] + layer.B_T.shape[2]) for layer in layers]
+    return sum(2 * (len(layer.rho) + tokens[layer.stream]) * (R * R + 3 * k * k)
+               for layer, (R, k) in zip(layers, ranks))
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What the cost of a method depends on besides the method."""
+
+    name: str
+    t5: T5Config
+    rank: int
+    features: int  # F
+    objects: int  # most object tokens of a row
+    lengths: tuple[float, float, float]  # source, target, visual tokens of a row
+
+    @classmethod
+    def of_size(cls, size: str, rank: int, lengths: Sequence[float]) -> "Geometry":
+        """flan-t5-SIZE with UMIE's image features."""
+        D, hidden, layers, heads = GEOMETRY[size]
+        t5 = T5Config(32128, D, 64, hidden, layers, heads, feed_forward_proj="gated-gelu",
+                      tie_head=False, scale_logits=False)
+        objects = max(16, math.ceil(lengths[2]) - 1)
+        return cls(f"flan-t5-{size}", t5, rank, UMIE_FEATURES, objects, tuple(lengths))
+
+    @classmethod
+    def of_run(cls, setup: "train.Setup", examples: Sequence[Example]) -> "Geometry":
+        """A run's own backbone and rank, at the mean lengths of these rows."""
+        most = setup.config.max_objects
+        visual = [1 + min(len(e.record.objects), most) for e in examples if e.record.image]
+        sums = sum(len(e.input_ids) for e in examples), sum(len(e.labels) for e in examples)
+        lengths = tuple(n / max(len(examples), 1) for n in (*sums, sum(visual)))
+        return cls("this run", setup.model.t5.config, setup.config.rank,
+                   ViT.feature_width(setup.sources.vit), most, lengths)
+
+    def model(self, method: str, **options: object) -> nn.Module:
+        """The adapted model, on the meta device: without memory for its weights."""
+        with torch.device("meta"):
+            model = UMIE(T5(self.t5), self.features, self.objects)
+        return clorae.adapt(model, method, options.pop("rank", self.rank), data.TASKS, **options)
+
+    def forward(self, method: str, **options: object) -> float:
+        """GFLOPs of a forward pass."""
+        return FlopCounter(self.model(method, **options), *self.lengths).forward / 1e9
+
+
+Costs = dict[str, dict[str, tuple[dict[str, int], float, float]]]
+
+
+def costs(geometry: Geometry) -> Costs:
+    """{method: {visual policy: (trainable parameters by kind, GFLOPs fwd, GFLOPs bwd)}}."""
+    import train
+    found: Costs = {}
+    for label, options in COSTED.items():
+        model = geometry.model(label.split()[0], **options)
+        for policy in VISUAL_POLICIES:
+            train.free_visual_adapter(model, policy)
+            flops = FlopCounter(model, *geometry.lengths)
+            found.setdefault(label, {})[policy] = (
+                clorae.parameter_split(model), flops.forward / 1e9, flops.backward / 1e9)
+    return found
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines with straight columns, the first to the left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return [row[0].ljust(widths[0]) + "".join(cell.rjust(width + 2) for cell, width
+                                              in zip(row[1:], widths[1:])) for row in rows]
+
+
+def cost_tables(found: Costs, paper: Mapping[str, tuple]) -> list[str]:
+    """Trainable parameters and GFLOPs of every method, beside the paper's where it has them."""
+    kinds, policies = ("experts", "gate", "mim", "backbone"), VISUAL_POLICIES
+    millions = [["trainable, M", *kinds, *(f"visual:{p}" for p in policies),
+                 *(f"all:{p}" for p in policies), "paper"]]
+    gflops = [["GFLOPs", "fwd", "3 fwd", *(f"fwd+bwd:{p}" for p in policies), "paper fwd",
+               "paper fwd+bwd"]]
+    for label, each in found.items():
+        splits, theirs = [each[p][0] for p in policies], paper.get(label, ("-",) * 3)
+        numbers = [*(splits[0][kind] for kind in kinds), *(split["visual"] for split in splits),
+                   *(sum(split.values()) for split in splits)]
+        forward = each["train"][1]
+        work = [forward, 3 * forward, *(forward + each[p][2] for p in policies)]
+        millions.append([label, *(f"{n / 1e6:.3f}" for n in numbers), str(theirs[0])])
+        gflops.append([label, *(f"{n:.{2 if n > 1 else 5}f}" for n in work), *map(str, theirs[1:])])
+    return [*aligned(millions), "", *aligned(gflops)]
+
+
+def paper_notes(geometry: Geometry, found: Costs, paper: Mapping[str, tuple]) -> list[str]:
+    """Where our figures and the paper's part, each difference as a number."""
+    t5, (S, T, V), R, f = geometry.t5, geometry.lengths, geometry.rank, geometry.forward
+    means = 2 * (t5.d_model * 384 + 384 * 128) * (S + V - 2) / 1e9
+    scores = t5.num_heads * (t5.num_layers * (S * S + T * T + S * T) + 2 * V * V + S * V) / 1e9
+    full, ours, lora = (found[label]["train"][1] + means + scores
+                        for label in ("full", "clorae", "lora"))
+    half, pair = (f(method, rank=R // 2) + means + scores for method in ("lora", "loramoe"))
+    twice = half + (lora - full) * t5.d_model / (2 * R)  # q and v are square: 2 D^2 from 4 D R
+    millions = {label: sum(each["paper"][0].values()) / 1e6 for label, each in found.items()}
+    return [
+        f"full: UMIE projects each token for its gate, we the means (+{means:.3f}); the paper's "
+        f"tool adds 1 FLOP per attention score (+{scores:.3f}). So counted: {full:.2f}, paper "
+        f"{paper['full'][1]}; and likewise below.",
+        f"clorae: {ours:.2f}, paper {paper['clorae'][1]}: U, one task expert, gate, all at rank R.",
+        f"lora: {lora:.2f} at rank R, {half:.2f} at R/2, paper {paper['lora'][1]}; its TP is that "
+        "of rank R.",
+        f"moslora: {twice:.2f} if it were rank R/2 with the frozen q and v computed twice, paper "
+        f"{paper['moslora'][1]}; here they are computed once.  Its TP fits a mixer of (R/2)^2.",
+        f"loramoe: {pair:.2f} with two experts of rank R/2, paper {paper['loramoe'][1]}; its TP "
+        "is that of rank R.",
+        f"TP: all:paper leaves {paper['full'][0] - millions['full']:.1f} (full) and "
+        f"{paper['clorae'][0] - millions['clorae']:.2f} (clorae) that no part of the model has."]
+
+
+def cost_report(geometry: Geometry, paper: Mapping[str, tuple]) -> str:
+    """Table 5 for one backbone, beside the paper's figures, and how to read it."""
+    found, model = costs(geometry), geometry.model("clorae")
+    (forward, backward), whole = found["clorae"]["train"][1:], found["full"]["train"]
+    fixed, each = mim_flops(model, (0, 0, 0)) / 1e9, mim_flops(model, geometry.lengths) / 1e9
+    S, T, V = geometry.lengths
+    notes = [
+        "visual: train = the whole adapter learns, paper = its embedding, frozen = nothing of it; "
+        "VStack's experts always do.  3 fwd: the paper's convention.  fwd+bwd: input gradients "
+        "above the lowest trained weight, weight gradients of trained weights.",
+        f"clorae:train costs {100 * (forward + backward) / sum(whole[1:]):.0f} % of full, by 3 fwd "
+        f"{100 * forward / whole[1]:.0f} %.  L_MIM comes on top, in training: {fixed:.2f} GFLOPs "
+        f"per micro-batch and task in it, {each - fixed:.2f} per row.  Not counted: image tower, "
+        "optimizer, norms, softmax."]
+    if paper and geometry.lengths == PAPER_LENGTHS:
+        notes += paper_notes(geometry, found, paper)
+    title = (f"{geometry.name}, rank {geometry.rank}; one row of {S:.4g} source, {T:.4g} target, "
+             f"{V:.4g} visual tokens; image features {geometry.features} wide")
+    return "\n".join([title, "", *cost_tables(found, paper), "", *notes])
+
+
+@torch.inference_mode()
+def gate_sums(model: nn.Module, examples: Sequence[Example], groups: Sequence[int],
+              features: Features, device: torch.device, decoding: Decoding, rank: int = 0,
+              world: int = 1) -> Tensor:
+    """Sums over valid tokens [layers, groups, 6] float64, complete on every process.
+
+    Teacher-forced; groups[i] is the group of example i.  Summed: 1, g1, g2, g2 > .5, g2^2, entropy.
+    """
+    layers = clorae.expert_layers(model).values()
+    sums = torch.zeros(len(layers), max(groups) + 1, 6, dtype=torch.float64, device=device)
+    group = {example.row: g for example, g in zip(examples, groups, strict=True)}
+    rows = torch.zeros(0, dtype=torch.long)  # group of each row of the batch in progress
+
+    def log(place: int, layer: nn.Module, inputs: tuple[Tensor]) -> None:
+        g1, g2 = layer.gates(inputs[0]).double().unbind(dim=-1)
+        entropy = -(g1.xlogy(g1) + g2.xlogy(g2))
+        values = torch.stack([torch.ones_like(g2), g1, g2, g2 > 0.5, g2 * g2, entropy], dim=-1)
+        valid = layer.routing.masks[layer.stream][..., None]
+        sums[place].index_add_(0, rows, (values * valid).sum(dim=1))
+
+    hooks = [layer.register_forward_pre_hook(partial(log, i)) for i, layer in enumerate(layers)]
+    was_training = model.training
+    model.eval()
+    batches = deal([len(e.input_ids) for e in examples], decoding.batch_size, rank, world)
+    for chosen in tqdm(batches, desc="routing", unit="batch", disable=rank > 0, leave=False):
+        batch = data.collate([examples[i] for i in chosen], features, features.width).to(device)
+        rows = torch.tensor([group[row] for row in batch.rows.tolist()], device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=decoding.precision == "bf16"):
+            model(batch)
+    for hook in hooks:
+        hook.remove()
+    model.train(was_training)
+    if world > 1:
+        dist.all_reduce(sums)
+    return sums
+
+
+def routing_rows(paths: Sequence[str], groups: Sequence[tuple[str, str]],
+                 sums: Tensor) -> list[dict]:
+    """One row per wrapped linear and (task, dataset) with tokens there, from `gate_sums`."""
+    rows = []
+    for path, layer in zip(paths, sums.tolist(), strict=True):
+        parts = path.split(".")
+        place = {"stack": next(s for s in ("vstack", "encoder", "decoder") if s in parts),
+                 "layer": int(parts[-3]), "site": parts[-2].split("_")[0], "proj": parts[-1]}
+        for (task, dataset), (n, *totals) in zip(groups, layer, strict=True):
+            if n:
+                g1, soft, hard, square, entropy = (value / n for value in totals)
+                rows.append({**place, "task": task, "dataset": dataset, "n_tokens": int(n),
+                             "soft_universal": g1, "soft": soft, "hard": hard,
+                             "var": max(0.0, square - soft * soft), "entropy": entropy})
+    return rows
+
+
+def pooled(rows: Sequence[Mapping], stacks: Sequence[str]) -> dict[tuple[int, str], float]:
+    """{(layer, "dataset task"): soft share of the task expert}, each token with equal weight."""
+    sums: dict[tuple[int, str], list[float]] = {}
+    for row in rows:
+        if row["stack"] in stacks:
+            total = sums.setdefault((row["layer"], f"{row['dataset']} {row['task']}"), [0, 0.0])
+            total[0] += row["n_tokens"]
+            total[1] += row["n_tokens"] * row["soft"]
+    return {key: total / n for key, (n, total) in sums.items()}
+
+
+def route(setup: "train.Setup", examples: Sequence[Example], args: argparse.Namespace,
+          world: "train.World") -> str:
+    """Fig. 6: routing.csv over all layers, routing.png over --layers (D37)."""
+    import train
+    config, layers = setup.config, clorae.expert_layers(setup.model)
+    if not layers or not all(hasattr(m, "W_g") and hasattr(m, "A_T") for m in layers.values()):
+        why = "whose gate knows no task expert" if config.method == "loramoe" else "which has none"
+        raise train.UsageError("--routing: expected a run with a live gate between a universal and "
+                               f"a task expert, got method {config.method}, {why}; name a run of "
+                               "clorae with --egr")
+    if args.layers and not set(args.layers) & {int(path.split(".")[-3]) for path in layers}:
+        raise train.UsageError(f"--layers: expected numbers of layers, counted from 0, got "
+                               f"{args.layers}; leave it out for all")
+    pairs = [(e.unit, e.record.task, e.record.dataset) for e in examples]
+    groups = sorted(set(pairs))  # in the order of the table
+    features = train.Features(setup.sources, [e.record for e in examples], config.missing_images,
+                              config.max_objects, world.device)
+    world.join()
+    sums = gate_sums(setup.model, examples, list(map(groups.index, pairs)), features, world.device,
+                     Decoding(args.batch_size, precision=config.precision), world.rank, world.size)
+    if world.main:
+        rows = routing_rows(list(layers), [group[1:] for group in groups], sums.cpu())
+        save_csv(args.routing / "routing.csv", rows)
+        plot_routing(rows, args.layers, args.routing / "routing.png")
+    return f"tokens given to the task expert: {args.routing}/routing.csv and routing.png"
+
+
+def save_csv(path: Path, rows: Sequence[Mapping]) -> None:
+    """Write rows under the names of the first one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+Setting = Mapping[str, object]  # reference, margin, gamma, temperature of achievement_weights
+
+
+def variants(own: Setting) -> dict[str, Setting]:
+    """The run's setting of Eq. (9) and, one change at a time, others: each p_m, where the p_m come
+    from, margin, gamma, temperature."""
+    import train
+    p: Mapping[str, float] = own["reference"]
+    found = {"run": own}
+    for x in (0.9, 0.95, 1.05, 1.1):
+        found |= {f"p {m} x {x}": {**own, "reference": {**p, m: p[m] * x}} for m in p}
+        found[f"p all x {x}"] = {**own, "reference": {m: p[m] * x for m in p}}
+    found["p single"] = {**own, "reference": train.SINGLE_TASK_F1}
+    found["p sota"] = {**own, "reference": SOTA_F1}
+    for name, values in (("margin", (1.0, 1.05, 1.1)), ("gamma", (1.0, 2.0, 3.0)),
+                         ("temperature", (0.1, 0.3, 1.0))):
+        found |= {f"{name} {value:g}": {**own, name: value} for value in values}
+    return found
+
+
+def replay(history: Sequence[Mapping], settings: Mapping[str, Setting],
+           rows: Mapping[str, int]) -> list[dict]:
+    """The weights that each setting gives after each epoch; one dict per setting, epoch, unit.
+
+    shift: against settings["run"].  share: of the loss' weight, with `rows` training rows per unit.
+    """
+    found = []
+    for past, (name, setting) in itertools.product(history, settings.items()):
+        f1 = past["f1"]
+        own, w = (losses.achievement_weights(f1, **s) for s in (settings["run"], setting))
+        for m in f1:
+            level = f1[m] / (setting["margin"] * setting["reference"][m])
+            found.append({"setting": name, "after_epoch": past["epoch"], "unit": m, "f1": f1[m],
+                          "achievement": level, "achieved": int(level >= 1), "weight": w[m],
+                          "shift": w[m] - own[m],
+                          "share": rows[m] * w[m] / sum(rows[k] * w[k] for k in f1)})
+    return found
+
+
+def weight_slopes(f1: Mapping[str, float], reference: Mapping[str, float], margin: float = 1.05,
+                  gamma: float = 2.0, temperature: float = 1.0) -> dict[tuple[str, str], float]:
+    """{(m, k): d weight_m / d ln p_k} of `losses.achievement_weights`, 0 for an achieved k: a p_k
+    that is wrong by 1 % moves weight m by a hundredth of it."""
+    weights = losses.achievement_weights(f1, reference, margin, gamma, temperature)
+    slopes = {}
+    for k in f1:
+        a = f1[k] / (margin * reference[k])
+        inner = 0.0 if a >= 1 else gamma * (1 - a) ** (gamma - 1) * a / temperature
+        slopes |= {(m, k): weights[m] * ((m == k) - weights[k] / len(f1)) * inner for m in f1}
+    return slopes
+
+
+def replay_table(rows: Sequence[Mapping]) -> list[str]:
+    """Per setting: largest shift of a weight and where, of a share, and the achieved units."""
+    own = {(r["after_epoch"], r["unit"]): r["share"] for r in rows if r["setting"] == "run"}
+    table = [["setting", "shift", "unit", "after epoch", "share by", "units at or above margin p"]]
+    for setting in dict.fromkeys(row["setting"] for row in rows):
+        some = [row for row in rows if row["setting"] == setting]
+        worst = max(some, key=lambda row: abs(row["shift"]))
+        share = max(abs(r["share"] - own[r["after_epoch"], r["unit"]]) for r in some)
+        units = dict.fromkeys(row["unit"] for row in some if row["achieved"])
+        table.append([setting, f"{worst['shift']:+.3f}", worst["unit"], str(worst["after_epoch"]),
+                      f"{100 * share:.1f} %", " ".join(units) or "-"])
+    return aligned(table)
+
+
+def replay_report(checkpoint: Path, out: Path) -> str:
+    """Write aml.csv and aml.png; how much the weights of a run depend on what was assumed."""
+    import train
+    newest = train.newest_checkpoint(checkpoint) or train.find_checkpoint(checkpoint)
+    state = train.read_state(newest)
+    config, history = train.Config(**state["config"]), state["history"]
+    if not history:
+        raise train.UsageError(f"{newest}: expected a run that has finished an epoch, got none; "
+                               "let it train on: its dev F1 is what is replayed")
+    units, corpus = list(history[0]["f1"]), Path(config.data or "data/demo")
+    known = train.Run.references(SimpleNamespace(config=config, units=units))
+    own = {"reference": {m: known[m] for m in units}, "margin": config.aml_margin,
+           "gamma": config.aml_gamma, "temperature": 1.0}
+    counts = train.unit_rows(data.load_corpus(corpus, "train", units), data.load_datasets(corpus))
+    rows = replay(history, variants(own), counts)
+    save_csv(out / "aml.csv", rows)
+    plot_replay(rows, out / "aml.png")
+    steepest = max(abs(s) for past in history for s in weight_slopes(past["f1"], **own).values())
+    trained = {(past["epoch"], m): past["weights"][m] for past in history for m in units}
+    off = max(abs(row["weight"] - trained[row["after_epoch"], row["unit"]]) for row in rows
+              if row["setting"] == "run")
+    lines = [*replay_table(rows), f"first order: a p_m wrong by 10 % moves a weight by at most "
+             f"{steepest / 10:.3f}; written: {out}/aml.csv and aml.png"]
+    if off > 1e-9:
+        lines.append(f"note: the run trained with other weights, up to {off:.3f} away: without AML,"
+                     " or with references that have changed since")
+    return "\n".join(lines)
+
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+STYLES = {unit: {"color": colour, "marker": marker, "markersize": 4}
+          for unit, colour, marker in zip(UNITS, COLOURS, "osD^vPX")}
+PANELS = {"encoder": ("encoder",), "decoder": ("decoder",),
+          "encoder + decoder": ("encoder", "decoder"), "visual stack": ("vstack",)}
+Results = Mapping[object, Mapping[str, Sequence[float]]]  # {system: {unit: F1 in %, one a seed}}
+
+
+def canvas(path: Path, width: float, height: float, rows: int = 1, columns: int = 1,
+           **options: object) -> tuple:
+    """(axes in reading order, figure, function that writes it to `path`)."""
+    from matplotlib.figure import Figure  # imported only where a picture is wanted
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure = Figure((width, height), layout="constrained", dpi=150)
+    axes = figure.subplots(rows, columns, squeeze=False, **options).flatten().tolist()
+    return axes, figure, partial(figure.savefig, path)
+
+
+def spread(values: Sequence[float]) -> float:
+    """Standard deviation over seeds; NaN, which draws no error bar, for a single one."""
+    return stdev(values) if len(values) > 1 else math.nan
+
+
+def plot_routing(rows: Sequence[Mapping], layers: Sequence[int] | None, path: Path) -> None:
+    """Fig. 6: mean gate of the task expert, layers x datasets, values in the cells."""
+    chosen = [row for row in rows if layers is None or row["layer"] in layers]
+    columns = list(dict.fromkeys(f"{row['dataset']} {row['task']}" for row in rows))
+    panels = {name: cells for name, stacks in PANELS.items() if (cells := pooled(chosen, stacks))}
+    depth = len({row["layer"] for row in chosen})
+    axes, figure, save = canvas(path, 4 + 1.1 * len(columns), 2.5 + 0.7 * depth, 2, 2, sharex=True)
+    for ax, (name, cells) in zip(axes, panels.items()):
+        found = sorted({layer for layer, _ in cells})
+        grid = [[cells.get((layer, column), math.nan) for column in columns] for layer in found]
+        image = ax.imshow(grid, vmin=0, vmax=1, cmap="PuOr_r", aspect="auto")
+        ax.set_title(name)
+        ax.set_yticks(range(len(found)), [f"layer {layer}" for layer in found])
+        ax.set_xticks(range(len(columns)), columns, rotation=50, ha="right", rotation_mode="anchor")
+        for (i, line), (j, _) in itertools.product(enumerate(grid), enumerate(columns)):
+            ax.text(j, i, f"{line[j]:.2f}", ha="center", va="center", fontsize=8,
+                    color="white" if abs(line[j] - 0.5) > 0.35 else "black")
+    for ax in axes[len(panels):]:
+        ax.axis("off")
+    for ax in axes[len(panels) - 2:len(panels)]:  # nothing drawn below them
+        ax.tick_params(labelbottom=True)
+    figure.colorbar(image, ax=axes, label="mean gate of the task expert")
+    save()
+
+
+def plot_replay(rows: Sequence[Mapping], path: Path) -> None:
+    """A panel per unit: the run's weight, before the range over all settings and over the p_m."""
+    units = list(dict.fromkeys(row["unit"] for row in rows))
+    epochs = sorted({row["after_epoch"] for row in rows})
+    axes, figure, save = canvas(path, 11, 5, 2, math.ceil(len(units) / 2), sharey=True)
+    for ax, unit in zip(axes, units):
+        weights = {(row["setting"], row["after_epoch"]): row["weight"] for row in rows
+                   if row["unit"] == unit}
+        for start, alpha, label in (("", 0.2, "all settings"), ("p ", 0.45, "other p_m")):
+            range_of = [[w for (name, t), w in weights.items() if t == epoch
+                         and name.startswith((start, "run"))] for epoch in epochs]
+            ax.fill_between(epochs, list(map(min, range_of)), list(map(max, range_of)),
+                            color=STYLES[unit]["color"], alpha=alpha, linewidth=0, label=label)
+        ax.plot(epochs, [weights["run", t] for t in epochs], **STYLES[unit], label="run")
+        ax.set_title(unit)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    for ax in axes[len(units):]:
+        ax.axis("off")
+    figure.supxlabel("after epoch")
+    figure.supylabel("weight of the unit's loss")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
+    save()
+
+
+def plot_systems(results: Results, path: Path) -> None:
+    """Fig. 4: F1 relative to each unit's best system; means and deviations over seeds."""
+    units = [u for u in UNITS if any(u in scores for scores in results.values())]
+    best = {u: max(fmean(s[u]) for s in results.values() if u in s) or 1.0 for u in units}
+    (ax,), figure, save = canvas(path, 2 + 1.2 * len(units), 4)
+    width, lowest = 0.8 / len(results), 1.0
+    for i, (system, scores) in enumerate(results.items()):
+        at = {j: [f1 / best[u] for f1 in scores[u]] for j, u in enumerate(units) if u in scores}
+        ax.bar([j + (i + 0.5) * width - 0.4 for j in at], [fmean(r) for r in at.values()], width,
+               yerr=[spread(r) for r in at.values()], capsize=2, label=system, edgecolor="white",
+               color=COLOURS[i % len(COLOURS)], hatch="//" * (i // len(COLOURS)))
+        lowest = min([lowest, *(min(r) for r in at.values())])
+    start = max(0, math.floor(10 * lowest - 0.5) / 10)
+    ax.set_ylim(bottom=start)
+    ax.set_xticks(range(len(units)), units)
+    ax.set_ylabel(f"F1 / F1 of the best system (from {start:g})")
+    figure.legend(loc="outside upper center", ncols=min(6, len(results)))
+    save()
+
+
+def plot_sweep(results: Results, name: str, path: Path) -> None:
+    """Fig. 5: F1 of each unit, and their mean, at each value of a setting (the results' keys)."""
+    values = sorted(results)
+    units = [u for u in UNITS if all(u in results[x] for x in values)]
+    (ax,), figure, save = canvas(path, 7, 4.5)
+    for unit in units:
+        ax.errorbar(range(len(values)), [fmean(results[x][unit]) for x in values],
+                    [spread(results[x][unit]) for x in values], capsize=2, label=unit,
+                    **STYLES[unit])
+    ax.errorbar(range(len(values)), [fmean(fmean(results[x][u]) for u in units) for x in values],
+                label="mean", color="#777777", linestyle="--", linewidth=2.5)
+    ax.set_xticks(range(len(values)), [f"{x:g}" for x in values])
+    ax.set_xlabel(name)
+    ax.set_ylabel("F1, %")
+    figure.legend(loc="outside right upper")
+    save()
+
+
+def plot_curves(run: Path, path: Path) -> None:
+    """Loss per step, dev F1 and AML weights per epoch, from a run's metrics.csv and eval.jsonl."""
+    with open(run / "metrics.csv", newline="", encoding="utf-8") as file:
+        loss = [float(row["loss"]) for row in csv.DictReader(file)]
+    lines = (run / "eval.jsonl").read_text(encoding="utf-8").splitlines()
+    f1, weights = zip(*[(past["f1"], past["weights"]) for past in map(json.loads, lines)])
+    used = [dict.fromkeys(f1[0], 1.0), *weights[:-1]]  # the last ones would be the next epoch's
+    (left, middle, right), figure, save = canvas(path, 14, 4, 1, 3)
+    window = max(1, len(loss) // 40)
+    sums = [0.0, *itertools.accumulate(loss)]
+    smooth = [(sums[i] - sums[max(0, i - window)]) / min(i, window) for i in range(1, len(sums))]
+    left.plot(range(1, len(loss) + 1), loss, color="#BBBBBB", linewidth=0.6)
+    left.plot(range(1, len(loss) + 1), smooth, color=COLOURS[0])
+    left.set(title=f"training loss, and mean of {window} steps", xlabel="step")
+    for ax, series, title in ((middle, f1, "dev F1, %"), (right, used, "AML weight")):
+        for unit in f1[0]:
+            ax.plot(range(1, len(f1) + 1), [values[unit] for values in series], **STYLES[unit],
+                    label=unit)
+        ax.set(title=title, xlabel="epoch", xlim=(0.5, len(f1) + 0.5))
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(*middle.get_legend_handles_labels(), loc="outside right upper")
+    save()
+
+
+def plot_errors(counts: Mapping[str, Mapping[str, int]], path: Path) -> None:
+    """Stacked bars of {bar: {error class: count}} in % of a bar's errors; their number below."""
+    kinds = list(dict.fromkeys(kind for classes in counts.values() for kind in classes))
+    (ax,), figure, save = canvas(path, 3 + len(counts), 4)
+    bottom = [0.0] * len(counts)
+    for i, kind in enumerate(kinds):
+        parts = [percent(c.get(kind, 0), sum(c.values())) for c in counts.values()]
+        ax.bar(range(len(counts)), parts, 0.7, bottom, label=kind, edgecolor="white",
+               color=COLOURS[i % len(COLOURS)], hatch="//" * (i // len(COLOURS)))
+        bottom = [a + b for a, b in zip(bottom, parts)]
+    ax.set_xticks(range(len(counts)), [f"{bar}\n{sum(c.values())}" for bar, c in counts.items()])
+    ax.set_ylabel("% of the errors")
+    figure.legend(loc="outside right upper")
+    save()
+
+
+def swept(configs: Mapping[str, Mapping]) -> str | None:
+    """The one setting, rank or dropout, in which systems differ, if there is one."""
+    for name in ("rank", "dropout"):
+        rest = [{k: v for k, v in c.items() if k not in (name, "seed")} for c in configs.values()]
+        if len({c.get(name) for c in configs.values()}) == len(configs) > 1 \
+                and all(other == rest[0] for other in rest):
+            return name
+    return None
+
+
+def draw(out: Path, runs: Sequence[Path], results: Results, configs: Mapping[str, Mapping],
+         errors: Mapping[str, Mapping[str, int]]) -> list[Path]:
+    """All pictures that these runs, and the scores and settings of these systems, allow."""
+    jobs = {f"curves-{run.name}.png": partial(plot_curves, run) for run in runs
+            if (run / "eval.jsonl").exists() and (run / "eval.jsonl").stat().st_size}
+    if len(results) > 1:
+        jobs["systems.png"] = partial(plot_systems, results)
+    if name := swept(configs):
+        jobs[f"{name}.png"] = partial(plot_sweep, {configs[system][name]: scores for system, scores
+                                                   in results.items()}, name)
+    if errors:
+        jobs["errors.png"] = partial(plot_errors, errors)
+    for name, job in jobs.items():
+        job(out / name)
+    return [out / name for name in jobs]
+
+
+def analyse(args: argparse.Namespace, checkpoint: Path | None, world: "train.World") -> str | None:
+    """What the command line asks for instead of scores, as text; None if it wants scores."""
+    import train
+    if checkpoint is None:
+        geometry = Geometry.of_size(args.size, train.SIZES[args.size].rank, args.lengths)
+        return cost_report(geometry, PAPER_COSTS.get(args.size, {}))
+    if args.aml_replay:
+        return replay_report(checkpoint, args.aml_replay) if world.main else ""
+    if not args.costs and not args.routing:
+        return None
+    changes = {name: getattr(args, name) for name in ("data", "missing_images")
+               if getattr(args, name)}
+    setup = train.load_model(train.find_checkpoint(checkpoint), world.device, **changes)
+    examples = data.encode_records(data.load_corpus(setup.sources.corpus, args.split, args.units),
+                                   setup.datasets, setup.tokenizer, setup.config.max_source,
+                                   setup.config.max_target, world.print)
+    if args.costs:
+        return cost_report(Geometry.of_run(setup, examples), {})
+    return route(setup, examples, args, world)
+
+
 # ------------------------------------------------------------------------------------ the command
 
 def parser() -> argparse.ArgumentParser:
@@ -409,7 +1051,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="The model is rebuilt from what its checkpoint stores; no training flag is "
                "repeated.  Under torchrun the processes share the decoding; the result is equal.",
         allow_abbrev=False)
-    result.add_argument("checkpoint", type=Path, metavar="CKPT",
+    result.add_argument("checkpoint", type=Path, metavar="CKPT", nargs="?",
                         help="run folder (its best checkpoint is used) or checkpoint folder")
     split = result.add_argument_group("scoring a split")
     split.add_argument("--split", choices=("test", "dev", "train"), default="test",
@@ -428,6 +1070,23 @@ def parser() -> argparse.ArgumentParser:
                           help="beam search over N beams; default: 1, greedy")
     decoding.add_argument("--batch-size", type=int, default=32, metavar="N",
                           help="rows decoded together; default: 32")
+    analysis = result.add_argument_group("analyses (instead of scoring)")
+    analysis.add_argument("--costs", action="store_true",
+                          help="parameters and FLOPs of every method, as Table 5: of flan-t5-SIZE, "
+                               "or with CKPT of its backbone at its rows' mean lengths")
+    analysis.add_argument("--size", choices=tuple(GEOMETRY), default="base")
+    analysis.add_argument("--lengths", nargs=3, type=int, default=PAPER_LENGTHS,
+                          metavar=("N_E", "N_D", "N_V"), help="source, target, visual tokens of a "
+                          "row; default: 95 1 21, which give the paper's figures")
+    analysis.add_argument("--routing", type=Path, metavar="DIR",
+                          help="share of tokens that the gates give the task experts, as Fig. 6")
+    analysis.add_argument("--layers", nargs="+", type=int, metavar="N",
+                          help="layers that the picture shows; default: all")
+    analysis.add_argument("--aml-replay", type=Path, metavar="DIR",
+                          help="AML weights of the run's history under other references p_m, "
+                               "margins, exponents and temperatures; nothing is trained")
+    analysis.add_argument("--plot", type=Path, metavar="DIR",
+                          help="after scoring, every picture that the runs allow")
     example = result.add_argument_group("answering one example (instead of scoring)")
     example.add_argument("--text", metavar="T", help="the sentence, tokens separated by spaces")
     example.add_argument("--image", type=Path, metavar="FILE", help="its image, if it has one")
@@ -501,6 +1160,10 @@ def run(args: argparse.Namespace) -> None:
     """Load the checkpoint and do what the command line asks."""
     import train
     world = train.World()
+    if (report := analyse(args, args.checkpoint, world)) is not None:
+        world.print(report)
+        world.leave()
+        return
     changes = {name: value for name, value in (("data", args.data),
                                                ("missing_images", args.missing_images)) if value}
     setup = train.load_model(train.find_checkpoint(args.checkpoint), world.device, **changes)
@@ -523,12 +1186,18 @@ def run(args: argparse.Namespace) -> None:
     world.print(f"{args.checkpoint}, {args.split} split of {setup.sources.corpus}, "
                 f"{'greedy' if args.beams == 1 else f'{args.beams} beams'}; predictions: {out}",
                 table(total(rows)))
+    if args.plot and world.main:
+        scores = {unit: [f1] for unit, f1 in unit_f1(total(rows)).items()}
+        name, settings = args.checkpoint.name, dataclasses.asdict(config)
+        print(*draw(args.plot, [args.checkpoint], {name: scores}, {name: settings}, {}), sep="\n")
     world.leave()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     command = parser()
     args = command.parse_args(argv)
+    if args.checkpoint is None and not args.costs:
+        command.error("give a run folder or a checkpoint folder; only --costs works without")
     if args.text is not None and (args.task is None or not args.text.split()):
         command.error("--text needs some words and --task mner, mre, med or meae")
     if args.text is None and (args.task or args.image):
