@@ -30,7 +30,6 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -426,9 +425,6 @@ PAPER_COSTS = {
               "clorae": (39.9, 75.7, 227.2)}}
 PAPER_LENGTHS = (95, 1, 21)  # source, target, visual tokens that reproduce its figures of "full"
 UMIE_FEATURES = 512  # F in UMIE
-# p_m of Eq. (9), the other reading of the paper (D26): best of Table 2, UMIE-XL included.
-SOTA_F1 = {"T15": 78.9, "T17": 91.4, "SNAP": 91.0, "V1": 86.4, "V2": 82.0, "MED": 62.1,
-           "MEAE": 24.5}
 
 
 def passing(path: str) -> str:
@@ -750,58 +746,6 @@ def save_csv(path: Path, rows: Sequence[Mapping]) -> None:
         writer.writerows(rows)
 
 
-Setting = Mapping[str, object]  # reference, margin, gamma, temperature of achievement_weights
-
-
-def variants(own: Setting) -> dict[str, Setting]:
-    """The run's setting of Eq. (9) and, one change at a time, others: each p_m, where the p_m come
-    from, margin, gamma, temperature."""
-    import train
-    p: Mapping[str, float] = own["reference"]
-    found = {"run": own}
-    for x in (0.9, 0.95, 1.05, 1.1):
-        found |= {f"p {m} x {x}": {**own, "reference": {**p, m: p[m] * x}} for m in p}
-        found[f"p all x {x}"] = {**own, "reference": {m: p[m] * x for m in p}}
-    found["p single"] = {**own, "reference": train.SINGLE_TASK_F1}
-    found["p sota"] = {**own, "reference": SOTA_F1}
-    for name, values in (("margin", (1.0, 1.05, 1.1)), ("gamma", (1.0, 2.0, 3.0)),
-                         ("temperature", (0.1, 0.3, 1.0))):
-        found |= {f"{name} {value:g}": {**own, name: value} for value in values}
-    return found
-
-
-def replay(history: Sequence[Mapping], settings: Mapping[str, Setting],
-           rows: Mapping[str, int]) -> list[dict]:
-    """The weights that each setting gives after each epoch; one dict per setting, epoch, unit.
-
-    shift: against settings["run"].  share: of the loss' weight, with `rows` training rows per unit.
-    """
-    found = []
-    for past, (name, setting) in itertools.product(history, settings.items()):
-        f1 = past["f1"]
-        own, w = (losses.achievement_weights(f1, **s) for s in (settings["run"], setting))
-        for m in f1:
-            level = f1[m] / (setting["margin"] * setting["reference"][m])
-            found.append({"setting": name, "after_epoch": past["epoch"], "unit": m, "f1": f1[m],
-                          "achievement": level, "achieved": int(level >= 1), "weight": w[m],
-                          "shift": w[m] - own[m],
-                          "share": rows[m] * w[m] / sum(rows[k] * w[k] for k in f1)})
-    return found
-
-
-def weight_slopes(f1: Mapping[str, float], reference: Mapping[str, float], margin: float = 1.05,
-                  gamma: float = 2.0, temperature: float = 1.0) -> dict[tuple[str, str], float]:
-    """{(m, k): d weight_m / d ln p_k} of `losses.achievement_weights`, 0 for an achieved k: a p_k
-    that is wrong by 1 % moves weight m by a hundredth of it."""
-    weights = losses.achievement_weights(f1, reference, margin, gamma, temperature)
-    slopes = {}
-    for k in f1:
-        a = f1[k] / (margin * reference[k])
-        inner = 0.0 if a >= 1 else gamma * (1 - a) ** (gamma - 1) * a / temperature
-        slopes |= {(m, k): weights[m] * ((m == k) - weights[k] / len(f1)) * inner for m in f1}
-    return slopes
-
-
 def replay_table(rows: Sequence[Mapping]) -> list[str]:
     """Per setting: largest shift of a weight and where, of a share, and the achieved units."""
     own = {(r["after_epoch"], r["unit"]): r["share"] for r in rows if r["setting"] == "run"}
@@ -826,22 +770,21 @@ def replay_report(checkpoint: Path, out: Path) -> str:
         raise train.UsageError(f"{newest}: expected a run that has finished an epoch, got none; "
                                "let it train on: its dev F1 is what is replayed")
     units, corpus = list(history[0]["f1"]), Path(config.data or "data/demo")
-    known = train.Run.references(SimpleNamespace(config=config, units=units))
-    own = {"reference": {m: known[m] for m in units}, "margin": config.aml_margin,
+    own = {"reference": state["reference"], "margin": config.aml_margin,
            "gamma": config.aml_gamma, "temperature": 1.0}
     counts = train.unit_rows(data.load_corpus(corpus, "train", units), data.load_datasets(corpus))
-    rows = replay(history, variants(own), counts)
+    rows = losses.replay(history, losses.variants(own), counts)
     save_csv(out / "aml.csv", rows)
     plot_replay(rows, out / "aml.png")
-    steepest = max(abs(s) for past in history for s in weight_slopes(past["f1"], **own).values())
+    steepest = max(abs(slope) for past in history
+                   for slope in losses.weight_slopes(past["f1"], **own).values())
     trained = {(past["epoch"], m): past["weights"][m] for past in history for m in units}
     off = max(abs(row["weight"] - trained[row["after_epoch"], row["unit"]]) for row in rows
               if row["setting"] == "run")
     lines = [*replay_table(rows), f"first order: a p_m wrong by 10 % moves a weight by at most "
              f"{steepest / 10:.3f}; written: {out}/aml.csv and aml.png"]
     if off > 1e-9:
-        lines.append(f"note: the run trained with other weights, up to {off:.3f} away: without AML,"
-                     " or with references that have changed since")
+        lines.append(f"note: the run trained with other weights, up to {off:.3f} away: without AML")
     return "\n".join(lines)
 
 

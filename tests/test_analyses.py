@@ -261,7 +261,7 @@ def test_layers_pool_their_linears_by_tokens_and_are_drawn(world, tmp_path):
 
 # -------------------------------------------------------------------------------------- AML replay
 
-P = train.SINGLE_TASK_F1
+P = losses.SINGLE_TASK_F1
 EARLY = dict(zip(P, (40, 50, 55, 20, 15, 20, 2)))
 LATE = dict(zip(P, (75.9, 88.9, 89.3, 89.2, 82.8, 64.0, 31.2)))  # the paper's, large
 OWN = {"reference": P, "margin": 1.05, "gamma": 2.0, "temperature": 1.0}
@@ -274,7 +274,7 @@ ROWS = dict(zip(P, (4000, 2848, 3971, 7824, 12247, 20875, 20875)))
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
 def test_slopes_are_those_of_finite_differences(gamma, temperature):
     """d weight_m / d ln p_k = M softmax_m (delta_mk - softmax_k) gamma (1 - a_k)^(gamma-1) a_k."""
-    slopes = evaluate.weight_slopes(EARLY, P, 1.05, gamma, temperature)
+    slopes = losses.weight_slopes(EARLY, P, 1.05, gamma, temperature)
     for k in P:
         up, down = (losses.achievement_weights(EARLY, {**P, k: P[k] * math.exp(e)}, 1.05, gamma,
                                                temperature) for e in (1e-6, -1e-6))
@@ -285,15 +285,15 @@ def test_slopes_are_those_of_finite_differences(gamma, temperature):
 @pytest.mark.parametrize("f1, slope, shift", [(EARLY, 0.37, 0.039), (LATE, 0.13, 0.018)])
 def test_a_reference_that_is_wrong_by_a_tenth_moves_no_weight_far(f1, slope, shift):
     """Steepest d weight / d ln p, and the largest shift by one p_m x 0.9 or x 1.1."""
-    assert max(map(abs, evaluate.weight_slopes(f1, P).values())) == pytest.approx(slope, abs=5e-3)
-    rows = evaluate.replay([{"epoch": 1, "f1": f1}], evaluate.variants(OWN), ROWS)
+    assert max(map(abs, losses.weight_slopes(f1, P).values())) == pytest.approx(slope, abs=5e-3)
+    rows = losses.replay([{"epoch": 1, "f1": f1}], losses.variants(OWN), ROWS)
     shifts = [abs(row["shift"]) for row in rows if row["setting"].endswith(("x 0.9", "x 1.1"))
               and "all" not in row["setting"]]
     assert max(shifts) == pytest.approx(shift, abs=1e-3)
 
 
 def test_the_replay_of_a_run_s_own_setting_gives_the_weights_it_trained_with():
-    for row in evaluate.replay(HISTORY, {"run": OWN}, ROWS):
+    for row in losses.replay(HISTORY, {"run": OWN}, ROWS):
         assert row["weight"] == HISTORY[row["after_epoch"] - 1]["weights"][row["unit"]]
         assert row["shift"] == 0
 
@@ -301,31 +301,29 @@ def test_the_replay_of_a_run_s_own_setting_gives_the_weights_it_trained_with():
 def test_a_margin_is_a_factor_on_all_references():
     """Eq. (9) sees margin p_m only: p x 1.05 at margin 1 is p at margin 1.05."""
     wider = {**OWN, "margin": 1.0, "reference": {m: 1.05 * p for m, p in P.items()}}
-    rows = evaluate.replay(HISTORY, {"run": OWN, "wider": wider}, ROWS)
+    rows = losses.replay(HISTORY, {"run": OWN, "wider": wider}, ROWS)
     assert all(abs(row["shift"]) < 1e-12 for row in rows)
 
 
 def test_shares_add_up_to_one_and_achieved_units_are_flagged():
-    rows = evaluate.replay(HISTORY, evaluate.variants(OWN), ROWS)
-    assert len(rows) == 2 * 7 * len(evaluate.variants(OWN))
+    rows = losses.replay(HISTORY, losses.variants(OWN), ROWS)
+    assert len(rows) == 2 * 7 * len(losses.variants(OWN))
     own = [row for row in rows if row["setting"] == "run" and row["after_epoch"] == 2]
     assert sum(row["share"] for row in own) == pytest.approx(1)
     assert [row["unit"] for row in own if row["achieved"]] == ["V1", "MED", "MEAE"]
 
 
 def test_the_replay_command_reads_a_run_s_history_and_trains_nothing(small, tmp_path, capsys):
-    reference, run = tmp_path / "p.json", tmp_path / "run"
-    reference.write_text(json.dumps(P))
-    config = dataclasses.asdict(train.Config(data=small["data"], aml_reference=str(reference)))
+    run, config = tmp_path / "run", dataclasses.asdict(train.Config(data=small["data"]))
     (run / "step-00000002").mkdir(parents=True)
     (run / "step-00000002/state.json").write_text(
-        json.dumps({"config": config, "history": HISTORY, "sha256": {}}))
+        json.dumps({"config": config, "history": HISTORY, "reference": P, "sha256": {}}))
     evaluate.main([str(run), "--aml-replay", str(tmp_path / "out")])
     printed = capsys.readouterr().out
     assert "p MEAE x 1.1" in printed and "wrong by 10 % moves a weight by at most 0.037" in printed
     assert "note:" not in printed
     with open(tmp_path / "out/aml.csv") as file:
-        assert len(list(csv.DictReader(file))) == 2 * 7 * len(evaluate.variants(OWN))
+        assert len(list(csv.DictReader(file))) == 2 * 7 * len(losses.variants(OWN))
     assert_drawn(tmp_path / "out/aml.png")
 
 

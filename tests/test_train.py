@@ -337,7 +337,7 @@ def test_resume_restores_the_achievement_weights(finished):
     """Invariant 10: history and weights are in the checkpoint, equal to Eq. (9) of its dev F1."""
     state = json.loads((train.find_checkpoint(finished["out"]) / "state.json").read_text())
     entry = state["history"][-1]
-    weights = losses.achievement_weights(entry["f1"], train.SINGLE_TASK_F1)
+    weights = losses.achievement_weights(entry["f1"], losses.SINGLE_TASK_F1)
     assert state["weights"] == entry["weights"] == weights
 
 
