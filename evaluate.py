@@ -67,10 +67,11 @@ RULES = {
                "is predicted at all, an unreadable relation is no prediction, and P, R, F1 are "
                "rounded to 4 digits",
     "accuracy": "relations answered right, none included, an unreadable answer read as none",
-    "wrong type": "of what is left, pairs at the right place (span, box at IoU >= "
-                  f"{IOU_MATCH}, or pair) with another type or role",
-    "boundary": "of what is left, pairs of one type and role whose spans or boxes overlap; "
-                "gold = tp + wrong type + boundary + missed, pred likewise with spurious",
+    "wrong type": "a gold and a predicted item at one place (equal spans, boxes at IoU >= "
+                  f"{IOU_MATCH}, or the given pair) whose types or roles differ",
+    "boundary": "a gold and a predicted item of one type and role whose spans or boxes overlap "
+                "without being right; one to one, after the rows above, so that gold = tp + wrong "
+                "type + boundary + missed and pred = tp + wrong type + boundary + spurious",
     "malformed": "unparsable pieces of output: not scored, no part of pred",
     "missing": "rows whose image file was not there",
 }
@@ -543,14 +544,12 @@ def split_digest(corpus: Path, split: str) -> str:
     return digest.hexdigest()
 
 
-def stored_scores(path: Path, wanted: dict) -> dict | None:
-    """The scores in a file, if they were made from exactly what is wanted."""
+def still_true(path: Path, wanted: dict) -> bool:
+    """Whether the scores in a file were made from exactly what is wanted."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    same = isinstance(found, dict) and found.get("made_from") == json.loads(json.dumps(wanted))
-    return found if same else None
+        return json.loads(path.read_text(encoding="utf-8"))["made_from"] == wanted
+    except (OSError, ValueError, TypeError, KeyError):
+        return False  # none, or not whole: they will be made
 
 
 # -------------------------------------------------------------------------------------- decoding
@@ -728,11 +727,15 @@ def compare(args: argparse.Namespace, world: "train.World") -> None:
     if twice:
         raise train.UsageError("checkpoints: expected runs that differ in a setting or the seed, "
                                f"got two of {twice[0]} with seed {twice[1]}; name one of them")
-    found = [stored_scores(job.scores, made_from(job.checkpoint, job.config, job.split,
-                                                 job.decoding)) for job in jobs]
-    for job, stored in zip(jobs, found):
-        world.print(f"{job.folder}: " + (f"scores from {job.scores}" if stored else "decoding"))
-        if stored is None:
+    wanted = [made_from(job.checkpoint, job.config, job.split, job.decoding) for job in jobs]
+    if len({made["data"] for made in wanted}) > 1:
+        raise train.UsageError("checkpoints: expected runs on one corpus, got "
+                               f"{', '.join(str(corpus_of(job.config)) for job in jobs)}, which "
+                               "differ; name one for all with --data DIR")
+    stored = [still_true(job.scores, made) for job, made in zip(jobs, wanted)]
+    for job, known in zip(jobs, stored):
+        world.print(f"{job.checkpoint}: " + (f"scores of {job.scores}" if known else "decoding"))
+        if not known:
             rows, _ = job.decode(world)
             if world.main:
                 job.save(rows, job.predictions, job.scores)
@@ -783,8 +786,19 @@ class System:
     """Runs that differ only in their seed."""
 
     name: str
+    config: "train.Config"  # of the first seed
     trainable: int  # parameters
     reports: list[dict] = field(default_factory=list)  # scores-SPLIT.json of each seed
+
+    def columns(self) -> dict[str, list[float]]:
+        """F1 of every unit, their sum and their mean: one value per seed."""
+        found: dict[str, list[float]] = {}
+        for report in self.reports:
+            f1 = {u: report["scores"][u]["f1"] for u in UNITS if u in report["scores"]}
+            total = sum(f1.values())
+            for name, value in {**f1, "All": total, "mean": total / max(len(f1), 1)}.items():
+                found.setdefault(name, []).append(value)
+        return found
 
 
 def collect(jobs: Sequence[Job], names: Sequence[str]) -> list[System]:
@@ -794,14 +808,8 @@ def collect(jobs: Sequence[Job], names: Sequence[str]) -> list[System]:
         with safe_open(job.checkpoint / "model.safetensors", "pt") as file:
             trainable = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())
         report = json.loads(job.scores.read_text(encoding="utf-8"))
-        systems.setdefault(name, System(name, trainable)).reports.append(report)
+        systems.setdefault(name, System(name, job.config, trainable)).reports.append(report)
     return list(systems.values())
-
-
-def columns(report: dict) -> dict[str, float]:
-    """F1 of every unit, their sum and their mean."""
-    f1 = {unit: report["scores"][unit]["f1"] for unit in UNITS if unit in report["scores"]}
-    return {**f1, "All": sum(f1.values()), "mean": sum(f1.values()) / max(len(f1), 1)}
 
 
 def f1_of_resamples(reports: Sequence[dict], unit: str, ids: Sequence[str],
@@ -836,13 +844,13 @@ def difference(first: System, other: System) -> tuple[float, float, float] | Non
 
 def comparison_line(system: System, first: System) -> dict:
     """What the table and the CSV file say about a system; None where there is nothing to say."""
-    seeds, line = [columns(report) for report in system.reports], {"system": system.name}
+    line, cells = {"system": system.name}, system.columns()
     for name in COLUMNS:
-        cell = [each[name] for each in seeds if name in each]
-        line[name] = statistics.mean(cell) if cell else None
-        line[f"{name} sd"] = statistics.stdev(cell) if len(cell) > 1 else None
+        seeds = cells.get(name, [])
+        line[name] = statistics.mean(seeds) if seeds else None
+        line[f"{name} sd"] = statistics.stdev(seeds) if len(seeds) > 1 else None
     found = None if system is first else difference(first, system)
-    return {**line, "TP": system.trainable / 1e6, "seeds": len(seeds),
+    return {**line, "TP": system.trainable / 1e6, "seeds": len(system.reports),
             **dict(zip(("difference", "low", "high"), found or (None,) * 3))}
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 from collections import Counter
 from fractions import Fraction
 from collections.abc import Callable, Sequence
@@ -903,6 +904,19 @@ def test_one_run_given_twice_is_refused(make_run: Callable[..., Path],
     assert exit.value.code == 2 and "two of clorae with seed 0" in capsys.readouterr().err
 
 
+def test_runs_on_different_test_data_are_refused(make_run: Callable[..., Path], corpus: Path,
+                                                 capsys: pytest.CaptureFixture) -> None:
+    """A table whose lines are about different records would mislead; --data names one for all."""
+    other = corpus.with_name("other")
+    shutil.copytree(corpus, other)
+    runs = [make_run("a"), make_run("b", egr=False, data=str(other))]
+    evaluate.main([*map(str, runs), "--data", str(corpus)])
+    (other / "tweets" / "test.jsonl").write_text("")
+    with pytest.raises(SystemExit):
+        evaluate.main(list(map(str, runs)))
+    assert "name one for all with --data" in capsys.readouterr().err
+
+
 def test_options_at_the_default_of_their_method_are_not_named() -> None:
     """lora has no AML by default, so only clorae without it says so; the size is always named."""
     runs = [dict(), dict(aml=False), dict(method="lora"), dict(method="lora", aml=True),
@@ -915,7 +929,7 @@ def test_options_at_the_default_of_their_method_are_not_named() -> None:
 
 def system(*outcomes: list[int]) -> evaluate.System:
     """One report per list: whether each of the records, one gold item each, was answered right."""
-    return evaluate.System("s", 0, [{"records": {"T15": {
+    return evaluate.System("s", train.Config(), 0, [{"records": {"T15": {
         str(i): [right, 1, 1] for i, right in enumerate(seed)}}} for seed in outcomes])
 
 
@@ -933,7 +947,8 @@ def test_a_difference_is_paired_by_record() -> None:
 def test_records_that_one_system_lacks_are_left_out_of_the_difference() -> None:
     """Two records of three are shared; without any there is no difference to speak of."""
     assert evaluate.difference(system([1, 0, 0]), system([1, 1]))[0] == 50
-    assert evaluate.difference(system([1]), evaluate.System("s", 0, [{"records": {}}])) is None
+    nothing = evaluate.System("s", train.Config(), 0, [{"records": {}}])
+    assert evaluate.difference(system([1]), nothing) is None
 
 
 def test_the_interval_covers_what_a_slow_bootstrap_covers() -> None:
