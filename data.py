@@ -247,18 +247,15 @@ def record_rule(raw: object, dataset: Dataset) -> Rule:
         pair = [get(value, "start"), get(value, "end")]
         return {"type": one_of(labels), "start": None, "end": lambda v: span(pair)}
 
-    def event(value: object) -> Rule:
-        roles = get(get(dataset.labels, "meae"), get(value, "type"), ())
-        return {"type": one_of(labels), "trigger": lambda v: in_image(None) if v is None else span,
-                "arguments": [lambda a: argument(a, roles)]}
+    def event(value: object, in_text: bool = False) -> Rule:
+        roles, trigger = get(get(dataset.labels, "meae"), get(value, "type"), ()), span
+        if not in_text and get(value, "trigger") is None:
+            trigger = in_image(None)
+        return {"type": one_of(labels), "trigger": trigger,
+                "arguments": [lambda a: argument(a, roles, in_text)]}
 
-    def accepted(value: object) -> Rule:
-        rule = event(value) | {"trigger": span}
-        roles = get(get(dataset.labels, "meae"), get(value, "type"), ())
-        return rule | {"arguments": [{"role": one_of(roles), "span": span}]}
-
-    def argument(value: object, roles: Iterable[str]) -> Rule:
-        if not isinstance(value, dict) or not value.keys() & {"box", "object"}:
+    def argument(value: object, roles: Iterable[str], in_text: bool) -> Rule:
+        if in_text or not isinstance(value, dict) or not value.keys() & {"box", "object"}:
             return {"role": one_of(roles), "span": span}
         return {"role": one_of(roles), "box": in_image(box),
                 "object": lambda k: None if k is None else shown(k, value.get("box"))}
@@ -272,7 +269,7 @@ def record_rule(raw: object, dataset: Dataset) -> Rule:
     gold = {"mner": {"entities": [entity]}, "med": {"events": [event]}, "meae": {"events": [event]},
             "mre": {"head": span, "tail": span, "relation": one_of(labels)}}
     if task in ("med", "meae") and "accepted" in raw:
-        gold[task]["accepted"] = [accepted]          # the one key that may be missing
+        gold[task]["accepted"] = [lambda e: event(e, in_text=True)]      # the one optional key
     empty = tokens == [] and (image is None or task in ("mner", "mre"))
     return {"id": string, "dataset": one_of([dataset.name]), "task": one_of(dataset.labels),
             "tokens": "is no text: only med and meae records with an image may lack it" if empty
@@ -1049,21 +1046,24 @@ def read_swig(path: Path, kind: str) -> Rows:
     """
     verbs, rows, flat = read_mapping(path.with_name("ace_sr_mapping.txt")), [], 0
     with expecting("SWiG's {image: {verb, height, width, bb}}", path):
-        pictures = parse_json(read_bytes(path))
-        for image, picture in pictures.items():
+        pictures = dict(parse_json(read_bytes(path)))
+    for image, picture in pictures.items():
+        with expecting("{verb, height, width, bb: {role: box}}", where := f"{path}: {image}"):
             if picture["verb"] not in verbs:
                 continue
             if image_size(size := [picture["width"], picture["height"]]):
-                raise ValueError(f"{image} has the size {size}")
+                raise ValueError(f"the size {size}")
             grounded = {role: box for role, box in picture["bb"].items() if max(box) >= 0}
             boxes = {role: box for role, some in grounded.items() if (box := tidy(some, *size))}
             flat += len(grounded) - len(boxes)
             event, roles = verbs[picture["verb"]]
+            named = dict.fromkeys((roles[role], tuple(box)) for role, box in boxes.items()
+                                  if role in roles)
             event = {"type": event, "trigger": None, "arguments": [
-                {"role": roles[role], "box": box} for role, box in boxes.items() if role in roles]}
+                {"role": role, "box": list(box)} for role, box in named]}
             objects = [list(box) for box in dict.fromkeys(map(tuple, boxes.values()))]
-            rows.append((f"{path}: {image}", raw_record(kind, "", image, [], image, objects,
-                                                        events=[event]) | {"size": size}))
+            rows.append((where, raw_record(kind, "", image, [], image, objects,
+                                           events=[event]) | {"size": size}))
     print(f"{path}: {len(pictures) - len(rows)} of {len(pictures)} pictures left out (verb unmapped"
           f"); {flat} boxes without area dropped")
     return rows
@@ -1145,12 +1145,15 @@ def only_m2e2(rows: Rows) -> None:
               ", ".join(f"{count} x {name}" for name, count in lost.most_common()))
 
 
-def event_rows(kind: str, rows: Rows, folder: Path, max_objects: int) -> tuple[Rows, str]:
+def event_rows(kind: str, rows: Rows, folder: Path, max_objects: int,
+               event_types: str) -> tuple[Rows, str]:
     """(med and meae records of samples with the objects of this kind, what a result must name).
 
     Every sample has a med record, "none" where it has no event; arguments need an event.
     """
-    note = NOTES[kind].format(max_objects)
+    note = NOTES[kind].format(max_objects, event_types)
+    if kind in FOREIGN and event_types == "m2e2":
+        only_m2e2(rows)
     if kind == "m2e2":
         found = detections(folder / DETECTIONS)
         with expecting("detections, if only [], for each picture of M2E2", folder / DETECTIONS):
@@ -1178,9 +1181,10 @@ NOTES = {
     "m2e2": "M2E2 in detector mode: objects are the {} most confident YOLOv8 detections",
     "m2e2_gold": "M2E2 in gold-box mode: objects are exactly the gold boxes in file order, which "
                  "leaks their number",
-    "ace2005": "sentences without event included, test file left out",
-    "swig": "pictures without text, {} objects each (grounded boxes and distractors, shuffled), "
-            "test file left out, two rows of the role mapping corrected"}
+    "ace2005": "ACE2005 with event types {1}, sentences without event included, no test file",
+    "swig": "SWiG with event types {1}: pictures without text, {0} objects each (grounded boxes "
+            "and distractors, shuffled), no test file, two rows of the role mapping corrected"}
+FOREIGN = ("ace2005", "swig")                        # these train what M2E2 tests
 MEE = {"med": "MED", "meae": "MEAE"}
 # kind: (reader, {record task: unit}, {split: (published file, its number of records if known)})
 KINDS = {
@@ -1230,7 +1234,7 @@ def convert(kind: str, source: Path, corpus: Path, max_objects: int = 16,
             ((corpus / other / "dataset.json").exists(), f"{corpus}: holds {other}, which would be "
              f"scored together with {kind}: give another folder"),
             (max_objects < 1, f"--max-objects: expected 1 or more, got {max_objects}: raise it"),
-            (event_types == "all" and kind not in ("ace2005", "swig"),
+            (event_types == "all" and kind not in FOREIGN,
              f"--event-types all: {kind} has one set of labels only: leave it out")):
         if wrong:
             raise DataError(why)
@@ -1245,9 +1249,8 @@ def convert(kind: str, source: Path, corpus: Path, max_objects: int = 16,
     if event_types == "all":
         descriptor["labels"] = found_labels(sum(rows.values(), []))
     for split in rows if units == MEE else ():
-        if event_types == "m2e2":
-            only_m2e2(rows[split])
-        rows[split], descriptor["note"] = event_rows(kind, rows[split], source, max_objects)
+        rows[split], descriptor["note"] = event_rows(kind, rows[split], source, max_objects,
+                                                     event_types)
     for split, (_, expected) in files.items():
         found = f"{len(rows[split])} records found" if split in rows else "FILE NOT FOUND, left out"
         same = "" if expected in (None, len(rows.get(split, ()))) else "  <-- differs"
