@@ -3,7 +3,9 @@
 What it is: `adapt(model, ...)` puts an `ExpertLinear` in the place of every q and v projection of a
 frozen Transformer (Decision: README, "Where the paper is silent or wrong").  Paper: C-LoRAE, IJCAI
 2025, arXiv 2505.06303, Sec. 2.2-2.3.  LoRA conventions (initialisation, scaling) follow
-github.com/huggingface/peft, the dense softmax router follows github.com/Ablustrund/LoRAMoE.
+github.com/huggingface/peft, the dense softmax router follows github.com/Ablustrund/LoRAMoE.  The
+methods that the paper compares with are variants of the same layer: a mixer between A and B
+(MoSLoRA, arXiv 2406.11909), or routed experts that know no task (LoRAMoE, arXiv 2312.09979).
 
     paper symbol        name here     shape          meaning
     x_ij                x             [B,S,D_in]     token j of sample i
@@ -12,11 +14,13 @@ github.com/huggingface/peft, the dense softmax router follows github.com/Ablustr
     A^D_n, B^D_n        A_T, B_T      [N,r,D_in], [N,D_out,r]      task experts, stacked
     W_g                 W_g           [2,D_in]       gate router (the paper's 2 x D_out cannot be)
     g^1, g^2            gates         [B,S,2]        weight of the universal and of the task expert
+    (MoSLoRA) W         M_U           [R,R]          mixer of A's and B's subspaces
+    (LoRAMoE) A_e, B_e  A_E, B_E      [E,R,D_in], [E,D_out,R]      experts; their W_g is [E,D_in]
     alpha / r           scale         scalar         alpha / R for both experts
     sigma^2 (Sec. 2.3)  rho           [D_out]        variance of the MIM student, before softplus
 
 Shapes: B rows of the batch, S tokens, D_in and D_out the widths of one linear, R universal rank,
-r = floor(R / N) task rank, N tasks, k = R + r columns that a row of one task computes.
+r = floor(R / N) task rank, N tasks, E experts of LoRAMoE, k columns that a row computes (R + r).
 
 Everything but W_0 x lives in rank space: the gate multiplies the k numbers z = [A_U x ; A_n x] of a
 token before one product with [B_U B_n], so the experts' outputs U = B_U z_U and D = B_n z_n, each
@@ -31,7 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-METHODS = ("clorae", "lora", "tlora", "full")
+METHODS = ("clorae", "lora", "tlora", "moslora", "loramoe", "full")
 RHO_INIT = math.log(math.expm1(0.9))  # softplus(RHO_INIT) + VARIANCE_FLOOR = 1
 VARIANCE_FLOOR = 0.1  # bounds L_MIM from below by ln(0.1) / 2
 RMS_FLOOR = 1e-3  # keeps the MIM scale finite while U is still zero
@@ -47,6 +51,7 @@ class ExpertConfig:
     dropout: float = 0.1  # on the experts' input; the gate sees x undropped
     egr: bool = True  # experts-motivated gate router; without it h = U + D
     mim: bool = True  # give each layer the variance vector that L_MIM learns
+    experts: int = 2  # E of LoRAMoE, each of rank R
     targets: tuple[str, ...] = ("q", "v")  # exact leaf names, so that proj_v is never wrapped
     modules: tuple[str, ...] = ("encoder", "decoder", "vstack")  # a path must pass through one
 
@@ -58,7 +63,7 @@ class ExpertConfig:
 
     @property
     def has_universal(self) -> bool:
-        return self.method in ("clorae", "lora")
+        return self.method in ("clorae", "lora", "moslora")
 
     @property
     def has_tasks(self) -> bool:
@@ -164,6 +169,14 @@ class ExpertLinear(nn.Module):
             self.A_T, self.B_T = empty(N, R // N, d_in), empty(N, d_out, R // N)
             for A_n in self.A_T:
                 nn.init.kaiming_uniform_(A_n, a=math.sqrt(5))
+        if config.method == "moslora":
+            self.M_U = empty(R, R)
+            nn.init.kaiming_uniform_(self.M_U, a=math.sqrt(5))
+        if config.method == "loramoe":
+            E = config.experts
+            self.A_E, self.B_E, self.W_g = empty(E, R, d_in), empty(E, d_out, R), empty(E, d_in)
+            for A_e in (*self.A_E, self.W_g):
+                nn.init.kaiming_uniform_(A_e, a=math.sqrt(5))
         if config.method == "clorae" and config.egr:
             self.W_g = empty(2, d_in)  # zero: both experts start at exactly one half
         if config.method == "clorae" and config.mim:
@@ -172,20 +185,39 @@ class ExpertLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B,S,D_in] -> y [B,S,D_out] = W_0 x + (alpha / r) h, Eq. (8)."""
-        gates = self.gates(x)
-        dropped = F.dropout(x, self.config.dropout, self.training)  # one mask for both experts
+        gates, dropped = self.gates(x), self.dropped(x)
         h, codes = [], []
-        for task, rows in self.routing.segments(len(x)):
+        for task, rows in self.segments(len(x)):
             A, B = self.factors(task)
-            z = F.linear(dropped[rows], A.to(x.dtype))  # [b,S,k]: Eq. (3), Eq. (4) before B_U, B_n
+            z = self.project(dropped, rows, A)  # [b,S,k]: Eq. (3), Eq. (4) before B_U and B_n
             h.append(F.linear(self.mix(z, gates, rows), B.to(x.dtype)))
             codes.append((task, rows, z))
         if self.training and self.routing.mim_batch is not None and hasattr(self, "rho"):
             self.routing.moments.append(self.moments(codes))
         return self.base(x) + torch.cat(h)  # Eq. (8); the scale is already inside h
 
+    def segments(self, rows: int) -> Iterator[tuple[int, slice]]:
+        """The runs of rows that share their experts: all rows where no expert belongs to a task."""
+        if self.config.has_tasks:
+            return self.routing.segments(rows)
+        return iter([(0, slice(0, rows))])
+
+    def dropped(self, x: Tensor) -> list[Tensor]:
+        """x under dropout: one mask for both experts (D14), for LoRAMoE one mask per expert."""
+        masks = self.config.experts if self.config.method == "loramoe" else 1
+        return [F.dropout(x, self.config.dropout, self.training) for _ in range(masks)]
+
+    def project(self, dropped: list[Tensor], rows: slice, A: Tensor) -> Tensor:
+        """z [b,S,k] = A x of the given rows, each expert's block under its own mask."""
+        blocks = A.to(dropped[0].dtype).chunk(len(dropped))
+        z = [F.linear(x[rows], block) for x, block in zip(dropped, blocks)]
+        return z[0] if len(z) == 1 else torch.cat(z, dim=-1)
+
     def gates(self, x: Tensor) -> Tensor | None:
-        """x [B,S,D_in] -> gates [B,S,2] >= 0 summing to 1, in x's dtype; None without a router."""
+        """x [B,S,D_in] -> gates [B,S,2] >= 0 summing to 1, in x's dtype; None without a router.
+
+        LoRAMoE routes over its E experts instead: [B,S,E].
+        """
         if self.routing.fixed_gates is not None and self.config.method == "clorae":
             return x.new_tensor(self.routing.fixed_gates).expand(*x.shape[:-1], 2)
         if not hasattr(self, "W_g"):
@@ -195,6 +227,8 @@ class ExpertLinear(nn.Module):
 
     def factors(self, task: int) -> tuple[Tensor, Tensor]:
         """The stacked experts that a row of this task uses: A [k,D_in], B [D_out,k]."""
+        if self.config.method == "loramoe":
+            return self.A_E.flatten(0, 1), torch.cat(self.B_E.unbind(), dim=1)
         if not self.config.has_tasks:
             return self.A_U, self.B_U  # Eq. (2): plain LoRA
         if not self.config.has_universal:
@@ -203,10 +237,14 @@ class ExpertLinear(nn.Module):
 
     def mix(self, z: Tensor, gates: Tensor | None, rows: slice) -> Tensor:
         """Weigh z [b,S,k] by (alpha / r) and by each token's gates: Eq. (7) in rank space."""
+        if self.config.method == "moslora":
+            z = F.linear(z, self.M_U.to(z.dtype))  # B M A x: the mixer joins all ranks
         if gates is None:
             return self.scale * z
-        g_U, g_T = (self.scale * gates[rows]).split(1, dim=-1)
-        R = self.config.rank
+        weights, R = self.scale * gates[rows], self.config.rank
+        if self.config.method == "loramoe":
+            return z * weights.repeat_interleave(R, dim=-1)
+        g_U, g_T = weights.split(1, dim=-1)
         return torch.cat([g_U * z[..., :R], g_T * z[..., R:]], dim=-1)  # Eq. (7): g1 U + g2 D
 
     def moments(self, codes: list[tuple[int, slice, Tensor]]) -> Moments:
@@ -232,18 +270,18 @@ class ExpertLinear(nn.Module):
         return Moments(segments, b.sum(), F.softplus(self.rho) + VARIANCE_FLOOR)
 
     @torch.no_grad()
-    def merged_weight(self, task: int, gates: tuple[float, float] | None = None) -> Tensor:
+    def merged_weight(self, task: int, gates: tuple[float, ...] | None = None) -> Tensor:
         """W_0 + (alpha / r) (g^1 B_U A_U + g^2 B_n A_n) [D_out,D_in] for one task, fixed gates.
 
         Raises ValueError for a live gate: its weights depend on the token, so that no single
         matrix equals the layer.
         """
         if hasattr(self, "W_g") and gates is None:
-            raise ValueError("merge: expected fixed gates (g1, g2), got a live gate router, which "
+            raise ValueError("merge: expected fixed gates, got a live gate router, which "
                              "weighs each token anew; pass mean gates to merge approximately")
         A, B = self.factors(task)
         every = slice(None)
-        weights = None if gates is None else A.new_tensor(gates).expand(len(A.T), 1, 2)
+        weights = None if gates is None else A.new_tensor(gates).expand(len(A.T), 1, len(gates))
         return self.base.weight + (B @ self.mix(A.T[:, None], weights, every)[:, 0].T)
 
     def extra_repr(self) -> str:
@@ -305,7 +343,7 @@ def expert_layers(model: nn.Module) -> dict[str, ExpertLinear]:
 def parameter_split(model: nn.Module) -> dict[str, int]:
     """Number of trainable parameters as {"experts", "gate", "mim", "visual", "backbone"}."""
     split = {"experts": 0, "gate": 0, "mim": 0, "visual": 0, "backbone": 0}
-    kinds = {"A_U": "experts", "B_U": "experts", "A_T": "experts", "B_T": "experts",
+    kinds = {**dict.fromkeys(("A_U", "B_U", "A_T", "B_T", "A_E", "B_E", "M_U"), "experts"),
              "W_g": "gate", "rho": "mim"}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

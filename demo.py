@@ -55,7 +55,7 @@ class Difficulty:
 P_M = {"T15": 71.6, "T17": 75.7, "SNAP": 75.5, "V1": 89.2, "V2": 90.7, "MED": 90.0, "MEAE": 76.4}
 
 SIZES = {"T15": 1500, "T17": 400, "SNAP": 1000, "V1": 600, "V2": 1500, "MEE": 1200}  # train texts
-SPLITS = {"train": None, "dev": 60, "test": 150}
+SPLITS = {"train": None, "dev": 60, "test": 300}
 COLOURS = {"red": (214, 40, 40), "blue": (40, 80, 214), "green": (40, 160, 70),
            "yellow": (236, 190, 30)}
 PAPER = ((250, 250, 245), (225, 235, 245), (240, 228, 220), (228, 240, 226))

@@ -100,6 +100,9 @@ class Config:
     data: str | None = option(None, "corpus folder (see data.py convert); default: the demo world")
     units: tuple[str, ...] | None = option(None, "train on these units only", nargs="+",
                                            choices=UNITS)
+    hold_out: str = option("none", "Table 4: never train on T17 and V2; 'clean' leaves out SNAP "
+                           "and every training text of their test splits as well",
+                           choices=("none", "paper", "clean"))
     t5: str | None = option(None, "T5 folder instead of the size's own")
     vit: str | None = option(None, "ViT or CLIP folder instead of the size's own")
     backbone_steps: int | None = option(None, "steps to make the tiny T5 with; default: enough",
@@ -112,6 +115,11 @@ class Config:
     rank: int | None = option(None, "universal rank R; default by size", int)
     alpha: float | None = option(None, "numerator of the expert scale, Eq. (8); default 2 R", float)
     dropout: float | None = option(None, "dropout on the experts' input; default by size", float)
+    visual_policy: str = option("train", "'train' the visual adapter in full; 'paper': of it only "
+                                "the visual embedding; 'frozen': nothing of it (both need --init)",
+                                choices=("train", "paper", "frozen"))
+    init: str | None = option(None, "begin with the weights of this run of method full, which "
+                              "holds a trained visual adapter")
     backbone_dropout: float | None = option(None, "dropout of T5 and the visual adapter; "
                                             "default: T5's own", float)
     fusion: str = option("gate", "how visual tokens meet the text", choices=("gate", "concat"))
@@ -159,6 +167,10 @@ class Config:
         bad += [f"--{name.replace('_', '-')} in [0, 1), got {value}" for name, value in
                 (("dropout", self.dropout), ("backbone_dropout", self.backbone_dropout or 0.0))
                 if not 0 <= value < 1]
+        if self.visual_policy != "train" and (self.init is None or self.method == "full"):
+            bad.append("--visual-policy other than train with --init RUN (a run of method full) "
+                       f"and a method with experts, got --init {self.init}, --method "
+                       f"{self.method}: a fresh adapter that is not trained shows nothing")
         if bad:
             raise UsageError(f"expected {'; '.join(bad)}; correct the command line")
 
@@ -293,6 +305,12 @@ class Sources:
     corpus: Path
     t5: Path
     vit: Path
+    init: Path | None = None  # checkpoint of a full run to begin with
+
+    def fingerprints(self) -> dict[str, str | None]:
+        """sha256 of the weights in each folder: a checkpoint holds only what was trained."""
+        return {f"{name}_sha256": folder and folder_hash(folder)
+                for name, folder in (("t5", self.t5), ("vit", self.vit), ("init", self.init))}
 
 
 def prepare(config: Config) -> Sources:
@@ -307,7 +325,7 @@ def prepare(config: Config) -> Sources:
         size = SIZES[config.size]
         t5 = Path(config.t5) if config.t5 else made / "t5" if made else find_weights(size.t5)
         vit = Path(config.vit) if config.vit else made / "vit" if made else find_weights(size.vit)
-    return Sources(corpus, t5, vit)
+    return Sources(corpus, t5, vit, find_checkpoint(Path(config.init)) if config.init else None)
 
 
 def whole(folder: Path, make: Callable[[Path], object]) -> None:
@@ -398,9 +416,11 @@ def build(config: Config, sources: Sources, device: torch.device) -> Setup:
     t5 = T5.from_pretrained(sources.t5, dtype=torch.float32 if config.method == "full" else dtype)
     torch.manual_seed(config.seed)
     model = UMIE(t5, ViT.feature_width(sources.vit), config.max_objects, config.fusion)
+    if sources.init is not None:
+        start_from(model, sources.init)
     clorae.adapt(model, config.method, config.rank, TASKS, alpha=config.alpha,
                  dropout=config.dropout, egr=config.egr, mim=config.uses_mim)
-    train_visual_adapter(model)
+    free_visual_adapter(model, config.visual_policy)
     for module in model.modules():
         if isinstance(module, nn.Dropout) and config.backbone_dropout is not None:
             module.p = config.backbone_dropout
@@ -408,11 +428,27 @@ def build(config: Config, sources: Sources, device: torch.device) -> Setup:
                  data.Tokenizer(sources.t5), model.to(device))
 
 
-def train_visual_adapter(model: UMIE) -> None:
-    """Let everything but T5 learn, in full: hub checkpoints have no visual adapter, and random
-    frozen weights would be noise.  This includes the linears below VStack's experts."""
+def start_from(model: UMIE, checkpoint: Path) -> None:
+    """Give a model without experts the weights of a `full` run: the paper's experts sit on UMIE,
+    whose visual adapter has been trained."""
+    method = read_state(checkpoint)["config"]["method"]
+    if method != "full":
+        raise UsageError(f"--init {checkpoint}: expected a run of method full, whose checkpoint "
+                         f"holds every weight, got method {method}; train one with --method full")
+    load_trainables(model, checkpoint)
+
+
+def free_visual_adapter(model: UMIE, policy: str) -> None:
+    """Choose what learns besides the experts (D3).
+
+    train: everything but T5, in full, the linears below VStack's experts included; hub checkpoints
+    have no visual adapter, and random frozen weights would be noise.  paper: the visual embedding
+    alone, which fits the paper's counts.  frozen: nothing.
+    """
+    parts = {"train": ("visual_embedding.", "vstack.", "fusion."), "paper": ("visual_embedding.",),
+             "frozen": ()}[policy]
     for name, parameter in model.named_parameters():
-        if not name.startswith("t5."):
+        if name.startswith(parts):
             parameter.requires_grad_(True)
 
 
@@ -424,11 +460,14 @@ def load_model(checkpoint: Path, device: torch.device, **changes: object) -> Set
     """
     state = read_state(checkpoint)
     config = dataclasses.replace(Config(**state["config"]), **changes)
-    sources = Sources(Path(config.data or "data/demo"), Path(state["t5"]), Path(state["vit"]))
-    for folder, digest in ((sources.t5, state["t5_sha256"]), (sources.vit, state["vit_sha256"])):
-        if folder_hash(folder) != digest:
+    init = state.get("init")
+    sources = Sources(Path(config.data or "data/demo"), Path(state["t5"]), Path(state["vit"]),
+                      init and Path(init))
+    for name, digest in sources.fingerprints().items():
+        if state.get(name) != digest:
+            folder = getattr(sources, name.removesuffix("_sha256"))
             raise UsageError(f"{folder}: expected the weights that {checkpoint} was trained on "
-                             f"(sha256 {digest[:12]}), got others; restore that folder")
+                             f"(sha256 {state[name][:12]}), got others; restore that folder")
     setup = build(config, sources, device)
     load_trainables(setup.model, checkpoint)
     return setup
@@ -598,6 +637,7 @@ class Run:
         self.records = {split: data.load_corpus(sources.corpus, split, config.units)
                         if any(sources.corpus.glob(f"*/{split}.jsonl")) else []
                         for split in data.SPLITS}
+        self.held_out = hold_out(self.records, self.setup.datasets, config.hold_out)
         self.features = Features(sources, sum(self.records.values(), []), config.missing_images,
                                  config.max_objects, world.device)
         self.splits = {split: data.encode_records(records, self.setup.datasets,
@@ -613,8 +653,8 @@ class Run:
         self.progress = Progress(weights=dict.fromkeys(self.units, 1.0))
         if config.fusion == "gate":
             self.open_gate()
-        self.origin = {"t5": str(sources.t5), "t5_sha256": folder_hash(sources.t5),
-                       "vit": str(sources.vit), "vit_sha256": folder_hash(sources.vit)}
+        self.origin = {"t5": str(sources.t5), "vit": str(sources.vit),
+                       "init": sources.init and str(sources.init), **sources.fingerprints()}
 
     def collate(self, indices: list[int]) -> data.Batch:
         return data.collate([self.examples[i] for i in indices], self.features,
@@ -706,7 +746,8 @@ class Run:
         mine = json.loads(json.dumps(self.state()))
         changed = [name for name, value in mine["config"].items()
                    if state["config"].get(name) != value]
-        changed += [name for name in ("t5_sha256", "vit_sha256") if state[name] != mine[name]]
+        changed += [name for name in mine if name.endswith("_sha256")
+                    and state.get(name) != mine[name]]
         if changed:
             was = ", ".join(f"{name} {state['config'].get(name, state.get(name))} -> "
                             f"{mine['config'].get(name, mine.get(name))}" for name in changed)
@@ -879,7 +920,8 @@ def describe(run: Run, start: str) -> list[str]:
     lines = [
         f"device: {world.device}, torch {torch.__version__}, {world.size} process(es), "
         f"{config.precision}, seed {config.seed}",
-        f"method: {config.method}, rank {config.rank}, {run.layers} wrapped linears, AML "
+        f"method: {config.method}, rank {config.rank}, {run.layers} wrapped linears, visual "
+        f"adapter: {config.visual_policy}, AML "
         f"{'on' if config.aml else 'off'}, MIM {'on' if config.uses_mim else 'off'}",
         f"trainable: {sum(split.values()):,} of {total:,} parameters ("
         + ", ".join(f"{kind} {count:,}" for kind, count in split.items() if count) + ")",
@@ -890,7 +932,7 @@ def describe(run: Run, start: str) -> list[str]:
         f"{config.lr_epochs}",
         f"backbone: {run.origin['t5']} sha256 {run.origin['t5_sha256'][:12]}, "
         f"{run.origin['vit']} sha256 {run.origin['vit_sha256'][:12]}",
-        f"output: {run.out}", start]
+        *([run.held_out] if run.held_out else []), f"output: {run.out}", start]
     missing = [unit for unit in run.units if unit not in
                unit_rows(run.records["dev"], run.setup.datasets)]
     if missing and config.aml:
@@ -899,6 +941,31 @@ def describe(run: Run, start: str) -> list[str]:
         lines.append("note: the references of MED and MEAE are M2E2 test figures, which dev scores "
                      "on other data do not match; give your own with --aml-reference")
     return lines
+
+
+def hold_out(records: dict[str, list[data.Record]], datasets: dict[str, data.Dataset],
+             how: str) -> str | None:
+    """Take Table 4's units out of the train and dev records, in place; what was done, in words.
+
+    paper: T17 and V2.  clean: also SNAP, drawn from the same pool of tweets as T17, and every text
+    of another dataset that stands in the test split of T17 or V2 (TASKS: V1 holds 183 of T17's).
+    """
+    if how == "none":
+        return None
+    away = {"T17", "V2"} | ({"SNAP"} if how == "clean" else set())
+
+    def unit(record: data.Record) -> str:
+        return datasets[record.dataset].units[record.task]
+
+    seen = {data.normalised(r) for r in records["test"] if unit(r) in ("T17", "V2")} - {""}
+    dropped = 0
+    for split in ("train", "dev"):
+        kept = [record for record in records[split] if unit(record) not in away]
+        records[split] = [record for record in kept
+                          if how == "paper" or data.normalised(record) not in seen]
+        dropped += len(kept) - len(records[split])
+    return (f"hold-out ({how}): {', '.join(u for u in UNITS if u in away)} neither in train nor in "
+            f"dev; {dropped} more records left out, whose text is in the test split of T17 or V2")
 
 
 def unit_rows(records: Sequence[data.Record], datasets: dict[str, data.Dataset]) -> dict[str, int]:

@@ -19,7 +19,7 @@ from vision import UMIE
 
 TASKS = ("mner", "mre", "mee")
 METHODS = [("clorae", {}), ("clorae", {"egr": False}), ("clorae", {"mim": False}), ("lora", {}),
-           ("tlora", {})]
+           ("tlora", {}), ("moslora", {}), ("loramoe", {}), ("loramoe", {"experts": 3})]
 B, S, D_IN, D_OUT, R, r, N = 5, 7, 24, 20, 9, 3, 3
 
 
@@ -33,14 +33,24 @@ def layer(method: str = "clorae", dtype: torch.dtype = torch.float32, awake: boo
     if awake:
         with torch.no_grad():
             for name, parameter in made.named_parameters():
-                if name in ("B_U", "B_T", "W_g"):
+                if name in ("B_U", "B_T", "B_E", "W_g"):
                     parameter.normal_(0, 0.3)
     return made.to(dtype)
 
 
 def naive(m: ExpertLinear, x: Tensor, tasks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Eq. (3), (4), (6)-(8) word for word: y, U, D, all of width D_out."""
+    """Eq. (3), (4), (6)-(8) word for word: y, U, D, all of width D_out.
+
+    LoRAMoE: sum_e softmax(W_g x)_e B_e A_e x; MoSLoRA: B M A x.
+    """
     zero = x.new_zeros(*x.shape[:2], D_OUT)
+    if m.config.method == "loramoe":
+        g = torch.softmax(x @ m.W_g.T, dim=-1)
+        h = sum(g[..., e:e + 1] * (x @ m.A_E[e].T @ m.B_E[e].T) for e in range(len(m.A_E)))
+        return m.base(x) + 2.0 * h, h, zero
+    if m.config.method == "moslora":
+        h = x @ m.A_U.T @ m.M_U.T @ m.B_U.T
+        return m.base(x) + 2.0 * h, h, zero
     U = x @ m.A_U.T @ m.B_U.T if m.config.has_universal else zero
     D = torch.stack([x[i] @ m.A_T[n].T @ m.B_T[n].T for i, n in enumerate(tasks)]) \
         if m.config.has_tasks else zero
@@ -293,6 +303,43 @@ def test_c_lorae_without_router_and_task_experts_is_plain_lora():
     torch.testing.assert_close(run(m, x, tasks), run(copy(m, layer("lora")), x, tasks))
 
 
+def test_moslora_with_the_identity_as_mixer_is_plain_lora():
+    """Invariant 8: M = I."""
+    x, tasks, _ = inputs()
+    m = layer("moslora")
+    nn.init.eye_(m.M_U)
+    torch.testing.assert_close(run(m, x, tasks), run(copy(m, layer("lora")), x, tasks))
+
+
+@pytest.mark.parametrize("experts", [1, 2, 3])
+def test_loramoe_with_equal_experts_or_only_one_is_plain_lora(experts):
+    """Invariant 8: gates sum to 1, so that equal experts are one."""
+    x, tasks, _ = inputs()
+    m, plain = layer("loramoe", experts=experts), layer("lora")
+    with torch.no_grad():
+        m.A_E.copy_(plain.A_U.expand_as(m.A_E))
+        m.B_E.copy_(plain.B_U.expand_as(m.B_E))
+    torch.testing.assert_close(run(m, x, tasks), run(plain, x, tasks), rtol=1e-5, atol=1e-5)
+
+
+def test_loramoe_draws_a_dropout_mask_for_each_expert():
+    """As its authors' code: y = W_0 x + s sum_e g_e B_e A_e dropout_e(x); the router sees x."""
+    m, (x, tasks, _) = layer("loramoe", dropout=0.5).train(), inputs()
+    torch.manual_seed(7)
+    y = run(m, x, tasks)
+    torch.manual_seed(7)
+    seen, g = [F.dropout(x, 0.5) for _ in m.A_E], torch.softmax(x @ m.W_g.T, dim=-1)
+    h = sum(g[..., e:e + 1] * (seen[e] @ m.A_E[e].T @ m.B_E[e].T) for e in range(2))
+    torch.testing.assert_close(y, m.base(x) + 2 * h, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "moslora", "loramoe"])
+def test_methods_without_task_experts_never_look_at_the_task(method):
+    """Their rows give the same output whatever the task, announced or not."""
+    m, (x, tasks, _) = layer(method), inputs()
+    assert torch.equal(run(m, x, tasks), run(m, x, (tasks + 1) % N))
+
+
 def test_merging_needs_a_fixed_gate_and_then_is_exact():
     """Invariant 7: W_0 + s (g1 B_U A_U + g2 B_n A_n) equals the layer; a live gate refuses."""
     x, _, _ = inputs()
@@ -302,7 +349,7 @@ def test_merging_needs_a_fixed_gate_and_then_is_exact():
     m.routing.fixed_gates = (0.3, 0.7)
     y = run(m, x, torch.full((B,), 1))
     torch.testing.assert_close(x @ m.merged_weight(1, (0.3, 0.7)).T, y, rtol=1e-5, atol=1e-5)
-    for method in ("lora", "tlora"):
+    for method in ("lora", "tlora", "moslora"):
         plain = layer(method)
         y = run(plain, x, torch.full((B,), 2))
         torch.testing.assert_close(x @ plain.merged_weight(2).T, y, rtol=1e-5, atol=1e-5)
@@ -396,14 +443,15 @@ GEOMETRIES = {"base": (768, 12, 12, 2048, 128), "large": (1024, 24, 16, 2816, 64
 COUNTS = {("lora", ()): (14.942, 19.399, 38.797), ("tlora", ()): (14.709, 19.096, 38.191),
           ("clorae", ()): (29.826, 38.949, 77.898),
           ("clorae", ("egr",)): (29.709, 38.646, 77.292),
-          ("clorae", ("mim",)): (29.768, 38.797, 77.595)}
+          ("clorae", ("mim",)): (29.768, 38.797, 77.595),
+          ("moslora", ()): (16.187, 20.005, 39.404), ("loramoe", ()): (30.001, 39.100, 78.201)}
 
 
 @pytest.mark.parametrize("size", GEOMETRIES)
 @pytest.mark.parametrize("method, without", COUNTS)
 def test_parameter_counts_equal_the_table_at_published_geometry(size, method, without):
     """METHOD 7: 76 / 148 / 148 wrapped linears; LoRA 2dr, task experts 2d*3*floor(r/3), gate 2d,
-    MIM d per linear, exactly."""
+    MIM d, MoSLoRA's mixer r^2, LoRAMoE two LoRAs and a router of 2d per linear, exactly."""
     d, layers, heads, d_ff, rank = GEOMETRIES[size]
     with torch.device("meta"):
         config = T5Config(vocab_size=32128, d_model=d, d_kv=64, d_ff=d_ff, num_layers=layers,
@@ -414,7 +462,8 @@ def test_parameter_counts_equal_the_table_at_published_geometry(size, method, wi
     linears = len(clorae.expert_layers(model))
     assert linears == {"base": 76, "large": 148, "xl": 148}[size]
     universal, task = 2 * d * rank, 2 * d * 3 * (rank // 3)
-    each = {"lora": universal, "tlora": task, "clorae": universal + task}[method]
+    each = {"lora": universal, "tlora": task, "clorae": universal + task,
+            "moslora": universal + rank ** 2, "loramoe": 2 * universal + 2 * d}[method]
     if method == "clorae":
         each += 2 * d * ("egr" not in without) + d * ("mim" not in without)
     split = clorae.parameter_split(model)

@@ -341,21 +341,75 @@ def test_resume_restores_the_achievement_weights(finished):
     assert state["weights"] == entry["weights"] == weights
 
 
-def test_the_visual_adapter_trains_in_full_at_base_geometry():
-    """D3: VStack 14.16 M, gate layer 7.08 M, four projections 0.69 M, and the visual embedding."""
+def test_the_visual_policies_train_what_they_say_at_base_geometry():
+    """D3: all of VStack 14.16 M, gate layer 7.08 M, four projections 0.69 M and the visual
+    embedding; or the embedding alone; or nothing."""
     with torch.device("meta"):
         config = T5Config(vocab_size=32128, d_model=768, d_kv=64, d_ff=2048, num_layers=12,
                           num_heads=12, feed_forward_proj="gated-gelu")
         model = clorae.adapt(UMIE(T5(config), 768, 16), rank=128)
     before = clorae.parameter_split(model)
-    train.train_visual_adapter(model)
-    split = clorae.parameter_split(model)
     embedding = sum(p.numel() for p in model.visual_embedding.parameters())
+    for policy, visual in (("frozen", 0), ("paper", embedding)):
+        train.free_visual_adapter(model, policy)
+        assert clorae.parameter_split(model) == {**before, "visual": visual}
+    train.free_visual_adapter(model, "train")
+    split = clorae.parameter_split(model)
     assert round((split["visual"] - embedding) / 1e6, 2) == 21.93  # 14.16 + 7.08 + 0.69
     assert {**split, "visual": 0} == before
 
 
+def test_experts_can_sit_on_a_fully_trained_model(command, tmp_path):
+    """D3, `paper` and `frozen`: --init gives the weights of a full run, which the checkpoint then
+    needs and checks; without one a fresh adapter would stay what it is, so it is refused."""
+    short = ("--steps", 2, "--epochs", 1)
+    refused = run(command(tmp_path / "run", *short, "--visual-policy", "paper"))
+    assert refused.returncode == 2 and "--init" in refused.stderr
+    assert run(command(tmp_path / "full", *short, "--method", "full")).returncode == 0
+    line = command(tmp_path / "run", *short, "--visual-policy", "paper", "--init",
+                   tmp_path / "full")
+    done = run(line)
+    assert done.returncode == 0, done.stderr
+    setup = train.load_model(train.find_checkpoint(tmp_path / "run"), torch.device("cpu"))
+    full = load_file(train.find_checkpoint(tmp_path / "full") / "model.safetensors")
+    parameters = dict(setup.model.named_parameters())
+    for name in ("t5.decoder.blocks.0.feed_forward.up.weight", "fusion.attention.q.weight"):
+        assert torch.equal(parameters[name], full[name]) and not parameters[name].requires_grad
+    assert parameters["visual_embedding.feature.weight"].requires_grad
+    (train.find_checkpoint(tmp_path / "full") / "extra.safetensors").write_bytes(b"")
+    with pytest.raises(train.UsageError, match="restore that folder"):
+        train.load_model(train.find_checkpoint(tmp_path / "run"), torch.device("cpu"))
+    wrong = run(command(tmp_path / "other", *short, "--init", tmp_path / "run"))
+    assert wrong.returncode == 2 and "got method clorae" in wrong.stderr
+
+
+def test_hold_out_never_trains_on_what_it_tests():
+    """Table 4: A ('paper') leaves out T17 and V2; B ('clean') also SNAP and every training text
+    that stands in their test splits."""
+    units = {"tweets": "T17", "others": "T15", "pool": "SNAP", "pairs": "V1", "held": "V2"}
+    datasets = {name: data.Dataset(name, {"mre" if unit in ("V1", "V2") else "mner": unit}, {})
+                for name, unit in units.items()}
+
+    def records(split: str) -> list[data.Record]:
+        rows = [("tweets", f"{split} one"), ("others", f"{split} two"), ("pool", f"{split} three"),
+                ("pairs", f"{split} four"), ("held", f"{split} five"), ("pairs", "Test one!"),
+                ("others", "test FIVE")]
+        return [data.Record(f"{i}", name, "mre" if name in ("pairs", "held") else "mner",
+                            tuple(text.split())) for i, (name, text) in enumerate(rows)]
+
+    for how, kept in (("paper", ["others", "pool", "pairs", "pairs", "others"]),
+                      ("clean", ["others", "pairs"])):
+        splits = {split: records(split) for split in data.SPLITS}
+        said = train.hold_out(splits, datasets, how)
+        assert [r.dataset for r in splits["train"]] == [r.dataset for r in splits["dev"]] == kept
+        assert len(splits["test"]) == 7
+        assert f"{0 if how == 'paper' else 4} more records" in said
+    assert train.hold_out(splits, datasets, "none") is None
+
+
 @pytest.mark.parametrize("flags", [["--method", "lora"], ["--method", "tlora"], ["--no-egr"],
+                                   ["--method", "moslora"], ["--method", "loramoe"],
+                                   ["--hold-out", "clean"],
                                    ["--method", "full"], ["--fusion", "concat"],
                                    ["--precision", "bf16"]], ids=" ".join)
 def test_every_method_fusion_and_precision_trains_and_prints_its_table(command, tmp_path, flags):
