@@ -777,7 +777,8 @@ COMPARISON = (
     "TP: trainable parameters, those of the visual adapter and of L_MIM included",
     "vs first: difference to the first system in the mean of the columns that both have, and its "
     f"95 % bootstrap interval: {RESAMPLES:,} times the records of each column are drawn anew, the "
-    "same for both systems and every seed; it covers the choice of records, not of seeds",
+    "same for both, and the seeds of each system; where a system has one seed, the interval leaves "
+    "out what another seed would change, and is too narrow",
 )
 
 
@@ -812,30 +813,41 @@ def collect(jobs: Sequence[Job], names: Sequence[str]) -> list[System]:
     return list(systems.values())
 
 
-def f1_of_resamples(reports: Sequence[dict], unit: str, ids: Sequence[str],
-                    weights: numpy.ndarray) -> numpy.ndarray:
-    """F1 in % of a unit, mean over seeds; weights [resamples, records] -> [resamples]."""
-    counts = numpy.array([[report["records"][unit][i] for i in ids] for report in reports])
-    tp, pred, gold = numpy.moveaxis(weights @ counts, -1, 0)  # each [seeds, resamples]
-    return (200 * tp / numpy.maximum(pred + gold, 1)).mean(axis=0)
+def draws(random: numpy.random.Generator, n: int) -> numpy.ndarray:
+    """How often each of n things is drawn in n draws with replacement, [1 + RESAMPLES, n].
+
+    The first row draws each of them once: it gives the figure itself.
+    """
+    drawn = random.multinomial(n, numpy.full(n, 1 / n), RESAMPLES)
+    return numpy.vstack([numpy.ones_like(drawn[:1]), drawn])
+
+
+def resampled_f1(system: System, unit: str, ids: Sequence[str], records: numpy.ndarray,
+                 seeds: numpy.ndarray) -> numpy.ndarray:
+    """F1 in % of a unit, mean over the seeds; draws of records and of seeds -> [1 + RESAMPLES]."""
+    counts = numpy.array([[report["records"][unit][i] for i in ids] for report in system.reports])
+    tp, pred, gold = numpy.moveaxis(records @ counts, -1, 0)  # each [seeds, 1 + RESAMPLES]
+    f1 = 200 * tp / numpy.maximum(pred + gold, 1)
+    return (seeds.T * f1).sum(axis=0) / len(f1)
 
 
 def difference(first: System, other: System) -> tuple[float, float, float] | None:
     """other - first in the mean of the columns they share, and its bootstrap 95 % interval.
 
-    The records of each column are drawn with replacement, the same ones for both systems and all
-    seeds; a record that one side lacks is left out.  None where nothing is shared.
+    Drawn with replacement are the records of each column, alike for both systems, and the seeds of
+    each system, alike for all columns; without the seeds, two runs of one system would differ
+    "significantly".  A record that one side lacks is left out.  None where nothing is shared.
     """
     random, deltas = numpy.random.default_rng(0), []
+    seeds = [draws(random, len(system.reports)) for system in (first, other)]
     for unit in UNITS:
         sides = [report["records"].get(unit, {}) for system in (first, other)
                  for report in system.reports]
         ids = sorted(set.intersection(*map(set, sides)))
         if ids:
-            drawn = random.multinomial(len(ids), numpy.full(len(ids), 1 / len(ids)), RESAMPLES)
-            weights = numpy.vstack([numpy.ones_like(drawn[:1]), drawn])  # first: as they are
-            deltas.append(f1_of_resamples(other.reports, unit, ids, weights)
-                          - f1_of_resamples(first.reports, unit, ids, weights))
+            records = draws(random, len(ids))
+            deltas.append(resampled_f1(other, unit, ids, records, seeds[1])
+                          - resampled_f1(first, unit, ids, records, seeds[0]))
     if not deltas:
         return None
     delta = numpy.mean(deltas, axis=0)

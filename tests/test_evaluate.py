@@ -944,6 +944,14 @@ def test_a_difference_is_paired_by_record() -> None:
     assert evaluate.difference(system(some), system([1] * 40, some))[0] == 25
 
 
+def test_seeds_that_disagree_widen_the_interval() -> None:
+    """60 % against 40 % and 100 %: what single seeds would call a difference is none any more."""
+    first, low, high = ([int(i < right) for i in range(200)] for right in (120, 80, 200))
+    alone = evaluate.difference(system(first), system(high))
+    both = evaluate.difference(system(first), system(low, high))
+    assert alone[1] > 0 and both[0] == pytest.approx(10) and both[1] < 0 < both[2]
+
+
 def test_records_that_one_system_lacks_are_left_out_of_the_difference() -> None:
     """Two records of three are shared; without any there is no difference to speak of."""
     assert evaluate.difference(system([1, 0, 0]), system([1, 1]))[0] == 50
