@@ -516,7 +516,8 @@ def test_m2e2_counts_a_sentence_and_an_image_once_beside_the_primary_score() -> 
 
 def test_an_accepted_event_is_neither_right_nor_wrong_in_the_variant() -> None:
     """A second event of the sentence is no gold of the pair; the primary score punishes it."""
-    extra = (event("die", (14, 15), [argument("victim", span=(13, 14))]),)
+    extra = (event("die", (14, 15), [argument("victim", span=(13, 14))]),
+             event("attack", (11, 12), BOTH[:1]))  # shares an argument with the gold: still right
     records = [m2e2_pair(task, "A", "x.jpg", accepted=extra) for task in ("med", "meae")]
     texts = ["attack, struck <spot> die, w14 <spot> die, w2", "attack <spot> attacker, coalition "
              "<spot> target, O1 <asoc> die <spot> victim, w13 <spot> victim, w12"]
@@ -874,8 +875,9 @@ def test_stored_scores_are_used_as_long_as_nothing_they_depend_on_changes(
     assert decoded() == ["a", "b"] and decoded() == []
     (first / "scores-test.json").write_text("half a fi")
     assert decoded() == ["a"]
-    assert decoded("--beams", "2") == ["a", "b"]  # which now lie there
-    assert decoded() == ["a", "b"]
+    for flags in (["--beams", "2"], ["--missing-images", "mask"]):
+        assert decoded(*flags) == ["a", "b"]  # and now their scores lie there
+        assert decoded() == ["a", "b"]
     (corpus / "tweets" / "images" / "new.jpg").touch()
     assert decoded() == ["a", "b"]
     lines = (corpus / "tweets" / "test.jsonl").read_text().splitlines()
