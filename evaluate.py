@@ -1,12 +1,13 @@
-"""Decode a split with a trained model, score it, print the paper's table; or answer one example.
+"""Decode a split with trained models, score it, print the paper's tables; or answer one example.
 
     python evaluate.py runs/demo-tiny-clorae                    the test split, all seven columns
     torchrun --nproc_per_node=4 evaluate.py RUN --data DIR      the same, shared by four processes
+    python evaluate.py runs/a runs/b runs/c --csv FILE          systems side by side, with intervals
     python evaluate.py RUN --text "..." --image I --task mner   one example, as JSON
 
 References: C-LoRAE (arXiv 2505.06303), Table 2 for the columns and Eq. (9) for `unit_f1`; entities
 as in UMT's ner_evaluate, relations as in HVPNeT's eval_result, events as in M2E2 (ACL 2020).
-DEFINITIONS below says in one line each what a column counts.
+DEFINITIONS, RULES and VARIANTS below say in one line each what a number counts.
 
 Scoring is integer counting per record; percentages are formed once, at the end, without rounding.
 Batches are built from the whole split and dealt to the processes whole, so the texts, and with them
@@ -18,13 +19,16 @@ Shapes: T target tokens, V visual tokens, F image-feature width.
 import argparse
 import csv
 import dataclasses
+import hashlib
+import io
 import itertools
 import json
 import math
+import operator
 import os
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,8 +36,10 @@ from statistics import fmean, stdev
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Protocol
 
+import numpy
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -48,15 +54,36 @@ if TYPE_CHECKING:
     import train  # imports this file; at run time only the functions that need it do the same
 
 IOU_MATCH = 0.5  # M2E2: an object argument is right from this overlap on
+RESAMPLES = 1000  # of the test records, for the interval of a difference
 
+ENTITY = "entity (type, first token, last token), multiset per tweet"
+RELATION = "relation label of the given pair; none counts neither as found nor as gold"
 DEFINITIONS = {
-    "T15": "entity (type, first token, last token), multiset per tweet",
-    "T17": "entity (type, first token, last token), multiset per tweet",
-    "SNAP": "entity (type, first token, last token), multiset per tweet",
-    "V1": "relation label of the given pair; none counts neither as found nor as gold",
-    "V2": "relation label of the given pair; none counts neither as found nor as gold",
+    "T15": ENTITY, "T17": ENTITY, "SNAP": ENTITY, "V1": RELATION, "V2": RELATION,
     "MED": "event (type, trigger span), or (type, whole image)",
     "MEAE": f"argument (type, role, span), or (type, role, box) one-to-one at IoU >= {IOU_MATCH}",
+}
+RULES = {
+    "F1, P, R": "micro-averaged over records, in %, from whole counts, never rounded before they "
+                "are printed; 0/0 = 0",
+    "F1 UMIE": "UMIE's rule: strings instead of places, (type, string), (type, role, string) with "
+               "O1, O2 ... for objects, relation labels with none; a gold string is found once it "
+               "is predicted at all, an unreadable relation is no prediction, and P, R, F1 are "
+               "rounded to 4 digits",
+    "accuracy": "relations answered right, none included, an unreadable answer read as none",
+    "wrong type": "a gold and a predicted item at one place (equal spans, boxes at IoU >= "
+                  f"{IOU_MATCH}, or the given pair) whose types or roles differ",
+    "boundary": "a gold and a predicted item of one type and role whose spans or boxes overlap "
+                "without being right; one to one, after the rows above, so that gold = tp + wrong "
+                "type + boundary + missed and pred = tp + wrong type + boundary + spurious",
+    "malformed": "unparsable pieces of output: not scored, no part of pred",
+    "missing": "rows whose image file was not there",
+}
+VARIANTS = {
+    "once": "M2E2 with every (sentence, event) and every image counted once, in the first of its "
+            "pairs",
+    "accepted": "M2E2 with predictions that are right for the sentence's other events left out: "
+                "neither right nor wrong",
 }
 
 
@@ -73,10 +100,11 @@ class Counts:
     correct: int = 0  # rows answered exactly; for relations, the numerator of accuracy
     rows: int = 0
     missing: int = 0  # rows that name an image which was not there
+    wrong_type: int = 0  # pairs of a gold and a predicted item, see `count`
+    boundary: int = 0
 
     def __add__(self, other: "Counts") -> "Counts":
-        return Counts(*(a + b for a, b in zip(dataclasses.astuple(self),
-                                              dataclasses.astuple(other))))
+        return Counts(*map(operator.add, vars(self).values(), vars(other).values()))
 
     @property
     def precision(self) -> float:
@@ -94,8 +122,32 @@ class Counts:
     def accuracy(self) -> float:
         return percent(self.correct, self.rows)
 
+    @property
+    def missed(self) -> int:
+        """Gold items in no pair of any kind."""
+        return self.gold - self.tp - self.wrong_type - self.boundary
 
-Scores = dict[str, Counts]  # by "MEAE", its part "MEAE/object", or its dataset "MEAE@swig"
+    @property
+    def spurious(self) -> int:
+        """Predicted items in no pair of any kind."""
+        return self.pred - self.tp - self.wrong_type - self.boundary
+
+    @property
+    def rounded_f1(self) -> float:
+        """F1 as UMIE prints it: P and R are fractions of 4 digits before F1 is, and F1 again."""
+        p, r = (round(self.tp / whole, 4) if whole else 0.0 for whole in (self.pred, self.gold))
+        return 100 * round(2 * p * r / (p + r), 4) if p + r else 0.0
+
+
+# By unit, "MEAE"; by unit, a mark and a part of it: its dataset "MEAE@swig", its items in the text
+# "MEAE/text", one type "MEAE:attack:target", another rule of counting "MEAE~umie".
+Scores = dict[str, Counts]
+
+
+def parts(scores: Scores, unit: str, mark: str) -> Scores:
+    """The parts of a unit that stand behind `mark`, sorted by their own names."""
+    return {name.removeprefix(unit + mark): scores[name] for name in sorted(scores)
+            if name.startswith(unit + mark)}
 
 
 def percent(part: int, whole: int) -> float:
@@ -109,44 +161,56 @@ def unit_f1(scores: Scores) -> dict[str, float]:
     Where several datasets share a unit (ACE2005 and SWiG both train MED), it is the mean of their
     F1, so that the larger one does not speak for both.
     """
-    each: dict[str, list[float]] = {}
-    for name, counts in scores.items():
-        if "@" in name:
-            each.setdefault(name.split("@")[0], []).append(counts.f1)
-    return {unit: sum(each[unit]) / len(each[unit]) for unit in UNITS if unit in each}
+    each = {unit: parts(scores, unit, "@").values() for unit in UNITS}
+    return {unit: sum(counts.f1 for counts in some) / len(some)
+            for unit, some in each.items() if some}
 
 
 # -------------------------------------------------------------------------------------- matching
 
-def place(item: Item) -> tuple | None:
-    """What an item without a box says and where; None if its text was not found in the record."""
-    if item.whole_image:
-        return item.label, item.role, "image"
-    return None if item.span is None else (item.label, item.role, tuple(item.span))
+def kind(item: Item) -> str:
+    """Entity type, relation, event type, or event type and role: what per-type scores go by."""
+    return item.label if item.role is None else f"{item.label}:{item.role}"
 
 
-def span_matches(gold: Sequence[Item], predicted: Sequence[Item]) -> int:
-    """Size of the multiset intersection: a second equal prediction needs a second equal gold."""
-    places = [Counter(map(place, items)) for items in (gold, predicted)]
-    common = places[0] & places[1]
-    del common[None]  # not found is never right
-    return common.total()
+def overlap(a: Item, b: Item) -> float:
+    """IoU of two boxes or of two token spans, 1 for the whole image twice, else 0."""
+    if a.box and b.box:
+        return data.iou(a.box, b.box)
+    if a.span and b.span:
+        both = max(min(a.span[1], b.span[1]) - max(a.span[0], b.span[0]), 0)
+        return both / (a.span[1] - a.span[0] + b.span[1] - b.span[0] - both)
+    return float(a.whole_image and b.whole_image)
 
 
-def box_matches(gold: Sequence[Item], predicted: Sequence[Item]) -> int:
-    """Pairs of boxes with equal (type, role), one to one, taken greedily by falling IoU.
+def same_place(a: Item, b: Item) -> bool:
+    """Equal spans, boxes of enough overlap, or the whole image; not found is never the same."""
+    return overlap(a, b) >= (IOU_MATCH if a.box else 1)
+
+
+def right(gold: Item, predicted: Item) -> bool:
+    return kind(gold) == kind(predicted) and same_place(gold, predicted)
+
+
+def inexact(gold: Item, predicted: Item) -> bool:
+    return kind(gold) == kind(predicted) and overlap(gold, predicted) > 0
+
+
+def pair_off(gold: list[Item], predicted: list[Item], fits: Callable[[Item, Item], bool]) -> int:
+    """Take fitting pairs out of both lists, one to one, by falling overlap; how many there were.
 
     The official M2E2 scorer lets two predictions match one gold box; here a box matches once.
     """
-    pairs = [(-data.iou(g.box, p.box), i, j)
-             for i, g in enumerate(gold) for j, p in enumerate(predicted)
-             if g.box and p.box and (g.label, g.role) == (p.label, p.role)]
-    used_gold, used_predicted = set(), set()
-    for overlap, i, j in sorted(pairs):
-        if -overlap >= IOU_MATCH and i not in used_gold and j not in used_predicted:
-            used_gold.add(i)
-            used_predicted.add(j)
-    return len(used_gold)
+    pairs = sorted((-overlap(g, p), i, j) for i, g in enumerate(gold)
+                   for j, p in enumerate(predicted) if fits(g, p))
+    taken_gold, taken = set(), set()
+    for _, i, j in pairs:
+        if i not in taken_gold and j not in taken:
+            taken_gold.add(i)
+            taken.add(j)
+    gold[:] = [item for i, item in enumerate(gold) if i not in taken_gold]
+    predicted[:] = [item for j, item in enumerate(predicted) if j not in taken]
+    return len(taken)
 
 
 def is_object(item: Item) -> bool:
@@ -155,15 +219,38 @@ def is_object(item: Item) -> bool:
 
 
 def count(task: str, gold: Sequence[Item], predicted: Sequence[Item], malformed: int = 0) -> Counts:
-    """Counts of one record; `malformed` is what the parser could not use of its output."""
-    if task == "mre":
-        gold = [item for item in gold if item.label != "none"]
-        predicted = [item for item in predicted if item.label != "none"]
-        tp = len({item.label for item in gold} & {item.label for item in predicted})
-    else:
-        tp = span_matches(gold, predicted) + box_matches(gold, predicted)
-    exact = tp == len(predicted) == len(gold)
-    return Counts(tp, len(predicted), len(gold), malformed, int(exact), rows=1)
+    """Counts of one record; `malformed` is what the parser could not use of its output.
+
+    Every item falls into one class, the first of these that takes it: right; wrong type, in a pair
+    at one place whose types or roles differ; wrong boundary, in a pair of one type and role that
+    overlaps; missed, if it is gold, or spurious.  Pairs are one to one, so with w pairs of wrong
+    type and b of wrong boundary  gold = tp + w + b + missed  and  pred = tp + w + b + spurious.
+    """
+    gold, predicted = list(gold), list(predicted)
+    if task == "mre":  # none is no relation; all the others have one place, the given pair
+        gold, predicted = ([dataclasses.replace(item, whole_image=True) for item in items
+                            if item.label != "none"] for items in (gold, predicted))
+    sizes = len(predicted), len(gold)
+    tp = pair_off(gold, predicted, right)
+    return Counts(tp, *sizes, malformed, correct=int(sizes == (tp, tp)), rows=1,
+                  wrong_type=pair_off(gold, predicted, same_place),
+                  boundary=pair_off(gold, predicted, inexact))
+
+
+def count_umie(task: str, gold: Sequence[Item], predicted: Sequence[Item],
+               malformed: int = 0) -> Counts:
+    """Counts by UMIE's rule, for `Counts.rounded_f1`; see RULES.
+
+    A predicted string is right as often as the gold has it.  A gold string that occurs nowhere in
+    the prediction is missed, and `gold` is tp + missed: UMIE divides by that for its recall.
+    """
+    if task == "mre" and malformed:
+        predicted = []
+    wanted, found = (Counter((kind(item), item.text and data.canon(item.text)) for item in items)
+                     for items in (gold, predicted))
+    tp = (wanted & found).total()
+    missed = sum(number for string, number in wanted.items() if string not in found)
+    return Counts(tp, found.total(), tp + missed, rows=1)
 
 
 # --------------------------------------------------------------------------------------- scoring
@@ -187,7 +274,7 @@ class Row:
     gold: list[Item]
     predicted: list[Item]
     counts: Counts
-    parts: Scores = field(default_factory=dict)  # MEAE: "text" and "object"
+    parts: Scores = field(default_factory=dict)  # see `breakdown`
 
 
 def pair_of(record: Record) -> tuple[str, str]:
@@ -216,12 +303,21 @@ def score_row(record: Record, answer: Answer, dataset: Dataset,
     predicted, malformed = data.predicted_items(record, answer.text, dataset, triggers, answer.cut)
     gold = data.gold_items(record)
     counts = count(record.task, gold, predicted, malformed) + Counts(missing=int(answer.missing))
-    parts = {}
-    if record.task == "meae":
-        parts = {name: count("meae", [item for item in gold if is_object(item) == objects],
-                             [item for item in predicted if is_object(item) == objects])
-                 for name, objects in (("text", False), ("object", True))}
-    return Row(record, dataset.units[record.task], answer, gold, predicted, counts, parts)
+    return Row(record, dataset.units[record.task], answer, gold, predicted, counts,
+               breakdown(record.task, gold, predicted, malformed))
+
+
+def breakdown(task: str, gold: list[Item], predicted: list[Item], malformed: int) -> Scores:
+    """One record by UMIE's rule, by type, and, for arguments, those in the text and the objects."""
+    def share(belongs: Callable[[Item], bool]) -> Counts:
+        return count(task, list(filter(belongs, gold)), list(filter(belongs, predicted)))
+
+    found = {"~umie": count_umie(task, gold, predicted, malformed)}
+    for name in sorted({kind(item) for item in (*gold, *predicted)} - {"none"}):
+        found[f":{name}"] = share(lambda item: kind(item) == name)
+    if task == "meae":
+        found |= {"/text": share(lambda item: not is_object(item)), "/object": share(is_object)}
+    return found
 
 
 def score_rows(records: Sequence[Record], answers: Sequence[Answer],
@@ -238,14 +334,52 @@ def score_rows(records: Sequence[Record], answers: Sequence[Answer],
 
 
 def total(rows: Sequence[Row]) -> Scores:
-    """Sum the rows per unit, per part of a unit and per dataset of a unit."""
+    """Sum the rows per unit and per part of a unit."""
     scores: Scores = {}
     for row in rows:
-        named = {row.unit: row.counts, f"{row.unit}@{row.record.dataset}": row.counts}
-        named.update({f"{row.unit}/{part}": counts for part, counts in row.parts.items()})
-        for name, counts in named.items():
-            scores[name] = scores.get(name, Counts()) + counts
-    return scores
+        mine = {"": row.counts, f"@{row.record.dataset}": row.counts, **row.parts}
+        for part, counts in mine.items():
+            scores[row.unit + part] = scores.get(row.unit + part, Counts()) + counts
+    return scores | m2e2_variants(rows)
+
+
+def m2e2_sentence(record: Record) -> tuple[str, str] | None:
+    """The sentence of a record whose id is SENTENCE+IMAGE/TASK, as those of M2E2 are."""
+    dataset, pair = pair_of(record)
+    mark = f"+{record.image}"
+    return (dataset, pair.removesuffix(mark)) if pair.endswith(mark) else None
+
+
+def m2e2_variants(rows: Sequence[Row]) -> Scores:
+    """MED and MEAE by the rules of VARIANTS, as far as there are rows that they concern."""
+    scores, seen, concerned = {}, set(), set()
+    for row in (row for row in rows if row.record.task in ("med", "meae")):
+        record, sentence = row.record, m2e2_sentence(row.record)
+        if sentence:
+            concerned.add(f"{row.unit}~once")
+        if record.accepted:
+            concerned.add(f"{row.unit}~accepted")
+        events = repr([(event["type"], event["trigger"]) for event in record.events])
+        keys = {False: (row.unit, *(sentence or pair_of(record)), events),
+                True: (row.unit, record.dataset, record.image if sentence else record.id)}
+        once = [[item for item in items if keys[is_object(item)] not in seen]
+                for items in (row.gold, row.predicted)]
+        seen.update(keys.values())
+        for name, items in (("once", once), ("accepted", (row.gold, not_accepted(row)))):
+            key = f"{row.unit}~{name}"
+            scores[key] = scores.get(key, Counts()) + count(record.task, *items)
+    return {key: scores[key] for key in sorted(concerned)}
+
+
+def not_accepted(row: Row) -> list[Item]:
+    """The predictions without those that are wrong by the gold and right by `record.accepted`."""
+    wrong = list(row.predicted)
+    pair_off(list(row.gold), wrong, right)
+    kept = list(wrong)
+    accepted = dataclasses.replace(row.record, events=row.record.accepted)
+    pair_off(data.gold_items(accepted), kept, right)
+    dropped = {id(item) for item in wrong} - {id(item) for item in kept}
+    return [item for item in row.predicted if id(item) not in dropped]
 
 
 def score_predictions(records: Sequence[Record], texts: Sequence[str],
@@ -256,26 +390,30 @@ def score_predictions(records: Sequence[Record], texts: Sequence[str],
 
 # ----------------------------------------------------------------------------------------- table
 
-def table(scores: Scores) -> str:
-    """The paper's seven columns, their sum, and below what each of them counts."""
+COUNTED = ("tp", "pred", "gold", "wrong_type", "boundary", "missed", "spurious", "malformed",
+           "rows", "missing")
+
+
+def table(scores: Scores, datasets: Mapping[str, Dataset] | None = None) -> str:
+    """The paper's seven columns, their sum, and below what each number counts.
+
+    datasets: whose notes to print below, for those that have rows.
+    """
     present = [unit for unit in UNITS if unit in scores]
+    umie = {unit: scores[f"{unit}~umie"] for unit in present if f"{unit}~umie" in scores}
+    rates = {name: {unit: getattr(scores[unit], value) for unit in present}
+             for name, value in (("F1", "f1"), ("P", "precision"), ("R", "recall"))}
+    rates |= {"F1 UMIE": {unit: counts.rounded_f1 for unit, counts in umie.items()},
+              "accuracy": {unit: scores[unit].accuracy for unit in present if unit in ("V1", "V2")}}
     lines = ["".join([f"{'':10}"] + [f"{unit:>8}" for unit in UNITS] + [f"{'All':>9}{'mean':>8}"])]
-    for name, value in (("F1", "f1"), ("P", "precision"), ("R", "recall")):
-        cells = {unit: getattr(scores[unit], value) for unit in present}
-        lines.append(table_row(name, cells, ".2f"))
-        if name == "F1" and present:
-            summed = sum(cells.values())
-            lines[-1] += f"{summed:9.2f}{summed / len(present):8.2f}"
-    for name in ("tp", "pred", "gold", "rows", "malformed", "missing"):
+    for name, cells in rates.items():
+        summed = sum(cells.values())
+        ends = f"{summed:9.2f}{summed / len(cells):8.2f}" if cells and name[:2] == "F1" else ""
+        lines += [table_row(name, cells, ".2f") + ends] if cells else []
+    for name in COUNTED:
         cells = {unit: getattr(scores[unit], name) for unit in present}
-        lines.append(table_row(name, cells, "d") + f"{sum(cells.values()):9d}")
-    lines.append("")
-    lines += [f"{unit:5}{DEFINITIONS[unit]}{details(unit, scores)}" for unit in present]
-    lines += [f"All  sum of the F1 of {len(present)} of {len(UNITS)} columns, as in the paper; "
-              "micro-averaged F1, P, R in %, 0/0 = 0",
-              "malformed: unusable pieces of output, never scored; missing: rows whose image file "
-              "was not there"]
-    return "\n".join(lines)
+        lines.append(table_row(name.replace("_", " "), cells, "d") + f"{sum(cells.values()):9d}")
+    return "\n".join([*lines, "", *legend(scores), *notes(scores, datasets or {})])
 
 
 def table_row(name: str, cells: Mapping[str, float], form: str) -> str:
@@ -284,35 +422,65 @@ def table_row(name: str, cells: Mapping[str, float], form: str) -> str:
                                   for u in UNITS)
 
 
-def details(unit: str, scores: Scores) -> str:
-    """What stands beside a unit's F1: accuracy, parts, and its datasets if there are several."""
-    notes = []
-    if unit in ("V1", "V2"):
-        notes.append(f"accuracy {scores[unit].accuracy:.2f}")
-    notes += [f"{name.split('/')[1]} only F1 {counts.f1:.2f}"
-              for name, counts in sorted(scores.items()) if name.startswith(unit + "/")]
-    each = sorted(name for name in scores if name.startswith(unit + "@"))
-    if len(each) > 1:
-        notes += [f"{name.split('@')[1]} F1 {scores[name].f1:.2f}" for name in each]
-    return f" ({', '.join(notes)})" if notes else ""
+def legend(scores: Scores) -> list[str]:
+    """What each column counts, its parts, and by which rule each row is computed."""
+    present = [unit for unit in UNITS if unit in scores]
+    lines = []
+    for unit in present:
+        each = parts(scores, unit, "/"), parts(scores, unit, "@")
+        some = [f"{name} only F1 {counts.f1:.2f}" for name, counts in each[0].items()]
+        some += [f"{name} F1 {counts.f1:.2f}" for name, counts in each[1].items()
+                 if len(each[1]) > 1]
+        lines.append(f"{unit:5}{DEFINITIONS[unit]}" + (f" ({', '.join(some)})" if some else ""))
+    lines.append(f"All  sum of the F1 of {len(present)} of {len(UNITS)} columns, as in the paper")
+    lines += [f"{name}: {rule}" for name, rule in RULES.items()]
+    return lines + [
+        f"{unit} {name}: F1 {counts.f1:.2f}, P {counts.precision:.2f}, R {counts.recall:.2f} (tp "
+        f"{counts.tp}, pred {counts.pred}, gold {counts.gold}): {VARIANTS[name]}"
+        for unit in present for name, counts in parts(scores, unit, "~").items()
+        if name in VARIANTS]
+
+
+def notes(scores: Scores, datasets: Mapping[str, Dataset]) -> list[str]:
+    """What a reader of these scores must know of their data."""
+    used = {name for unit in UNITS for name in parts(scores, unit, "@")}
+    lines = [f"note on {name}: {dataset.note}" for name, dataset in datasets.items()
+             if name in used and dataset.note]
+    rows = [scores[unit] for unit in UNITS if unit in scores]
+    missing = sum(counts.missing for counts in rows)
+    if missing:
+        lines.append(f"note on images: {missing} of {sum(counts.rows for counts in rows)} rows "
+                     "were answered without their image, whose file was not there")
+    return lines
+
+
+def type_table(scores: Scores) -> str:
+    """P, R, F1 and counts of every type: entity type, relation, event type, event type:role."""
+    lines = [f"{'':5}{'type':40}{'F1':>8}{'P':>8}{'R':>8}{'tp':>7}{'pred':>7}{'gold':>7}"]
+    lines += [f"{unit:5}{name:40}{c.f1:8.2f}{c.precision:8.2f}{c.recall:8.2f}{c.tp:7d}{c.pred:7d}"
+              f"{c.gold:7d}" for unit in UNITS for name, c in parts(scores, unit, ":").items()]
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------- files
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
+    aside = path.with_name(path.name + ".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside.write_text(text, encoding="utf-8", newline="")
+    os.replace(aside, path)
 
 
 def save_predictions(path: Path, rows: Sequence[Row]) -> None:
-    """Write one JSON object per row, whole or not at all."""
-    aside = path.with_name(path.name + ".tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(aside, "w", encoding="utf-8") as file:
-        for row in rows:
-            counts = row.counts
-            line = {"id": row.record.id, "dataset": row.record.dataset, "task": row.record.task,
-                    "unit": row.unit, "gold": data.target(row.record),
-                    "text": row.answer.text, "cut": row.answer.cut,
-                    "predicted_items": items_json(row.predicted),
-                    "gold_items": items_json(row.gold),
-                    "malformed": counts.malformed, "missing_image": bool(counts.missing),
-                    "tp": counts.tp, "pred": counts.pred, "n_gold": counts.gold}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    os.replace(aside, path)
+    """Write one JSON object per row."""
+    lines = [{"id": row.record.id, "dataset": row.record.dataset, "task": row.record.task,
+              "unit": row.unit, "gold": data.target(row.record), "text": row.answer.text,
+              "cut": row.answer.cut, "predicted_items": items_json(row.predicted),
+              "gold_items": items_json(row.gold), "malformed": row.counts.malformed,
+              "missing_image": bool(row.counts.missing), "tp": row.counts.tp,
+              "pred": row.counts.pred, "n_gold": row.counts.gold} for row in rows]
+    write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def items_json(items: Sequence[Item]) -> list[dict]:
@@ -320,6 +488,72 @@ def items_json(items: Sequence[Item]) -> list[dict]:
     return [{name: value for name, value in dataclasses.asdict(item).items()
              if value is not None and value is not False and (name != "event" or item.role)}
             for item in items]
+
+
+def save_scores(path: Path, rows: Sequence[Row], checkpoint: Path, config: "train.Config",
+                split: str, decoding: "Decoding | None" = None) -> None:
+    """Write what was scored, by which rules and with which result, as one JSON object.
+
+    "made_from" is what the scores depend on; "scores" has the keys of `Scores`; "records" holds
+    [tp, pred, gold] of every record, for comparing two systems on the same ones.
+    """
+    corpus, scores = corpus_of(config), total(rows)
+    records: dict[str, dict[str, list[int]]] = {}
+    for row in rows:
+        records.setdefault(row.unit, {})[f"{row.record.dataset}/{row.record.id}"] = [
+            row.counts.tp, row.counts.pred, row.counts.gold]
+    report = {"made_from": made_from(checkpoint, config, split, decoding or Decoding.of(config)),
+              "data": str(corpus), "notes": notes(scores, data.load_datasets(corpus)),
+              "scores": {name: figures(name, counts) for name, counts in scores.items()},
+              "records": records}
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}"
+                       for key, value in report.items())
+    write_whole(path, f"{{{lines}}}\n")
+
+
+def figures(name: str, counts: Counts) -> dict[str, float]:
+    """One entry of `Scores` as JSON; only whole units have classes of errors."""
+    short = {"tp": counts.tp, "pred": counts.pred, "gold": counts.gold}
+    if name.endswith("~umie"):
+        return {**short, "f1": counts.rounded_f1}
+    short |= {"f1": counts.f1, "precision": counts.precision, "recall": counts.recall}
+    if name not in UNITS:
+        return short
+    more = {value: getattr(counts, value) for value in COUNTED}
+    accuracy = {"accuracy": counts.accuracy} if data.UNIT_TASK[name] == "mre" else {}
+    return {**short, **more, **accuracy}
+
+
+def made_from(checkpoint: Path, config: "train.Config", split: str, decoding: "Decoding") -> dict:
+    """Everything that scores depend on, as JSON; equal for two that need not be made twice."""
+    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    return {"checkpoint": state["sha256"]["model.safetensors"], "split": split,
+            "data": split_digest(corpus_of(config), split),
+            "units": list(config.units) if config.units else None,
+            "missing_images": config.missing_images, "decoding": dataclasses.asdict(decoding),
+            "definitions": {**DEFINITIONS, **RULES, **VARIANTS}}
+
+
+def corpus_of(config: "train.Config") -> Path:
+    return Path(config.data or "data/demo")
+
+
+def split_digest(corpus: Path, split: str) -> str:
+    """sha256 over the files of a split and the names of the images that are there."""
+    digest = hashlib.sha256()
+    for path in sorted([*corpus.glob("*/dataset.json"), *corpus.glob(f"*/{split}.jsonl")]):
+        digest.update(path.read_bytes())
+    images = sorted(str(path.relative_to(corpus)) for path in corpus.glob("*/images/**/*"))
+    digest.update("\n".join(images).encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def still_true(path: Path, wanted: dict) -> bool:
+    """Whether the scores in a file were made from exactly what is wanted."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["made_from"] == wanted
+    except (OSError, ValueError, TypeError, KeyError):
+        return False  # none, or not whole: they will be made
 
 
 # -------------------------------------------------------------------------------------- decoding
@@ -340,6 +574,10 @@ class Decoding:
     beams: int = 1
     max_new_tokens: int = 192
     precision: str = "fp32"  # "bf16": under autocast
+
+    @classmethod
+    def of(cls, config: "train.Config", batch_size: int = 32, beams: int = 1) -> "Decoding":
+        return cls(batch_size, beams, config.max_target, config.precision)
 
 
 def deal(lengths: Sequence[int], batch_size: int, rank: int, world: int) -> list[list[int]]:
@@ -406,6 +644,274 @@ def evaluate_split(model: nn.Module, examples: Sequence[Example], datasets: Mapp
     """Decode and score a split; every process returns the same rows.  `total` sums them."""
     answers = generate_answers(model, examples, features, tokenizer, device, decoding, rank, world)
     return score_rows([example.record for example in examples], answers, datasets)
+
+
+# -------------------------------------------------------------------------- one system, or several
+
+def changed(args: argparse.Namespace) -> dict:
+    """The stored settings that the command line replaces; all units unless it names some."""
+    given = {"data": args.data, "missing_images": args.missing_images}
+    return {name: value for name, value in given.items() if value} | {"units": args.units}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checkpoint to be scored on a split."""
+
+    folder: Path  # as it was named; predictions and scores are written there
+    checkpoint: Path
+    changes: dict  # to the stored settings
+    config: "train.Config"  # the settings with these changes
+    split: str
+    decoding: Decoding
+
+    @classmethod
+    def of(cls, folder: Path, args: argparse.Namespace) -> "Job":
+        import train
+        checkpoint, changes = train.find_checkpoint(folder), changed(args)
+        config = train.Config(**train.read_state(checkpoint)["config"])
+        config = dataclasses.replace(config, **changes)
+        return cls(folder, checkpoint, changes, config, args.split,
+                   Decoding.of(config, args.batch_size, args.beams))
+
+    @property
+    def scores(self) -> Path:
+        return self.folder / f"scores-{self.split}.json"
+
+    @property
+    def predictions(self) -> Path:
+        return self.folder / f"predictions-{self.split}.jsonl"
+
+    def load(self, world: "train.World") -> tuple["train.Setup", list[Example]]:
+        """The model and the examples of the split."""
+        import train
+        setup = train.load_model(self.checkpoint, world.device, **self.changes)
+        records = data.load_corpus(setup.sources.corpus, self.split, self.config.units)
+        return setup, data.encode_records(records, setup.datasets, setup.tokenizer,
+                                          self.config.max_source, self.config.max_target,
+                                          world.print)
+
+    def features(self, setup: "train.Setup", examples: Sequence[Example],
+                 world: "train.World") -> "train.Features":
+        import train
+        return train.Features(setup.sources, [e.record for e in examples],
+                              self.config.missing_images, self.config.max_objects, world.device)
+
+    def decode(self, world: "train.World") -> tuple[list[Row], dict[str, Dataset]]:
+        """The scored rows, the same on every process, and the descriptors of their datasets."""
+        setup, examples = self.load(world)
+        features = self.features(setup, examples, world)
+        world.join()
+        rows = evaluate_split(setup.model, examples, setup.datasets, features, setup.tokenizer,
+                              world.device, self.decoding, world.rank, world.size)
+        return rows, setup.datasets
+
+    def save(self, rows: Sequence[Row], predictions: Path, scores: Path) -> None:
+        save_predictions(predictions, rows)
+        save_scores(scores, rows, self.checkpoint, self.config, self.split, self.decoding)
+
+
+def score_one(args: argparse.Namespace, world: "train.World") -> None:
+    """Decode one checkpoint, print its table, write predictions and scores."""
+    job = Job.of(args.checkpoint[0], args)
+    rows, datasets = job.decode(world)
+    out = args.out or job.predictions
+    beside = out.with_name(f"scores-{out.stem.removeprefix('predictions-')}.json")
+    if world.main:
+        job.save(rows, out, beside)
+    world.print(f"{job.folder}, {job.split} split of {corpus_of(job.config)}, "
+                f"{'greedy' if args.beams == 1 else f'{args.beams} beams'}; predictions: {out}, "
+                f"scores: {beside}", table(total(rows), datasets))
+    if args.details:
+        world.print("", type_table(total(rows)))
+
+
+def compare(args: argparse.Namespace, world: "train.World") -> None:
+    """Print several systems side by side, and what they differ by; --csv writes it, too.
+
+    Scores that lie in the run folders are taken if they were made from this very checkpoint,
+    split, data and decoding; all processes see to that before any of them writes.
+    """
+    import train
+    jobs = [Job.of(folder, args) for folder in args.checkpoint]
+    names = system_names([job.config for job in jobs])
+    runs = [(name, job.config.seed) for name, job in zip(names, jobs)]
+    twice = next((run for run in runs if runs.count(run) > 1), None)
+    if twice:
+        raise train.UsageError("checkpoints: expected runs that differ in a setting or the seed, "
+                               f"got two of {twice[0]} with seed {twice[1]}; name one of them")
+    wanted = [made_from(job.checkpoint, job.config, job.split, job.decoding) for job in jobs]
+    if len({made["data"] for made in wanted}) > 1:
+        raise train.UsageError("checkpoints: expected runs on one corpus, got "
+                               f"{', '.join(str(corpus_of(job.config)) for job in jobs)}, which "
+                               "differ; name one for all with --data DIR")
+    stored = [still_true(job.scores, made) for job, made in zip(jobs, wanted)]
+    for job, known in zip(jobs, stored):
+        world.print(f"{job.checkpoint}: " + (f"scores of {job.scores}" if known else "decoding"))
+        if not known:
+            rows, _ = job.decode(world)
+            if world.main:
+                job.save(rows, job.predictions, job.scores)
+    if world.main:
+        systems = collect(jobs, names)
+        lines = [comparison_line(system, systems[0]) for system in systems]
+        world.print(f"{args.split} split", comparison_table(lines), "", *below(systems))
+        if args.csv:
+            write_whole(args.csv, comparison_csv(lines))
+
+
+def system_names(configs: Sequence["train.Config"]) -> list[str]:
+    """Method and options of each run, as far as the runs differ in them, seed and folder apart.
+
+    An option at its default for the method and size is not named; names differ where settings do.
+    """
+    import train
+    fields = [spec.name for spec in dataclasses.fields(train.Config)
+              if spec.name not in ("method", "seed", "out", "save_every")
+              and len({repr(getattr(config, spec.name)) for config in configs}) > 1]
+    names = []
+    for config in configs:
+        usual = train.Config(size=config.size, method=config.method).resolved()
+        words = [config.method]
+        for name in fields:
+            value, flag = getattr(config, name), name.replace("_", "-")
+            if value is not None and (name == "size" or value != getattr(usual, name)):
+                shown = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+                words += [f"--{flag}" if value is True else f"--no-{flag}" if value is False
+                          else f"--{flag} {shown}"]
+        names.append(" ".join(words))
+    return names
+
+
+COLUMNS = (*UNITS, "All", "mean")
+COMPARISON = (
+    "All, mean: sum and mean of a system's columns; +-: sample standard deviation over its seeds, "
+    "below the mean over them",
+    "TP: trainable parameters, those of the visual adapter and of L_MIM included",
+    "vs first: difference to the first system in the mean of the columns that both have, and its "
+    f"95 % bootstrap interval: {RESAMPLES:,} times the records of each column are drawn anew, the "
+    "same for both, and the seeds of each system; where a system has one seed, the interval leaves "
+    "out what another seed would change, and is too narrow",
+)
+
+
+@dataclass
+class System:
+    """Runs that differ only in their seed."""
+
+    name: str
+    config: "train.Config"  # of the first seed
+    trainable: int  # parameters
+    reports: list[dict] = field(default_factory=list)  # scores-SPLIT.json of each seed
+
+    def columns(self) -> dict[str, list[float]]:
+        """F1 of every unit, their sum and their mean: one value per seed."""
+        found: dict[str, list[float]] = {}
+        for report in self.reports:
+            f1 = {u: report["scores"][u]["f1"] for u in UNITS if u in report["scores"]}
+            total = sum(f1.values())
+            for name, value in {**f1, "All": total, "mean": total / max(len(f1), 1)}.items():
+                found.setdefault(name, []).append(value)
+        return found
+
+
+def collect(jobs: Sequence[Job], names: Sequence[str]) -> list[System]:
+    """The jobs' scores, read from their files, by system in the order of the command line."""
+    systems: dict[str, System] = {}
+    for job, name in zip(jobs, names):
+        with safe_open(job.checkpoint / "model.safetensors", "pt") as file:
+            trainable = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())
+        report = json.loads(job.scores.read_text(encoding="utf-8"))
+        systems.setdefault(name, System(name, job.config, trainable)).reports.append(report)
+    return list(systems.values())
+
+
+def draws(random: numpy.random.Generator, n: int) -> numpy.ndarray:
+    """How often each of n things is drawn in n draws with replacement, [1 + RESAMPLES, n].
+
+    The first row draws each of them once: it gives the figure itself.
+    """
+    drawn = random.multinomial(n, numpy.full(n, 1 / n), RESAMPLES)
+    return numpy.vstack([numpy.ones_like(drawn[:1]), drawn])
+
+
+def resampled_f1(system: System, unit: str, ids: Sequence[str], records: numpy.ndarray,
+                 seeds: numpy.ndarray) -> numpy.ndarray:
+    """F1 in % of a unit, mean over the seeds; draws of records and of seeds -> [1 + RESAMPLES]."""
+    counts = numpy.array([[report["records"][unit][i] for i in ids] for report in system.reports])
+    tp, pred, gold = numpy.moveaxis(records @ counts, -1, 0)  # each [seeds, 1 + RESAMPLES]
+    f1 = 200 * tp / numpy.maximum(pred + gold, 1)
+    return (seeds.T * f1).sum(axis=0) / len(f1)
+
+
+def difference(first: System, other: System) -> tuple[float, float, float] | None:
+    """other - first in the mean of the columns they share, and its bootstrap 95 % interval.
+
+    Drawn with replacement are the records of each column, alike for both systems, and the seeds of
+    each system, alike for all columns; without the seeds, two runs of one system would differ
+    "significantly".  A record that one side lacks is left out.  None where nothing is shared.
+    """
+    random, deltas = numpy.random.default_rng(0), []
+    seeds = [draws(random, len(system.reports)) for system in (first, other)]
+    for unit in UNITS:
+        sides = [report["records"].get(unit, {}) for system in (first, other)
+                 for report in system.reports]
+        ids = sorted(set.intersection(*map(set, sides)))
+        if ids:
+            records = draws(random, len(ids))
+            deltas.append(resampled_f1(other, unit, ids, records, seeds[1])
+                          - resampled_f1(first, unit, ids, records, seeds[0]))
+    if not deltas:
+        return None
+    delta = numpy.mean(deltas, axis=0)
+    return float(delta[0]), *map(float, numpy.percentile(delta[1:], (2.5, 97.5)))
+
+
+def comparison_line(system: System, first: System) -> dict:
+    """What the table and the CSV file say about a system; None where there is nothing to say."""
+    line, cells = {"system": system.name}, system.columns()
+    for name in COLUMNS:
+        seeds = cells.get(name, [])
+        line[name] = fmean(seeds) if seeds else None
+        line[f"{name} sd"] = stdev(seeds) if len(seeds) > 1 else None
+    found = None if system is first else difference(first, system)
+    return {**line, "TP": system.trainable / 1e6, "seeds": len(system.reports),
+            **dict(zip(("difference", "low", "high"), found or (None,) * 3))}
+
+
+def comparison_table(lines: Sequence[dict]) -> str:
+    """The systems as text, standard deviations below their means."""
+    def cells(line: dict, end: str, empty: str) -> str:
+        return "".join(f"{empty:>8}" if line[name + end] is None else f"{line[name + end]:8.2f}"
+                       for name in COLUMNS)
+
+    width = max(len(line["system"]) for line in lines) + 2
+    text = [f"{'':{width}}{''.join(f'{name:>8}' for name in COLUMNS)}{'TP':>9}  seeds  vs first"]
+    for line in lines:
+        text.append(f"{line['system']:{width}}{cells(line, '', '-')}{line['TP']:8.2f}M"
+                    f"{line['seeds']:7}")
+        if line["difference"] is not None:
+            text[-1] += "  {difference:+.2f} [{low:+.2f}, {high:+.2f}]".format(**line)
+        if line["seeds"] > 1:
+            text.append(f"{'+-':>{width}}{cells(line, ' sd', '')}")
+    return "\n".join(text)
+
+
+def comparison_csv(lines: Sequence[dict]) -> str:
+    """The systems in full precision, one line each."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, lines[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def below(systems: Sequence[System]) -> list[str]:
+    """By which rules the numbers of a comparison are made, and the notes on their data."""
+    reports = [report for system in systems for report in system.reports]
+    units = [unit for unit in UNITS if any(unit in report["scores"] for report in reports)]
+    return [*(f"{unit:5}{DEFINITIONS[unit]}" for unit in units), f"F1: {RULES['F1, P, R']}",
+            *COMPARISON, *sorted({note for report in reports for note in report["notes"]})]
 
 
 # -------------------------------------------------------------------------------------- analyses
@@ -710,7 +1216,7 @@ def pooled(rows: Sequence[Mapping], stacks: Sequence[str]) -> dict[tuple[int, st
     return {key: total / n for key, (n, total) in sums.items()}
 
 
-def route(setup: "train.Setup", examples: Sequence[Example], args: argparse.Namespace,
+def route(job: Job, setup: "train.Setup", examples: Sequence[Example], args: argparse.Namespace,
           world: "train.World") -> str:
     """Fig. 6: routing.csv over all layers, routing.png over --layers (D37)."""
     import train
@@ -725,11 +1231,10 @@ def route(setup: "train.Setup", examples: Sequence[Example], args: argparse.Name
                                f"{args.layers}; leave it out for all")
     pairs = [(e.unit, e.record.task, e.record.dataset) for e in examples]
     groups = sorted(set(pairs))  # in the order of the table
-    features = train.Features(setup.sources, [e.record for e in examples], config.missing_images,
-                              config.max_objects, world.device)
+    features = job.features(setup, examples, world)
     world.join()
     sums = gate_sums(setup.model, examples, list(map(groups.index, pairs)), features, world.device,
-                     Decoding(args.batch_size, precision=config.precision), world.rank, world.size)
+                     job.decoding, world.rank, world.size)
     if world.main:
         rows = routing_rows(list(layers), [group[1:] for group in groups], sums.cpu())
         save_csv(args.routing / "routing.csv", rows)
@@ -965,37 +1470,57 @@ def draw(out: Path, runs: Sequence[Path], results: Results, configs: Mapping[str
     return [out / name for name in jobs]
 
 
-def analyse(args: argparse.Namespace, checkpoint: Path | None, world: "train.World") -> str | None:
+ERRORS = ("wrong_type", "boundary", "missed", "spurious", "malformed")
+
+
+def pictures(args: argparse.Namespace) -> list[Path]:
+    """Draw what the scores of these runs allow: errors by unit, of several systems by system."""
+    jobs = [Job.of(folder, args) for folder in args.checkpoint]
+    systems = collect(jobs, system_names([job.config for job in jobs]))
+    results = {system.name: {unit: f1 for unit, f1 in system.columns().items() if unit in UNITS}
+               for system in systems}
+    bars = Counter()
+    for system, unit in itertools.product(systems, UNITS):
+        for scores in (report["scores"][unit] for report in system.reports
+                       if unit in report["scores"]):
+            bar = unit if len(systems) == 1 else system.name
+            bars.update({(bar, kind): scores[kind] for kind in ERRORS})
+    errors: dict[str, dict[str, int]] = {}
+    for (bar, kind), number in bars.items():
+        errors.setdefault(bar, {})[kind.replace("_", " ")] = number
+    return draw(args.plot, args.checkpoint, results,
+                {system.name: dataclasses.asdict(system.config) for system in systems}, errors)
+
+
+def analyse(args: argparse.Namespace, world: "train.World") -> str | None:
     """What the command line asks for instead of scores, as text; None if it wants scores."""
     import train
-    if checkpoint is None:
+    if not args.checkpoint:
         geometry = Geometry.of_size(args.size, train.SIZES[args.size].rank, args.lengths)
         return cost_report(geometry, PAPER_COSTS.get(args.size, {}))
     if args.aml_replay:
-        return replay_report(checkpoint, args.aml_replay) if world.main else ""
+        return replay_report(args.checkpoint[0], args.aml_replay) if world.main else ""
     if not args.costs and not args.routing:
         return None
-    changes = {name: getattr(args, name) for name in ("data", "missing_images")
-               if getattr(args, name)}
-    setup = train.load_model(train.find_checkpoint(checkpoint), world.device, **changes)
-    examples = data.encode_records(data.load_corpus(setup.sources.corpus, args.split, args.units),
-                                   setup.datasets, setup.tokenizer, setup.config.max_source,
-                                   setup.config.max_target, world.print)
+    job = Job.of(args.checkpoint[0], args)
+    setup, examples = job.load(world)
     if args.costs:
         return cost_report(Geometry.of_run(setup, examples), {})
-    return route(setup, examples, args, world)
+    return route(job, setup, examples, args, world)
 
 
 # ------------------------------------------------------------------------------------ the command
 
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
-        description="Score a trained model on a split, or let it answer one example.",
+        description="Score a trained model on a split, compare several, or let one answer an "
+                    "example.",
         epilog="The model is rebuilt from what its checkpoint stores; no training flag is "
                "repeated.  Under torchrun the processes share the decoding; the result is equal.",
         allow_abbrev=False)
-    result.add_argument("checkpoint", type=Path, metavar="CKPT", nargs="?",
-                        help="run folder (its best checkpoint is used) or checkpoint folder")
+    result.add_argument("checkpoint", type=Path, metavar="CKPT", nargs="*",
+                        help="run folder (its best checkpoint is used) or checkpoint folder; "
+                             "several are printed side by side")
     split = result.add_argument_group("scoring a split")
     split.add_argument("--split", choices=("test", "dev", "train"), default="test",
                        help="default: test")
@@ -1006,8 +1531,14 @@ def parser() -> argparse.ArgumentParser:
                        help="mask: rows whose image file is missing are answered without it, and "
                             "counted; default: as in training")
     split.add_argument("--out", type=Path, metavar="FILE",
-                       help="predictions, one JSON object a row; default: "
-                            "CKPT/predictions-SPLIT.jsonl")
+                       help="predictions, one JSON object a row; scores go beside them; default: "
+                            "CKPT/predictions-SPLIT.jsonl and CKPT/scores-SPLIT.json")
+    split.add_argument("--details", action="store_true",
+                       help="print P, R, F1 and counts of every type, too")
+    several = result.add_argument_group(
+        "comparing several CKPT", "A row per system, which is the runs that differ in nothing but "
+        "their seed.  Scores of CKPT/scores-SPLIT.json are used where they still hold.")
+    several.add_argument("--csv", type=Path, metavar="FILE", help="write the rows there, too")
     decoding = result.add_argument_group("decoding")
     decoding.add_argument("--beams", type=int, default=1, metavar="N",
                           help="beam search over N beams; default: 1, greedy")
@@ -1100,51 +1631,39 @@ def answer_example(args: argparse.Namespace, setup: "train.Setup", device: torch
 
 
 def run(args: argparse.Namespace) -> None:
-    """Load the checkpoint and do what the command line asks."""
+    """Do what the command line asks."""
     import train
     world = train.World()
-    if (report := analyse(args, args.checkpoint, world)) is not None:
+    if (report := analyse(args, world)) is not None:
         world.print(report)
-        world.leave()
-        return
-    changes = {name: value for name, value in (("data", args.data),
-                                               ("missing_images", args.missing_images)) if value}
-    setup = train.load_model(train.find_checkpoint(args.checkpoint), world.device, **changes)
-    config, datasets = setup.config, setup.datasets
-    if args.text is not None:
+    elif args.text is not None:
+        setup = train.load_model(train.find_checkpoint(args.checkpoint[0]), world.device,
+                                 **changed(args))
         world.print(json.dumps(answer_example(args, setup, world.device), ensure_ascii=False))
-        return
-    records = data.load_corpus(setup.sources.corpus, args.split, args.units)
-    examples = data.encode_records(records, datasets, setup.tokenizer, config.max_source,
-                                   config.max_target, world.print)
-    features = train.Features(setup.sources, records, config.missing_images, config.max_objects,
-                              world.device)
-    decoding = Decoding(args.batch_size, args.beams, config.max_target, config.precision)
-    world.join()
-    rows = evaluate_split(setup.model, examples, datasets, features, setup.tokenizer, world.device,
-                          decoding, world.rank, world.size)
-    out = args.out or args.checkpoint / f"predictions-{args.split}.jsonl"
-    if world.main:
-        save_predictions(out, rows)
-    world.print(f"{args.checkpoint}, {args.split} split of {setup.sources.corpus}, "
-                f"{'greedy' if args.beams == 1 else f'{args.beams} beams'}; predictions: {out}",
-                table(total(rows)))
+    elif len(args.checkpoint) > 1 or args.csv:
+        compare(args, world)
+    else:
+        score_one(args, world)
     if args.plot and world.main:
-        scores = {unit: [f1] for unit, f1 in unit_f1(total(rows)).items()}
-        name, settings = args.checkpoint.name, dataclasses.asdict(config)
-        print(*draw(args.plot, [args.checkpoint], {name: scores}, {name: settings}, {}), sep="\n")
+        world.print("pictures:", *map(str, pictures(args)))
     world.leave()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     command = parser()
     args = command.parse_args(argv)
-    if args.checkpoint is None and not args.costs:
+    if not args.checkpoint and not args.costs:
         command.error("give a run folder or a checkpoint folder; only --costs works without")
     if args.text is not None and (args.task is None or not args.text.split()):
         command.error("--text needs some words and --task mner, mre, med or meae")
     if args.text is None and (args.task or args.image):
         command.error("--task and --image describe a single example; give its --text too")
+    if len(args.checkpoint) > 1 and (args.out or args.details or args.text is not None
+                                     or args.costs or args.routing or args.aml_replay):
+        command.error("--out, --details, --text, --costs, --routing and --aml-replay go with a "
+                      "single CKPT")
+    if args.plot and (args.out or args.text is not None):
+        command.error("--plot reads the scores in the run folders; leave out --out and --text")
     if args.beams < 1 or args.batch_size < 1:
         command.error("--beams and --batch-size must be at least 1")
     import train

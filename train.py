@@ -877,9 +877,11 @@ class Run:
         """The table of the test split with the best checkpoint; also written to the run folder."""
         load_trainables(self.model, find_checkpoint(self.out))
         rows = self.evaluate("test")
-        text = evaluate.table(evaluate.total(rows))
+        text = evaluate.table(evaluate.total(rows), self.setup.datasets)
         if self.world.main:
-            evaluate.save_predictions(self.out / "predictions.jsonl", rows)
+            evaluate.save_predictions(self.out / "predictions-test.jsonl", rows)
+            evaluate.save_scores(self.out / "scores-test.json", rows, find_checkpoint(self.out),
+                                 self.config, "test")
             (self.out / "table.txt").write_text(text + "\n", encoding="utf-8")
         return text
 

@@ -245,7 +245,7 @@ def test_fresh_gates_are_half_and_half_and_no_token_is_beyond(world, small):
 def test_a_method_without_a_gate_to_a_task_expert_is_refused(method, reason):
     setup = SimpleNamespace(model=tiny(method, "train"), config=train.Config(method=method))
     with pytest.raises(train.UsageError, match=reason):
-        evaluate.route(setup, [], SimpleNamespace(), None)
+        evaluate.route(None, setup, [], SimpleNamespace(), None)
 
 
 def test_layers_pool_their_linears_by_tokens_and_are_drawn(world, tmp_path):
