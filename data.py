@@ -2,7 +2,8 @@
 
 A corpus is a folder of datasets, CORPUS/<dataset>/{dataset.json, train|dev|test.jsonl, images/}.
 dataset.json makes a dataset self-describing; "units" names its column of the result table per
-record task, labels are sorted lower-case words, and "note" may hold free text:
+record task, labels are sorted lower-case words, "note" (optional) says in one line what a result
+on it must name:
 
     {"name": "twitter2017", "units": {"mner": "T17"}, "labels": {"mner": ["location", "person"]}}
 
@@ -20,6 +21,8 @@ one JSON object on one line: the seven keys that every record has, and the gold 
 
 Spans are [start, end) in tokens, boxes are pixels. "object" is the 1-based number of the object
 that shows a gold box (IoU >= 0.5), null where none does. A sample without text has "tokens": [].
+Med and meae records may have one key more, "accepted": a list like "events" of events in the text
+(every trigger and argument a span) that are right without being gold of the sample.
 
 A prompt states the task and its labels first and the text last: only text is ever truncated.
 The model answers in this grammar (text is percent-escaped where it looks like structure):
@@ -35,12 +38,21 @@ Shape legend: B batch, S source tokens, T target tokens, V visual tokens, F imag
     python data.py convert KIND SRC DST      KIND and the files that SRC holds:
         twitter2015, twitter2017, snap       {train,valid,test}.txt
         mnre_v1 | mnre_v2                    ours_{train,val,test}.txt | mnre_{train,val,test}.txt
-        m2e2                                 crossmedia_coref.txt, *_multimedia_event.json
-    python data.py check DST                 validate everything, print counts and duplicates
+        ace2005                              {train,dev}.oneie.json (licensed; OneIE's JSON lines)
+        swig                                 {train,dev}.json, ace_sr_mapping.txt (of M2E2)
+        m2e2_gold                            crossmedia_coref.txt, *_multimedia_event.json and, for
+                                             "accepted", text_only_event.json
+        m2e2                                 the same, m2e2_yolov8_objects.json
+    python data.py check DST                 validate everything, print counts and shared texts
+
+m2e2 is the detector mode and the one to report: objects are the --max-objects most confident
+detections. m2e2_gold is the gold-box mode: objects are the gold boxes, which leaks their number.
+ace2005 and swig train what m2e2 tests, with its event types and roles (--event-types all: theirs).
 
 A converter writes DST/KIND in the format above; put (or link) the pictures into
 DST/KIND/images. Sources: Twitter-15/17 github.com/jefferyYu/UMT; SNAP (Lu et al., ACL 2018); MNRE
-github.com/thecharm/MNRE; M2E2 github.com/limanling/m2e2.
+github.com/thecharm/MNRE; M2E2 github.com/limanling/m2e2, its detections seebergerph/MMUTF; SWiG
+github.com/allenai/swig; ACE2005 from the LDC, as OneIE (Lin et al., ACL 2020) prepares it.
 """
 
 from __future__ import annotations
@@ -52,11 +64,13 @@ import hashlib
 import json
 import math
 import os
+import random
 import re
 import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from itertools import combinations
 from pathlib import Path
@@ -87,6 +101,7 @@ class Dataset:
     name: str
     units: dict[str, str]
     labels: dict
+    note: str = ""                                   # what a result on it must name
 
 
 @dataclass(frozen=True)
@@ -104,6 +119,7 @@ class Record:
     tail: Span | None = None
     relation: str | None = None
     events: tuple[dict, ...] = ()
+    accepted: tuple[dict, ...] = ()                  # right as well, but not gold of this sample
     source: str = "<memory>"                         # file:line, for messages
 
 
@@ -231,13 +247,15 @@ def record_rule(raw: object, dataset: Dataset) -> Rule:
         pair = [get(value, "start"), get(value, "end")]
         return {"type": one_of(labels), "start": None, "end": lambda v: span(pair)}
 
-    def event(value: object) -> Rule:
-        roles = get(get(dataset.labels, "meae"), get(value, "type"), ())
-        return {"type": one_of(labels), "trigger": lambda v: in_image(None) if v is None else span,
-                "arguments": [lambda a: argument(a, roles)]}
+    def event(value: object, in_text: bool = False) -> Rule:
+        roles, trigger = get(get(dataset.labels, "meae"), get(value, "type"), ()), span
+        if not in_text and get(value, "trigger") is None:
+            trigger = in_image(None)
+        return {"type": one_of(labels), "trigger": trigger,
+                "arguments": [lambda a: argument(a, roles, in_text)]}
 
-    def argument(value: object, roles: Iterable[str]) -> Rule:
-        if not isinstance(value, dict) or not value.keys() & {"box", "object"}:
+    def argument(value: object, roles: Iterable[str], in_text: bool) -> Rule:
+        if in_text or not isinstance(value, dict) or not value.keys() & {"box", "object"}:
             return {"role": one_of(roles), "span": span}
         return {"role": one_of(roles), "box": in_image(box),
                 "object": lambda k: None if k is None else shown(k, value.get("box"))}
@@ -250,6 +268,8 @@ def record_rule(raw: object, dataset: Dataset) -> Rule:
 
     gold = {"mner": {"entities": [entity]}, "med": {"events": [event]}, "meae": {"events": [event]},
             "mre": {"head": span, "tail": span, "relation": one_of(labels)}}
+    if task in ("med", "meae") and "accepted" in raw:
+        gold[task]["accepted"] = [lambda e: event(e, in_text=True)]      # the one optional key
     empty = tokens == [] and (image is None or task in ("mner", "mre"))
     return {"id": string, "dataset": one_of([dataset.name]), "task": one_of(dataset.labels),
             "tokens": "is no text: only med and meae records with an image may lack it" if empty
@@ -306,7 +326,7 @@ def read_dataset(folder: Path) -> Dataset:
         raise DataError(f"{path}: not JSON ({error}): repair the file") from None
     problems.check(raw, dataset_rule(raw, folder.name), str(path), "dataset")
     problems.raise_if_any()
-    return Dataset(raw["name"], raw["units"], raw["labels"])
+    return Dataset(raw["name"], raw["units"], raw["labels"], raw.get("note", ""))
 
 
 def read_split(folder: Path, split: str, dataset: Dataset, problems: Problems) -> list[Record]:
@@ -372,11 +392,14 @@ def write_dataset(folder: Path, descriptor: dict, splits: dict[str, list[dict]],
                   sources: dict[str, list[str]] | None = None) -> None:
     """Checks {split: [record as JSON]}, then writes folder/. sources: where each came from."""
     dataset, problems = Dataset(folder.name, descriptor["units"], descriptor["labels"]), Problems()
+    seen = {}
     problems.check(descriptor, dataset_rule(descriptor, folder.name), str(folder), "dataset")
     for split, rows in splits.items():
         for number, row in enumerate(rows):
             where = sources[split][number] if sources else f"{split} record {number + 1}"
-            problems.check(row, record_rule(row, dataset), where, "record")
+            if problems.check(row, record_rule(row, dataset), where, "record"):
+                if seen.setdefault((split, row["id"]), number) != number:
+                    problems.add(where, "id", f'"{row["id"]}" stands twice: make ids unique')
     problems.raise_if_any()
     (folder / "images").mkdir(parents=True, exist_ok=True)
     texts = {f"{split}.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -816,6 +839,18 @@ M2E2_ROLES = {
     "Life:Die": ["agent", "instrument", "place", "victim"],
     "Movement:Transport": ["agent", "artifact", "destination", "origin", "vehicle"],
     "Transaction:Transfer-Money": ["giver", "money", "recipient"]}
+ACE_TYPES = """Business:Declare-Bankruptcy Business:End-Org Business:Merge-Org Business:Start-Org
+    Conflict:Attack Conflict:Demonstrate Contact:Meet Contact:Phone-Write Justice:Acquit
+    Justice:Appeal Justice:Arrest-Jail Justice:Charge-Indict Justice:Convict Justice:Execute
+    Justice:Extradite Justice:Fine Justice:Pardon Justice:Release-Parole Justice:Sentence
+    Justice:Sue Justice:Trial-Hearing Life:Be-Born Life:Die Life:Divorce Life:Injure Life:Marry
+    Movement:Transport Personnel:Elect Personnel:End-Position Personnel:Nominate
+    Personnel:Start-Position Transaction:Transfer-Money Transaction:Transfer-Ownership""".split()
+# Two rows of ace_sr_mapping.txt that contradict the 225 others (what is carried is no agent, who
+# steers is no vehicle). Its type "Transfer|MONEY" needs no entry, as labels are lower-case words.
+ROLE_FIXES = {("carrying", "item"): "Artifact", ("steering", "agent"): "Agent"}
+DETECTIONS = "m2e2_yolov8_objects.json"
+TEXT_ONLY = ("text_only_event.json", "m2e2_text_only_event_compact.json")
 
 
 def relation_word(path: str) -> str:
@@ -828,12 +863,24 @@ def event_word(name: str) -> str:
     return name.split(":")[1].replace("-", " ").lower()
 
 
-
-def raw_record(kind: str, task: str, name: str, tokens: list[str], image: str, objects: list,
+def raw_record(kind: str, task: str, name: str, tokens: list[str], image: str | None, objects: list,
                **gold: object) -> dict:
     """A record as JSON; the size of the image is unknown until somebody has the image."""
     return {"id": name, "dataset": kind, "task": task, "tokens": tokens, "image": image,
             "size": None, "objects": objects, **gold}
+
+
+@contextmanager
+def expecting(what: str, where: object, line: str | None = None) -> Iterator[None]:
+    """Whatever is found inside that cannot be read as `what` becomes an error that says where."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, SyntaxError,
+            RecursionError, MemoryError) as error:
+        got = repr(error) if line is None else f"{show(line)} ({error!r})"
+        raise DataError(f"{where}: expected {what}, got {got}: fetch the file again") from None
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -879,13 +926,10 @@ def read_mnre(path: Path, kind: str) -> Rows:
     """One Python literal per line. Names come from the offsets; V1's image ids may be numbers."""
     rows = []
     for number, (where, line) in enumerate(read_lines(path), 1):
-        try:
+        with expecting("a Python dict with token, h, t, img_id, relation", where, line):
             row = ast.literal_eval(line)
             tokens, image, relation = row["token"], row["img_id"], row["relation"]
             head, tail = row["h"]["pos"], row["t"]["pos"]
-        except (ValueError, SyntaxError, TypeError, KeyError, RecursionError, MemoryError) as error:
-            raise DataError(f"{where}: expected a Python dict with token, h, t, img_id, relation, "
-                            f"got {show(line)} ({error!r}): fetch the file again") from None
         if relation not in RELATIONS[kind]:
             raise DataError(f"{where}: relation {show(relation)} is not in the scheme of {kind}: "
                             + nearest(relation, RELATIONS[kind]))
@@ -897,54 +941,252 @@ def read_mnre(path: Path, kind: str) -> Rows:
     return rows
 
 
-def read_m2e2(path: Path, kind: str) -> Rows:
-    """A med and a meae record for each line of crossmedia_coref.txt, in gold-box mode.
+# Readers of events give one row a sample, without a task and with the gold boxes as objects;
+# event_rows() makes its med and meae records with the objects that the model is to see.
 
-    Gold-box mode: the objects are the image's gold boxes in file order, as UMIE has it. It leaks
-    their number, so results must name it. Where line and image disagree about the event type, the
-    arguments in the image are dropped and those in the text stay.
+def read_m2e2(path: Path, kind: str) -> Rows:
+    """A sample for each line of crossmedia_coref.txt: the one event of a sentence, and a picture.
+
+    Where line and picture disagree about the event type, the arguments in the picture are dropped
+    and those in the text stay. Other events of the same sentence, which M2E2 annotates in its file
+    of text-only events, are no gold of the pair: they become "accepted".
     """
-    try:
-        texts = parse_json(read_bytes(path.with_name("text_multimedia_event.json")))
-        sentences = {sentence["sentence_id"]: sentence for sentence in texts}
-        images = parse_json(read_bytes(path.with_name("image_multimedia_event.json")))
-    except (TypeError, KeyError, ValueError) as error:
-        raise DataError(f"{path.parent}: expected M2E2's annotations, got {error!r}: fetch "
-                        "text_ and image_multimedia_event.json again") from None
-    rows = []
+    texts, images = (path.with_name(f"{what}_multimedia_event.json") for what in ("text", "image"))
+    with expecting("M2E2's annotations", path.parent):
+        sentences = {one["sentence_id"]: one for one in parse_json(read_bytes(texts))}
+        images = parse_json(read_bytes(images))
+    rows, more = [], read_text_only(path.parent, sentences)
     for where, line in read_lines(path):
-        try:
+        with expecting("sentence<TAB>image.jpg<TAB>event type, all annotated", where, line):
             name, image, coref = line.split("\t")
             sentence, picture = sentences[name], images[image.removesuffix(".jpg")]
             boxes = [(role, box[1:]) for role, some in picture["role"].items() for box in some]
-            agree = coref == picture["event_type"]
-            event = m2e2_event(sentence["golden-event-mentions"], boxes if agree else [])
-        except (TypeError, KeyError, ValueError) as error:
-            raise DataError(f"{where}: expected sentence<TAB>image.jpg<TAB>event type, all of them "
-                            f"annotated, got {show(line)} ({error!r}): fetch it again") from None
-        rows += [(where, raw_record(kind, task, f"{name}+{image}/{task}", sentence["words"], image,
-                                    [box for _, box in boxes], events=[event]))
-                 for task in ("med", "meae")]
+            [mention] = sentence["golden-event-mentions"]
+            event = text_event(mention)
+            event["arguments"] += [{"role": role.lower(), "box": box} for role, box in boxes
+                                   if coref == picture["event_type"]]
+            accepted = {"accepted": more[name]} if name in more else {}
+            rows.append((where, raw_record(kind, "", f"{name}+{image}", sentence["words"], image,
+                                           [box for _, box in boxes], events=[event], **accepted)))
+    print(f"{kind}: {sum('accepted' in row for _, row in rows)} of {len(rows)} samples have other "
+          f"events in their sentence, which are accepted ({len(more)} sentences)")
     return rows
 
 
-def m2e2_event(mentions: list[dict], boxes: list[tuple[str, list[int]]]) -> dict:
-    """The one event of a sentence with its arguments in the text and in the image."""
-    [event] = mentions
-    arguments = [{"role": a["role"].lower(), "span": [a["start"], a["end"]]}
-                 for a in event["arguments"]]
-    arguments += [{"role": role.lower(), "box": box, "object": k}
-                  for k, (role, box) in enumerate(boxes, 1)]
-    trigger = [event["trigger"]["start"], event["trigger"]["end"]]
-    return {"type": event_word(event["event_type"]), "trigger": trigger, "arguments": arguments}
+def text_event(mention: dict) -> dict:
+    """An event in M2E2's or ACE's text, of which only offsets are used. The compact copy of M2E2's
+    text-only events has [start, end] and [role, start, end] in place of objects."""
+    name, trigger, arguments = mention.get("type"), mention["trigger"], mention["arguments"]
+    if name is None:
+        name, trigger = mention["event_type"], [trigger["start"], trigger["end"]]
+        arguments = [(a["role"], a["start"], a["end"]) for a in arguments]
+    if name not in ACE_TYPES:
+        raise ValueError(f"event type {show(name)} is unknown: {nearest(name, ACE_TYPES)}")
+    return {"type": event_word(name), "trigger": trigger, "arguments": [
+        {"role": role.lower(), "span": [start, end]} for role, start, end in arguments]}
+
+
+def read_text_only(folder: Path, sentences: dict[str, dict]) -> dict[str, list[dict]]:
+    """{sentence id: its events in M2E2's text-only file}, of these sentences; {} without file."""
+    path = next((folder / name for name in TEXT_ONLY if (folder / name).exists()), None)
+    if path is None:
+        print(f"{folder}: none of {', '.join(TEXT_ONLY)} is here, so no other event is accepted")
+        return {}
+    with expecting("M2E2's text-only events", path):
+        return {one["sentence_id"]: list(map(text_event, events))
+                for one in parse_json(read_bytes(path))
+                if (events := one.get("golden-event-mentions", one.get("events")))
+                and one["words"] == sentences.get(one["sentence_id"], {}).get("words")}
+
+
+def read_ace(path: Path, kind: str) -> Rows:
+    """A sample for each line of OneIE's JSON lines, sentences without event too; no pictures.
+
+    An argument stands where the entity mention stands that it names.
+    """
+    rows = []
+    for where, line in read_lines(path):
+        with expecting("a sentence as OneIE writes it (doc_id, sent_id, tokens, entity_mentions, "
+                       "event_mentions)", where, line):
+            sentence = parse_json(line.encode())
+            mentions = {mention["id"]: mention for mention in sentence["entity_mentions"]}
+            named = [a for event in sentence["event_mentions"] for a in event["arguments"]]
+            for argument in named:
+                if argument["entity_id"] not in mentions:
+                    raise ValueError(f"entity_id {show(argument['entity_id'])} of an argument is "
+                                     "none of the entity_mentions")
+                argument |= {key: mentions[argument["entity_id"]][key] for key in ("start", "end")}
+            document, name = sentence["doc_id"], str(sentence["sent_id"])
+            if not name.startswith(document):        # the number of the sentence in its document
+                name = f"{document}-{name}"
+            rows.append((where, raw_record(
+                kind, "", name, sentence["tokens"], None, [],
+                events=list(map(text_event, sentence["event_mentions"])))))
+    return rows
+
+
+def read_mapping(path: Path) -> dict[str, tuple[str, dict[str, str]]]:
+    """{verb: (event type, {SWiG's role: role})} from M2E2's ace_sr_mapping.txt, LF or CRLF."""
+    verbs = {}
+    for where, line in read_lines(path):
+        with expecting("verb<TAB>role<TAB>Type||Sub|Type<TAB>ACE role", where, line):
+            verb, name, kind, role = line.split("\t")
+            kind = event_word(kind.replace("||", ":").replace("|", "-"))
+            if kind not in M2E2 or verbs.setdefault(verb, (kind, {}))[0] != kind:
+                raise ValueError(f"{kind} is no type of M2E2, or {verb} has another one above")
+            verbs[verb][1][name] = ROLE_FIXES.get((verb, name), role).lower()
+    return verbs
+
+
+def read_swig(path: Path, kind: str) -> Rows:
+    """A sample without text for each picture whose verb is mapped; the whole picture triggers.
+
+    SWiG's verb template is not used as text, as it gives the verb away. Objects are the grounded
+    boxes, whatever their role; two roles may share one. [-1, -1, -1, -1] is not grounded.
+    """
+    verbs, rows, flat = read_mapping(path.with_name("ace_sr_mapping.txt")), [], 0
+    with expecting("SWiG's {image: {verb, height, width, bb}}", path):
+        pictures = dict(parse_json(read_bytes(path)))
+    for image, picture in pictures.items():
+        with expecting("{verb, height, width, bb: {role: box}}", where := f"{path}: {image}"):
+            if picture["verb"] not in verbs:
+                continue
+            if image_size(size := [picture["width"], picture["height"]]):
+                raise ValueError(f"the size {size}")
+            grounded = {role: box for role, box in picture["bb"].items() if max(box) >= 0}
+            boxes = {role: box for role, some in grounded.items() if (box := tidy(some, *size))}
+            flat += len(grounded) - len(boxes)
+            event, roles = verbs[picture["verb"]]
+            named = dict.fromkeys((roles[role], tuple(box)) for role, box in boxes.items()
+                                  if role in roles)
+            event = {"type": event, "trigger": None, "arguments": [
+                {"role": role, "box": list(box)} for role, box in named]}
+            objects = [list(box) for box in dict.fromkeys(map(tuple, boxes.values()))]
+            rows.append((where, raw_record(kind, "", image, [], image, objects,
+                                           events=[event]) | {"size": size}))
+    print(f"{path}: {len(pictures) - len(rows)} of {len(pictures)} pictures left out (verb unmapped"
+          f"); {flat} boxes without area dropped")
+    return rows
+
+
+def tidy(box: list, right: float = math.inf, bottom: float = math.inf) -> list | None:
+    """A box with its corners in order, clipped to the picture; None where no area is left."""
+    (x1, x2), (y1, y2) = sorted(box[::2]), sorted(box[1::2])
+    x1, y1, x2, y2 = max(x1, 0), max(y1, 0), min(x2, right), min(y2, bottom)
+    return [x1, y1, x2, y2] if x1 < x2 and y1 < y2 else None
+
+
+def shown_by(box: list, objects: list[list]) -> int | None:
+    """The number of the object that overlaps a box most, if IoU >= 0.5; ties go to the first."""
+    overlap, number = max(((iou(box, other), -k) for k, other in enumerate(objects, 1)),
+                          default=(0, 0))
+    return -number if overlap >= 0.5 else None
+
+
+def detections(path: Path) -> dict[str, list[list]]:
+    """{image: boxes of its detections, the most confident first}.
+
+    Corners are put in order and clipped at 0 (the other borders are unknown without the picture);
+    a detection without area is dropped and counted.
+    """
+    if not path.exists():
+        raise DataError(f"{path}: expected what YOLOv8 detects in M2E2's pictures, {{image.jpg: "
+                        '[{"bbox", "class", "conf"}]}, found no file: put MMUTF\'s objects '
+                        "(github.com/seebergerph/MMUTF) there as JSON, or convert m2e2_gold")
+    with expecting('{image.jpg: [{"bbox", "class", "conf"}]}', path):
+        found = {image: [tidy(one["bbox"]) for one in sorted(some, key=lambda one: -one["conf"])]
+                 for image, some in parse_json(read_bytes(path)).items()}
+    flat = sum(box is None for boxes in found.values() for box in boxes)
+    print(f"{path}: detections in {len(found)} pictures; {flat} without area dropped")
+    return {image: [box for box in boxes if box] for image, boxes in found.items()}
+
+
+def reachable(rows: Rows, found: dict[str, list[list]], limit: int) -> tuple[int, int]:
+    """(gold boxes that one of `limit` detections shows, gold boxes), each picture counted once."""
+    gold = {row["image"]: row["objects"] for _, row in rows}
+    best = [shown_by(box, found[image][:limit]) for image, boxes in gold.items() for box in boxes]
+    return len(best) - best.count(None), len(best)
+
+
+def mixed(row: dict, count: int) -> list[list]:
+    """`count` objects: the grounded boxes and distractors, in an order that tells nothing.
+
+    A distractor has the sides of a grounded box times 0.5 to 1.5, lies anywhere in the picture and
+    overlaps no grounded box with IoU >= 0.5. The number of objects is `count` everywhere, but for
+    tiny pictures; the generator is seeded with the picture's name.
+    """
+    rng, (right, bottom), objects = random.Random(row["image"]), row["size"], row["objects"][:]
+    for _ in range(100 * count):
+        if len(objects) >= count:
+            break
+        x1, y1, x2, y2 = rng.choice(row["objects"] or [[0, 0, right, bottom]])
+        width = min(math.ceil((x2 - x1) * rng.uniform(0.5, 1.5)), right)
+        height = min(math.ceil((y2 - y1) * rng.uniform(0.5, 1.5)), bottom)
+        x, y = rng.randint(0, right - width), rng.randint(0, bottom - height)
+        box = [x, y, x + width, y + height]
+        if box not in objects and shown_by(box, row["objects"]) is None:
+            objects.append(box)
+    rng.shuffle(objects)
+    return objects[:count]
+
+
+def only_m2e2(rows: Rows) -> None:
+    """Drops events and roles that M2E2 does not have, and prints which."""
+    lost = Counter()
+    for _, row in rows:
+        lost.update(e["type"] for e in row["events"] if e["type"] not in M2E2)
+        row["events"] = [event for event in row["events"] if event["type"] in M2E2]
+        for event in row["events"]:
+            known, every = M2E2[event["type"]], event["arguments"]
+            lost.update(f"{a['role']} of {event['type']}" for a in every if a["role"] not in known)
+            event["arguments"] = [a for a in every if a["role"] in known]
+    if lost:
+        print("left out, as M2E2 has no such event or role:",
+              ", ".join(f"{count} x {name}" for name, count in lost.most_common()))
+
+
+def event_rows(kind: str, rows: Rows, folder: Path, max_objects: int,
+               event_types: str) -> tuple[Rows, str]:
+    """(med and meae records of samples with the objects of this kind, what a result must name).
+
+    Every sample has a med record, "none" where it has no event; arguments need an event.
+    """
+    note = NOTES[kind].format(max_objects, event_types)
+    if kind in FOREIGN and event_types == "m2e2":
+        only_m2e2(rows)
+    if kind == "m2e2":
+        found = detections(folder / DETECTIONS)
+        with expecting("detections, if only [], for each picture of M2E2", folder / DETECTIONS):
+            reached, total = reachable(rows, found, max_objects)
+        note += f"; they show {reached} of {total} gold boxes ({100 * reached / total:.1f} %)"
+    print(f"{kind}: {note}")
+    for _, row in rows:
+        if kind == "m2e2":
+            row["objects"] = found[row["image"]][:max_objects]
+        elif kind == "swig":
+            row["objects"] = mixed(row, max_objects)
+        for argument in (a for event in row["events"] for a in event["arguments"] if "box" in a):
+            argument["object"] = shown_by(argument["box"], row["objects"])
+    return [(where, row | {"id": f"{row['id']}/{task}", "task": task}) for where, row in rows
+            for task in ("med", "meae") if task == "med" or row["events"]], note
 
 
 TWITTER = {"mner": sorted(set(TAGS.values()))}
 M2E2 = {event_word(name): roles for name, roles in M2E2_ROLES.items()}
+EVENTS = {"med": sorted(M2E2), "meae": M2E2}
 LABELS = {"twitter2015": TWITTER, "twitter2017": TWITTER, "snap": TWITTER,
-          "m2e2": {"med": sorted(M2E2), "meae": M2E2},
+          **dict.fromkeys(("m2e2", "m2e2_gold", "ace2005", "swig"), EVENTS),
           **{kind: {"mre": sorted(map(relation_word, paths))} for kind, paths in RELATIONS.items()}}
-# kind: (reader, {record task: unit}, {split: (published file, its number of records)})
+NOTES = {
+    "m2e2": "M2E2 in detector mode: objects are the {} most confident YOLOv8 detections",
+    "m2e2_gold": "M2E2 in gold-box mode: objects are exactly the gold boxes in file order, which "
+                 "leaks their number",
+    "ace2005": "ACE2005 with event types {1}, sentences without event included, no test file",
+    "swig": "SWiG with event types {1}: pictures without text, {0} objects each (grounded boxes "
+            "and distractors, shuffled), no test file, two rows of the role mapping corrected"}
+FOREIGN = ("ace2005", "swig")                        # these train what M2E2 tests
+MEE = {"med": "MED", "meae": "MEAE"}
+# kind: (reader, {record task: unit}, {split: (published file, its number of records if known)})
 KINDS = {
     "twitter2015": (read_conll, {"mner": "T15"}, {
         "train": ("train.txt", 4000), "dev": ("valid.txt", 1000), "test": ("test.txt", 3257)}),
@@ -958,26 +1200,65 @@ KINDS = {
     "mnre_v2": (read_mnre, {"mre": "V2"}, {
         "train": ("mnre_train.txt", 12247), "dev": ("mnre_val.txt", 1624),
         "test": ("mnre_test.txt", 1614)}),
-    "m2e2": (read_m2e2, {"med": "MED", "meae": "MEAE"}, {"test": ("crossmedia_coref.txt", 618)})}
+    "ace2005": (read_ace, MEE, {
+        "train": ("train.oneie.json", None), "dev": ("dev.oneie.json", None)}),
+    "swig": (read_swig, MEE, {"train": ("train.json", None), "dev": ("dev.json", 6700)}),
+    "m2e2": (read_m2e2, MEE, {"test": ("crossmedia_coref.txt", 618)}),
+    "m2e2_gold": (read_m2e2, MEE, {"test": ("crossmedia_coref.txt", 618)})}
 
 
-def convert(kind: str, source: Path, corpus: Path) -> None:
-    """Reads the published files of a dataset in `source` and writes corpus/kind."""
+def published(source: Path, name: str) -> Path:
+    """Where a published file lies: MNRE-V2's dev file has a blank in its name, OneIE's may lack a
+    part of theirs."""
+    names = (name.replace(".txt", " .txt"), name, name.replace(".oneie", ""))
+    return next((source / other for other in names if (source / other).exists()), source / name)
+
+
+def found_labels(rows: Rows) -> dict:
+    """The event types and roles of these samples."""
+    roles = {}
+    for event in (event for _, row in rows for event in row["events"]):
+        roles.setdefault(event["type"], set()).update(a["role"] for a in event["arguments"])
+    return {"med": sorted(roles), "meae": {kind: sorted(roles[kind]) for kind in sorted(roles)}}
+
+
+def convert(kind: str, source: Path, corpus: Path, max_objects: int = 16,
+            event_types: str = "m2e2") -> None:
+    """Reads the published files of a dataset in `source` and writes corpus/kind.
+
+    max_objects: number of objects in m2e2 and swig. event_types: "m2e2" or, for ace2005 and swig,
+    "all" that their files hold.
+    """
+    other = {"m2e2": "m2e2_gold", "m2e2_gold": "m2e2"}.get(kind, ".")
+    for wrong, why in (
+            ((corpus / other / "dataset.json").exists(), f"{corpus}: holds {other}, which would be "
+             f"scored together with {kind}: give another folder"),
+            (max_objects < 1, f"--max-objects: expected 1 or more, got {max_objects}: raise it"),
+            (event_types == "all" and kind not in FOREIGN,
+             f"--event-types all: {kind} has one set of labels only: leave it out")):
+        if wrong:
+            raise DataError(why)
     reader, units, files = KINDS[kind]
-    rows = {}
-    for split, (name, expected) in files.items():
-        spaced = source / name.replace(".txt", " .txt")       # as MNRE-V2's own dev file is called
-        path = spaced if spaced.exists() else source / name
-        if path.exists():
-            rows[split] = reader(path, kind)
-        found = f"{len(rows[split])} records found" if split in rows else "FILE NOT FOUND, left out"
-        same = "" if len(rows.get(split, ())) == expected else "  <-- differs"
-        print(f"{kind} {split}: {found}, {expected} expected, from {path}{same}")
+    paths = {split: published(source, name) for split, (name, _) in files.items()}
+    rows = {split: reader(path, kind) for split, path in paths.items() if path.exists()}
     if not rows:
         raise DataError(f"{source}: expected at least one of "
                         f"{', '.join(name for name, _ in files.values())}, found none: "
                         "give the folder that holds them")
-    write_dataset(corpus / kind, {"name": kind, "units": units, "labels": LABELS[kind]},
+    descriptor = {"name": kind, "units": units, "labels": LABELS[kind]}
+    if event_types == "all":
+        descriptor["labels"] = found_labels(sum(rows.values(), []))
+    for split in rows if units == MEE else ():
+        rows[split], descriptor["note"] = event_rows(kind, rows[split], source, max_objects,
+                                                     event_types)
+    for split, (_, expected) in files.items():
+        found = f"{len(rows[split])} records found" if split in rows else "FILE NOT FOUND, left out"
+        same = "" if expected in (None, len(rows.get(split, ()))) else "  <-- differs"
+        wanted = f", {expected} expected" if expected else ""
+        print(f"{kind} {split}: {found}{wanted}, from {paths[split]}{same}")
+    if "test" not in files and (path := published(source, "test.oneie.json")).exists():
+        print(f"{kind} test: {path} left out, as M2E2 is the only test of events")
+    write_dataset(corpus / kind, descriptor,
                   {split: [row for _, row in some] for split, some in rows.items()},
                   {split: [where for where, _ in some] for split, some in rows.items()})
 
@@ -988,14 +1269,29 @@ def normalised(record: Record) -> str:
     return "".join(filter(str.isalnum, text.lower()))
 
 
+def texts_of(records: Iterable[Record]) -> set[str]:
+    """The different texts of records, normalised; pictures without text have none."""
+    return set(map(normalised, records)) - {""}
+
+
+def shared_texts(texts: dict[tuple[str, str], set[str]]) -> list[str]:
+    """A line for each two splits, {(dataset, split): texts}, that share texts; test before dev.
+
+    What two training splits share is no leak and not listed.
+    """
+    order = sorted(texts, key=lambda key: (-SPLITS.index(key[1]), key[0]))
+    return [f"{' '.join(a)} in {' '.join(b)}: {len(texts[a] & texts[b])} of {len(texts[a])} texts"
+            for a, b in combinations(order, 2) if a[1] != "train" and texts[a] & texts[b]]
+
+
 def check(corpus: Path, require_images: bool) -> None:
-    """Validates every split of every dataset and prints what is in it."""
-    problems = Problems()
+    """Validates every split of every dataset and prints what is in it and what two splits share."""
+    problems, texts = Problems(), {}
     for name, dataset in load_datasets(corpus).items():
-        texts, images = {}, corpus / name / "images"
+        images = corpus / name / "images"
         for split in (s for s in SPLITS if (corpus / name / f"{s}.jsonl").exists()):
             records = read_split(corpus / name, split, dataset, problems)
-            texts[split] = set(map(normalised, records)) - {""}
+            texts[name, split] = texts_of(records)
             for task in dataset.units:
                 some = [record for record in records if record.task == task]
                 print(f"{name} {split} {task}: {summary(some, dataset, images)}")
@@ -1003,8 +1299,7 @@ def check(corpus: Path, require_images: bool) -> None:
                 if record.image and not (images / record.image).is_file():
                     problems.add(record.source, "image", f'"{record.image}" is not in {images}: '
                                  "put it there or write null")
-        for a, b in combinations(texts, 2):
-            print(f"{name}: {len(texts[a] & texts[b])} texts of {a} are in {b} too")
+    print("\n".join(shared_texts(texts)) or "no text stands in two splits")
     problems.raise_if_any()
 
 
@@ -1030,6 +1325,10 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("src", type=Path, metavar="SRC", help="folder of the published files")
     command.add_argument("dst", type=Path, metavar="DST",
                          help="corpus folder; the pictures belong into DST/KIND/images")
+    command.add_argument("--max-objects", type=int, default=16, metavar="K",
+                         help="m2e2, swig: objects of a picture (default 16)")
+    command.add_argument("--event-types", choices=("m2e2", "all"), default="m2e2",
+                         help="ace2005, swig: M2E2's event types and roles (default), or all")
     command = commands.add_parser("check", allow_abbrev=False,
                                   help="validate a corpus; print counts, duplicates, lengths")
     command.add_argument("dir", type=Path, metavar="DIR", help="corpus folder")
@@ -1038,7 +1337,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         if args.command == "convert":
-            convert(args.kind, args.src, args.dst)
+            convert(args.kind, args.src, args.dst, args.max_objects, args.event_types)
         else:
             check(args.dir, args.require_images)
     except DataError as error:

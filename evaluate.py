@@ -1,12 +1,13 @@
-"""Decode a split with a trained model, score it, print the paper's table; or answer one example.
+"""Decode a split with trained models, score it, print the paper's tables; or answer one example.
 
     python evaluate.py runs/demo-tiny-clorae                    the test split, all seven columns
     torchrun --nproc_per_node=4 evaluate.py RUN --data DIR      the same, shared by four processes
+    python evaluate.py runs/a runs/b runs/c --csv FILE          systems side by side, with intervals
     python evaluate.py RUN --text "..." --image I --task mner   one example, as JSON
 
 References: C-LoRAE (arXiv 2505.06303), Table 2 for the columns and Eq. (9) for `unit_f1`; entities
 as in UMT's ner_evaluate, relations as in HVPNeT's eval_result, events as in M2E2 (ACL 2020).
-DEFINITIONS below says in one line each what a column counts.
+DEFINITIONS, RULES and VARIANTS below say in one line each what a number counts.
 
 Scoring is integer counting per record; percentages are formed once, at the end, without rounding.
 Batches are built from the whole split and dealt to the processes whole, so the texts, and with them
@@ -16,40 +17,73 @@ Shapes: T target tokens, V visual tokens, F image-feature width.
 """
 
 import argparse
+import csv
 import dataclasses
+import hashlib
+import io
+import itertools
 import json
+import math
+import operator
 import os
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from statistics import fmean, stdev
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Protocol
 
+import numpy
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import clorae
 import data
+import losses
 from data import UNITS, DataError, Dataset, Example, Item, Record, Tokenizer
-from t5 import WeightsError
-from vision import FeatureCache, ImageError, ViT
+from t5 import T5, Attention, FeedForward, RMSNorm, T5Config, WeightsError
+from vision import UMIE, FeatureCache, ImageError, ViT
 
 if TYPE_CHECKING:
     import train  # imports this file; at run time only the functions that need it do the same
 
 IOU_MATCH = 0.5  # M2E2: an object argument is right from this overlap on
+RESAMPLES = 1000  # of the test records, for the interval of a difference
 
+ENTITY = "entity (type, first token, last token), multiset per tweet"
+RELATION = "relation label of the given pair; none counts neither as found nor as gold"
 DEFINITIONS = {
-    "T15": "entity (type, first token, last token), multiset per tweet",
-    "T17": "entity (type, first token, last token), multiset per tweet",
-    "SNAP": "entity (type, first token, last token), multiset per tweet",
-    "V1": "relation label of the given pair; none counts neither as found nor as gold",
-    "V2": "relation label of the given pair; none counts neither as found nor as gold",
+    "T15": ENTITY, "T17": ENTITY, "SNAP": ENTITY, "V1": RELATION, "V2": RELATION,
     "MED": "event (type, trigger span), or (type, whole image)",
     "MEAE": f"argument (type, role, span), or (type, role, box) one-to-one at IoU >= {IOU_MATCH}",
+}
+RULES = {
+    "F1, P, R": "micro-averaged over records, in %, from whole counts, never rounded before they "
+                "are printed; 0/0 = 0",
+    "F1 UMIE": "UMIE's rule: strings instead of places, (type, string), (type, role, string) with "
+               "O1, O2 ... for objects, relation labels with none; a gold string is found once it "
+               "is predicted at all, an unreadable relation is no prediction, and P, R, F1 are "
+               "rounded to 4 digits",
+    "accuracy": "relations answered right, none included, an unreadable answer read as none",
+    "wrong type": "a gold and a predicted item at one place (equal spans, boxes at IoU >= "
+                  f"{IOU_MATCH}, or the given pair) whose types or roles differ",
+    "boundary": "a gold and a predicted item of one type and role whose spans or boxes overlap "
+                "without being right; one to one, after the rows above, so that gold = tp + wrong "
+                "type + boundary + missed and pred = tp + wrong type + boundary + spurious",
+    "malformed": "unparsable pieces of output: not scored, no part of pred",
+    "missing": "rows whose image file was not there",
+}
+VARIANTS = {
+    "once": "M2E2 with every (sentence, event) and every image counted once, in the first of its "
+            "pairs",
+    "accepted": "M2E2 with predictions that are right for the sentence's other events left out: "
+                "neither right nor wrong",
 }
 
 
@@ -66,10 +100,11 @@ class Counts:
     correct: int = 0  # rows answered exactly; for relations, the numerator of accuracy
     rows: int = 0
     missing: int = 0  # rows that name an image which was not there
+    wrong_type: int = 0  # pairs of a gold and a predicted item, see `count`
+    boundary: int = 0
 
     def __add__(self, other: "Counts") -> "Counts":
-        return Counts(*(a + b for a, b in zip(dataclasses.astuple(self),
-                                              dataclasses.astuple(other))))
+        return Counts(*map(operator.add, vars(self).values(), vars(other).values()))
 
     @property
     def precision(self) -> float:
@@ -87,8 +122,32 @@ class Counts:
     def accuracy(self) -> float:
         return percent(self.correct, self.rows)
 
+    @property
+    def missed(self) -> int:
+        """Gold items in no pair of any kind."""
+        return self.gold - self.tp - self.wrong_type - self.boundary
 
-Scores = dict[str, Counts]  # by "MEAE", its part "MEAE/object", or its dataset "MEAE@swig"
+    @property
+    def spurious(self) -> int:
+        """Predicted items in no pair of any kind."""
+        return self.pred - self.tp - self.wrong_type - self.boundary
+
+    @property
+    def rounded_f1(self) -> float:
+        """F1 as UMIE prints it: P and R are fractions of 4 digits before F1 is, and F1 again."""
+        p, r = (round(self.tp / whole, 4) if whole else 0.0 for whole in (self.pred, self.gold))
+        return 100 * round(2 * p * r / (p + r), 4) if p + r else 0.0
+
+
+# By unit, "MEAE"; by unit, a mark and a part of it: its dataset "MEAE@swig", its items in the text
+# "MEAE/text", one type "MEAE:attack:target", another rule of counting "MEAE~umie".
+Scores = dict[str, Counts]
+
+
+def parts(scores: Scores, unit: str, mark: str) -> Scores:
+    """The parts of a unit that stand behind `mark`, sorted by their own names."""
+    return {name.removeprefix(unit + mark): scores[name] for name in sorted(scores)
+            if name.startswith(unit + mark)}
 
 
 def percent(part: int, whole: int) -> float:
@@ -102,44 +161,56 @@ def unit_f1(scores: Scores) -> dict[str, float]:
     Where several datasets share a unit (ACE2005 and SWiG both train MED), it is the mean of their
     F1, so that the larger one does not speak for both.
     """
-    each: dict[str, list[float]] = {}
-    for name, counts in scores.items():
-        if "@" in name:
-            each.setdefault(name.split("@")[0], []).append(counts.f1)
-    return {unit: sum(each[unit]) / len(each[unit]) for unit in UNITS if unit in each}
+    each = {unit: parts(scores, unit, "@").values() for unit in UNITS}
+    return {unit: sum(counts.f1 for counts in some) / len(some)
+            for unit, some in each.items() if some}
 
 
 # -------------------------------------------------------------------------------------- matching
 
-def place(item: Item) -> tuple | None:
-    """What an item without a box says and where; None if its text was not found in the record."""
-    if item.whole_image:
-        return item.label, item.role, "image"
-    return None if item.span is None else (item.label, item.role, tuple(item.span))
+def kind(item: Item) -> str:
+    """Entity type, relation, event type, or event type and role: what per-type scores go by."""
+    return item.label if item.role is None else f"{item.label}:{item.role}"
 
 
-def span_matches(gold: Sequence[Item], predicted: Sequence[Item]) -> int:
-    """Size of the multiset intersection: a second equal prediction needs a second equal gold."""
-    places = [Counter(map(place, items)) for items in (gold, predicted)]
-    common = places[0] & places[1]
-    del common[None]  # not found is never right
-    return common.total()
+def overlap(a: Item, b: Item) -> float:
+    """IoU of two boxes or of two token spans, 1 for the whole image twice, else 0."""
+    if a.box and b.box:
+        return data.iou(a.box, b.box)
+    if a.span and b.span:
+        both = max(min(a.span[1], b.span[1]) - max(a.span[0], b.span[0]), 0)
+        return both / (a.span[1] - a.span[0] + b.span[1] - b.span[0] - both)
+    return float(a.whole_image and b.whole_image)
 
 
-def box_matches(gold: Sequence[Item], predicted: Sequence[Item]) -> int:
-    """Pairs of boxes with equal (type, role), one to one, taken greedily by falling IoU.
+def same_place(a: Item, b: Item) -> bool:
+    """Equal spans, boxes of enough overlap, or the whole image; not found is never the same."""
+    return overlap(a, b) >= (IOU_MATCH if a.box else 1)
+
+
+def right(gold: Item, predicted: Item) -> bool:
+    return kind(gold) == kind(predicted) and same_place(gold, predicted)
+
+
+def inexact(gold: Item, predicted: Item) -> bool:
+    return kind(gold) == kind(predicted) and overlap(gold, predicted) > 0
+
+
+def pair_off(gold: list[Item], predicted: list[Item], fits: Callable[[Item, Item], bool]) -> int:
+    """Take fitting pairs out of both lists, one to one, by falling overlap; how many there were.
 
     The official M2E2 scorer lets two predictions match one gold box; here a box matches once.
     """
-    pairs = [(-data.iou(g.box, p.box), i, j)
-             for i, g in enumerate(gold) for j, p in enumerate(predicted)
-             if g.box and p.box and (g.label, g.role) == (p.label, p.role)]
-    used_gold, used_predicted = set(), set()
-    for overlap, i, j in sorted(pairs):
-        if -overlap >= IOU_MATCH and i not in used_gold and j not in used_predicted:
-            used_gold.add(i)
-            used_predicted.add(j)
-    return len(used_gold)
+    pairs = sorted((-overlap(g, p), i, j) for i, g in enumerate(gold)
+                   for j, p in enumerate(predicted) if fits(g, p))
+    taken_gold, taken = set(), set()
+    for _, i, j in pairs:
+        if i not in taken_gold and j not in taken:
+            taken_gold.add(i)
+            taken.add(j)
+    gold[:] = [item for i, item in enumerate(gold) if i not in taken_gold]
+    predicted[:] = [item for j, item in enumerate(predicted) if j not in taken]
+    return len(taken)
 
 
 def is_object(item: Item) -> bool:
@@ -148,15 +219,38 @@ def is_object(item: Item) -> bool:
 
 
 def count(task: str, gold: Sequence[Item], predicted: Sequence[Item], malformed: int = 0) -> Counts:
-    """Counts of one record; `malformed` is what the parser could not use of its output."""
-    if task == "mre":
-        gold = [item for item in gold if item.label != "none"]
-        predicted = [item for item in predicted if item.label != "none"]
-        tp = len({item.label for item in gold} & {item.label for item in predicted})
-    else:
-        tp = span_matches(gold, predicted) + box_matches(gold, predicted)
-    exact = tp == len(predicted) == len(gold)
-    return Counts(tp, len(predicted), len(gold), malformed, int(exact), rows=1)
+    """Counts of one record; `malformed` is what the parser could not use of its output.
+
+    Every item falls into one class, the first of these that takes it: right; wrong type, in a pair
+    at one place whose types or roles differ; wrong boundary, in a pair of one type and role that
+    overlaps; missed, if it is gold, or spurious.  Pairs are one to one, so with w pairs of wrong
+    type and b of wrong boundary  gold = tp + w + b + missed  and  pred = tp + w + b + spurious.
+    """
+    gold, predicted = list(gold), list(predicted)
+    if task == "mre":  # none is no relation; all the others have one place, the given pair
+        gold, predicted = ([dataclasses.replace(item, whole_image=True) for item in items
+                            if item.label != "none"] for items in (gold, predicted))
+    sizes = len(predicted), len(gold)
+    tp = pair_off(gold, predicted, right)
+    return Counts(tp, *sizes, malformed, correct=int(sizes == (tp, tp)), rows=1,
+                  wrong_type=pair_off(gold, predicted, same_place),
+                  boundary=pair_off(gold, predicted, inexact))
+
+
+def count_umie(task: str, gold: Sequence[Item], predicted: Sequence[Item],
+               malformed: int = 0) -> Counts:
+    """Counts by UMIE's rule, for `Counts.rounded_f1`; see RULES.
+
+    A predicted string is right as often as the gold has it.  A gold string that occurs nowhere in
+    the prediction is missed, and `gold` is tp + missed: UMIE divides by that for its recall.
+    """
+    if task == "mre" and malformed:
+        predicted = []
+    wanted, found = (Counter((kind(item), item.text and data.canon(item.text)) for item in items)
+                     for items in (gold, predicted))
+    tp = (wanted & found).total()
+    missed = sum(number for string, number in wanted.items() if string not in found)
+    return Counts(tp, found.total(), tp + missed, rows=1)
 
 
 # --------------------------------------------------------------------------------------- scoring
@@ -180,7 +274,7 @@ class Row:
     gold: list[Item]
     predicted: list[Item]
     counts: Counts
-    parts: Scores = field(default_factory=dict)  # MEAE: "text" and "object"
+    parts: Scores = field(default_factory=dict)  # see `breakdown`
 
 
 def pair_of(record: Record) -> tuple[str, str]:
@@ -209,12 +303,21 @@ def score_row(record: Record, answer: Answer, dataset: Dataset,
     predicted, malformed = data.predicted_items(record, answer.text, dataset, triggers, answer.cut)
     gold = data.gold_items(record)
     counts = count(record.task, gold, predicted, malformed) + Counts(missing=int(answer.missing))
-    parts = {}
-    if record.task == "meae":
-        parts = {name: count("meae", [item for item in gold if is_object(item) == objects],
-                             [item for item in predicted if is_object(item) == objects])
-                 for name, objects in (("text", False), ("object", True))}
-    return Row(record, dataset.units[record.task], answer, gold, predicted, counts, parts)
+    return Row(record, dataset.units[record.task], answer, gold, predicted, counts,
+               breakdown(record.task, gold, predicted, malformed))
+
+
+def breakdown(task: str, gold: list[Item], predicted: list[Item], malformed: int) -> Scores:
+    """One record by UMIE's rule, by type, and, for arguments, those in the text and the objects."""
+    def share(belongs: Callable[[Item], bool]) -> Counts:
+        return count(task, list(filter(belongs, gold)), list(filter(belongs, predicted)))
+
+    found = {"~umie": count_umie(task, gold, predicted, malformed)}
+    for name in sorted({kind(item) for item in (*gold, *predicted)} - {"none"}):
+        found[f":{name}"] = share(lambda item: kind(item) == name)
+    if task == "meae":
+        found |= {"/text": share(lambda item: not is_object(item)), "/object": share(is_object)}
+    return found
 
 
 def score_rows(records: Sequence[Record], answers: Sequence[Answer],
@@ -231,14 +334,52 @@ def score_rows(records: Sequence[Record], answers: Sequence[Answer],
 
 
 def total(rows: Sequence[Row]) -> Scores:
-    """Sum the rows per unit, per part of a unit and per dataset of a unit."""
+    """Sum the rows per unit and per part of a unit."""
     scores: Scores = {}
     for row in rows:
-        named = {row.unit: row.counts, f"{row.unit}@{row.record.dataset}": row.counts}
-        named.update({f"{row.unit}/{part}": counts for part, counts in row.parts.items()})
-        for name, counts in named.items():
-            scores[name] = scores.get(name, Counts()) + counts
-    return scores
+        mine = {"": row.counts, f"@{row.record.dataset}": row.counts, **row.parts}
+        for part, counts in mine.items():
+            scores[row.unit + part] = scores.get(row.unit + part, Counts()) + counts
+    return scores | m2e2_variants(rows)
+
+
+def m2e2_sentence(record: Record) -> tuple[str, str] | None:
+    """The sentence of a record whose id is SENTENCE+IMAGE/TASK, as those of M2E2 are."""
+    dataset, pair = pair_of(record)
+    mark = f"+{record.image}"
+    return (dataset, pair.removesuffix(mark)) if pair.endswith(mark) else None
+
+
+def m2e2_variants(rows: Sequence[Row]) -> Scores:
+    """MED and MEAE by the rules of VARIANTS, as far as there are rows that they concern."""
+    scores, seen, concerned = {}, set(), set()
+    for row in (row for row in rows if row.record.task in ("med", "meae")):
+        record, sentence = row.record, m2e2_sentence(row.record)
+        if sentence:
+            concerned.add(f"{row.unit}~once")
+        if record.accepted:
+            concerned.add(f"{row.unit}~accepted")
+        events = repr([(event["type"], event["trigger"]) for event in record.events])
+        keys = {False: (row.unit, *(sentence or pair_of(record)), events),
+                True: (row.unit, record.dataset, record.image if sentence else record.id)}
+        once = [[item for item in items if keys[is_object(item)] not in seen]
+                for items in (row.gold, row.predicted)]
+        seen.update(keys.values())
+        for name, items in (("once", once), ("accepted", (row.gold, not_accepted(row)))):
+            key = f"{row.unit}~{name}"
+            scores[key] = scores.get(key, Counts()) + count(record.task, *items)
+    return {key: scores[key] for key in sorted(concerned)}
+
+
+def not_accepted(row: Row) -> list[Item]:
+    """The predictions without those that are wrong by the gold and right by `record.accepted`."""
+    wrong = list(row.predicted)
+    pair_off(list(row.gold), wrong, right)
+    kept = list(wrong)
+    accepted = dataclasses.replace(row.record, events=row.record.accepted)
+    pair_off(data.gold_items(accepted), kept, right)
+    dropped = {id(item) for item in wrong} - {id(item) for item in kept}
+    return [item for item in row.predicted if id(item) not in dropped]
 
 
 def score_predictions(records: Sequence[Record], texts: Sequence[str],
@@ -249,26 +390,30 @@ def score_predictions(records: Sequence[Record], texts: Sequence[str],
 
 # ----------------------------------------------------------------------------------------- table
 
-def table(scores: Scores) -> str:
-    """The paper's seven columns, their sum, and below what each of them counts."""
+COUNTED = ("tp", "pred", "gold", "wrong_type", "boundary", "missed", "spurious", "malformed",
+           "rows", "missing")
+
+
+def table(scores: Scores, datasets: Mapping[str, Dataset] | None = None) -> str:
+    """The paper's seven columns, their sum, and below what each number counts.
+
+    datasets: whose notes to print below, for those that have rows.
+    """
     present = [unit for unit in UNITS if unit in scores]
+    umie = {unit: scores[f"{unit}~umie"] for unit in present if f"{unit}~umie" in scores}
+    rates = {name: {unit: getattr(scores[unit], value) for unit in present}
+             for name, value in (("F1", "f1"), ("P", "precision"), ("R", "recall"))}
+    rates |= {"F1 UMIE": {unit: counts.rounded_f1 for unit, counts in umie.items()},
+              "accuracy": {unit: scores[unit].accuracy for unit in present if unit in ("V1", "V2")}}
     lines = ["".join([f"{'':10}"] + [f"{unit:>8}" for unit in UNITS] + [f"{'All':>9}{'mean':>8}"])]
-    for name, value in (("F1", "f1"), ("P", "precision"), ("R", "recall")):
-        cells = {unit: getattr(scores[unit], value) for unit in present}
-        lines.append(table_row(name, cells, ".2f"))
-        if name == "F1" and present:
-            summed = sum(cells.values())
-            lines[-1] += f"{summed:9.2f}{summed / len(present):8.2f}"
-    for name in ("tp", "pred", "gold", "rows", "malformed", "missing"):
+    for name, cells in rates.items():
+        summed = sum(cells.values())
+        ends = f"{summed:9.2f}{summed / len(cells):8.2f}" if cells and name[:2] == "F1" else ""
+        lines += [table_row(name, cells, ".2f") + ends] if cells else []
+    for name in COUNTED:
         cells = {unit: getattr(scores[unit], name) for unit in present}
-        lines.append(table_row(name, cells, "d") + f"{sum(cells.values()):9d}")
-    lines.append("")
-    lines += [f"{unit:5}{DEFINITIONS[unit]}{details(unit, scores)}" for unit in present]
-    lines += [f"All  sum of the F1 of {len(present)} of {len(UNITS)} columns, as in the paper; "
-              "micro-averaged F1, P, R in %, 0/0 = 0",
-              "malformed: unusable pieces of output, never scored; missing: rows whose image file "
-              "was not there"]
-    return "\n".join(lines)
+        lines.append(table_row(name.replace("_", " "), cells, "d") + f"{sum(cells.values()):9d}")
+    return "\n".join([*lines, "", *legend(scores), *notes(scores, datasets or {})])
 
 
 def table_row(name: str, cells: Mapping[str, float], form: str) -> str:
@@ -277,35 +422,65 @@ def table_row(name: str, cells: Mapping[str, float], form: str) -> str:
                                   for u in UNITS)
 
 
-def details(unit: str, scores: Scores) -> str:
-    """What stands beside a unit's F1: accuracy, parts, and its datasets if there are several."""
-    notes = []
-    if unit in ("V1", "V2"):
-        notes.append(f"accuracy {scores[unit].accuracy:.2f}")
-    notes += [f"{name.split('/')[1]} only F1 {counts.f1:.2f}"
-              for name, counts in sorted(scores.items()) if name.startswith(unit + "/")]
-    each = sorted(name for name in scores if name.startswith(unit + "@"))
-    if len(each) > 1:
-        notes += [f"{name.split('@')[1]} F1 {scores[name].f1:.2f}" for name in each]
-    return f" ({', '.join(notes)})" if notes else ""
+def legend(scores: Scores) -> list[str]:
+    """What each column counts, its parts, and by which rule each row is computed."""
+    present = [unit for unit in UNITS if unit in scores]
+    lines = []
+    for unit in present:
+        each = parts(scores, unit, "/"), parts(scores, unit, "@")
+        some = [f"{name} only F1 {counts.f1:.2f}" for name, counts in each[0].items()]
+        some += [f"{name} F1 {counts.f1:.2f}" for name, counts in each[1].items()
+                 if len(each[1]) > 1]
+        lines.append(f"{unit:5}{DEFINITIONS[unit]}" + (f" ({', '.join(some)})" if some else ""))
+    lines.append(f"All  sum of the F1 of {len(present)} of {len(UNITS)} columns, as in the paper")
+    lines += [f"{name}: {rule}" for name, rule in RULES.items()]
+    return lines + [
+        f"{unit} {name}: F1 {counts.f1:.2f}, P {counts.precision:.2f}, R {counts.recall:.2f} (tp "
+        f"{counts.tp}, pred {counts.pred}, gold {counts.gold}): {VARIANTS[name]}"
+        for unit in present for name, counts in parts(scores, unit, "~").items()
+        if name in VARIANTS]
+
+
+def notes(scores: Scores, datasets: Mapping[str, Dataset]) -> list[str]:
+    """What a reader of these scores must know of their data."""
+    used = {name for unit in UNITS for name in parts(scores, unit, "@")}
+    lines = [f"note on {name}: {dataset.note}" for name, dataset in datasets.items()
+             if name in used and dataset.note]
+    rows = [scores[unit] for unit in UNITS if unit in scores]
+    missing = sum(counts.missing for counts in rows)
+    if missing:
+        lines.append(f"note on images: {missing} of {sum(counts.rows for counts in rows)} rows "
+                     "were answered without their image, whose file was not there")
+    return lines
+
+
+def type_table(scores: Scores) -> str:
+    """P, R, F1 and counts of every type: entity type, relation, event type, event type:role."""
+    lines = [f"{'':5}{'type':40}{'F1':>8}{'P':>8}{'R':>8}{'tp':>7}{'pred':>7}{'gold':>7}"]
+    lines += [f"{unit:5}{name:40}{c.f1:8.2f}{c.precision:8.2f}{c.recall:8.2f}{c.tp:7d}{c.pred:7d}"
+              f"{c.gold:7d}" for unit in UNITS for name, c in parts(scores, unit, ":").items()]
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------- files
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
+    aside = path.with_name(path.name + ".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside.write_text(text, encoding="utf-8", newline="")
+    os.replace(aside, path)
 
 
 def save_predictions(path: Path, rows: Sequence[Row]) -> None:
-    """Write one JSON object per row, whole or not at all."""
-    aside = path.with_name(path.name + ".tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(aside, "w", encoding="utf-8") as file:
-        for row in rows:
-            counts = row.counts
-            line = {"id": row.record.id, "dataset": row.record.dataset, "task": row.record.task,
-                    "unit": row.unit, "gold": data.target(row.record),
-                    "text": row.answer.text, "cut": row.answer.cut,
-                    "predicted_items": items_json(row.predicted),
-                    "gold_items": items_json(row.gold),
-                    "malformed": counts.malformed, "missing_image": bool(counts.missing),
-                    "tp": counts.tp, "pred": counts.pred, "n_gold": counts.gold}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    os.replace(aside, path)
+    """Write one JSON object per row."""
+    lines = [{"id": row.record.id, "dataset": row.record.dataset, "task": row.record.task,
+              "unit": row.unit, "gold": data.target(row.record), "text": row.answer.text,
+              "cut": row.answer.cut, "predicted_items": items_json(row.predicted),
+              "gold_items": items_json(row.gold), "malformed": row.counts.malformed,
+              "missing_image": bool(row.counts.missing), "tp": row.counts.tp,
+              "pred": row.counts.pred, "n_gold": row.counts.gold} for row in rows]
+    write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def items_json(items: Sequence[Item]) -> list[dict]:
@@ -313,6 +488,72 @@ def items_json(items: Sequence[Item]) -> list[dict]:
     return [{name: value for name, value in dataclasses.asdict(item).items()
              if value is not None and value is not False and (name != "event" or item.role)}
             for item in items]
+
+
+def save_scores(path: Path, rows: Sequence[Row], checkpoint: Path, config: "train.Config",
+                split: str, decoding: "Decoding | None" = None) -> None:
+    """Write what was scored, by which rules and with which result, as one JSON object.
+
+    "made_from" is what the scores depend on; "scores" has the keys of `Scores`; "records" holds
+    [tp, pred, gold] of every record, for comparing two systems on the same ones.
+    """
+    corpus, scores = corpus_of(config), total(rows)
+    records: dict[str, dict[str, list[int]]] = {}
+    for row in rows:
+        records.setdefault(row.unit, {})[f"{row.record.dataset}/{row.record.id}"] = [
+            row.counts.tp, row.counts.pred, row.counts.gold]
+    report = {"made_from": made_from(checkpoint, config, split, decoding or Decoding.of(config)),
+              "data": str(corpus), "notes": notes(scores, data.load_datasets(corpus)),
+              "scores": {name: figures(name, counts) for name, counts in scores.items()},
+              "records": records}
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}"
+                       for key, value in report.items())
+    write_whole(path, f"{{{lines}}}\n")
+
+
+def figures(name: str, counts: Counts) -> dict[str, float]:
+    """One entry of `Scores` as JSON; only whole units have classes of errors."""
+    short = {"tp": counts.tp, "pred": counts.pred, "gold": counts.gold}
+    if name.endswith("~umie"):
+        return {**short, "f1": counts.rounded_f1}
+    short |= {"f1": counts.f1, "precision": counts.precision, "recall": counts.recall}
+    if name not in UNITS:
+        return short
+    more = {value: getattr(counts, value) for value in COUNTED}
+    accuracy = {"accuracy": counts.accuracy} if data.UNIT_TASK[name] == "mre" else {}
+    return {**short, **more, **accuracy}
+
+
+def made_from(checkpoint: Path, config: "train.Config", split: str, decoding: "Decoding") -> dict:
+    """Everything that scores depend on, as JSON; equal for two that need not be made twice."""
+    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    return {"checkpoint": state["sha256"]["model.safetensors"], "split": split,
+            "data": split_digest(corpus_of(config), split),
+            "units": list(config.units) if config.units else None,
+            "missing_images": config.missing_images, "decoding": dataclasses.asdict(decoding),
+            "definitions": {**DEFINITIONS, **RULES, **VARIANTS}}
+
+
+def corpus_of(config: "train.Config") -> Path:
+    return Path(config.data or "data/demo")
+
+
+def split_digest(corpus: Path, split: str) -> str:
+    """sha256 over the files of a split and the names of the images that are there."""
+    digest = hashlib.sha256()
+    for path in sorted([*corpus.glob("*/dataset.json"), *corpus.glob(f"*/{split}.jsonl")]):
+        digest.update(path.read_bytes())
+    images = sorted(str(path.relative_to(corpus)) for path in corpus.glob("*/images/**/*"))
+    digest.update("\n".join(images).encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def still_true(path: Path, wanted: dict) -> bool:
+    """Whether the scores in a file were made from exactly what is wanted."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["made_from"] == wanted
+    except (OSError, ValueError, TypeError, KeyError):
+        return False  # none, or not whole: they will be made
 
 
 # -------------------------------------------------------------------------------------- decoding
@@ -333,6 +574,10 @@ class Decoding:
     beams: int = 1
     max_new_tokens: int = 192
     precision: str = "fp32"  # "bf16": under autocast
+
+    @classmethod
+    def of(cls, config: "train.Config", batch_size: int = 32, beams: int = 1) -> "Decoding":
+        return cls(batch_size, beams, config.max_target, config.precision)
 
 
 def deal(lengths: Sequence[int], batch_size: int, rank: int, world: int) -> list[list[int]]:
@@ -401,16 +646,881 @@ def evaluate_split(model: nn.Module, examples: Sequence[Example], datasets: Mapp
     return score_rows([example.record for example in examples], answers, datasets)
 
 
+# -------------------------------------------------------------------------- one system, or several
+
+def changed(args: argparse.Namespace) -> dict:
+    """The stored settings that the command line replaces; all units unless it names some."""
+    given = {"data": args.data, "missing_images": args.missing_images}
+    return {name: value for name, value in given.items() if value} | {"units": args.units}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checkpoint to be scored on a split."""
+
+    folder: Path  # as it was named; predictions and scores are written there
+    checkpoint: Path
+    changes: dict  # to the stored settings
+    config: "train.Config"  # the settings with these changes
+    split: str
+    decoding: Decoding
+
+    @classmethod
+    def of(cls, folder: Path, args: argparse.Namespace) -> "Job":
+        import train
+        checkpoint, changes = train.find_checkpoint(folder), changed(args)
+        config = train.Config(**train.read_state(checkpoint)["config"])
+        config = dataclasses.replace(config, **changes)
+        return cls(folder, checkpoint, changes, config, args.split,
+                   Decoding.of(config, args.batch_size, args.beams))
+
+    @property
+    def scores(self) -> Path:
+        return self.folder / f"scores-{self.split}.json"
+
+    @property
+    def predictions(self) -> Path:
+        return self.folder / f"predictions-{self.split}.jsonl"
+
+    def load(self, world: "train.World") -> tuple["train.Setup", list[Example]]:
+        """The model and the examples of the split."""
+        import train
+        setup = train.load_model(self.checkpoint, world.device, **self.changes)
+        records = data.load_corpus(setup.sources.corpus, self.split, self.config.units)
+        return setup, data.encode_records(records, setup.datasets, setup.tokenizer,
+                                          self.config.max_source, self.config.max_target,
+                                          world.print)
+
+    def features(self, setup: "train.Setup", examples: Sequence[Example],
+                 world: "train.World") -> "train.Features":
+        import train
+        return train.Features(setup.sources, [e.record for e in examples],
+                              self.config.missing_images, self.config.max_objects, world.device)
+
+    def decode(self, world: "train.World") -> tuple[list[Row], dict[str, Dataset]]:
+        """The scored rows, the same on every process, and the descriptors of their datasets."""
+        setup, examples = self.load(world)
+        features = self.features(setup, examples, world)
+        world.join()
+        rows = evaluate_split(setup.model, examples, setup.datasets, features, setup.tokenizer,
+                              world.device, self.decoding, world.rank, world.size)
+        return rows, setup.datasets
+
+    def save(self, rows: Sequence[Row], predictions: Path, scores: Path) -> None:
+        save_predictions(predictions, rows)
+        save_scores(scores, rows, self.checkpoint, self.config, self.split, self.decoding)
+
+
+def score_one(args: argparse.Namespace, world: "train.World") -> None:
+    """Decode one checkpoint, print its table, write predictions and scores."""
+    job = Job.of(args.checkpoint[0], args)
+    rows, datasets = job.decode(world)
+    out = args.out or job.predictions
+    beside = out.with_name(f"scores-{out.stem.removeprefix('predictions-')}.json")
+    if world.main:
+        job.save(rows, out, beside)
+    world.print(f"{job.folder}, {job.split} split of {corpus_of(job.config)}, "
+                f"{'greedy' if args.beams == 1 else f'{args.beams} beams'}; predictions: {out}, "
+                f"scores: {beside}", table(total(rows), datasets))
+    if args.details:
+        world.print("", type_table(total(rows)))
+
+
+def compare(args: argparse.Namespace, world: "train.World") -> None:
+    """Print several systems side by side, and what they differ by; --csv writes it, too.
+
+    Scores that lie in the run folders are taken if they were made from this very checkpoint,
+    split, data and decoding; all processes see to that before any of them writes.
+    """
+    import train
+    jobs = [Job.of(folder, args) for folder in args.checkpoint]
+    names = system_names([job.config for job in jobs])
+    runs = [(name, job.config.seed) for name, job in zip(names, jobs)]
+    twice = next((run for run in runs if runs.count(run) > 1), None)
+    if twice:
+        raise train.UsageError("checkpoints: expected runs that differ in a setting or the seed, "
+                               f"got two of {twice[0]} with seed {twice[1]}; name one of them")
+    wanted = [made_from(job.checkpoint, job.config, job.split, job.decoding) for job in jobs]
+    if len({made["data"] for made in wanted}) > 1:
+        raise train.UsageError("checkpoints: expected runs on one corpus, got "
+                               f"{', '.join(str(corpus_of(job.config)) for job in jobs)}, which "
+                               "differ; name one for all with --data DIR")
+    stored = [still_true(job.scores, made) for job, made in zip(jobs, wanted)]
+    for job, known in zip(jobs, stored):
+        world.print(f"{job.checkpoint}: " + (f"scores of {job.scores}" if known else "decoding"))
+        if not known:
+            rows, _ = job.decode(world)
+            if world.main:
+                job.save(rows, job.predictions, job.scores)
+    if world.main:
+        systems = collect(jobs, names)
+        lines = [comparison_line(system, systems[0]) for system in systems]
+        world.print(f"{args.split} split", comparison_table(lines), "", *below(systems))
+        if args.csv:
+            write_whole(args.csv, comparison_csv(lines))
+
+
+def system_names(configs: Sequence["train.Config"]) -> list[str]:
+    """Method and options of each run, as far as the runs differ in them, seed and folder apart.
+
+    An option at its default for the method and size is not named; names differ where settings do.
+    """
+    import train
+    fields = [spec.name for spec in dataclasses.fields(train.Config)
+              if spec.name not in ("method", "seed", "out", "save_every")
+              and len({repr(getattr(config, spec.name)) for config in configs}) > 1]
+    names = []
+    for config in configs:
+        usual = train.Config(size=config.size, method=config.method).resolved()
+        words = [config.method]
+        for name in fields:
+            value, flag = getattr(config, name), name.replace("_", "-")
+            if value is not None and (name == "size" or value != getattr(usual, name)):
+                shown = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+                words += [f"--{flag}" if value is True else f"--no-{flag}" if value is False
+                          else f"--{flag} {shown}"]
+        names.append(" ".join(words))
+    return names
+
+
+COLUMNS = (*UNITS, "All", "mean")
+COMPARISON = (
+    "All, mean: sum and mean of a system's columns; +-: sample standard deviation over its seeds, "
+    "below the mean over them",
+    "TP: trainable parameters, those of the visual adapter and of L_MIM included",
+    "vs first: difference to the first system in the mean of the columns that both have, and its "
+    f"95 % bootstrap interval: {RESAMPLES:,} times the records of each column are drawn anew, the "
+    "same for both, and the seeds of each system; where a system has one seed, the interval leaves "
+    "out what another seed would change, and is too narrow",
+)
+
+
+@dataclass
+class System:
+    """Runs that differ only in their seed."""
+
+    name: str
+    config: "train.Config"  # of the first seed
+    trainable: int  # parameters
+    reports: list[dict] = field(default_factory=list)  # scores-SPLIT.json of each seed
+
+    def columns(self) -> dict[str, list[float]]:
+        """F1 of every unit, their sum and their mean: one value per seed."""
+        found: dict[str, list[float]] = {}
+        for report in self.reports:
+            f1 = {u: report["scores"][u]["f1"] for u in UNITS if u in report["scores"]}
+            total = sum(f1.values())
+            for name, value in {**f1, "All": total, "mean": total / max(len(f1), 1)}.items():
+                found.setdefault(name, []).append(value)
+        return found
+
+
+def collect(jobs: Sequence[Job], names: Sequence[str]) -> list[System]:
+    """The jobs' scores, read from their files, by system in the order of the command line."""
+    systems: dict[str, System] = {}
+    for job, name in zip(jobs, names):
+        with safe_open(job.checkpoint / "model.safetensors", "pt") as file:
+            trainable = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())
+        report = json.loads(job.scores.read_text(encoding="utf-8"))
+        systems.setdefault(name, System(name, job.config, trainable)).reports.append(report)
+    return list(systems.values())
+
+
+def draws(random: numpy.random.Generator, n: int) -> numpy.ndarray:
+    """How often each of n things is drawn in n draws with replacement, [1 + RESAMPLES, n].
+
+    The first row draws each of them once: it gives the figure itself.
+    """
+    drawn = random.multinomial(n, numpy.full(n, 1 / n), RESAMPLES)
+    return numpy.vstack([numpy.ones_like(drawn[:1]), drawn])
+
+
+def resampled_f1(system: System, unit: str, ids: Sequence[str], records: numpy.ndarray,
+                 seeds: numpy.ndarray) -> numpy.ndarray:
+    """F1 in % of a unit, mean over the seeds; draws of records and of seeds -> [1 + RESAMPLES]."""
+    counts = numpy.array([[report["records"][unit][i] for i in ids] for report in system.reports])
+    tp, pred, gold = numpy.moveaxis(records @ counts, -1, 0)  # each [seeds, 1 + RESAMPLES]
+    f1 = 200 * tp / numpy.maximum(pred + gold, 1)
+    return (seeds.T * f1).sum(axis=0) / len(f1)
+
+
+def difference(first: System, other: System) -> tuple[float, float, float] | None:
+    """other - first in the mean of the columns they share, and its bootstrap 95 % interval.
+
+    Drawn with replacement are the records of each column, alike for both systems, and the seeds of
+    each system, alike for all columns; without the seeds, two runs of one system would differ
+    "significantly".  A record that one side lacks is left out.  None where nothing is shared.
+    """
+    random, deltas = numpy.random.default_rng(0), []
+    seeds = [draws(random, len(system.reports)) for system in (first, other)]
+    for unit in UNITS:
+        sides = [report["records"].get(unit, {}) for system in (first, other)
+                 for report in system.reports]
+        ids = sorted(set.intersection(*map(set, sides)))
+        if ids:
+            records = draws(random, len(ids))
+            deltas.append(resampled_f1(other, unit, ids, records, seeds[1])
+                          - resampled_f1(first, unit, ids, records, seeds[0]))
+    if not deltas:
+        return None
+    delta = numpy.mean(deltas, axis=0)
+    return float(delta[0]), *map(float, numpy.percentile(delta[1:], (2.5, 97.5)))
+
+
+def comparison_line(system: System, first: System) -> dict:
+    """What the table and the CSV file say about a system; None where there is nothing to say."""
+    line, cells = {"system": system.name}, system.columns()
+    for name in COLUMNS:
+        seeds = cells.get(name, [])
+        line[name] = fmean(seeds) if seeds else None
+        line[f"{name} sd"] = stdev(seeds) if len(seeds) > 1 else None
+    found = None if system is first else difference(first, system)
+    return {**line, "TP": system.trainable / 1e6, "seeds": len(system.reports),
+            **dict(zip(("difference", "low", "high"), found or (None,) * 3))}
+
+
+def comparison_table(lines: Sequence[dict]) -> str:
+    """The systems as text, standard deviations below their means."""
+    def cells(line: dict, end: str, empty: str) -> str:
+        return "".join(f"{empty:>8}" if line[name + end] is None else f"{line[name + end]:8.2f}"
+                       for name in COLUMNS)
+
+    width = max(len(line["system"]) for line in lines) + 2
+    text = [f"{'':{width}}{''.join(f'{name:>8}' for name in COLUMNS)}{'TP':>9}  seeds  vs first"]
+    for line in lines:
+        text.append(f"{line['system']:{width}}{cells(line, '', '-')}{line['TP']:8.2f}M"
+                    f"{line['seeds']:7}")
+        if line["difference"] is not None:
+            text[-1] += "  {difference:+.2f} [{low:+.2f}, {high:+.2f}]".format(**line)
+        if line["seeds"] > 1:
+            text.append(f"{'+-':>{width}}{cells(line, ' sd', '')}")
+    return "\n".join(text)
+
+
+def comparison_csv(lines: Sequence[dict]) -> str:
+    """The systems in full precision, one line each."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, lines[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def below(systems: Sequence[System]) -> list[str]:
+    """By which rules the numbers of a comparison are made, and the notes on their data."""
+    reports = [report for system in systems for report in system.reports]
+    units = [unit for unit in UNITS if any(unit in report["scores"] for report in reports)]
+    return [*(f"{unit:5}{DEFINITIONS[unit]}" for unit in units), f"F1: {RULES['F1, P, R']}",
+            *COMPARISON, *sorted({note for report in reports for note in report["notes"]})]
+
+
+# -------------------------------------------------------------------------------------- analyses
+# What does a method cost (Table 5), where do its gates send the tokens (Fig. 6), how much do the
+# AML weights depend on p_m, and the pictures (Fig. 4 and 5, learning curves, error classes).
+
+GEOMETRY = {"base": (768, 2048, 12, 12), "large": (1024, 2816, 24, 16), "xl": (2048, 5120, 24, 32)}
+COSTED = {"full": {}, "lora": {}, "moslora": {}, "loramoe": {}, "clorae": {}, "tlora": {},
+          "clorae --no-egr": {"egr": False}, "clorae --no-mim": {"mim": False}}
+VISUAL_POLICIES = ("frozen", "paper", "train")  # of train.Config, each adding to the one before
+# Table 5 (arXiv 2505.06303v1, HTML): TP in millions, GFLOPs of fwd and of fwd + bwd.
+PAPER_COSTS = {
+    "base": {"full": (287.0, 21.3, 63.8), "lora": (15.5, 22.0, 65.9), "moslora": (15.8, 26.3, 78.9),
+             "loramoe": (30.5, 22.7, 68.2), "clorae": (30.4, 23.2, 69.5)},
+    "large": {"full": (843.0, 73.2, 219.0), "lora": (20.3, 74.1, 223.4),
+              "moslora": (20.4, 89.1, 267.3), "loramoe": (40.0, 75.2, 225.5),
+              "clorae": (39.9, 75.7, 227.2)}}
+PAPER_LENGTHS = (95, 1, 21)  # source, target, visual tokens that reproduce its figures of "full"
+UMIE_FEATURES = 512  # F in UMIE
+
+
+def passing(path: str) -> str:
+    """Whose tokens pass through a linear: "memory", "target", "visual", or one mean per "row"."""
+    parts = path.split(".")
+    if "proj_text" in parts or "proj_visual" in parts:
+        return "row"
+    if parts[0] == "visual_embedding" or parts[0] == "fusion" and parts[-1] in ("k", "v"):
+        return "visual"
+    return clorae.stream_of(path)
+
+
+class FlopCounter:
+    """FLOPs of one row of a UMIE: 2 per multiply-add of a matrix product, the rest is free.
+
+    forward; backward: one product for each gradient that exists, that of a linear's input if
+    anything below it is trained, that of its weight if it is trained itself.  Experts count as
+    their layer runs them, in rank space and one task of N.  `live` says of each stream whether its
+    hidden states need a gradient so far; the walk follows the order of the forward pass.
+    """
+
+    def __init__(self, model: nn.Module, source: float, target: float, visual: float):
+        embedded = model.t5.shared.weight.requires_grad
+        self.tokens = {"memory": source, "target": target, "visual": visual, "row": 1}
+        self.live = {"memory": embedded, "target": embedded, "visual": False}
+        self.forward = self.backward = 0.0
+        if visual:
+            self.walk("visual_embedding", model.visual_embedding)
+            self.walk("vstack", model.vstack)
+            if model.fusion is None:
+                self.tokens["memory"] += visual
+                self.live["memory"] |= self.live["visual"]
+        self.walk("encoder", model.t5.encoder)
+        if visual and model.fusion is not None:
+            self.walk("fusion", model.fusion)
+        self.walk("decoder", model.t5.decoder)
+        self.linear(model.t5.lm_head or model.t5.shared, target, self.live["target"])
+
+    def walk(self, path: str, module: nn.Module) -> None:
+        """Count what lies below a module, and note whether its stream is live behind it."""
+        stream = "memory" if passing(path) == "row" else passing(path)
+        if isinstance(module, Attention):
+            self.attention(path, module)
+        elif isinstance(module, FeedForward):
+            up = [self.linear(part, self.tokens[stream], self.live[stream])
+                  for part in (module.gate, module.up) if part is not None]
+            self.live[stream] |= self.linear(module.down, self.tokens[stream], any(up))
+        elif isinstance(module, nn.Linear):
+            live = self.live[stream] and not path.startswith("visual_embedding")  # reads data
+            self.live[stream] |= self.linear(module, self.tokens[passing(path)], live)
+        elif isinstance(module, (RMSNorm, nn.Embedding)):
+            self.live[stream] |= module.weight.requires_grad
+        else:
+            for name, child in module.named_children():
+                self.walk(f"{path}.{name}", child)
+
+    def attention(self, path: str, module: Attention) -> None:
+        """q, k, v, o, and two products per head of forward: scores, and their mix of values."""
+        query, source = passing(path + ".q"), passing(path + ".k")
+        q, k, v = (self.linear(getattr(module, name), self.tokens[stream], self.live[stream])
+                   for name, stream in (("q", query), ("k", source), ("v", source)))
+        product = 2 * module.o.in_features * self.tokens[query] * self.tokens[source]
+        self.forward += 2 * product
+        self.backward += product * (q + k + v + (q or k))  # dQ, dK, dV, and dScores for either
+        self.live[query] |= self.linear(module.o, self.tokens[query], q or k or v)
+
+    def linear(self, module: nn.Module, tokens: float, live: bool) -> bool:
+        """Count one linear with its experts; returns whether its output needs a gradient."""
+        for name, weight in module.named_parameters():
+            kind = name.split(".")[-1]
+            if weight.dim() > 1:
+                one = len(weight) if kind in ("A_T", "B_T") else 1  # a row meets one task of N
+                product = 2 * tokens * weight.numel() / one
+                below = live or kind.startswith(("B", "M"))  # these read codes, live by A
+                self.forward += product
+                self.backward += product * (weight.requires_grad + below)
+        return live or any(weight.requires_grad for weight in module.parameters())
+
+
+def mim_flops(model: nn.Module, lengths: Sequence[float]) -> float:
+    """FLOPs that L_MIM adds to a training step of one row, forward and backward (clorae.moments).
+
+    The part with D_out is the same for a micro-batch of any number of rows of one task.
+    """
+    tokens = dict(zip(("memory", "target", "visual"), lengths))
+    layers = [m for m in clorae.expert_layers(model).values() if hasattr(m, "rho")]
+    ranks = [(layer.B_U.shape[1], layer.B_U.shape[1] + layer.B_T.shape[2]) for layer in layers]
+    return sum(2 * (len(layer.rho) + tokens[layer.stream]) * (R * R + 3 * k * k)
+               for layer, (R, k) in zip(layers, ranks))
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What the cost of a method depends on besides the method."""
+
+    name: str
+    t5: T5Config
+    rank: int
+    features: int  # F
+    objects: int  # most object tokens of a row
+    lengths: tuple[float, float, float]  # source, target, visual tokens of a row
+
+    @classmethod
+    def of_size(cls, size: str, rank: int, lengths: Sequence[float]) -> "Geometry":
+        """flan-t5-SIZE with UMIE's image features."""
+        D, hidden, layers, heads = GEOMETRY[size]
+        t5 = T5Config(32128, D, 64, hidden, layers, heads, feed_forward_proj="gated-gelu",
+                      tie_head=False, scale_logits=False)
+        objects = max(16, math.ceil(lengths[2]) - 1)
+        return cls(f"flan-t5-{size}", t5, rank, UMIE_FEATURES, objects, tuple(lengths))
+
+    @classmethod
+    def of_run(cls, setup: "train.Setup", examples: Sequence[Example]) -> "Geometry":
+        """A run's own backbone and rank, at the mean lengths of these rows."""
+        most = setup.config.max_objects
+        visual = [1 + min(len(e.record.objects), most) for e in examples if e.record.image]
+        sums = sum(len(e.input_ids) for e in examples), sum(len(e.labels) for e in examples)
+        lengths = tuple(n / max(len(examples), 1) for n in (*sums, sum(visual)))
+        return cls("this run", setup.model.t5.config, setup.config.rank,
+                   ViT.feature_width(setup.sources.vit), most, lengths)
+
+    def model(self, method: str, **options: object) -> nn.Module:
+        """The adapted model, on the meta device: without memory for its weights."""
+        with torch.device("meta"):
+            model = UMIE(T5(self.t5), self.features, self.objects)
+        return clorae.adapt(model, method, options.pop("rank", self.rank), data.TASKS, **options)
+
+    def forward(self, method: str, **options: object) -> float:
+        """GFLOPs of a forward pass."""
+        return FlopCounter(self.model(method, **options), *self.lengths).forward / 1e9
+
+
+Costs = dict[str, dict[str, tuple[dict[str, int], float, float]]]
+
+
+def costs(geometry: Geometry) -> Costs:
+    """{method: {visual policy: (trainable parameters by kind, GFLOPs fwd, GFLOPs bwd)}}."""
+    import train
+    found: Costs = {}
+    for label, options in COSTED.items():
+        model = geometry.model(label.split()[0], **options)
+        for policy in VISUAL_POLICIES:
+            train.free_visual_adapter(model, policy)
+            flops = FlopCounter(model, *geometry.lengths)
+            found.setdefault(label, {})[policy] = (
+                clorae.parameter_split(model), flops.forward / 1e9, flops.backward / 1e9)
+    return found
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines with straight columns, the first to the left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return [row[0].ljust(widths[0]) + "".join(cell.rjust(width + 2) for cell, width
+                                              in zip(row[1:], widths[1:])) for row in rows]
+
+
+def cost_tables(found: Costs, paper: Mapping[str, tuple]) -> list[str]:
+    """Trainable parameters and GFLOPs of every method, beside the paper's where it has them."""
+    kinds, policies = ("experts", "gate", "mim", "backbone"), VISUAL_POLICIES
+    millions = [["trainable, M", *kinds, *(f"visual:{p}" for p in policies),
+                 *(f"all:{p}" for p in policies), "paper"]]
+    gflops = [["GFLOPs", "fwd", "3 fwd", *(f"fwd+bwd:{p}" for p in policies), "paper fwd",
+               "paper fwd+bwd"]]
+    for label, each in found.items():
+        splits, theirs = [each[p][0] for p in policies], paper.get(label, ("-",) * 3)
+        numbers = [*(splits[0][kind] for kind in kinds), *(split["visual"] for split in splits),
+                   *(sum(split.values()) for split in splits)]
+        forward = each["train"][1]
+        work = [forward, 3 * forward, *(forward + each[p][2] for p in policies)]
+        millions.append([label, *(f"{n / 1e6:.3f}" for n in numbers), str(theirs[0])])
+        gflops.append([label, *(f"{n:.{2 if n > 1 else 5}f}" for n in work), *map(str, theirs[1:])])
+    return [*aligned(millions), "", *aligned(gflops)]
+
+
+def paper_notes(geometry: Geometry, found: Costs, paper: Mapping[str, tuple]) -> list[str]:
+    """Where our figures and the paper's part, each difference as a number."""
+    t5, (S, T, V), R, f = geometry.t5, geometry.lengths, geometry.rank, geometry.forward
+    means = 2 * (t5.d_model * 384 + 384 * 128) * (S + V - 2) / 1e9
+    scores = t5.num_heads * (t5.num_layers * (S * S + T * T + S * T) + 2 * V * V + S * V) / 1e9
+    full, ours, lora = (found[label]["train"][1] + means + scores
+                        for label in ("full", "clorae", "lora"))
+    half, pair = (f(method, rank=R // 2) + means + scores for method in ("lora", "loramoe"))
+    twice = half + (lora - full) * t5.d_model / (2 * R)  # q and v are square: 2 D^2 from 4 D R
+    millions = {label: sum(each["paper"][0].values()) / 1e6 for label, each in found.items()}
+    return [
+        f"full: UMIE projects each token for its gate, we the means (+{means:.3f}); the paper's "
+        f"tool adds 1 FLOP per attention score (+{scores:.3f}). So counted: {full:.2f}, paper "
+        f"{paper['full'][1]}; and likewise below.",
+        f"clorae: {ours:.2f}, paper {paper['clorae'][1]}: U, one task expert, gate, all at rank R.",
+        f"lora: {lora:.2f} at rank R, {half:.2f} at R/2, paper {paper['lora'][1]}; its TP is that "
+        "of rank R.",
+        f"moslora: {twice:.2f} if it were rank R/2 with the frozen q and v computed twice, paper "
+        f"{paper['moslora'][1]}; here they are computed once.  Its TP fits a mixer of (R/2)^2.",
+        f"loramoe: {pair:.2f} with two experts of rank R/2, paper {paper['loramoe'][1]}; its TP "
+        "is that of rank R.",
+        f"TP: all:paper leaves {paper['full'][0] - millions['full']:.1f} (full) and "
+        f"{paper['clorae'][0] - millions['clorae']:.2f} (clorae) that no part of the model has."]
+
+
+def cost_report(geometry: Geometry, paper: Mapping[str, tuple]) -> str:
+    """Table 5 for one backbone, beside the paper's figures, and how to read it."""
+    found, model = costs(geometry), geometry.model("clorae")
+    (forward, backward), whole = found["clorae"]["train"][1:], found["full"]["train"]
+    fixed, each = mim_flops(model, (0, 0, 0)) / 1e9, mim_flops(model, geometry.lengths) / 1e9
+    S, T, V = geometry.lengths
+    notes = [
+        "visual: train = the whole adapter learns, paper = its embedding, frozen = nothing of it; "
+        "VStack's experts always do.  3 fwd: the paper's convention.  fwd+bwd: input gradients "
+        "above the lowest trained weight, weight gradients of trained weights.",
+        f"clorae:train costs {100 * (forward + backward) / sum(whole[1:]):.0f} % of full, by 3 fwd "
+        f"{100 * forward / whole[1]:.0f} %.  L_MIM comes on top, in training: {fixed:.2f} GFLOPs "
+        f"per micro-batch and task in it, {each - fixed:.2f} per row.  Not counted: image tower, "
+        "optimizer, norms, softmax."]
+    if paper and geometry.lengths == PAPER_LENGTHS:
+        notes += paper_notes(geometry, found, paper)
+    title = (f"{geometry.name}, rank {geometry.rank}; one row of {S:.4g} source, {T:.4g} target, "
+             f"{V:.4g} visual tokens; image features {geometry.features} wide")
+    return "\n".join([title, "", *cost_tables(found, paper), "", *notes])
+
+
+@torch.inference_mode()
+def gate_sums(model: nn.Module, examples: Sequence[Example], groups: Sequence[int],
+              features: Features, device: torch.device, decoding: Decoding, rank: int = 0,
+              world: int = 1) -> Tensor:
+    """Sums over valid tokens [layers, groups, 6] float64, complete on every process.
+
+    Teacher-forced; groups[i] is the group of example i.  Summed: 1, g1, g2, g2 > .5, g2^2, entropy.
+    """
+    layers = clorae.expert_layers(model).values()
+    sums = torch.zeros(len(layers), max(groups) + 1, 6, dtype=torch.float64, device=device)
+    group = {example.row: g for example, g in zip(examples, groups, strict=True)}
+    rows = torch.zeros(0, dtype=torch.long)  # group of each row of the batch in progress
+
+    def log(place: int, layer: nn.Module, inputs: tuple[Tensor]) -> None:
+        g1, g2 = layer.gates(inputs[0]).double().unbind(dim=-1)
+        entropy = -(g1.xlogy(g1) + g2.xlogy(g2))
+        values = torch.stack([torch.ones_like(g2), g1, g2, g2 > 0.5, g2 * g2, entropy], dim=-1)
+        valid = layer.routing.masks[layer.stream][..., None]
+        sums[place].index_add_(0, rows, (values * valid).sum(dim=1))
+
+    hooks = [layer.register_forward_pre_hook(partial(log, i)) for i, layer in enumerate(layers)]
+    was_training = model.training
+    model.eval()
+    batches = deal([len(e.input_ids) for e in examples], decoding.batch_size, rank, world)
+    for chosen in tqdm(batches, desc="routing", unit="batch", disable=rank > 0, leave=False):
+        batch = data.collate([examples[i] for i in chosen], features, features.width).to(device)
+        rows = torch.tensor([group[row] for row in batch.rows.tolist()], device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=decoding.precision == "bf16"):
+            model(batch)
+    for hook in hooks:
+        hook.remove()
+    model.train(was_training)
+    if world > 1:
+        dist.all_reduce(sums)
+    return sums
+
+
+def routing_rows(paths: Sequence[str], groups: Sequence[tuple[str, str]],
+                 sums: Tensor) -> list[dict]:
+    """One row per wrapped linear and (task, dataset) with tokens there, from `gate_sums`."""
+    rows = []
+    for path, layer in zip(paths, sums.tolist(), strict=True):
+        parts = path.split(".")
+        place = {"stack": next(s for s in ("vstack", "encoder", "decoder") if s in parts),
+                 "layer": int(parts[-3]), "site": parts[-2].split("_")[0], "proj": parts[-1]}
+        for (task, dataset), (n, *totals) in zip(groups, layer, strict=True):
+            if n:
+                g1, soft, hard, square, entropy = (value / n for value in totals)
+                rows.append({**place, "task": task, "dataset": dataset, "n_tokens": int(n),
+                             "soft_universal": g1, "soft": soft, "hard": hard,
+                             "var": max(0.0, square - soft * soft), "entropy": entropy})
+    return rows
+
+
+def pooled(rows: Sequence[Mapping], stacks: Sequence[str]) -> dict[tuple[int, str], float]:
+    """{(layer, "dataset task"): soft share of the task expert}, each token with equal weight."""
+    sums: dict[tuple[int, str], list[float]] = {}
+    for row in rows:
+        if row["stack"] in stacks:
+            total = sums.setdefault((row["layer"], f"{row['dataset']} {row['task']}"), [0, 0.0])
+            total[0] += row["n_tokens"]
+            total[1] += row["n_tokens"] * row["soft"]
+    return {key: total / n for key, (n, total) in sums.items()}
+
+
+def route(job: Job, setup: "train.Setup", examples: Sequence[Example], args: argparse.Namespace,
+          world: "train.World") -> str:
+    """Fig. 6: routing.csv over all layers, routing.png over --layers (D37)."""
+    import train
+    config, layers = setup.config, clorae.expert_layers(setup.model)
+    if not layers or not all(hasattr(m, "W_g") and hasattr(m, "A_T") for m in layers.values()):
+        why = "whose gate knows no task expert" if config.method == "loramoe" else "which has none"
+        raise train.UsageError("--routing: expected a run with a live gate between a universal and "
+                               f"a task expert, got method {config.method}, {why}; name a run of "
+                               "clorae with --egr")
+    if args.layers and not set(args.layers) & {int(path.split(".")[-3]) for path in layers}:
+        raise train.UsageError(f"--layers: expected numbers of layers, counted from 0, got "
+                               f"{args.layers}; leave it out for all")
+    pairs = [(e.unit, e.record.task, e.record.dataset) for e in examples]
+    groups = sorted(set(pairs))  # in the order of the table
+    features = job.features(setup, examples, world)
+    world.join()
+    sums = gate_sums(setup.model, examples, list(map(groups.index, pairs)), features, world.device,
+                     job.decoding, world.rank, world.size)
+    if world.main:
+        rows = routing_rows(list(layers), [group[1:] for group in groups], sums.cpu())
+        save_csv(args.routing / "routing.csv", rows)
+        plot_routing(rows, args.layers, args.routing / "routing.png")
+    return f"tokens given to the task expert: {args.routing}/routing.csv and routing.png"
+
+
+def save_csv(path: Path, rows: Sequence[Mapping]) -> None:
+    """Write rows under the names of the first one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def replay_table(rows: Sequence[Mapping]) -> list[str]:
+    """Per setting: largest shift of a weight and where, of a share, and the achieved units."""
+    own = {(r["after_epoch"], r["unit"]): r["share"] for r in rows if r["setting"] == "run"}
+    table = [["setting", "shift", "unit", "after epoch", "share by", "units at or above margin p"]]
+    for setting in dict.fromkeys(row["setting"] for row in rows):
+        some = [row for row in rows if row["setting"] == setting]
+        worst = max(some, key=lambda row: abs(row["shift"]))
+        share = max(abs(r["share"] - own[r["after_epoch"], r["unit"]]) for r in some)
+        units = dict.fromkeys(row["unit"] for row in some if row["achieved"])
+        table.append([setting, f"{worst['shift']:+.3f}", worst["unit"], str(worst["after_epoch"]),
+                      f"{100 * share:.1f} %", " ".join(units) or "-"])
+    return aligned(table)
+
+
+def replay_report(checkpoint: Path, out: Path) -> str:
+    """Write aml.csv and aml.png; how much the weights of a run depend on what was assumed."""
+    import train
+    newest = train.newest_checkpoint(checkpoint) or train.find_checkpoint(checkpoint)
+    state = train.read_state(newest)
+    config, history = train.Config(**state["config"]), state["history"]
+    if not history:
+        raise train.UsageError(f"{newest}: expected a run that has finished an epoch, got none; "
+                               "let it train on: its dev F1 is what is replayed")
+    units, corpus = list(history[0]["f1"]), Path(config.data or "data/demo")
+    own = {"reference": state["reference"], "margin": config.aml_margin,
+           "gamma": config.aml_gamma, "temperature": 1.0}
+    counts = train.unit_rows(data.load_corpus(corpus, "train", units), data.load_datasets(corpus))
+    rows = losses.replay(history, losses.variants(own), counts)
+    save_csv(out / "aml.csv", rows)
+    plot_replay(rows, out / "aml.png")
+    steepest = max(abs(slope) for past in history
+                   for slope in losses.weight_slopes(past["f1"], **own).values())
+    trained = {(past["epoch"], m): past["weights"][m] for past in history for m in units}
+    off = max(abs(row["weight"] - trained[row["after_epoch"], row["unit"]]) for row in rows
+              if row["setting"] == "run")
+    lines = [*replay_table(rows), f"first order: a p_m wrong by 10 % moves a weight by at most "
+             f"{steepest / 10:.3f}; written: {out}/aml.csv and aml.png"]
+    if off > 1e-9:
+        lines.append(f"note: the run trained with other weights, up to {off:.3f} away: without AML")
+    return "\n".join(lines)
+
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+STYLES = {unit: {"color": colour, "marker": marker, "markersize": 4}
+          for unit, colour, marker in zip(UNITS, COLOURS, "osD^vPX")}
+PANELS = {"encoder": ("encoder",), "decoder": ("decoder",),
+          "encoder + decoder": ("encoder", "decoder"), "visual stack": ("vstack",)}
+Results = Mapping[object, Mapping[str, Sequence[float]]]  # {system: {unit: F1 in %, one a seed}}
+
+
+def canvas(path: Path, width: float, height: float, rows: int = 1, columns: int = 1,
+           **options: object) -> tuple:
+    """(axes in reading order, figure, function that writes it to `path`)."""
+    from matplotlib.figure import Figure  # imported only where a picture is wanted
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure = Figure((width, height), layout="constrained", dpi=150)
+    axes = figure.subplots(rows, columns, squeeze=False, **options).flatten().tolist()
+    return axes, figure, partial(figure.savefig, path)
+
+
+def spread(values: Sequence[float]) -> float:
+    """Standard deviation over seeds; NaN, which draws no error bar, for a single one."""
+    return stdev(values) if len(values) > 1 else math.nan
+
+
+def plot_routing(rows: Sequence[Mapping], layers: Sequence[int] | None, path: Path) -> None:
+    """Fig. 6: mean gate of the task expert, layers x datasets, values in the cells."""
+    chosen = [row for row in rows if layers is None or row["layer"] in layers]
+    columns = list(dict.fromkeys(f"{row['dataset']} {row['task']}" for row in rows))
+    panels = {name: cells for name, stacks in PANELS.items() if (cells := pooled(chosen, stacks))}
+    depth = len({row["layer"] for row in chosen})
+    axes, figure, save = canvas(path, 4 + 1.1 * len(columns), 2.5 + 0.7 * depth, 2, 2, sharex=True)
+    for ax, (name, cells) in zip(axes, panels.items()):
+        found = sorted({layer for layer, _ in cells})
+        grid = [[cells.get((layer, column), math.nan) for column in columns] for layer in found]
+        image = ax.imshow(grid, vmin=0, vmax=1, cmap="PuOr_r", aspect="auto")
+        ax.set_title(name)
+        ax.set_yticks(range(len(found)), [f"layer {layer}" for layer in found])
+        ax.set_xticks(range(len(columns)), columns, rotation=50, ha="right", rotation_mode="anchor")
+        for (i, line), (j, _) in itertools.product(enumerate(grid), enumerate(columns)):
+            ax.text(j, i, f"{line[j]:.2f}", ha="center", va="center", fontsize=8,
+                    color="white" if abs(line[j] - 0.5) > 0.35 else "black")
+    for ax in axes[len(panels):]:
+        ax.axis("off")
+    for ax in axes[len(panels) - 2:len(panels)]:  # nothing drawn below them
+        ax.tick_params(labelbottom=True)
+    figure.colorbar(image, ax=axes, label="mean gate of the task expert")
+    save()
+
+
+def plot_replay(rows: Sequence[Mapping], path: Path) -> None:
+    """A panel per unit: the run's weight, before the range over all settings and over the p_m."""
+    units = list(dict.fromkeys(row["unit"] for row in rows))
+    epochs = sorted({row["after_epoch"] for row in rows})
+    axes, figure, save = canvas(path, 11, 5, 2, math.ceil(len(units) / 2), sharey=True)
+    for ax, unit in zip(axes, units):
+        weights = {(row["setting"], row["after_epoch"]): row["weight"] for row in rows
+                   if row["unit"] == unit}
+        for start, alpha, label in (("", 0.2, "all settings"), ("p ", 0.45, "other p_m")):
+            range_of = [[w for (name, t), w in weights.items() if t == epoch
+                         and name.startswith((start, "run"))] for epoch in epochs]
+            ax.fill_between(epochs, list(map(min, range_of)), list(map(max, range_of)),
+                            color=STYLES[unit]["color"], alpha=alpha, linewidth=0, label=label)
+        ax.plot(epochs, [weights["run", t] for t in epochs], **STYLES[unit], label="run")
+        ax.set_title(unit)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    for ax in axes[len(units):]:
+        ax.axis("off")
+    figure.supxlabel("after epoch")
+    figure.supylabel("weight of the unit's loss")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
+    save()
+
+
+def plot_systems(results: Results, path: Path) -> None:
+    """Fig. 4: F1 relative to each unit's best system; means and deviations over seeds."""
+    units = [u for u in UNITS if any(u in scores for scores in results.values())]
+    best = {u: max(fmean(s[u]) for s in results.values() if u in s) or 1.0 for u in units}
+    (ax,), figure, save = canvas(path, 2 + 1.2 * len(units), 4)
+    width, lowest = 0.8 / len(results), 1.0
+    for i, (system, scores) in enumerate(results.items()):
+        at = {j: [f1 / best[u] for f1 in scores[u]] for j, u in enumerate(units) if u in scores}
+        ax.bar([j + (i + 0.5) * width - 0.4 for j in at], [fmean(r) for r in at.values()], width,
+               yerr=[spread(r) for r in at.values()], capsize=2, label=system, edgecolor="white",
+               color=COLOURS[i % len(COLOURS)], hatch="//" * (i // len(COLOURS)))
+        lowest = min([lowest, *(min(r) for r in at.values())])
+    start = max(0, math.floor(10 * lowest - 0.5) / 10)
+    ax.set_ylim(bottom=start)
+    ax.set_xticks(range(len(units)), units)
+    ax.set_ylabel(f"F1 / F1 of the best system (from {start:g})")
+    figure.legend(loc="outside upper center", ncols=min(6, len(results)))
+    save()
+
+
+def plot_sweep(results: Results, name: str, path: Path) -> None:
+    """Fig. 5: F1 of each unit, and their mean, at each value of a setting (the results' keys)."""
+    values = sorted(results)
+    units = [u for u in UNITS if all(u in results[x] for x in values)]
+    (ax,), figure, save = canvas(path, 7, 4.5)
+    for unit in units:
+        ax.errorbar(range(len(values)), [fmean(results[x][unit]) for x in values],
+                    [spread(results[x][unit]) for x in values], capsize=2, label=unit,
+                    **STYLES[unit])
+    ax.errorbar(range(len(values)), [fmean(fmean(results[x][u]) for u in units) for x in values],
+                label="mean", color="#777777", linestyle="--", linewidth=2.5)
+    ax.set_xticks(range(len(values)), [f"{x:g}" for x in values])
+    ax.set_xlabel(name)
+    ax.set_ylabel("F1, %")
+    figure.legend(loc="outside right upper")
+    save()
+
+
+def plot_curves(run: Path, path: Path) -> None:
+    """Loss per step, dev F1 and AML weights per epoch, from a run's metrics.csv and eval.jsonl."""
+    with open(run / "metrics.csv", newline="", encoding="utf-8") as file:
+        loss = [float(row["loss"]) for row in csv.DictReader(file)]
+    lines = (run / "eval.jsonl").read_text(encoding="utf-8").splitlines()
+    f1, weights = zip(*[(past["f1"], past["weights"]) for past in map(json.loads, lines)])
+    used = [dict.fromkeys(f1[0], 1.0), *weights[:-1]]  # the last ones would be the next epoch's
+    (left, middle, right), figure, save = canvas(path, 14, 4, 1, 3)
+    window = max(1, len(loss) // 40)
+    sums = [0.0, *itertools.accumulate(loss)]
+    smooth = [(sums[i] - sums[max(0, i - window)]) / min(i, window) for i in range(1, len(sums))]
+    left.plot(range(1, len(loss) + 1), loss, color="#BBBBBB", linewidth=0.6)
+    left.plot(range(1, len(loss) + 1), smooth, color=COLOURS[0])
+    left.set(title=f"training loss, and mean of {window} steps", xlabel="step")
+    for ax, series, title in ((middle, f1, "dev F1, %"), (right, used, "AML weight")):
+        for unit in f1[0]:
+            ax.plot(range(1, len(f1) + 1), [values[unit] for values in series], **STYLES[unit],
+                    label=unit)
+        ax.set(title=title, xlabel="epoch", xlim=(0.5, len(f1) + 0.5))
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(*middle.get_legend_handles_labels(), loc="outside right upper")
+    save()
+
+
+def plot_errors(counts: Mapping[str, Mapping[str, int]], path: Path) -> None:
+    """Stacked bars of {bar: {error class: count}} in % of a bar's errors; their number below."""
+    kinds = list(dict.fromkeys(kind for classes in counts.values() for kind in classes))
+    (ax,), figure, save = canvas(path, 3 + len(counts), 4)
+    bottom = [0.0] * len(counts)
+    for i, kind in enumerate(kinds):
+        parts = [percent(c.get(kind, 0), sum(c.values())) for c in counts.values()]
+        ax.bar(range(len(counts)), parts, 0.7, bottom, label=kind, edgecolor="white",
+               color=COLOURS[i % len(COLOURS)], hatch="//" * (i // len(COLOURS)))
+        bottom = [a + b for a, b in zip(bottom, parts)]
+    ax.set_xticks(range(len(counts)), [f"{bar}\n{sum(c.values())}" for bar, c in counts.items()])
+    ax.set_ylabel("% of the errors")
+    figure.legend(loc="outside right upper")
+    save()
+
+
+def swept(configs: Mapping[str, Mapping]) -> str | None:
+    """The one setting, rank or dropout, in which systems differ, if there is one."""
+    for name in ("rank", "dropout"):
+        rest = [{k: v for k, v in c.items() if k not in (name, "seed")} for c in configs.values()]
+        if len({c.get(name) for c in configs.values()}) == len(configs) > 1 \
+                and all(other == rest[0] for other in rest):
+            return name
+    return None
+
+
+def draw(out: Path, runs: Sequence[Path], results: Results, configs: Mapping[str, Mapping],
+         errors: Mapping[str, Mapping[str, int]]) -> list[Path]:
+    """All pictures that these runs, and the scores and settings of these systems, allow."""
+    jobs = {f"curves-{run.name}.png": partial(plot_curves, run) for run in runs
+            if (run / "eval.jsonl").exists() and (run / "eval.jsonl").stat().st_size}
+    if len(results) > 1:
+        jobs["systems.png"] = partial(plot_systems, results)
+    if name := swept(configs):
+        jobs[f"{name}.png"] = partial(plot_sweep, {configs[system][name]: scores for system, scores
+                                                   in results.items()}, name)
+    if errors:
+        jobs["errors.png"] = partial(plot_errors, errors)
+    for name, job in jobs.items():
+        job(out / name)
+    return [out / name for name in jobs]
+
+
+ERRORS = ("wrong_type", "boundary", "missed", "spurious", "malformed")
+
+
+def pictures(args: argparse.Namespace) -> list[Path]:
+    """Draw what the scores of these runs allow: errors by unit, of several systems by system."""
+    jobs = [Job.of(folder, args) for folder in args.checkpoint]
+    systems = collect(jobs, system_names([job.config for job in jobs]))
+    results = {system.name: {unit: f1 for unit, f1 in system.columns().items() if unit in UNITS}
+               for system in systems}
+    bars = Counter()
+    for system, unit in itertools.product(systems, UNITS):
+        for scores in (report["scores"][unit] for report in system.reports
+                       if unit in report["scores"]):
+            bar = unit if len(systems) == 1 else system.name
+            bars.update({(bar, kind): scores[kind] for kind in ERRORS})
+    errors: dict[str, dict[str, int]] = {}
+    for (bar, kind), number in bars.items():
+        errors.setdefault(bar, {})[kind.replace("_", " ")] = number
+    return draw(args.plot, args.checkpoint, results,
+                {system.name: dataclasses.asdict(system.config) for system in systems}, errors)
+
+
+def analyse(args: argparse.Namespace, world: "train.World") -> str | None:
+    """What the command line asks for instead of scores, as text; None if it wants scores."""
+    import train
+    if not args.checkpoint:
+        geometry = Geometry.of_size(args.size, train.SIZES[args.size].rank, args.lengths)
+        return cost_report(geometry, PAPER_COSTS.get(args.size, {}))
+    if args.aml_replay:
+        return replay_report(args.checkpoint[0], args.aml_replay) if world.main else ""
+    if not args.costs and not args.routing:
+        return None
+    job = Job.of(args.checkpoint[0], args)
+    setup, examples = job.load(world)
+    if args.costs:
+        return cost_report(Geometry.of_run(setup, examples), {})
+    return route(job, setup, examples, args, world)
+
+
 # ------------------------------------------------------------------------------------ the command
 
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
-        description="Score a trained model on a split, or let it answer one example.",
+        description="Score a trained model on a split, compare several, or let one answer an "
+                    "example.",
         epilog="The model is rebuilt from what its checkpoint stores; no training flag is "
                "repeated.  Under torchrun the processes share the decoding; the result is equal.",
         allow_abbrev=False)
-    result.add_argument("checkpoint", type=Path, metavar="CKPT",
-                        help="run folder (its best checkpoint is used) or checkpoint folder")
+    result.add_argument("checkpoint", type=Path, metavar="CKPT", nargs="*",
+                        help="run folder (its best checkpoint is used) or checkpoint folder; "
+                             "several are printed side by side")
     split = result.add_argument_group("scoring a split")
     split.add_argument("--split", choices=("test", "dev", "train"), default="test",
                        help="default: test")
@@ -421,13 +1531,36 @@ def parser() -> argparse.ArgumentParser:
                        help="mask: rows whose image file is missing are answered without it, and "
                             "counted; default: as in training")
     split.add_argument("--out", type=Path, metavar="FILE",
-                       help="predictions, one JSON object a row; default: "
-                            "CKPT/predictions-SPLIT.jsonl")
+                       help="predictions, one JSON object a row; scores go beside them; default: "
+                            "CKPT/predictions-SPLIT.jsonl and CKPT/scores-SPLIT.json")
+    split.add_argument("--details", action="store_true",
+                       help="print P, R, F1 and counts of every type, too")
+    several = result.add_argument_group(
+        "comparing several CKPT", "A row per system, which is the runs that differ in nothing but "
+        "their seed.  Scores of CKPT/scores-SPLIT.json are used where they still hold.")
+    several.add_argument("--csv", type=Path, metavar="FILE", help="write the rows there, too")
     decoding = result.add_argument_group("decoding")
     decoding.add_argument("--beams", type=int, default=1, metavar="N",
                           help="beam search over N beams; default: 1, greedy")
     decoding.add_argument("--batch-size", type=int, default=32, metavar="N",
                           help="rows decoded together; default: 32")
+    analysis = result.add_argument_group("analyses (instead of scoring)")
+    analysis.add_argument("--costs", action="store_true",
+                          help="parameters and FLOPs of every method, as Table 5: of flan-t5-SIZE, "
+                               "or with CKPT of its backbone at its rows' mean lengths")
+    analysis.add_argument("--size", choices=tuple(GEOMETRY), default="base")
+    analysis.add_argument("--lengths", nargs=3, type=int, default=PAPER_LENGTHS,
+                          metavar=("N_E", "N_D", "N_V"), help="source, target, visual tokens of a "
+                          "row; default: 95 1 21, which give the paper's figures")
+    analysis.add_argument("--routing", type=Path, metavar="DIR",
+                          help="share of tokens that the gates give the task experts, as Fig. 6")
+    analysis.add_argument("--layers", nargs="+", type=int, metavar="N",
+                          help="layers that the picture shows; default: all")
+    analysis.add_argument("--aml-replay", type=Path, metavar="DIR",
+                          help="AML weights of the run's history under other references p_m, "
+                               "margins, exponents and temperatures; nothing is trained")
+    analysis.add_argument("--plot", type=Path, metavar="DIR",
+                          help="after scoring, every picture that the runs allow")
     example = result.add_argument_group("answering one example (instead of scoring)")
     example.add_argument("--text", metavar="T", help="the sentence, tokens separated by spaces")
     example.add_argument("--image", type=Path, metavar="FILE", help="its image, if it has one")
@@ -498,41 +1631,39 @@ def answer_example(args: argparse.Namespace, setup: "train.Setup", device: torch
 
 
 def run(args: argparse.Namespace) -> None:
-    """Load the checkpoint and do what the command line asks."""
+    """Do what the command line asks."""
     import train
     world = train.World()
-    changes = {name: value for name, value in (("data", args.data),
-                                               ("missing_images", args.missing_images)) if value}
-    setup = train.load_model(train.find_checkpoint(args.checkpoint), world.device, **changes)
-    config, datasets = setup.config, setup.datasets
-    if args.text is not None:
+    if (report := analyse(args, world)) is not None:
+        world.print(report)
+    elif args.text is not None:
+        setup = train.load_model(train.find_checkpoint(args.checkpoint[0]), world.device,
+                                 **changed(args))
         world.print(json.dumps(answer_example(args, setup, world.device), ensure_ascii=False))
-        return
-    records = data.load_corpus(setup.sources.corpus, args.split, args.units)
-    examples = data.encode_records(records, datasets, setup.tokenizer, config.max_source,
-                                   config.max_target, world.print)
-    features = train.Features(setup.sources, records, config.missing_images, config.max_objects,
-                              world.device)
-    decoding = Decoding(args.batch_size, args.beams, config.max_target, config.precision)
-    world.join()
-    rows = evaluate_split(setup.model, examples, datasets, features, setup.tokenizer, world.device,
-                          decoding, world.rank, world.size)
-    out = args.out or args.checkpoint / f"predictions-{args.split}.jsonl"
-    if world.main:
-        save_predictions(out, rows)
-    world.print(f"{args.checkpoint}, {args.split} split of {setup.sources.corpus}, "
-                f"{'greedy' if args.beams == 1 else f'{args.beams} beams'}; predictions: {out}",
-                table(total(rows)))
+    elif len(args.checkpoint) > 1 or args.csv:
+        compare(args, world)
+    else:
+        score_one(args, world)
+    if args.plot and world.main:
+        world.print("pictures:", *map(str, pictures(args)))
     world.leave()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     command = parser()
     args = command.parse_args(argv)
+    if not args.checkpoint and not args.costs:
+        command.error("give a run folder or a checkpoint folder; only --costs works without")
     if args.text is not None and (args.task is None or not args.text.split()):
         command.error("--text needs some words and --task mner, mre, med or meae")
     if args.text is None and (args.task or args.image):
         command.error("--task and --image describe a single example; give its --text too")
+    if len(args.checkpoint) > 1 and (args.out or args.details or args.text is not None
+                                     or args.costs or args.routing or args.aml_replay):
+        command.error("--out, --details, --text, --costs, --routing and --aml-replay go with a "
+                      "single CKPT")
+    if args.plot and (args.out or args.text is not None):
+        command.error("--plot reads the scores in the run folders; leave out --out and --text")
     if args.beams < 1 or args.batch_size < 1:
         command.error("--beams and --batch-size must be at least 1")
     import train

@@ -54,10 +54,6 @@ HUB_FILES = ["*.json", "*.safetensors", "spiece.model"]  # never pickled weights
 CHECKPOINTS_KEPT = 2
 REAL_PIECES = 4000  # vocabulary of a tiny backbone made from a real corpus
 
-# p_m of Eq. (9): the best single-task model of Table 2 for each unit.
-SINGLE_TASK_F1 = {"T15": 78.9, "T17": 89.8, "SNAP": 90.2, "V1": 81.8, "V2": 82.0,
-                  "MED": 57.6, "MEAE": 23.4}
-
 
 class UsageError(ValueError):
     """A command that cannot be carried out, with what to do instead."""
@@ -675,7 +671,7 @@ class Run:
         """p_m of Eq. (9) for every unit; UsageError if a trained unit has none."""
         given = self.config.aml_reference
         if given is None:
-            return demo.P_M if self.config.data is None else SINGLE_TASK_F1
+            return demo.P_M if self.config.data is None else losses.SINGLE_TASK_F1
         try:
             found = json.loads(Path(given).read_text(encoding="utf-8"))
             lost = [unit for unit in self.units if not float(found.get(unit, 0)) > 0]
@@ -696,7 +692,8 @@ class Run:
         config = {name: value for name, value in dataclasses.asdict(self.config).items()
                   if name not in ("out", "save_every")}  # they change nothing that is computed
         return {"config": config, **dataclasses.asdict(self.progress),
-                "rng": {"seed": self.config.seed, "next_step": self.progress.step}, **self.origin}
+                "rng": {"seed": self.config.seed, "next_step": self.progress.step},
+                "reference": {unit: self.reference[unit] for unit in self.units}, **self.origin}
 
     def save(self, prefix: str = "step") -> None:
         """Write a checkpoint of this moment and drop the oldest ones."""
@@ -880,9 +877,11 @@ class Run:
         """The table of the test split with the best checkpoint; also written to the run folder."""
         load_trainables(self.model, find_checkpoint(self.out))
         rows = self.evaluate("test")
-        text = evaluate.table(evaluate.total(rows))
+        text = evaluate.table(evaluate.total(rows), self.setup.datasets)
         if self.world.main:
-            evaluate.save_predictions(self.out / "predictions.jsonl", rows)
+            evaluate.save_predictions(self.out / "predictions-test.jsonl", rows)
+            evaluate.save_scores(self.out / "scores-test.json", rows, find_checkpoint(self.out),
+                                 self.config, "test")
             (self.out / "table.txt").write_text(text + "\n", encoding="utf-8")
         return text
 
@@ -937,7 +936,7 @@ def describe(run: Run, start: str) -> list[str]:
                unit_rows(run.records["dev"], run.setup.datasets)]
     if missing and config.aml:
         lines.append(f"note: no dev rows for {', '.join(missing)}: their achievement stays 0")
-    if config.aml and run.reference is SINGLE_TASK_F1 and {"MED", "MEAE"} & set(run.units):
+    if config.aml and run.reference is losses.SINGLE_TASK_F1 and {"MED", "MEAE"} & set(run.units):
         lines.append("note: the references of MED and MEAE are M2E2 test figures, which dev scores "
                      "on other data do not match; give your own with --aml-reference")
     return lines
@@ -957,7 +956,7 @@ def hold_out(records: dict[str, list[data.Record]], datasets: dict[str, data.Dat
     def unit(record: data.Record) -> str:
         return datasets[record.dataset].units[record.task]
 
-    seen = {data.normalised(r) for r in records["test"] if unit(r) in ("T17", "V2")} - {""}
+    seen = data.texts_of(r for r in records["test"] if unit(r) in ("T17", "V2"))
     dropped = 0
     for split in ("train", "dev"):
         kept = [record for record in records[split] if unit(record) not in away]

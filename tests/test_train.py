@@ -66,8 +66,8 @@ def sums(folder: Path) -> dict[str, bytes]:
              for path in folder.glob("*-*/*")}
     rows = (folder / "metrics.csv").read_text().split("\n")
     found["metrics.csv"] = "\n".join(row.rpartition(",")[0] for row in rows).encode()
-    return found | {name: (folder / name).read_bytes()
-                    for name in ("eval.jsonl", "table.txt", "predictions.jsonl")}
+    return found | {name: (folder / name).read_bytes() for name in (
+        "eval.jsonl", "table.txt", "predictions-test.jsonl", "scores-test.json")}
 
 
 def kill_at(line: list[str], out: Path, step: int) -> None:
@@ -142,7 +142,7 @@ def test_evaluate_reproduces_the_table_alone_and_under_torchrun(finished, tmp_pa
         assert done.returncode == 0, done.stderr
         assert (finished["out"] / "table.txt").read_text().strip() in done.stdout
         texts.append(target.read_bytes())
-    assert texts[0] == texts[1] == (finished["out"] / "predictions.jsonl").read_bytes()
+    assert texts[0] == texts[1] == (finished["out"] / "predictions-test.jsonl").read_bytes()
 
 
 def test_a_checkpoint_reproduces_logits_on_a_fresh_backbone_bit_for_bit(finished, tmp_path):
@@ -337,7 +337,7 @@ def test_resume_restores_the_achievement_weights(finished):
     """Invariant 10: history and weights are in the checkpoint, equal to Eq. (9) of its dev F1."""
     state = json.loads((train.find_checkpoint(finished["out"]) / "state.json").read_text())
     entry = state["history"][-1]
-    weights = losses.achievement_weights(entry["f1"], train.SINGLE_TASK_F1)
+    weights = losses.achievement_weights(entry["f1"], losses.SINGLE_TASK_F1)
     assert state["weights"] == entry["weights"] == weights
 
 

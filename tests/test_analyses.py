@@ -1,0 +1,361 @@
+"""What evaluate.py does besides scoring: costs (Table 5), routing (Fig. 6), AML replay, pictures.
+
+The FLOP counter is held against torch's own, which watches every matrix product of a real forward
+and backward pass, and against the figures that reproduce the paper's.
+"""
+
+import csv
+import dataclasses
+import json
+import math
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import clorae
+import data
+import evaluate
+import losses
+import train
+from evaluate import Decoding, Geometry
+from t5 import T5, T5Config
+from vision import UMIE
+
+TINY = T5Config(50, 16, 6, 20, 2, 2, 3, feed_forward_proj="gated-gelu", tie_head=False)
+CPU = torch.device("cpu")
+
+
+# ------------------------------------------------------------------------------- costs: the oracle
+
+def tiny(method: str, policy: str, t5: T5Config = TINY, fusion: str = "gate",
+         **options: object) -> UMIE:
+    model = clorae.adapt(UMIE(T5(t5), 7, 8, fusion), method, 5, **options)
+    train.free_visual_adapter(model, policy)
+    return model.eval()
+
+
+def watched(model: UMIE, S: int, T: int, V: int) -> tuple[int, int]:
+    """FLOPs of all matrix products of one row's forward and backward pass, as torch sees them."""
+    batch = SimpleNamespace(
+        input_ids=torch.randint(0, 50, (1, S)), attention_mask=torch.ones(1, S, dtype=torch.bool),
+        labels=torch.randint(0, 50, (1, T)), tasks=torch.tensor([1]),
+        features=torch.randn(1, V, 7), boxes=torch.rand(1, V, 5),
+        visual_mask=torch.ones(1, V, dtype=torch.bool))
+    forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH):
+        with forward:
+            loss = model(batch).sum()
+            if model.training:
+                loss = loss + losses.mutual_information(model.routing.moments, 1)
+        with backward:
+            loss.backward()
+    return forward.get_total_flops(), backward.get_total_flops()
+
+
+def counted(model: UMIE, S: int, T: int, V: int) -> tuple[float, float]:
+    flops = evaluate.FlopCounter(model, S, T, V)
+    return flops.forward, flops.backward
+
+
+@pytest.mark.parametrize("policy", evaluate.VISUAL_POLICIES)
+@pytest.mark.parametrize("method", evaluate.COSTED)
+def test_the_counter_finds_every_matrix_product_of_a_real_pass(method, policy):
+    """Every method and visual policy; forward and backward."""
+    model = tiny(method.split()[0], policy, **evaluate.COSTED[method])
+    assert counted(model, 9, 3, 4) == watched(model, 9, 3, 4)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "clorae"])
+def test_a_row_without_an_image_pays_nothing_for_the_visual_adapter(method):
+    model = tiny(method, "train")
+    assert counted(model, 9, 3, 0) == watched(model, 9, 3, 0)
+
+
+@pytest.mark.parametrize("case", [{"fusion": "concat"}, {"t5": dataclasses.replace(
+    TINY, tie_head=True)}, {"t5": dataclasses.replace(TINY, feed_forward_proj="relu")}], ids=str)
+@pytest.mark.parametrize("method", ["full", "clorae"])
+def test_the_counter_knows_other_fusions_heads_and_feed_forwards(method, case):
+    model = tiny(method, "train", **case)
+    assert counted(model, 9, 3, 4) == watched(model, 9, 3, 4)
+
+
+def test_the_mutual_information_loss_costs_what_it_adds_to_a_training_step():
+    model = tiny("clorae", "train", dropout=0.0)
+    without = sum(watched(model, 9, 3, 4))
+    model.train()
+    model.routing.mim_batch = 1
+    assert sum(watched(model, 9, 3, 4)) - without == evaluate.mim_flops(model, (9, 3, 4))
+
+
+# -------------------------------------------------------------------------------- costs: the paper
+
+def umie(size: str, e: int, d: int, v: int) -> float:
+    """FLOPs of UMIE as the paper's tool counts them: the quadratic that was fitted to its runs."""
+    a, b, c, s, t, u = {"base": (210.665e6, 247.529e6, 32.153e6, 37008, 6168, 3084),
+                        "large": (739.607e6, 783.024e6, 57.518e6, 98688, 8224, 4112)}[size]
+    return a * e + b * d + c * v + s * (e * e + d * d + e * d) + t * v * v + u * e * v
+
+
+@pytest.mark.parametrize("size", ["base", "large"])
+@pytest.mark.parametrize("lengths", [(95, 1, 21), (60, 12, 5)])
+def test_full_fine_tuning_is_umie_but_for_the_two_differences_that_are_printed(size, lengths):
+    """Token-wise projections before the gate's mean, and 1 FLOP per attention score."""
+    S, T, V = lengths
+    D, _, layers, heads = evaluate.GEOMETRY[size]
+    means = 2 * (D * 384 + 384 * 128) * (S + V - 2)
+    scores = heads * (layers * (S * S + T * T + S * T) + 2 * V * V + S * V)
+    ours = Geometry.of_size(size, 64, lengths).forward("full") * 1e9
+    assert ours + means + scores == pytest.approx(umie(size, *lengths), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def base() -> tuple[Geometry, evaluate.Costs]:
+    geometry = Geometry.of_size("base", 128, evaluate.PAPER_LENGTHS)
+    return geometry, evaluate.costs(geometry)
+
+
+def test_the_paper_s_gflops_are_explained_as_far_as_its_model_is_ours(base):
+    """Forward at (95, 1, 21): U and one task expert at full rank; its LoRA and LoRAMoE at half."""
+    notes = "\n".join(evaluate.paper_notes(*base, evaluate.PAPER_COSTS["base"]))
+    for value in ("21.28, paper 21.3", "clorae: 23.14, paper 23.2", "22.67 at rank R, 21.98 at R/2",
+                  "moslora: 26.15", "loramoe: 22.69"):
+        assert value in notes
+
+
+def test_trainable_parameters_are_those_of_the_methods_and_policies(base):
+    """Base: the experts alone (frozen), with the visual embedding (paper), with the adapter."""
+    _, found = base
+    frozen = {label: round(sum(each["frozen"][0].values()) / 1e6, 3)
+              for label, each in found.items()}
+    assert frozen == {"full": 269.922, "lora": 14.942, "moslora": 16.187, "loramoe": 30.001,
+                      "clorae": 29.826, "tlora": 14.709, "clorae --no-egr": 29.709,
+                      "clorae --no-mim": 29.768}
+    visual = [found["clorae"][policy][0]["visual"] for policy in evaluate.VISUAL_POLICIES]
+    assert [round(n / 1e6, 2) for n in visual] == [0.0, 0.42, 22.34]
+
+
+def test_the_cost_command_needs_no_checkpoint_and_prints_the_paper_beside_it(base, monkeypatch,
+                                                                                  capsys):
+    monkeypatch.setattr(evaluate, "costs", lambda geometry: base[1])
+    evaluate.main(["--costs"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["full", "21.20", "63.61", "63.59", "63.59", "63.59", "21.3", "63.8"] in lines
+    with pytest.raises(SystemExit):
+        evaluate.main([])
+    assert "only --costs works without" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------- routing
+
+class Pictures:
+    """Features that only depend on the record; every third one has no image."""
+
+    width = 16
+
+    def __call__(self, record: data.Record) -> tuple[torch.Tensor, torch.Tensor] | None:
+        number = int(record.id.split("/")[2])
+        draw = torch.Generator().manual_seed(number)
+        V = number % 3
+        return (torch.randn(V, 16, generator=draw), torch.rand(V, 5, generator=draw)) if V else None
+
+
+@pytest.fixture(scope="module")
+def world(small) -> tuple[UMIE, list[data.Example], list[tuple[str, str]], list[int]]:
+    """A model with gates and experts that are not zero, examples, their groups."""
+    torch.manual_seed(1)
+    datasets = data.load_datasets(Path(small["data"]))
+    examples = data.encode_records(data.load_corpus(Path(small["data"]), "test"), datasets,
+                                   data.Tokenizer(Path(small["t5"])), 256, 24)
+    model = clorae.adapt(UMIE(T5.from_pretrained(small["t5"]), 16), rank=6)
+    for layer in clorae.expert_layers(model).values():
+        for weight in (layer.W_g, layer.B_U, layer.B_T):
+            nn.init.normal_(weight)
+    pairs = [(example.record.task, example.record.dataset) for example in examples]
+    groups = sorted(set(pairs))
+    return model, examples, groups, [groups.index(pair) for pair in pairs]
+
+
+def sums_of(world: tuple, rank: int = 0, processes: int = 1, rows: int = 5) -> torch.Tensor:
+    model, examples, _, groups = world
+    return evaluate.gate_sums(model, examples, groups, Pictures(), CPU, Decoding(rows), rank,
+                              processes)
+
+
+def rows_of(world: tuple, **how: int) -> list[dict]:
+    return evaluate.routing_rows(list(clorae.expert_layers(world[0])), world[2],
+                                 sums_of(world, **how))
+
+
+def test_shares_of_the_two_experts_add_up_to_one_and_lie_between(world):
+    """Invariant 13."""
+    rows = rows_of(world)
+    for row in rows:
+        assert row["soft"] + row["soft_universal"] == pytest.approx(1, abs=1e-6)
+        assert 0 <= row["hard"] <= 1 and 0 <= row["soft"] <= 1
+        assert 0 <= row["var"] <= 0.25 and 0 <= row["entropy"] <= math.log(2) + 1e-9
+    assert len({round(row["soft"], 6) for row in rows}) > 20  # the gates are alive
+
+
+def test_every_valid_token_that_meets_a_layer_is_counted_once(world):
+    """Source tokens in the encoder and at cross-attention's v, target tokens in the rest of the
+    decoder, visual tokens in the visual stack."""
+    _, examples, names, groups = world
+    visual = [len((Pictures()(example.record) or [()])[0]) for example in examples]
+    wanted = {}
+    for example, V, g in zip(examples, visual, groups):
+        for stream, n in (("source", len(example.input_ids)), ("target", len(example.labels)),
+                          ("visual", V)):
+            wanted[stream, names[g]] = wanted.get((stream, names[g]), 0) + n
+    for row in rows_of(world):
+        stream = {"encoder": "source", "decoder": "target", "vstack": "visual"}[row["stack"]]
+        stream = "source" if (row["site"], row["proj"]) == ("cross", "v") else stream
+        assert row["n_tokens"] == wanted[stream, (row["task"], row["dataset"])]
+
+
+def test_neither_amount_nor_content_of_padding_changes_a_sum(world, monkeypatch):
+    single = sums_of(world, rows=1)  # no padding at all
+    assert torch.allclose(sums_of(world, rows=7), single, rtol=1e-5)
+    monkeypatch.setattr(evaluate.data, "collate", partial(data.collate, pad_id=9))
+    assert torch.allclose(sums_of(world, rows=7), single, rtol=1e-5)
+
+
+def test_the_shares_of_three_processes_add_up_to_those_of_one(world, monkeypatch):
+    """D37: sums are reduced, not means, so shares are exact."""
+    monkeypatch.setattr(evaluate.dist, "all_reduce", lambda tensor: None)
+    parts = [sums_of(world, rank, 3) for rank in range(3)]
+    assert torch.allclose(sum(parts), sums_of(world), rtol=1e-12, atol=0)
+    assert torch.equal(sum(parts)[..., [0, 3]], sums_of(world)[..., [0, 3]])  # the counts
+
+
+def test_fresh_gates_are_half_and_half_and_no_token_is_beyond(world, small):
+    fresh = clorae.adapt(UMIE(T5.from_pretrained(small["t5"]), 16), rank=6)
+    for row in rows_of((fresh, *world[1:])):
+        assert (row["soft"], row["hard"], row["var"]) == (0.5, 0.0, 0.0)
+        assert row["entropy"] == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("method, reason", [("lora", "which has none"),
+                                            ("loramoe", "knows no task expert")])
+def test_a_method_without_a_gate_to_a_task_expert_is_refused(method, reason):
+    setup = SimpleNamespace(model=tiny(method, "train"), config=train.Config(method=method))
+    with pytest.raises(train.UsageError, match=reason):
+        evaluate.route(None, setup, [], SimpleNamespace(), None)
+
+
+def test_layers_pool_their_linears_by_tokens_and_are_drawn(world, tmp_path):
+    rows = [{"stack": "decoder", "layer": 0, "task": "mre", "dataset": "d", "n_tokens": n,
+             "soft": soft} for n, soft in ((30, 0.2), (10, 0.6))]
+    assert evaluate.pooled(rows, ["decoder"]) == {(0, "d mre"): pytest.approx(0.3)}
+    evaluate.save_csv(tmp_path / "routing.csv", rows_of(world))
+    with open(tmp_path / "routing.csv") as file:
+        assert len(list(csv.DictReader(file))) == len(rows_of(world))
+    evaluate.plot_routing(rows_of(world), [0], tmp_path / "routing.png")
+    assert_drawn(tmp_path / "routing.png")
+
+
+# -------------------------------------------------------------------------------------- AML replay
+
+P = losses.SINGLE_TASK_F1
+EARLY = dict(zip(P, (40, 50, 55, 20, 15, 20, 2)))
+LATE = dict(zip(P, (75.9, 88.9, 89.3, 89.2, 82.8, 64.0, 31.2)))  # the paper's, large
+OWN = {"reference": P, "margin": 1.05, "gamma": 2.0, "temperature": 1.0}
+HISTORY = [{"epoch": t + 1, "f1": f1, "weights": losses.achievement_weights(f1, P)}
+           for t, f1 in enumerate((EARLY, LATE))]
+ROWS = dict(zip(P, (4000, 2848, 3971, 7824, 12247, 20875, 20875)))
+
+
+@pytest.mark.parametrize("gamma", [1.0, 2.0, 3.0])
+@pytest.mark.parametrize("temperature", [0.1, 1.0])
+def test_slopes_are_those_of_finite_differences(gamma, temperature):
+    """d weight_m / d ln p_k = M softmax_m (delta_mk - softmax_k) gamma (1 - a_k)^(gamma-1) a_k."""
+    slopes = losses.weight_slopes(EARLY, P, 1.05, gamma, temperature)
+    for k in P:
+        up, down = (losses.achievement_weights(EARLY, {**P, k: P[k] * math.exp(e)}, 1.05, gamma,
+                                               temperature) for e in (1e-6, -1e-6))
+        for m in P:
+            assert slopes[m, k] == pytest.approx((up[m] - down[m]) / 2e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("f1, slope, shift", [(EARLY, 0.37, 0.039), (LATE, 0.13, 0.018)])
+def test_a_reference_that_is_wrong_by_a_tenth_moves_no_weight_far(f1, slope, shift):
+    """Steepest d weight / d ln p, and the largest shift by one p_m x 0.9 or x 1.1."""
+    assert max(map(abs, losses.weight_slopes(f1, P).values())) == pytest.approx(slope, abs=5e-3)
+    rows = losses.replay([{"epoch": 1, "f1": f1}], losses.variants(OWN), ROWS)
+    shifts = [abs(row["shift"]) for row in rows if row["setting"].endswith(("x 0.9", "x 1.1"))
+              and "all" not in row["setting"]]
+    assert max(shifts) == pytest.approx(shift, abs=1e-3)
+
+
+def test_the_replay_of_a_run_s_own_setting_gives_the_weights_it_trained_with():
+    for row in losses.replay(HISTORY, {"run": OWN}, ROWS):
+        assert row["weight"] == HISTORY[row["after_epoch"] - 1]["weights"][row["unit"]]
+        assert row["shift"] == 0
+
+
+def test_a_margin_is_a_factor_on_all_references():
+    """Eq. (9) sees margin p_m only: p x 1.05 at margin 1 is p at margin 1.05."""
+    wider = {**OWN, "margin": 1.0, "reference": {m: 1.05 * p for m, p in P.items()}}
+    rows = losses.replay(HISTORY, {"run": OWN, "wider": wider}, ROWS)
+    assert all(abs(row["shift"]) < 1e-12 for row in rows)
+
+
+def test_shares_add_up_to_one_and_achieved_units_are_flagged():
+    rows = losses.replay(HISTORY, losses.variants(OWN), ROWS)
+    assert len(rows) == 2 * 7 * len(losses.variants(OWN))
+    own = [row for row in rows if row["setting"] == "run" and row["after_epoch"] == 2]
+    assert sum(row["share"] for row in own) == pytest.approx(1)
+    assert [row["unit"] for row in own if row["achieved"]] == ["V1", "MED", "MEAE"]
+
+
+def test_the_replay_command_reads_a_run_s_history_and_trains_nothing(small, tmp_path, capsys):
+    run, config = tmp_path / "run", dataclasses.asdict(train.Config(data=small["data"]))
+    (run / "step-00000002").mkdir(parents=True)
+    (run / "step-00000002/state.json").write_text(
+        json.dumps({"config": config, "history": HISTORY, "reference": P, "sha256": {}}))
+    evaluate.main([str(run), "--aml-replay", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    assert "p MEAE x 1.1" in printed and "wrong by 10 % moves a weight by at most 0.037" in printed
+    assert "note:" not in printed
+    with open(tmp_path / "out/aml.csv") as file:
+        assert len(list(csv.DictReader(file))) == 2 * 7 * len(losses.variants(OWN))
+    assert_drawn(tmp_path / "out/aml.png")
+
+
+# ---------------------------------------------------------------------------------------- pictures
+
+def assert_drawn(path: Path) -> None:
+    """A PNG of a size that can be read."""
+    header = path.read_bytes()[:24]
+    assert header[1:4] == b"PNG"
+    width, height = (int.from_bytes(header[i:i + 4]) for i in (16, 20))
+    assert 500 <= width <= 4000 and 300 <= height <= 4000
+
+
+def test_everything_that_some_runs_allow_is_drawn(tmp_path):
+    """Learning curves of a run, systems side by side, the sweep in which they differ, errors."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.csv").write_text("step,loss\n" + "".join(f"{i},{1 / i}\n" for i in range(1, 9)))
+    (run / "eval.jsonl").write_text("".join(json.dumps(past) + "\n" for past in HISTORY))
+    results = {"r8": {u: [f1, f1 + 1] for u, f1 in LATE.items()}, "r16": {"T15": [70.0]}}
+    configs = {name: {"rank": rank, "dropout": 0.1, "seed": rank}
+               for name, rank in (("r8", 8), ("r16", 16))}
+    made = evaluate.draw(tmp_path / "out", [run], results, configs,
+                         {"r8": {"missed": 3, "boundary": 1}, "r16": {"missed": 2}})
+    assert [path.name for path in made] == ["curves-run.png", "systems.png", "rank.png",
+                                            "errors.png"]
+    for path in made:
+        assert_drawn(path)
+
+
+def test_a_single_run_gives_its_curves_and_no_comparison(tmp_path):
+    one = {"one": {"T15": [1.0]}}
+    assert evaluate.draw(tmp_path, [tmp_path], one, {"one": {"rank": 8}}, {}) == []
+    two = {"a": {"rank": 8, "dropout": 0.1}, "b": {"rank": 16, "dropout": 0.2}}
+    assert evaluate.swept(two) is None  # they differ in more than one setting
