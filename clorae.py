@@ -293,6 +293,10 @@ class ExpertLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B,S,D_in] -> y [B,S,D_out] = W_0 x + (alpha / r) h, Eq. (8)."""
         y, gates = self.base(x), self.gates(x)
+        if self.config.method == "moslora":  # B M A x: the mixer joins all ranks
+            A, M, B = (factor.to(y.dtype) for factor in (self.A_U, self.M_U, self.B_U))
+            z = F.linear(F.linear(self.dropped(x).to(y.dtype), A), M)
+            return y + F.linear(self.scale * z, B)
         if self.config.method == "loramoe":  # every expert for every row, each under its own mask
             every, R = [slice(0, len(x))], [self.config.rank]
             for g, A_e, B_e in zip(gates.split(1, dim=-1), self.A_E, self.B_E):
@@ -334,9 +338,7 @@ class ExpertLinear(nn.Module):
         return [R] * self.config.has_universal + [r] * self.config.has_tasks
 
     def factors(self, tasks: Sequence[int]) -> list[Tensor]:
-        """For each run of rows of one task its experts side by side: A [k,D_in], B [D_out,k], ..."""
-        if self.config.method == "moslora":
-            return [self.A_U, self.B_U @ self.M_U]  # B M A x: the mixer joins all ranks
+        """For each run of rows of one task its experts side by side: A [k,D_in], B [D_out,k]..."""
         if not self.config.has_tasks:
             return [self.A_U, self.B_U]  # Eq. (2): plain LoRA
         pairs = list(zip(self.A_T.unbind(), self.B_T.unbind()))
@@ -360,6 +362,7 @@ class ExpertLinear(nn.Module):
             widths = [self.config.rank] * self.config.experts
         else:
             (A, B), widths = self.factors([task]), self.widths
+            B = B @ self.M_U if self.config.method == "moslora" else B
         weights = 1.0 if gates is None else spread(A.new_tensor(gates), widths)
         return self.base.weight + self.scale * (B * weights) @ A
 

@@ -1011,15 +1011,14 @@ class FlopCounter:
 
 
 def mim_flops(model: nn.Module, lengths: Sequence[float]) -> float:
-    """FLOPs that L_MIM adds to a training step of one row, forward and backward (clorae.moments).
-
-    The part with D_out is the same for a micro-batch of any number of rows of one task.
+    """FLOPs that L_MIM adds to a training step of one row, forward and backward
+    (clorae.stream_moments).  The part with D_out is the same for any number of rows of one task.
     """
     tokens = dict(zip(("memory", "target", "visual"), lengths))
     layers = [m for m in clorae.expert_layers(model).values() if hasattr(m, "rho")]
-    ranks = [(layer.B_U.shape[1], layer.B_U.shape[1] + layer.B_T.shape[2]) for layer in layers]
-    return sum(2 * (len(layer.rho) + tokens[layer.stream]) * (R * R + 3 * k * k)
-               for layer, (R, k) in zip(layers, ranks))
+    ranks = [(layer.B_U.shape[1], layer.B_T.shape[2]) for layer in layers]
+    return sum(2 * (len(layer.rho) + tokens[layer.stream]) * (2 * R * R + 2 * R * r + 3 * r * r)
+               for layer, (R, r) in zip(layers, ranks))
 
 
 @dataclass(frozen=True)
@@ -1142,7 +1141,7 @@ def cost_report(geometry: Geometry, paper: Mapping[str, tuple]) -> str:
         "above the lowest trained weight, weight gradients of trained weights.",
         f"clorae:train costs {100 * (forward + backward) / sum(whole[1:]):.0f} % of full, by 3 fwd "
         f"{100 * forward / whole[1]:.0f} %.  L_MIM comes on top, in training: {fixed:.2f} GFLOPs "
-        f"per micro-batch and task in it, {each - fixed:.2f} per row.  Not counted: image tower, "
+        f"per micro-batch of one task, {each - fixed:.2f} per row.  Not counted: image tower, "
         "optimizer, norms, softmax."]
     if paper and geometry.lengths == PAPER_LENGTHS:
         notes += paper_notes(geometry, found, paper)
