@@ -61,30 +61,37 @@ inline int code_width(Ranks ranks, bool live) {
     return (ranks.universal + ranks.task + live + 7) / 8 * 8;
 }
 
-// Launchers.  `bf16` chooses the element type E, `stream` is a cudaStream_t; the answer is null,
-// or what the driver has against the launch.  `live`: the gate is computed from the gate row of A,
-// which is column k of the codes; else g is given.  Null pointers are allowed where said.
+// What the launchers have in common.  `live`: the gate is computed, from the last row of A, and its
+// logit's gradient is column k of dz; otherwise g is given and W counts no such column.  (Under
+// dropout the codes read dropped x and the gate reads x: two calls of shrink, one without the gate
+// row in A, one with nothing else, R = r = 0.)
+struct Call {
+    bool bf16, live;  // the element type E: bf16 or fp32
+    Ranks ranks;
+    float scale;
+    const Segment* segments;  // in the order of the tokens
+    int segment_count;
+    void* stream;  // a cudaStream_t
+
+    int width() const { return code_width(ranks, live); }
+};
+
+// The launchers answer null, or what the driver has against the launch.
 extern "C" {
-const char* clorae_pack(bool bf16, const PackJob* jobs, int count, void* stream);
-const char* clorae_gate_forward(bool bf16, void* z, int64_t z_stride, const int* tasks, int tokens,
-                                Ranks ranks, float scale, void* weighted, int64_t weighted_stride,
-                                float* gates, void* stream);
-const char* clorae_gate_backward(bool bf16, void* gradient, int64_t stride, const void* z,
+const char* clorae_pack(const Call& call, const PackJob* jobs, int count);
+const char* clorae_gate_forward(const Call& call, void* z, int64_t z_stride, const int* tasks,
+                                int tokens, void* weighted, int64_t weighted_stride, float* gates);
+const char* clorae_gate_backward(const Call& call, void* gradient, int64_t stride, const void* z,
                                  int64_t z_stride, const void* upstream /* or null */,
-                                 const int* tasks, int tokens, Ranks ranks, float scale,
-                                 const float* gates, void* stream);
-const char* clorae_shrink(bool bf16, const void* x, const void* A, int d, const Segment* segments,
-                          int count, Ranks ranks, bool live, void* z,
-                          float* gates /* written if live */, void* stream);
-const char* clorae_shrink_backward(bool bf16, const void* dy, const void* Bt, int d,
-                                   const Segment* segments, int count, Ranks ranks, bool live,
-                                   float scale, const void* z, const float* gates,
+                                 const int* tasks, int tokens, const float* gates);
+const char* clorae_shrink(const Call& call, const void* x, const void* A, int d, bool gate_row,
+                          void* z, float* gates /* written from the gate row */);
+const char* clorae_shrink_backward(const Call& call, const void* dy, const void* Bt, int d,
+                                   const void* z, const float* gates,
                                    const void* upstream /* or null */, void* dz, void* weighted,
-                                   float* dgates /* or null */, void* stream);
-const char* clorae_expand(bool bf16, const void* codes, const float* gates /* null: no weights */,
-                          const void* pack, int d, const Segment* segments, int count, Ranks ranks,
-                          bool live, bool gate_row, float scale, bool accumulate, void* y,
-                          void* stream);
+                                   float* dgates /* or null */);
+const char* clorae_expand(const Call& call, const void* codes, const float* gates /* or null */,
+                          const void* pack, int d, bool gate_row, bool accumulate, void* y);
 }
 
 #if defined(__CUDACC__) || defined(CLORAE_EMULATOR)
@@ -147,7 +154,8 @@ constexpr int PADDING_BYTES = 16;  // after each row: rows 144 bytes apart use d
 
 // Elements of a row in a slab, and the distance of its rows.
 template <class E> constexpr int DEPTH = SLAB_BYTES / static_cast<int>(sizeof(E));
-template <class E> constexpr int SLAB_STRIDE = (SLAB_BYTES + PADDING_BYTES) / static_cast<int>(sizeof(E));
+template <class E>
+constexpr int SLAB_STRIDE = (SLAB_BYTES + PADDING_BYTES) / static_cast<int>(sizeof(E));
 
 __device__ inline float to_float(bf16 value) { return __bfloat162float(value); }
 __device__ inline float to_float(float value) { return value; }
@@ -397,7 +405,8 @@ template <int F> struct WarpTile<float, F> {
     }
 
     template <bool BY_ROWS>
-    __device__ void multiply(const float* a, int a_stride, const float* b, int b_stride, int depth) {
+    __device__ void multiply(const float* a, int a_stride, const float* b, int b_stride,
+                             int depth) {
         const int row = threadIdx.x % 32 / 4 * 2, column = threadIdx.x % 4 * 4;
         for (int k = 0; k < depth; ++k) {
             const float upper = a[row * a_stride + k], lower = a[(row + 1) * a_stride + k];
@@ -495,18 +504,17 @@ __device__ float* shrink_products(const E* x, const E* matrix, int d, Tile tile,
 }
 
 // K4 shrink: z = [A_U x ; A_n x], and the gate from its own column of the same product.
-// Shapes: x [T, d], pack A, z [T, W], gates [T, 2] (written if `live`).
+// Shapes: x [T, d], pack A, z [T, W], gates [T, 2] (written if A has its `gate_row`).
 // Tiling: block (i, j) computes columns 48 F j ... of the i-th tile of 16, 32 or 64 tokens; few
 //     tokens give narrow columns, so that more multiprocessors work.
 // Bytes: x once per column block (T d), the k rows of A once per tile (from L2), T W written.
 template <class E, int F>
 __global__ void __launch_bounds__(384)
-shrink(const E* x, const E* matrix, int d, const __grid_constant__ Segments segments, Ranks ranks,
-       bool live, int width, int height, E* z, float* gates) {
+shrink(const E* x, const E* A, int d, const __grid_constant__ Segments segments, Ranks ranks,
+       bool gate_row, int width, int height, E* z, float* gates) {
     const Tile tile = find_tile(segments, blockIdx.x, height);
     const int first = blockIdx.y * SHRINK_COLUMNS<F>, k = ranks.universal + ranks.task;
-    const float* sums =
-        shrink_products<E, F>(x, matrix, d, tile, ranks, live, first, height);
+    const float* sums = shrink_products<E, F>(x, A, d, tile, ranks, gate_row, first, height);
     for (int i = threadIdx.x; i < tile.rows * SHRINK_PIECES<F>; i += blockDim.x) {
         const int row = i / SHRINK_PIECES<F>, column = i % SHRINK_PIECES<F> * 8;
         if (first + column >= width) continue;
@@ -517,7 +525,7 @@ shrink(const E* x, const E* matrix, int d, const __grid_constant__ Segments segm
         store_eight(z + static_cast<int64_t>(tile.start + row) * width + first + column, code);
     }
     const int gate = k - first;  // the block that has the logits computes the gates
-    if (!live || gate < 0 || gate >= SHRINK_COLUMNS<F>) return;
+    if (!gate_row || gate < 0 || gate >= SHRINK_COLUMNS<F>) return;
     for (int row = threadIdx.x; row < tile.rows; row += blockDim.x) {
         const float logit = sums[row * SHRINK_STRIDE<F> + gate];
         gates[2 * (tile.start + row)] = sigmoid(logit);
@@ -541,7 +549,8 @@ shrink_backward(const E* dy, const E* matrix, int d, const __grid_constant__ Seg
     constexpr int PIECES = SHRINK_PIECES<F>;
     const Tile tile = find_tile(segments, blockIdx.x, height);
     const int k = ranks.universal + ranks.task;
-    float e_U = 0.0f, e_n = 0.0f;  // of row threadIdx.x, if there is one
+    const int mine = threadIdx.x;  // the row that this thread sums, if there is one
+    float e_U = 0.0f, e_n = 0.0f;
     for (int first = 0; first < width; first += SHRINK_COLUMNS<F>) {
         float* sums = shrink_products<E, F>(dy, matrix, d, tile, ranks, false, first, height);
         float* parts = sums + height * SHRINK_STRIDE<F>;  // [height, PIECES, 2]
@@ -568,15 +577,15 @@ shrink_backward(const E* dy, const E* matrix, int d, const __grid_constant__ Seg
             store_eight(weighted + at, product);
         }
         __syncthreads();
-        if (threadIdx.x < tile.rows)
+        if (mine < tile.rows)
             for (int piece = 0; piece < PIECES; ++piece) {
-                e_U += parts[2 * (threadIdx.x * PIECES + piece)];
-                e_n += parts[2 * (threadIdx.x * PIECES + piece) + 1];
+                e_U += parts[2 * (mine * PIECES + piece)];
+                e_n += parts[2 * (mine * PIECES + piece) + 1];
             }
         __syncthreads();  // the next columns' slabs overwrite `sums` and `parts`
     }
-    if (threadIdx.x >= tile.rows) return;
-    const int token = tile.start + threadIdx.x;
+    if (mine >= tile.rows) return;
+    const int token = tile.start + mine;
     const float g1 = gates[2 * token], g2 = gates[2 * token + 1];
     if (live) dz[static_cast<int64_t>(token) * width + k] = from_float<E>(g1 * g2 * (e_U - e_n));
     if (dgates) dgates[2 * token] = e_U, dgates[2 * token + 1] = e_n;
@@ -693,9 +702,9 @@ struct Batch {
 
 // Calls run(batch) for every batch of segments until one of them fails.
 template <class Run>
-const char* for_batches(const Segment* segments, int count, Run run) {
-    for (int i = 0; i < count; i += MAX_SEGMENTS) {
-        const Batch batch(segments + i, count - i);
+const char* for_batches(const Call& call, Run run) {
+    for (int i = 0; i < call.segment_count; i += MAX_SEGMENTS) {
+        const Batch batch(call.segments + i, call.segment_count - i);
         if (batch.tokens == 0) continue;
         if (const char* error = run(batch)) return error;
     }
@@ -711,71 +720,62 @@ int fitting_height(int tokens, Bytes bytes) {
 }
 
 template <class E, int F>
-const char* run_shrink(const Batch& batch, const E* x, const E* matrix, int d, Ranks ranks,
-                       bool live, E* z, float* gates, void* stream) {
+const char* run_shrink(const Call& call, const Batch& batch, const E* x, const E* A, int d,
+                       bool gate_row, E* z, float* gates) {
     const int height = fitting_height(batch.tokens, shrink_bytes<E, F>);
-    const int width = code_width(ranks, live);
-    const dim3 grid(batch.tiles(height), (width + SHRINK_COLUMNS<F> - 1) / SHRINK_COLUMNS<F>);
-    return launch(shrink<E, F>, grid, height / 16 * SHRINK_GROUPS * 32, shrink_bytes<E, F>(height),
-                  stream, x, matrix, d, batch.segments, ranks, live, width, height, z, gates);
+    const int blocks = (call.width() + SHRINK_COLUMNS<F> - 1) / SHRINK_COLUMNS<F>;
+    return launch(shrink<E, F>, dim3(batch.tiles(height), blocks), height / 16 * SHRINK_GROUPS * 32,
+                  shrink_bytes<E, F>(height), call.stream, x, A, d, batch.segments, call.ranks,
+                  gate_row, call.width(), height, z, gates);
 }
 
 template <class E>
-const char* all_shrink(const void* x, const void* matrix, int d, const Segment* segments,
-                       int count, Ranks ranks, bool live, void* z, float* gates, void* stream) {
-    const int width = code_width(ranks, live);
-    return for_batches(segments, count, [&](const Batch& batch) {
+const char* all_shrink(const Call& call, const E* x, const E* A, int d, bool gate_row, E* z,
+                       float* gates) {
+    return for_batches(call, [&](const Batch& batch) {
         const bool few = batch.tokens <= 2048;  // then narrow columns: more blocks
-        const auto run = few || width <= 48 ? run_shrink<E, 1>
-                         : width <= 96      ? run_shrink<E, 2> : run_shrink<E, 4>;
-        return run(batch, static_cast<const E*>(x), static_cast<const E*>(matrix), d, ranks, live,
-                   static_cast<E*>(z), gates, stream);
+        const auto run = few || call.width() <= 48 ? run_shrink<E, 1>
+                         : call.width() <= 96      ? run_shrink<E, 2> : run_shrink<E, 4>;
+        return run(call, batch, x, A, d, gate_row, z, gates);
     });
 }
 
 template <class E, int F>
-const char* run_shrink_backward(const Batch& batch, const E* dy, const E* matrix, int d,
-                                Ranks ranks, bool live, float scale, const E* z,
-                                const float* gates, const E* upstream, E* dz, E* weighted,
-                                float* dgates, void* stream) {
+const char* run_shrink_backward(const Call& call, const Batch& batch, const E* dy, const E* Bt,
+                                int d, const E* z, const float* gates, const E* upstream, E* dz,
+                                E* weighted, float* dgates) {
     const int height = fitting_height(batch.tokens, shrink_bytes<E, F>);
     return launch(shrink_backward<E, F>, dim3(batch.tiles(height)),
-                  height / 16 * SHRINK_GROUPS * 32, shrink_bytes<E, F>(height), stream, dy, matrix,
-                  d, batch.segments, ranks, live, code_width(ranks, live), height, scale, z, gates,
-                  upstream, dz, weighted, dgates);
+                  height / 16 * SHRINK_GROUPS * 32, shrink_bytes<E, F>(height), call.stream, dy, Bt,
+                  d, batch.segments, call.ranks, call.live, call.width(), height, call.scale, z,
+                  gates, upstream, dz, weighted, dgates);
 }
 
 template <class E>
-const char* all_shrink_backward(const void* dy, const void* matrix, int d, const Segment* segments,
-                                int count, Ranks ranks, bool live, float scale, const void* z,
-                                const float* gates, const void* upstream, void* dz, void* weighted,
-                                float* dgates, void* stream) {
-    const int width = code_width(ranks, live);
-    const auto run = width <= 48   ? run_shrink_backward<E, 1>
-                     : width <= 96 ? run_shrink_backward<E, 2> : run_shrink_backward<E, 4>;
-    return for_batches(segments, count, [&](const Batch& batch) {
-        return run(batch, static_cast<const E*>(dy), static_cast<const E*>(matrix), d, ranks, live,
-                   scale, static_cast<const E*>(z), gates, static_cast<const E*>(upstream),
-                   static_cast<E*>(dz), static_cast<E*>(weighted), dgates, stream);
+const char* all_shrink_backward(const Call& call, const E* dy, const E* Bt, int d, const E* z,
+                                const float* gates, const E* upstream, E* dz, E* weighted,
+                                float* dgates) {
+    const auto run = call.width() <= 48   ? run_shrink_backward<E, 1>
+                     : call.width() <= 96 ? run_shrink_backward<E, 2> : run_shrink_backward<E, 4>;
+    return for_batches(call, [&](const Batch& batch) {
+        return run(call, batch, dy, Bt, d, z, gates, upstream, dz, weighted, dgates);
     });
 }
 
 template <class E>
-const char* all_expand(const void* codes, const float* gates, const void* matrix, int d,
-                       const Segment* segments, int count, Ranks ranks, bool live, bool gate_row,
-                       float scale, bool accumulate, void* y, void* stream) {
-    return for_batches(segments, count, [&](const Batch& batch) {
+const char* all_expand(const Call& call, const E* codes, const float* gates, const E* matrix, int d,
+                       bool gate_row, bool accumulate, E* y) {
+    return for_batches(call, [&](const Batch& batch) {
         const int height = fitting_height(batch.tokens, expand_bytes<E>);
         const dim3 grid(batch.tiles(height), (d + EXPAND_COLUMNS - 1) / EXPAND_COLUMNS);
         return launch(expand<E>, grid, height / 16 * EXPAND_GROUPS * 32, expand_bytes<E>(height),
-                      stream, static_cast<const E*>(codes), gates, static_cast<const E*>(matrix), d,
-                      batch.segments, ranks, gate_row, code_width(ranks, live), scale, accumulate,
-                      height, static_cast<E*>(y));
+                      call.stream, codes, gates, matrix, d, batch.segments, call.ranks, gate_row,
+                      call.width(), call.scale, accumulate, height, y);
     });
 }
 
 template <class E>
-const char* all_pack(const PackJob* jobs, int count, void* stream) {
+const char* all_pack(const Call& call, const PackJob* jobs, int count) {
     for (int done = 0; done < count; done += MAX_JOBS) {
         PackJobs group;
         const int size = count - done < MAX_JOBS ? count - done : MAX_JOBS;
@@ -787,75 +787,376 @@ const char* all_pack(const PackJob* jobs, int count, void* stream) {
             squares = needed > squares ? needed : squares;
         }
         if (squares == 0) continue;
-        const char* error = launch(pack<E>, dim3(squares, size), 256, 32 * 33 * 4, stream, group);
+        const char* error =
+            launch(pack<E>, dim3(squares, size), 256, 32 * 33 * 4, call.stream, group);
         if (error) return error;
     }
     return nullptr;
 }
 
-template <class E>
-const char* all_gate_forward(void* z, int64_t z_stride, const int* tasks, int tokens, Ranks ranks,
-                             float scale, void* weighted, int64_t weighted_stride, float* gates,
-                             void* stream) {
-    const int width = code_width({ranks.universal, ranks.tasks * ranks.task, 1}, true);
-    return launch(gate_forward<E>, dim3((tokens + 3) / 4), 128, 0, stream, static_cast<E*>(z),
-                  z_stride, tasks, tokens, ranks, scale, static_cast<E*>(weighted), weighted_stride,
-                  width, gates);
+// The width V of the concatenated form's codes: all tasks' columns and the gate.
+inline int concatenated_width(Ranks ranks) {
+    return code_width({ranks.universal, ranks.tasks * ranks.task, 1}, true);
 }
 
-template <class E>
-const char* all_gate_backward(void* gradient, int64_t stride, const void* z, int64_t z_stride,
-                              const void* upstream, const int* tasks, int tokens, Ranks ranks,
-                              float scale, const float* gates, void* stream) {
-    const int width = code_width({ranks.universal, ranks.tasks * ranks.task, 1}, true);
-    return launch(gate_backward<E>, dim3((tokens + 3) / 4), 128, 0, stream,
-                  static_cast<E*>(gradient), stride, width, static_cast<const E*>(z), z_stride,
-                  static_cast<const E*>(upstream), tasks, tokens, ranks, scale, gates);
+// Calls run with a null pointer of the element type that the call asks for.
+template <class Run>
+const char* with_type(const Call& call, Run run) {
+    return call.bf16 ? run(static_cast<bf16*>(nullptr)) : run(static_cast<float*>(nullptr));
 }
 
 extern "C" {
-const char* clorae_pack(bool bf, const PackJob* jobs, int count, void* stream) {
-    return (bf ? all_pack<bf16> : all_pack<float>)(jobs, count, stream);
+const char* clorae_pack(const Call& call, const PackJob* jobs, int count) {
+    return call.bf16 ? all_pack<bf16>(call, jobs, count) : all_pack<float>(call, jobs, count);
 }
 
-const char* clorae_gate_forward(bool bf, void* z, int64_t z_stride, const int* tasks, int tokens,
-                                Ranks ranks, float scale, void* weighted, int64_t weighted_stride,
-                                float* gates, void* stream) {
-    return (bf ? all_gate_forward<bf16> : all_gate_forward<float>)(
-        z, z_stride, tasks, tokens, ranks, scale, weighted, weighted_stride, gates, stream);
+const char* clorae_gate_forward(const Call& call, void* z, int64_t z_stride, const int* tasks,
+                                int tokens, void* weighted, int64_t weighted_stride, float* gates) {
+    return with_type(call, [&](auto* type) {
+        using E = std::remove_pointer_t<decltype(type)>;
+        return launch(gate_forward<E>, dim3((tokens + 3) / 4), 128, 0, call.stream,
+                      static_cast<E*>(z), z_stride, tasks, tokens, call.ranks, call.scale,
+                      static_cast<E*>(weighted), weighted_stride, concatenated_width(call.ranks),
+                      gates);
+    });
 }
 
-const char* clorae_gate_backward(bool bf, void* gradient, int64_t stride, const void* z,
+const char* clorae_gate_backward(const Call& call, void* gradient, int64_t stride, const void* z,
                                  int64_t z_stride, const void* upstream, const int* tasks,
-                                 int tokens, Ranks ranks, float scale, const float* gates,
-                                 void* stream) {
-    return (bf ? all_gate_backward<bf16> : all_gate_backward<float>)(
-        gradient, stride, z, z_stride, upstream, tasks, tokens, ranks, scale, gates, stream);
+                                 int tokens, const float* gates) {
+    return with_type(call, [&](auto* type) {
+        using E = std::remove_pointer_t<decltype(type)>;
+        return launch(gate_backward<E>, dim3((tokens + 3) / 4), 128, 0, call.stream,
+                      static_cast<E*>(gradient), stride, concatenated_width(call.ranks),
+                      static_cast<const E*>(z), z_stride, static_cast<const E*>(upstream), tasks,
+                      tokens, call.ranks, call.scale, gates);
+    });
 }
 
-const char* clorae_shrink(bool bf, const void* x, const void* A, int d, const Segment* segments,
-                          int count, Ranks ranks, bool live, void* z, float* gates, void* stream) {
-    return (bf ? all_shrink<bf16> : all_shrink<float>)(x, A, d, segments, count, ranks, live, z,
-                                                       gates, stream);
+const char* clorae_shrink(const Call& call, const void* x, const void* A, int d, bool gate_row,
+                          void* z, float* gates) {
+    return with_type(call, [&](auto* type) {
+        using E = std::remove_pointer_t<decltype(type)>;
+        return all_shrink<E>(call, static_cast<const E*>(x), static_cast<const E*>(A), d, gate_row,
+                             static_cast<E*>(z), gates);
+    });
 }
 
-const char* clorae_shrink_backward(bool bf, const void* dy, const void* Bt, int d,
-                                   const Segment* segments, int count, Ranks ranks, bool live,
-                                   float scale, const void* z, const float* gates,
-                                   const void* upstream, void* dz, void* weighted, float* dgates,
-                                   void* stream) {
-    return (bf ? all_shrink_backward<bf16> : all_shrink_backward<float>)(
-        dy, Bt, d, segments, count, ranks, live, scale, z, gates, upstream, dz, weighted, dgates,
-        stream);
+const char* clorae_shrink_backward(const Call& call, const void* dy, const void* Bt, int d,
+                                   const void* z, const float* gates, const void* upstream,
+                                   void* dz, void* weighted, float* dgates) {
+    return with_type(call, [&](auto* type) {
+        using E = std::remove_pointer_t<decltype(type)>;
+        return all_shrink_backward<E>(call, static_cast<const E*>(dy), static_cast<const E*>(Bt), d,
+                                      static_cast<const E*>(z), gates,
+                                      static_cast<const E*>(upstream), static_cast<E*>(dz),
+                                      static_cast<E*>(weighted), dgates);
+    });
 }
 
-const char* clorae_expand(bool bf, const void* codes, const float* gates, const void* pack, int d,
-                          const Segment* segments, int count, Ranks ranks, bool live,
-                          bool gate_row, float scale, bool accumulate, void* y, void* stream) {
-    return (bf ? all_expand<bf16> : all_expand<float>)(codes, gates, pack, d, segments, count,
-                                                       ranks, live, gate_row, scale, accumulate, y,
-                                                       stream);
+const char* clorae_expand(const Call& call, const void* codes, const float* gates,
+                          const void* pack, int d, bool gate_row, bool accumulate, void* y) {
+    return with_type(call, [&](auto* type) {
+        using E = std::remove_pointer_t<decltype(type)>;
+        return all_expand<E>(call, static_cast<const E*>(codes), gates, static_cast<const E*>(pack),
+                             d, gate_row, accumulate, static_cast<E*>(y));
+    });
 }
 }
 
 #endif  // kernels
+
+#ifndef __CUDACC__
+// ------------------------------------------------------------------------------------ the binding
+//
+// Operators of the library `clorae_kernels` that check every argument, make its GPU the current
+// one and launch.  Torch's stable C++ interface: it compiles in seconds, not in a minute.
+// Outputs are arguments, allocated by clorae.py.  segments: task, start, stop of each run of
+// tokens, one after another; ranks: R, r, N.
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#ifdef CLORAE_EMULATOR
+#define CLORAE_DEVICE CPU
+#define CLORAE_LIBRARY clorae_emulator
+#else
+#define CLORAE_DEVICE CUDA
+#define CLORAE_LIBRARY clorae_kernels
+#endif
+
+namespace binding {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Integers = std::vector<int64_t>;
+
+std::string shape_text(const Integers& sizes) {
+    std::string text = "[";
+    for (int64_t size : sizes)
+        text += (text.size() > 1 ? ", " : "") + (size < 0 ? "any" : std::to_string(size));
+    return text + "]";
+}
+
+// What all tensors of one call must agree with, and the sentence for the one that does not.
+struct Checker {
+    const char* kernel;
+    ScalarType type;  // E
+    int device;
+
+    Checker(const char* kernel, const Tensor& x)
+        : kernel(kernel), type(x.scalar_type()), device(x.get_device_index()) {
+        STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Float, kernel,
+                        ": expected bfloat16 or float32, got ", torch::headeronly::toString(type),
+                        "; convert the input, or use --impl reference");
+    }
+
+    // Raises unless `tensor` is a contiguous [sizes] (-1: any) of this type, on this device and
+    // aligned; `gaps`: its rows may lie further apart.
+    void operator()(const Tensor& tensor, const char* name, const Integers& sizes,
+                    ScalarType wanted, bool gaps = false, int alignment = 16) const {
+        const Integers got(tensor.sizes().begin(), tensor.sizes().end());
+        bool fits = got.size() == sizes.size();
+        for (size_t i = 0; fits && i < sizes.size(); ++i) fits = sizes[i] < 0 || sizes[i] == got[i];
+        STD_TORCH_CHECK(fits, kernel, ": expected ", name, " of shape ", shape_text(sizes), ", got ",
+                        shape_text(got));
+        STD_TORCH_CHECK(tensor.scalar_type() == wanted, kernel, ": expected ", name, " in ",
+                        torch::headeronly::toString(wanted), ", got ",
+                        torch::headeronly::toString(tensor.scalar_type()));
+        STD_TORCH_CHECK(tensor.get_device_index() == device, kernel, ": expected ", name,
+                        " on device ", device, ", got device ", tensor.get_device_index());
+        const bool rows = gaps && tensor.stride(1) == 1 && tensor.stride(0) % 8 == 0;
+        STD_TORCH_CHECK(rows || tensor.is_contiguous(), kernel, ": expected ", name,
+                        " to be contiguous; call .contiguous()");
+        STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % alignment == 0,
+                        kernel, ": expected ", name, " to start at a multiple of ", alignment,
+                        " bytes; clone it");
+    }
+};
+
+Ranks read_ranks(const char* kernel, const Integers& ranks) {
+    STD_TORCH_CHECK(ranks.size() == 3 && ranks[0] >= 0 && ranks[1] >= 0 && ranks[2] >= 0 &&
+                        ranks[0] + ranks[1] * ranks[2] < 1 << 20,
+                    kernel, ": expected ranks (R, r, N), none negative, got ", shape_text(ranks));
+    return {int(ranks[0]), int(ranks[1]), int(ranks[2])};
+}
+
+int rows_of(Ranks ranks, bool gate) { return ranks.universal + ranks.tasks * ranks.task + gate; }
+
+// Runs of tokens 0 .. T - 1 without a gap, each of a task that has an expert.
+std::vector<Segment> read_segments(const char* kernel, const Integers& flat, int64_t tokens,
+                                   Ranks ranks) {
+    std::vector<Segment> segments;
+    int64_t at = 0;
+    bool fits = flat.size() % 3 == 0 && tokens < int64_t(1) << 31;
+    for (size_t i = 0; fits && i < flat.size(); i += 3) {
+        fits = flat[i] >= 0 && (flat[i] < ranks.tasks || ranks.task == 0) && flat[i + 1] == at &&
+               flat[i + 2] >= at;
+        at = flat[i + 2];
+        segments.push_back({int(flat[i]), int(flat[i + 1]), int(at)});
+    }
+    STD_TORCH_CHECK(fits && at == tokens, kernel, ": expected segments (task, start, stop) that ",
+                    "cover tokens 0..", tokens, " in order with tasks below ", ranks.tasks,
+                    ", got ", shape_text(flat));
+    return segments;
+}
+
+void check_width(const char* kernel, int64_t d) {
+    STD_TORCH_CHECK(d > 0 && d % 8 == 0 && d < 1 << 24, kernel,
+                    ": expected a width that is a multiple of 8, got ", d);
+}
+
+// The launch itself: on the tensors' own GPU, on the stream that clorae.py passes.
+template <class Launch>
+void run(const Checker& check, Launch launch) {
+#ifndef CLORAE_EMULATOR
+    torch::stable::accelerator::DeviceGuard guard(check.device);
+#endif
+    const char* error = launch();
+    STD_TORCH_CHECK(!error, check.kernel, ": the launch failed: ", error ? error : "");
+}
+
+float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
+
+const void* pointer_or_null(const std::optional<Tensor>& tensor) {
+    return tensor ? tensor->const_data_ptr() : nullptr;
+}
+
+void pack(Tensor A_U, Tensor A_T, Tensor B_U, Tensor B_T, Tensor W_g, Tensor A, Tensor Bt,
+          int64_t stream) {
+    const Checker check("pack", A);
+    const int64_t R = A_U.size(0), N = A_T.size(0), r = A_T.size(1), d_in = A.size(1);
+    const int64_t d_out = Bt.size(1), gate = W_g.size(0) / 2;
+    check_width("pack", d_in);
+    check_width("pack", d_out);
+    check(A_U, "A_U", {-1, d_in}, ScalarType::Float, false, 4);
+    check(A_T, "A_T", {-1, -1, d_in}, ScalarType::Float, false, 4);
+    check(B_U, "B_U", {d_out, R}, ScalarType::Float, false, 4);
+    check(B_T, "B_T", {N, d_out, r}, ScalarType::Float, false, 4);
+    check(W_g, "W_g", {2 * gate, d_in}, ScalarType::Float, false, 4);
+    check(A, "A", {R + N * r + gate, d_in}, check.type);
+    check(Bt, "Bt", {R + N * r, d_out}, check.type);
+    char* const to_A = static_cast<char*>(A.mutable_data_ptr());
+    char* const to_Bt = static_cast<char*>(Bt.mutable_data_ptr());
+    const int64_t size = check.type == ScalarType::Float ? 4 : 2;
+    auto job = [](const Tensor& from, void* to, int64_t count, int64_t rows, int64_t columns,
+                  PackKind kind) {
+        return PackJob{floats(from), to, int(count), int(rows), int(columns), kind};
+    };
+    const PackJob jobs[] = {
+        job(A_U, to_A, 1, R, d_in, COPY),
+        job(A_T, to_A + R * d_in * size, 1, N * r, d_in, COPY),
+        job(W_g, to_A + (R + N * r) * d_in * size, gate, 2, d_in, DIFFERENCE),
+        job(B_U, to_Bt, 1, d_out, R, TRANSPOSE),
+        job(B_T, to_Bt + R * d_out * size, N, d_out, r, TRANSPOSE),
+    };
+    const Call call{size == 2, false, {}, 1.0f, nullptr, 0, reinterpret_cast<void*>(stream)};
+    run(check, [&] { return clorae_pack(call, jobs, 5); });
+}
+
+void shrink(Tensor x, Tensor A, Integers segments, Integers ranks, bool live, Tensor z,
+            Tensor gates, int64_t stream) {
+    const Checker check("shrink", x);
+    const Ranks layout = read_ranks("shrink", ranks);
+    check(x, "x", {-1, -1}, check.type);
+    const int64_t T = x.size(0), d = x.size(1);
+    check_width("shrink", d);
+    const auto runs = read_segments("shrink", segments, T, layout);
+    const bool gate_row = live && A.size(0) == rows_of(layout, true);
+    check(A, "A", {rows_of(layout, gate_row), d}, check.type);
+    check(z, "z", {T, code_width(layout, live)}, check.type);
+    check(gates, "gates", {T, 2}, ScalarType::Float);
+    const Call call{check.type != ScalarType::Float, live, layout, 1.0f, runs.data(),
+                    int(runs.size()), reinterpret_cast<void*>(stream)};
+    run(check, [&] {
+        return clorae_shrink(call, x.const_data_ptr(), A.const_data_ptr(), int(d), gate_row,
+                             z.mutable_data_ptr(), floats(gates));
+    });
+}
+
+void shrink_backward(Tensor dy, Tensor Bt, Integers segments, Integers ranks, bool live,
+                     double scale, Tensor z, Tensor gates, std::optional<Tensor> upstream,
+                     Tensor dz, Tensor weighted, Tensor dgates, int64_t stream) {
+    const Checker check("shrink_backward", dy);
+    const Ranks layout = read_ranks("shrink_backward", ranks);
+    check(dy, "dy", {-1, -1}, check.type);
+    const int64_t T = dy.size(0), d = dy.size(1), width = code_width(layout, live);
+    check_width("shrink_backward", d);
+    const auto runs = read_segments("shrink_backward", segments, T, layout);
+    check(Bt, "Bt", {rows_of(layout, false), d}, check.type);
+    check(z, "z", {T, width}, check.type);
+    check(gates, "gates", {T, 2}, ScalarType::Float);
+    if (upstream) check(*upstream, "the gradient of z", {T, width}, check.type);
+    check(dz, "dz", {T, width}, check.type);
+    check(weighted, "weighted", {T, width}, check.type);
+    check(dgates, "dgates", {T, 2}, ScalarType::Float);
+    const Call call{check.type != ScalarType::Float, live, layout, float(scale), runs.data(),
+                    int(runs.size()), reinterpret_cast<void*>(stream)};
+    run(check, [&] {
+        return clorae_shrink_backward(call, dy.const_data_ptr(), Bt.const_data_ptr(), int(d),
+                                      z.const_data_ptr(), floats(gates), pointer_or_null(upstream),
+                                      dz.mutable_data_ptr(), weighted.mutable_data_ptr(),
+                                      floats(dgates));
+    });
+}
+
+void expand(Tensor codes, std::optional<Tensor> gates, Tensor matrix, Integers segments,
+            Integers ranks, bool live, double scale, bool accumulate, Tensor y, int64_t stream) {
+    const Checker check("expand", codes);
+    const Ranks layout = read_ranks("expand", ranks);
+    check(y, "y", {-1, -1}, check.type);
+    const int64_t T = y.size(0), d = y.size(1), rows = matrix.size(0);
+    check_width("expand", d);
+    const auto runs = read_segments("expand", segments, T, layout);
+    check(codes, "codes", {T, code_width(layout, live)}, check.type);
+    if (gates) check(*gates, "gates", {T, 2}, ScalarType::Float);
+    const bool gate_row = live && rows == rows_of(layout, true);
+    check(matrix, "the pack", {rows_of(layout, gate_row), d}, check.type);
+    const Call call{check.type != ScalarType::Float, live, layout, float(scale), runs.data(),
+                    int(runs.size()), reinterpret_cast<void*>(stream)};
+    run(check, [&] {
+        return clorae_expand(call, codes.const_data_ptr(),
+                             static_cast<const float*>(pointer_or_null(gates)),
+                             matrix.const_data_ptr(), int(d), gate_row, accumulate,
+                             y.mutable_data_ptr());
+    });
+}
+
+void gate_forward(Tensor z, Tensor tasks, Integers ranks, double scale, Tensor weighted,
+                  Tensor gates, int64_t stream) {
+    const Checker check("gate_forward", z);
+    const Ranks layout = read_ranks("gate_forward", ranks);
+    const int64_t T = z.size(0), width = code_width({0, rows_of(layout, true), 0}, false);
+    STD_TORCH_CHECK(z.size(1) >= width, "gate_forward: expected z with at least ", width,
+                    " columns, got ", z.size(1));
+    check(z, "z", {T, -1}, check.type, true);
+    check(tasks, "tasks", {T}, ScalarType::Int);
+    check(weighted, "weighted", {T, width}, check.type, true);
+    check(gates, "gates", {T, 2}, ScalarType::Float);
+    const Call call{check.type != ScalarType::Float, true, layout, float(scale), nullptr, 0,
+                    reinterpret_cast<void*>(stream)};
+    if (T == 0) return;
+    run(check, [&] {
+        return clorae_gate_forward(call, z.mutable_data_ptr(), z.stride(0),
+                                   static_cast<const int*>(tasks.const_data_ptr()), int(T),
+                                   weighted.mutable_data_ptr(), weighted.stride(0), floats(gates));
+    });
+}
+
+void gate_backward(Tensor gradient, Tensor z, std::optional<Tensor> upstream, Tensor tasks,
+                   Integers ranks, double scale, Tensor gates, int64_t stream) {
+    const Checker check("gate_backward", gradient);
+    const Ranks layout = read_ranks("gate_backward", ranks);
+    const int64_t T = gradient.size(0), width = code_width({0, rows_of(layout, true), 0}, false);
+    check(gradient, "gradient", {T, width}, check.type);
+    check(z, "z", {T, -1}, check.type, true);
+    STD_TORCH_CHECK(z.size(1) >= width, "gate_backward: expected z with at least ", width,
+                    " columns, got ", z.size(1));
+    if (upstream) check(*upstream, "the gradient of z", {T, width}, check.type);
+    check(tasks, "tasks", {T}, ScalarType::Int);
+    check(gates, "gates", {T, 2}, ScalarType::Float);
+    const Call call{check.type != ScalarType::Float, true, layout, float(scale), nullptr, 0,
+                    reinterpret_cast<void*>(stream)};
+    if (T == 0) return;
+    run(check, [&] {
+        return clorae_gate_backward(call, gradient.mutable_data_ptr(), gradient.stride(0),
+                                    z.const_data_ptr(), z.stride(0), pointer_or_null(upstream),
+                                    static_cast<const int*>(tasks.const_data_ptr()), int(T),
+                                    floats(gates));
+    });
+}
+
+STABLE_TORCH_LIBRARY(CLORAE_LIBRARY, library) {
+    library.def("pack(Tensor A_U, Tensor A_T, Tensor B_U, Tensor B_T, Tensor W_g, Tensor(a!) A, "
+                "Tensor(b!) Bt, int stream) -> ()");
+    library.def("shrink(Tensor x, Tensor A, int[] segments, int[] ranks, bool live, Tensor(a!) z, "
+                "Tensor(b!) gates, int stream) -> ()");
+    library.def("shrink_backward(Tensor dy, Tensor Bt, int[] segments, int[] ranks, bool live, "
+                "float scale, Tensor z, Tensor gates, Tensor? upstream, Tensor(a!) dz, "
+                "Tensor(b!) weighted, Tensor(c!) dgates, int stream) -> ()");
+    library.def("expand(Tensor codes, Tensor? gates, Tensor matrix, int[] segments, int[] ranks, "
+                "bool live, float scale, bool accumulate, Tensor(a!) y, int stream) -> ()");
+    library.def("gate_forward(Tensor(a!) z, Tensor tasks, int[] ranks, float scale, "
+                "Tensor(b!) weighted, Tensor(c!) gates, int stream) -> ()");
+    library.def("gate_backward(Tensor(a!) gradient, Tensor z, Tensor? upstream, Tensor tasks, "
+                "int[] ranks, float scale, Tensor gates, int stream) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(CLORAE_LIBRARY, CLORAE_DEVICE, library) {
+    library.impl("pack", TORCH_BOX(&pack));
+    library.impl("shrink", TORCH_BOX(&shrink));
+    library.impl("shrink_backward", TORCH_BOX(&shrink_backward));
+    library.impl("expand", TORCH_BOX(&expand));
+    library.impl("gate_forward", TORCH_BOX(&gate_forward));
+    library.impl("gate_backward", TORCH_BOX(&gate_backward));
+}
+
+}  // namespace binding
+
+#endif  // binding

@@ -27,9 +27,21 @@ token before one product with [B_U B_n], so the experts' outputs U = B_U z_U and
 D_out wide, are never formed.  The MIM loss (Eq. 5) needs only second moments of z, collected here.
 """
 
+import hashlib
 import math
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor, nn
@@ -351,3 +363,293 @@ def parameter_split(model: nn.Module) -> dict[str, int]:
             kind = kinds.get(name.split(".")[-1], "visual" if visual else "backbone")
             split[kind] += parameter.numel()
     return split
+
+
+# --------------------------------------------------------------------------- the CUDA extension
+#
+# ExpertLinear's product on clorae.cu's kernels, as the operator clorae::experts.  The kernels are
+# compiled on first use on a CUDA machine, into a cache; whatever goes wrong there is one warning,
+# and the PyTorch lines above do the work.  Nothing is compiled at import.
+
+SOURCE = Path(__file__).with_name("clorae.cu")
+BUILD_SECONDS = 300  # for a build, and for waiting until another process has built
+KERNELS: dict[str, object] = {"cpu": None}  # device type -> library; tests put the emulator here
+
+
+def kernels(device: torch.device, impl: str = "auto") -> object | None:
+    """The operators of clorae.cu for a device; None: take the PyTorch path.
+
+    impl: "auto" (the extension wherever it can be built), "reference" (never) or "cuda", for which
+    a machine that cannot build it raises ValueError.
+    """
+    if impl == "reference":
+        return None
+    if device.type not in KERNELS:
+        KERNELS[device.type] = load_extension() if device.type == "cuda" else None
+    if KERNELS[device.type] is None and impl == "cuda":
+        raise ValueError("--impl cuda: expected a CUDA device and a compiled extension, got "
+                         f"'{device.type}' without one; use --impl auto for the PyTorch path")
+    return KERNELS[device.type]
+
+
+def load_extension() -> object | None:
+    """torch.ops.clorae_kernels; None after one warning if it cannot be had."""
+    try:
+        arch = "{}.{}".format(*torch.cuda.get_device_capability())
+        if float(arch) < 8:
+            raise RuntimeError(f"the kernels need compute capability 8.0, this GPU has {arch}")
+        version = f"{torch.__version__} {arch} {platform.machine()}".encode()
+        key = hashlib.sha256(SOURCE.read_bytes() + version).hexdigest()[:16]
+        cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions"))
+        folder = cache.expanduser() / f"clorae-{key}"
+        torch.ops.load_library(str(build(folder, {"TORCH_CUDA_ARCH_LIST": arch})))
+        return torch.ops.clorae_kernels
+    except Exception as problem:  # of any kind: the PyTorch path needs no extension
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            warnings.warn(f"clorae.cu: not compiled, the PyTorch path is used:\n{problem}")
+        return None
+
+
+def build(folder: Path, environment: dict[str, str]) -> Path:
+    """The library in `folder`, compiled first where it is missing: whole or not at all.
+
+    One process builds, in a fresh folder that it renames; the others wait for its lock, which
+    the system releases when its holder ends, however it ends.  Raises RuntimeError with the last
+    lines of the compiler, or TimeoutError after BUILD_SECONDS.
+    """
+    library = folder / "clorae_kernels.so"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        acquire(lock)
+        if library.exists():
+            return library
+        fresh = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+        try:
+            compile_in(fresh, environment)
+            shutil.rmtree(folder, ignore_errors=True)
+            fresh.rename(folder)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+    return library
+
+
+def acquire(lock: IO[str]) -> None:
+    """Take an exclusive lock on an open file within BUILD_SECONDS; TimeoutError otherwise."""
+    import fcntl  # not on every system: there the extension is not built
+    deadline = time.monotonic() + BUILD_SECONDS
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"another process has held {lock.name} for {BUILD_SECONDS} s")
+            time.sleep(0.1)
+
+
+def compile_in(folder: Path, environment: dict[str, str]) -> None:
+    """Run this file as a script in a process of its own: a compiler may hang, or take all with it."""
+    line = [sys.executable, str(Path(__file__).resolve()), str(folder)]
+    child = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                             env={**os.environ, **environment}, start_new_session=True)
+    try:
+        output, _ = child.communicate(timeout=BUILD_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)  # the compilers that it has started, too
+        raise TimeoutError(f"the compiler has not finished within {BUILD_SECONDS} s")
+    if child.returncode:
+        raise RuntimeError("\n".join(output.strip().splitlines()[-12:]))
+
+
+def compile_extension(folder: Path) -> None:
+    """clorae.cu twice, by nvcc (kernels) and by the C++ compiler (binding), into folder."""
+    from torch.utils import cpp_extension
+    sources = [folder / "kernels.cu", folder / "binding.cpp"]
+    for source in sources:
+        shutil.copy(SOURCE, source)
+    cpp_extension.load("clorae_kernels", [str(source) for source in sources],
+                       extra_cflags=["-O2"], extra_cuda_cflags=["-O3"],
+                       build_directory=str(folder), is_python_module=False)
+
+
+def stream(x: Tensor) -> int:
+    """Handle of the stream on which work for x is queued."""
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+
+
+def code_width(ranks: Sequence[int], live: bool) -> int:
+    """Row stride of the codes, as in clorae.cu: R + r, and the gate's column, in whole eights."""
+    return (ranks[0] + ranks[1] + live + 7) // 8 * 8
+
+
+@torch.library.custom_op("clorae::pack", mutates_args=())
+def pack(A_U: Tensor, A_T: Tensor, B_U: Tensor, B_T: Tensor, W_g: Tensor,
+         dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Parameters (fp32; absent ones have no rows) -> A [R + N r (+ 1),D_in], Bt [R + N r,D_out]."""
+    A, Bt = pack_fake(A_U, A_T, B_U, B_T, W_g, dtype)
+    KERNELS[A.device.type].pack(A_U, A_T, B_U, B_T, W_g, A, Bt, stream(A))
+    return A, Bt
+
+
+@pack.register_fake
+def pack_fake(A_U: Tensor, A_T: Tensor, B_U: Tensor, B_T: Tensor, W_g: Tensor,
+              dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    rows = A_U.shape[0] + A_T.shape[0] * A_T.shape[1]
+    return (A_U.new_empty(rows + W_g.shape[0] // 2, A_U.shape[1], dtype=dtype),
+            A_U.new_empty(rows, B_U.shape[0], dtype=dtype))
+
+
+@torch.library.custom_op("clorae::experts", mutates_args=())
+def experts(x: Tensor, dropped: Tensor | None, weight: Tensor, bias: Tensor | None,
+            gates: Tensor | None, A: Tensor, Bt: Tensor, A_U: Tensor, A_T: Tensor, B_U: Tensor,
+            B_T: Tensor, W_g: Tensor, segments: list[int], scale: float,
+            ) -> tuple[Tensor, Tensor, Tensor]:
+    """y [T,D_out] = W_0 x + s [B_U B_n] [g1 z_U ; g2 z_n], codes z [T,W], gates g [T,2].
+
+    x [T,D_in]; dropped: what the experts read instead of x; gates [T,2] fp32: weights in place of
+    the router's (then the third result is empty); A, Bt: what `pack` made of the parameters A_U ...
+    W_g, which are here for their gradients alone; segments: task, start, stop of each run of tokens.
+    """
+    _, z, g = experts_fake(x, dropped, weight, bias, gates, A, Bt, A_U, A_T, B_U, B_T, W_g,
+                           segments, scale)
+    ranks, live, library = [len(A_U), A_T.shape[1], len(A_T)], gates is None, KERNELS[x.device.type]
+    y, weights = F.linear(x, weight, bias), g if live else gates
+    if dropped is None:
+        library.shrink(x, A, segments, ranks, live, z, weights, stream(x))
+    else:
+        library.shrink(dropped, A[:len(Bt)], segments, ranks, live, z, weights, stream(x))
+        if live:
+            library.shrink(x, A[len(Bt):], segments, [0, 0, 0], True, z.new_empty(len(x), 8),
+                           weights, stream(x))
+    library.expand(z, weights, Bt, segments, ranks, live, scale, True, y, stream(x))
+    return y, z, g
+
+
+@experts.register_fake
+def experts_fake(x: Tensor, dropped: Tensor | None, weight: Tensor, bias: Tensor | None,
+                 gates: Tensor | None, A: Tensor, Bt: Tensor, A_U: Tensor, A_T: Tensor,
+                 B_U: Tensor, B_T: Tensor, W_g: Tensor, segments: list[int], scale: float,
+                 ) -> tuple[Tensor, Tensor, Tensor]:
+    width = code_width((A_U.shape[0], A_T.shape[1]), gates is None)
+    return (x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], width),
+            x.new_empty(x.shape[0] if gates is None else 0, 2, dtype=torch.float32))
+
+
+@torch.library.custom_op("clorae::experts_backward", mutates_args=())
+def experts_backward(dy: Tensor, dz: Tensor | None, x: Tensor, dropped: Tensor | None,
+                     weight: Tensor, gates: Tensor, A: Tensor, Bt: Tensor, z: Tensor,
+                     segments: list[int], ranks: list[int], scale: float, live: bool,
+                     needs_x: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x [T,D_in], dropped (empty without it), gates [T,2], A and Bt (fp32).
+
+    dy [T,D_out]; dz [T,W]: gradient that has come in for z, from L_MIM.
+    """
+    library, source, dy = KERNELS[x.device.type], x if dropped is None else dropped, dy.contiguous()
+    codes, weighted, dgates = torch.empty_like(z), torch.empty_like(z), torch.empty_like(gates)
+    library.shrink_backward(dy, Bt, segments, ranks, live, scale, z, gates,
+                            None if dz is None else dz.contiguous(), codes, weighted, dgates,
+                            stream(x))
+    dx = dy @ weight if needs_x else x.new_empty(0)
+    ddropped = x.new_empty(0) if dropped is None else torch.empty_like(dropped)
+    if dropped is not None:
+        library.expand(codes, None, A[:len(Bt)], segments, ranks, live, 1.0, False, ddropped,
+                       stream(x))
+        if live and needs_x:
+            gate = sum(ranks[:2])
+            dx.addmm_(codes[:, gate:gate + 1], A[len(Bt):])
+    elif needs_x:
+        library.expand(codes, None, A, segments, ranks, live, 1.0, True, dx, stream(x))
+    dA = rank_gradient(codes, source, x if live else None, segments, ranks)
+    return dx, ddropped, dgates, dA, rank_gradient(weighted, dy, None, segments, ranks)
+
+
+@experts_backward.register_fake
+def experts_backward_fake(dy: Tensor, dz: Tensor | None, x: Tensor, dropped: Tensor | None,
+                          weight: Tensor, gates: Tensor, A: Tensor, Bt: Tensor, z: Tensor,
+                          segments: list[int], ranks: list[int], scale: float, live: bool,
+                          needs_x: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (torch.empty_like(x) if needs_x else x.new_empty(0),
+            x.new_empty(0) if dropped is None else torch.empty_like(dropped),
+            torch.empty_like(gates), torch.empty_like(A, dtype=torch.float32),
+            torch.empty_like(Bt, dtype=torch.float32))
+
+
+def rank_gradient(codes: Tensor, x: Tensor, gate_x: Tensor | None, segments: list[int],
+                  ranks: list[int]) -> Tensor:
+    """sum_t codes_t x_t^T into the rows of a pack [R + N r (+ 1 if gate_x),d], in fp32.
+
+    One product for the universal rows, one per run of tokens: cuBLAS splits and sums them itself.
+    """
+    (R, r, N), fast = ranks, x.is_cuda and x.dtype == torch.bfloat16
+
+    def product(left: Tensor, right: Tensor) -> Tensor:
+        return (torch.mm(left.T, right, out_dtype=torch.float32) if fast
+                else left.T.float() @ right.float())
+
+    total = x.new_zeros(R + N * r + (gate_x is not None), x.shape[1], dtype=torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        total[:R] = product(codes[:, :R], x)
+        for task, start, stop in zip(segments[::3], segments[1::3], segments[2::3]):
+            own = total[R + task * r:R + (task + 1) * r]
+            own += product(codes[start:stop, R:R + r], x[start:stop])
+        if gate_x is not None:
+            total[R + N * r:] = product(codes[:, R + r:R + r + 1], gate_x)
+    return total
+
+
+def remember(ctx: object, inputs: tuple, output: tuple) -> None:
+    """Keep for the backward pass: x, the packs, z and g; nothing of width D_out."""
+    x, dropped, weight, bias, gates, A, Bt, A_U, A_T, B_U, B_T, W_g, segments, scale = inputs
+    _, z, g = output
+    ctx.live, ctx.segments, ctx.scale = gates is None, segments, scale
+    ctx.ranks = [A_U.shape[0], A_T.shape[1], A_T.shape[0]]
+    ctx.save_for_backward(x, dropped, weight, g if gates is None else gates, A, Bt, z)
+    ctx.mark_non_differentiable(g)
+    ctx.set_materialize_grads(False)
+
+
+def gradients(ctx: object, dy: Tensor | None, dz: Tensor | None, dg: None) -> tuple:
+    """Gradients of `experts` in the order of its arguments."""
+    x, dropped, weight, g, A, Bt, z = ctx.saved_tensors
+    (R, r, N), d_in, d_out = ctx.ranks, A.shape[1], Bt.shape[1]
+    dy = x.new_zeros(x.shape[0], d_out) if dy is None else dy
+    dx, ddropped, dgates, dA, dBt = experts_backward(
+        dy, dz, x, dropped, weight, g, A, Bt, z, ctx.segments, ctx.ranks, ctx.scale, ctx.live,
+        ctx.needs_input_grad[0])
+    dW_g = torch.cat([dA[R + N * r:], -dA[R + N * r:]])  # the gate row is W_g[0] - W_g[1]
+    return (dx if ctx.needs_input_grad[0] else None, None if dropped is None else ddropped, None,
+            None, None if ctx.live else dgates, None, None, dA[:R],
+            dA[R:R + N * r].view(N, r, d_in), dBt[:R].T,
+            dBt[R:].view(N, r, d_out).transpose(1, 2), dW_g, None, None)
+
+
+experts.register_autograd(gradients, setup_context=remember)
+
+
+def expert_linear(x: Tensor, base: nn.Linear, parameters: Sequence[Tensor],
+                  segments: Sequence[tuple[int, slice]], scale: float,
+                  dropped: Tensor | None = None, gates: Tensor | None = None,
+                  packs: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """One ExpertLinear on the kernels: y [B,S,D_out], z [B,S,R + r], gates [B,S,2] (fp32).
+
+    x [B,S,D_in]; parameters: A_U, A_T, B_U, B_T, W_g in fp32, absent ones without rows (A_U [0,D_in],
+    B_U [D_out,0], A_T [0,0,D_in], B_T [0,D_out,0], W_g [0,D_in]); segments over the rows of x;
+    dropped: x under dropout, for the experts alone; gates [B,S,2]: weights in place of the router's,
+    ones for h = U + D; packs: `pack`'s answer where the parameters do not change (inference).
+    """
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    flat = [None if t is None else t.to(dtype).flatten(0, 1).contiguous() for t in (x, dropped)]
+    if packs is None:
+        packs = pack(*(p.detach() for p in parameters), dtype)
+    runs = [n for task, rows in segments
+            for n in (task, rows.start * x.shape[1], rows.stop * x.shape[1])]
+    given = None if gates is None else gates.float().flatten(0, 1).contiguous()
+    bias = None if base.bias is None else base.bias.to(dtype)
+    y, z, g = experts(*flat, base.weight.to(dtype), bias, given, *packs, *parameters, runs, scale)
+    columns = parameters[0].shape[0] + parameters[1].shape[1]
+    return (y.unflatten(0, x.shape[:2]), z[:, :columns].unflatten(0, x.shape[:2]),
+            (g if given is None else given).unflatten(0, x.shape[:2]))
+
+
+if __name__ == "__main__":
+    compile_extension(Path(sys.argv[1]))
