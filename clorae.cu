@@ -433,8 +433,8 @@ template <int F> struct WarpTile<float, F> {
 };
 
 // Runs over `slabs` slabs of the inner dimension, with the next ones already on their way into the
-// other stages.  load(slab, stage) begins the copies of a slab, prepare(slab, stage) may change what
-// this thread itself has copied, multiply(stage) uses what all threads have copied.
+// other stages.  load(slab, stage) begins the copies of a slab, prepare(slab, stage) may change
+// what this thread itself has copied, multiply(stage) uses what all threads have copied.
 template <class Load, class Prepare, class Multiply>
 __device__ inline void pipeline(int slabs, Load load, Prepare prepare, Multiply multiply) {
     for (int slab = 0; slab < STAGES - 1; ++slab) {
@@ -924,8 +924,8 @@ struct Checker {
         const Integers got(tensor.sizes().begin(), tensor.sizes().end());
         bool fits = got.size() == sizes.size();
         for (size_t i = 0; fits && i < sizes.size(); ++i) fits = sizes[i] < 0 || sizes[i] == got[i];
-        STD_TORCH_CHECK(fits, kernel, ": expected ", name, " of shape ", shape_text(sizes), ", got ",
-                        shape_text(got));
+        STD_TORCH_CHECK(fits, kernel, ": expected ", name, " of shape ", shape_text(sizes),
+                        ", got ", shape_text(got));
         STD_TORCH_CHECK(tensor.scalar_type() == wanted, kernel, ": expected ", name, " in ",
                         torch::headeronly::toString(wanted), ", got ",
                         torch::headeronly::toString(tensor.scalar_type()));

@@ -372,6 +372,7 @@ def parameter_split(model: nn.Module) -> dict[str, int]:
 # and the PyTorch lines above do the work.  Nothing is compiled at import.
 
 SOURCE = Path(__file__).with_name("clorae.cu")
+COMPILER = (sys.executable, __file__)  # as a command, this file is the extension's compiler
 BUILD_SECONDS = 300  # for a build, and for waiting until another process has built
 KERNELS: dict[str, object] = {"cpu": None}  # device type -> library; tests put the emulator here
 
@@ -447,28 +448,26 @@ def acquire(lock: IO[str]) -> None:
 
 
 def compile_in(folder: Path, environment: dict[str, str]) -> None:
-    """Run this file as a script in a process of its own: a compiler may hang, or take all with it."""
-    line = [sys.executable, str(Path(__file__).resolve()), str(folder)]
-    child = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    """Run this file in a process of its own, since a compiler may hang or take all with it."""
+    child = subprocess.Popen([*COMPILER, SOURCE, folder], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                              env={**os.environ, **environment}, start_new_session=True)
     try:
         output, _ = child.communicate(timeout=BUILD_SECONDS)
     except subprocess.TimeoutExpired:
         os.killpg(child.pid, signal.SIGKILL)  # the compilers that it has started, too
+        child.communicate()
         raise TimeoutError(f"the compiler has not finished within {BUILD_SECONDS} s")
     if child.returncode:
         raise RuntimeError("\n".join(output.strip().splitlines()[-12:]))
 
 
-def compile_extension(folder: Path) -> None:
+def compile_extension(source: str, folder: str) -> None:
     """clorae.cu twice, by nvcc (kernels) and by the C++ compiler (binding), into folder."""
     from torch.utils import cpp_extension
-    sources = [folder / "kernels.cu", folder / "binding.cpp"]
-    for source in sources:
-        shutil.copy(SOURCE, source)
-    cpp_extension.load("clorae_kernels", [str(source) for source in sources],
+    copies = [shutil.copy(source, Path(folder, name)) for name in ("kernels.cu", "binding.cpp")]
+    cpp_extension.load("clorae_kernels", [str(copy) for copy in copies],
                        extra_cflags=["-O2"], extra_cuda_cflags=["-O3"],
-                       build_directory=str(folder), is_python_module=False)
+                       build_directory=folder, is_python_module=False)
 
 
 def stream(x: Tensor) -> int:
@@ -476,109 +475,91 @@ def stream(x: Tensor) -> int:
     return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
 
 
-def code_width(ranks: Sequence[int], live: bool) -> int:
-    """Row stride of the codes, as in clorae.cu: R + r, and the gate's column, in whole eights."""
-    return (ranks[0] + ranks[1] + live + 7) // 8 * 8
+def new_packs(parameters: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Room for A [R + N r (+ 1),D_in] and Bt [R + N r,D_out] of clorae.cu."""
+    A_U, A_T, B_U, _, W_g = parameters
+    rows, gate = A_U.shape[0] + A_T.shape[0] * A_T.shape[1], W_g.shape[0] // 2
+    return [A_U.new_empty(rows + gate, A_U.shape[1], dtype=dtype),
+            A_U.new_empty(rows, B_U.shape[0], dtype=dtype)]
 
 
 @torch.library.custom_op("clorae::pack", mutates_args=())
-def pack(A_U: Tensor, A_T: Tensor, B_U: Tensor, B_T: Tensor, W_g: Tensor,
-         dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Parameters (fp32; absent ones have no rows) -> A [R + N r (+ 1),D_in], Bt [R + N r,D_out]."""
-    A, Bt = pack_fake(A_U, A_T, B_U, B_T, W_g, dtype)
-    KERNELS[A.device.type].pack(A_U, A_T, B_U, B_T, W_g, A, Bt, stream(A))
-    return A, Bt
+def pack(parameters: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The fp32 parameters (see `expert_linear`) as the two packs that the kernels read."""
+    packs = new_packs(parameters, dtype)
+    KERNELS[packs[0].device.type].pack(*parameters, *packs, stream(packs[0]))
+    return packs
 
 
-@pack.register_fake
-def pack_fake(A_U: Tensor, A_T: Tensor, B_U: Tensor, B_T: Tensor, W_g: Tensor,
-              dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    rows = A_U.shape[0] + A_T.shape[0] * A_T.shape[1]
-    return (A_U.new_empty(rows + W_g.shape[0] // 2, A_U.shape[1], dtype=dtype),
-            A_U.new_empty(rows, B_U.shape[0], dtype=dtype))
+def new_outputs(x: Tensor, dropped: Tensor | None, weight: Tensor, gates: Tensor | None,
+                packs: Sequence[Tensor], parameters: Sequence[Tensor], segments: Sequence[int],
+                scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for what `experts` answers, with its arguments."""
+    T, live = x.shape[0], gates is None
+    width = (parameters[0].shape[0] + parameters[1].shape[1] + live + 7) // 8 * 8
+    return (x.new_empty(T, weight.shape[0]), x.new_empty(T, width),
+            x.new_empty(T if live else 0, 2, dtype=torch.float32))
 
 
 @torch.library.custom_op("clorae::experts", mutates_args=())
-def experts(x: Tensor, dropped: Tensor | None, weight: Tensor, bias: Tensor | None,
-            gates: Tensor | None, A: Tensor, Bt: Tensor, A_U: Tensor, A_T: Tensor, B_U: Tensor,
-            B_T: Tensor, W_g: Tensor, segments: list[int], scale: float,
-            ) -> tuple[Tensor, Tensor, Tensor]:
+def experts(x: Tensor, dropped: Tensor | None, weight: Tensor, gates: Tensor | None,
+            packs: Sequence[Tensor], parameters: Sequence[Tensor], segments: Sequence[int],
+            scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """y [T,D_out] = W_0 x + s [B_U B_n] [g1 z_U ; g2 z_n], codes z [T,W], gates g [T,2].
 
-    x [T,D_in]; dropped: what the experts read instead of x; gates [T,2] fp32: weights in place of
-    the router's (then the third result is empty); A, Bt: what `pack` made of the parameters A_U ...
-    W_g, which are here for their gradients alone; segments: task, start, stop of each run of tokens.
+    Arguments: see `expert_linear`; x [T,D_in]; gates [T,2], then g is empty; the parameters are
+    here for their gradients alone; segments: task, start, stop of each run of tokens.
     """
-    _, z, g = experts_fake(x, dropped, weight, bias, gates, A, Bt, A_U, A_T, B_U, B_T, W_g,
-                           segments, scale)
-    ranks, live, library = [len(A_U), A_T.shape[1], len(A_T)], gates is None, KERNELS[x.device.type]
-    y, weights = F.linear(x, weight, bias), g if live else gates
+    arguments = (x, dropped, weight, gates, packs, parameters, segments, scale)
+    (_, z, g), (A, Bt), (A_U, A_T) = new_outputs(*arguments), packs, parameters[:2]
+    library, queue, live = KERNELS[x.device.type], stream(x), gates is None
+    ranks, weights, y = [len(A_U), A_T.shape[1], len(A_T)], g if live else gates, F.linear(x, weight)
     if dropped is None:
-        library.shrink(x, A, segments, ranks, live, z, weights, stream(x))
-    else:
-        library.shrink(dropped, A[:len(Bt)], segments, ranks, live, z, weights, stream(x))
+        library.shrink(x, A, segments, ranks, live, z, weights, queue)
+    else:  # the experts read dropped x, the gate x itself (D14)
+        library.shrink(dropped, A[:len(Bt)], segments, ranks, live, z, weights, queue)
         if live:
             library.shrink(x, A[len(Bt):], segments, [0, 0, 0], True, z.new_empty(len(x), 8),
-                           weights, stream(x))
-    library.expand(z, weights, Bt, segments, ranks, live, scale, True, y, stream(x))
+                           weights, queue)
+    library.expand(z, weights, Bt, segments, ranks, live, scale, True, y, queue)
     return y, z, g
 
 
-@experts.register_fake
-def experts_fake(x: Tensor, dropped: Tensor | None, weight: Tensor, bias: Tensor | None,
-                 gates: Tensor | None, A: Tensor, Bt: Tensor, A_U: Tensor, A_T: Tensor,
-                 B_U: Tensor, B_T: Tensor, W_g: Tensor, segments: list[int], scale: float,
-                 ) -> tuple[Tensor, Tensor, Tensor]:
-    width = code_width((A_U.shape[0], A_T.shape[1]), gates is None)
-    return (x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], width),
-            x.new_empty(x.shape[0] if gates is None else 0, 2, dtype=torch.float32))
+def new_gradients(dy: Tensor, dz: Tensor | None, x: Tensor, dropped: Tensor | None, weight: Tensor,
+                  gates: Tensor, A: Tensor, Bt: Tensor, z: Tensor, segments: Sequence[int],
+                  ranks: Sequence[int], scale: float, live: bool) -> list[Tensor]:
+    """Room for the gradients of x, dropped (or one number), gates, and in fp32 of A and Bt."""
+    return [torch.empty_like(x), x.new_empty(0) if dropped is None else torch.empty_like(dropped),
+            torch.empty_like(gates), torch.empty_like(A, dtype=torch.float32),
+            torch.empty_like(Bt, dtype=torch.float32)]
 
 
 @torch.library.custom_op("clorae::experts_backward", mutates_args=())
 def experts_backward(dy: Tensor, dz: Tensor | None, x: Tensor, dropped: Tensor | None,
                      weight: Tensor, gates: Tensor, A: Tensor, Bt: Tensor, z: Tensor,
-                     segments: list[int], ranks: list[int], scale: float, live: bool,
-                     needs_x: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x [T,D_in], dropped (empty without it), gates [T,2], A and Bt (fp32).
-
-    dy [T,D_out]; dz [T,W]: gradient that has come in for z, from L_MIM.
-    """
-    library, source, dy = KERNELS[x.device.type], x if dropped is None else dropped, dy.contiguous()
+                     segments: Sequence[int], ranks: Sequence[int], scale: float,
+                     live: bool) -> list[Tensor]:
+    """new_gradients, filled. dy [T,D_out]; dz [T,W]: what has come in for z, from L_MIM."""
+    library, queue, dy = KERNELS[x.device.type], stream(x), dy.contiguous()
     codes, weighted, dgates = torch.empty_like(z), torch.empty_like(z), torch.empty_like(gates)
-    library.shrink_backward(dy, Bt, segments, ranks, live, scale, z, gates,
-                            None if dz is None else dz.contiguous(), codes, weighted, dgates,
-                            stream(x))
-    dx = dy @ weight if needs_x else x.new_empty(0)
-    ddropped = x.new_empty(0) if dropped is None else torch.empty_like(dropped)
-    if dropped is not None:
-        library.expand(codes, None, A[:len(Bt)], segments, ranks, live, 1.0, False, ddropped,
-                       stream(x))
-        if live and needs_x:
-            gate = sum(ranks[:2])
-            dx.addmm_(codes[:, gate:gate + 1], A[len(Bt):])
-    elif needs_x:
-        library.expand(codes, None, A, segments, ranks, live, 1.0, True, dx, stream(x))
-    dA = rank_gradient(codes, source, x if live else None, segments, ranks)
-    return dx, ddropped, dgates, dA, rank_gradient(weighted, dy, None, segments, ranks)
+    dz = None if dz is None else dz.contiguous()
+    library.shrink_backward(dy, Bt, segments, ranks, live, scale, z, gates, dz, codes, weighted,
+                            dgates, queue)
+    source, dx, ddropped = x, dy @ weight, x.new_empty(0)
+    if dropped is None:
+        library.expand(codes, None, A, segments, ranks, live, 1.0, True, dx, queue)
+    else:
+        source, ddropped, k = dropped, torch.empty_like(dropped), ranks[0] + ranks[1]
+        library.expand(codes, None, A[:len(Bt)], segments, ranks, live, 1.0, False, ddropped, queue)
+        if live:
+            dx.addmm_(codes[:, k:k + 1], A[len(Bt):])
+    dA = rank_gradient(codes, source, segments, ranks, x if live else None)
+    return [dx, ddropped, dgates, dA, rank_gradient(weighted, dy, segments, ranks)]
 
 
-@experts_backward.register_fake
-def experts_backward_fake(dy: Tensor, dz: Tensor | None, x: Tensor, dropped: Tensor | None,
-                          weight: Tensor, gates: Tensor, A: Tensor, Bt: Tensor, z: Tensor,
-                          segments: list[int], ranks: list[int], scale: float, live: bool,
-                          needs_x: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return (torch.empty_like(x) if needs_x else x.new_empty(0),
-            x.new_empty(0) if dropped is None else torch.empty_like(dropped),
-            torch.empty_like(gates), torch.empty_like(A, dtype=torch.float32),
-            torch.empty_like(Bt, dtype=torch.float32))
-
-
-def rank_gradient(codes: Tensor, x: Tensor, gate_x: Tensor | None, segments: list[int],
-                  ranks: list[int]) -> Tensor:
-    """sum_t codes_t x_t^T into the rows of a pack [R + N r (+ 1 if gate_x),d], in fp32.
-
-    One product for the universal rows, one per run of tokens: cuBLAS splits and sums them itself.
-    """
+def rank_gradient(codes: Tensor, x: Tensor, segments: Sequence[int], ranks: Sequence[int],
+                  gate_x: Tensor | None = None) -> Tensor:
+    """sum_t codes_t x_t^T in the order of a pack, [R + N r (+ 1 with gate_x),d], summed in fp32."""
     (R, r, N), fast = ranks, x.is_cuda and x.dtype == torch.bfloat16
 
     def product(left: Tensor, right: Tensor) -> Tensor:
@@ -589,67 +570,66 @@ def rank_gradient(codes: Tensor, x: Tensor, gate_x: Tensor | None, segments: lis
     with torch.autocast(x.device.type, enabled=False):
         total[:R] = product(codes[:, :R], x)
         for task, start, stop in zip(segments[::3], segments[1::3], segments[2::3]):
-            own = total[R + task * r:R + (task + 1) * r]
-            own += product(codes[start:stop, R:R + r], x[start:stop])
+            total[R + task * r:R + (task + 1) * r] += product(codes[start:stop, R:R + r],
+                                                              x[start:stop])
         if gate_x is not None:
             total[R + N * r:] = product(codes[:, R + r:R + r + 1], gate_x)
     return total
 
 
 def remember(ctx: object, inputs: tuple, output: tuple) -> None:
-    """Keep for the backward pass: x, the packs, z and g; nothing of width D_out."""
-    x, dropped, weight, bias, gates, A, Bt, A_U, A_T, B_U, B_T, W_g, segments, scale = inputs
+    """Keep x, the packs, z and g for the backward pass: nothing of width D_out."""
+    x, dropped, weight, gates, (A, Bt), parameters, ctx.segments, ctx.scale = inputs
     _, z, g = output
-    ctx.live, ctx.segments, ctx.scale = gates is None, segments, scale
-    ctx.ranks = [A_U.shape[0], A_T.shape[1], A_T.shape[0]]
-    ctx.save_for_backward(x, dropped, weight, g if gates is None else gates, A, Bt, z)
+    ctx.live, ctx.shapes = gates is None, [p.shape for p in parameters]
+    ctx.save_for_backward(x, dropped, weight, g if ctx.live else gates, A, Bt, z)
     ctx.mark_non_differentiable(g)
     ctx.set_materialize_grads(False)
 
 
-def gradients(ctx: object, dy: Tensor | None, dz: Tensor | None, dg: None) -> tuple:
+def gradients(ctx: object, dy: Tensor | None, dz: Tensor | None, _: None) -> tuple:
     """Gradients of `experts` in the order of its arguments."""
     x, dropped, weight, g, A, Bt, z = ctx.saved_tensors
-    (R, r, N), d_in, d_out = ctx.ranks, A.shape[1], Bt.shape[1]
+    (R, d_in), (N, r, _), (d_out, _) = ctx.shapes[:3]
     dy = x.new_zeros(x.shape[0], d_out) if dy is None else dy
     dx, ddropped, dgates, dA, dBt = experts_backward(
-        dy, dz, x, dropped, weight, g, A, Bt, z, ctx.segments, ctx.ranks, ctx.scale, ctx.live,
-        ctx.needs_input_grad[0])
-    dW_g = torch.cat([dA[R + N * r:], -dA[R + N * r:]])  # the gate row is W_g[0] - W_g[1]
-    return (dx if ctx.needs_input_grad[0] else None, None if dropped is None else ddropped, None,
-            None, None if ctx.live else dgates, None, None, dA[:R],
-            dA[R:R + N * r].view(N, r, d_in), dBt[:R].T,
-            dBt[R:].view(N, r, d_out).transpose(1, 2), dW_g, None, None)
+        dy, dz, x, dropped, weight, g, A, Bt, z, ctx.segments, [R, r, N], ctx.scale, ctx.live)
+    d_U, d_T, d_gate = dA.split([R, N * r, dA.shape[0] - R - N * r])
+    parameters = [d_U, d_T.view(N, r, d_in), dBt[:R].T,
+                  dBt[R:].view(N, r, d_out).transpose(1, 2), torch.cat([d_gate, -d_gate])]  # W_g[0] - W_g[1]
+    return (dx, None if dropped is None else ddropped, None, None if ctx.live else dgates,
+            [None, None], parameters, None, None)
 
 
+pack.register_fake(new_packs)
+experts.register_fake(new_outputs)
+experts_backward.register_fake(new_gradients)
 experts.register_autograd(gradients, setup_context=remember)
 
 
 def expert_linear(x: Tensor, base: nn.Linear, parameters: Sequence[Tensor],
                   segments: Sequence[tuple[int, slice]], scale: float,
                   dropped: Tensor | None = None, gates: Tensor | None = None,
-                  packs: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+                  packs: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """One ExpertLinear on the kernels: y [B,S,D_out], z [B,S,R + r], gates [B,S,2] (fp32).
 
-    x [B,S,D_in]; parameters: A_U, A_T, B_U, B_T, W_g in fp32, absent ones without rows (A_U [0,D_in],
-    B_U [D_out,0], A_T [0,0,D_in], B_T [0,D_out,0], W_g [0,D_in]); segments over the rows of x;
-    dropped: x under dropout, for the experts alone; gates [B,S,2]: weights in place of the router's,
-    ones for h = U + D; packs: `pack`'s answer where the parameters do not change (inference).
+    x [B,S,D_in]; parameters in fp32: A_U, A_T, B_U, B_T, W_g, absent ones without rows ([0,D_in],
+    [0,0,D_in], [D_out,0], [0,D_out,0], [0,D_in]); segments of the rows of x; dropped: x under
+    dropout, for the experts alone; gates [B,S,2]: weights in place of the router's, ones for
+    h = U + D; packs: `pack`'s answer, where the parameters do not change between calls.
     """
-    kind = x.device.type
+    kind, (B, S, _) = x.device.type, x.shape
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    flat = [None if t is None else t.to(dtype).flatten(0, 1).contiguous() for t in (x, dropped)]
-    if packs is None:
-        packs = pack(*(p.detach() for p in parameters), dtype)
-    runs = [n for task, rows in segments
-            for n in (task, rows.start * x.shape[1], rows.stop * x.shape[1])]
+    inputs = [None if t is None else t.to(dtype).flatten(0, 1).contiguous() for t in (x, dropped)]
     given = None if gates is None else gates.float().flatten(0, 1).contiguous()
-    bias = None if base.bias is None else base.bias.to(dtype)
-    y, z, g = experts(*flat, base.weight.to(dtype), bias, given, *packs, *parameters, runs, scale)
-    columns = parameters[0].shape[0] + parameters[1].shape[1]
-    return (y.unflatten(0, x.shape[:2]), z[:, :columns].unflatten(0, x.shape[:2]),
-            (g if given is None else given).unflatten(0, x.shape[:2]))
+    runs = [n for task, rows in segments for n in (task, rows.start * S, rows.stop * S)]
+    if packs is None:
+        packs = pack([p.detach() for p in parameters], dtype)
+    y, z, g = experts(*inputs, base.weight.to(dtype), given, packs, list(parameters), runs, scale)
+    y = y if base.bias is None else y + base.bias.to(dtype)
+    z = z[:, :parameters[0].shape[0] + parameters[1].shape[1]]
+    return tuple(t.unflatten(0, (B, S)) for t in (y, z, g if given is None else given))
 
 
 if __name__ == "__main__":
-    compile_extension(Path(sys.argv[1]))
+    compile_extension(*sys.argv[1:])
