@@ -166,13 +166,17 @@ template <> __device__ inline float from_float<float>(float value) { return valu
 __device__ inline float sigmoid(float logit) { return 1.0f / (1.0f + expf(-logit)); }
 
 // Eight neighbours of a row, read and written by one or two 16-byte instructions.
-template <class E> struct alignas(16) Eight {
+template <class E> union Eight {
     E value[8];
+    uint4 word[sizeof(E) / 2];
 };
 
 template <class E>
 __device__ inline void load_eight(float (&to)[8], const E* from) {
-    const Eight<E> eight = *reinterpret_cast<const Eight<E>*>(from);
+    Eight<E> eight;
+#pragma unroll
+    for (int i = 0; i < int(sizeof(E)) / 2; ++i)
+        eight.word[i] = reinterpret_cast<const uint4*>(from)[i];
 #pragma unroll
     for (int j = 0; j < 8; ++j) to[j] = to_float(eight.value[j]);
 }
@@ -182,7 +186,9 @@ __device__ inline void store_eight(E* to, const float (&from)[8]) {
     Eight<E> eight;
 #pragma unroll
     for (int j = 0; j < 8; ++j) eight.value[j] = from_float<E>(from[j]);
-    *reinterpret_cast<Eight<E>*>(to) = eight;
+#pragma unroll
+    for (int i = 0; i < int(sizeof(E)) / 2; ++i)  // an intrinsic, since nvcc splits plain stores
+        __stcg(reinterpret_cast<uint4*>(to) + i, eight.word[i]);
 }
 
 // ------------------------------------------------------------- K1, K2: the gate between products
@@ -373,6 +379,7 @@ template <int F> struct WarpTile<bf16, F> {
     __device__ void multiply(const bf16* a, int a_stride, const bf16* b, int b_stride, int depth) {
         using namespace nvcuda::wmma;
         using Order = std::conditional_t<BY_ROWS, row_major, col_major>;
+#pragma unroll
         for (int k = 0; k < depth; k += 16) {
             fragment<matrix_a, 16, 16, 16, bf16, row_major> left;
             load_matrix_sync(left, a + k, a_stride);
@@ -556,10 +563,12 @@ shrink_backward(const E* dy, const E* matrix, int d, const __grid_constant__ Seg
         float* parts = sums + height * SHRINK_STRIDE<F>;  // [height, PIECES, 2]
         for (int i = threadIdx.x; i < tile.rows * PIECES; i += blockDim.x) {
             const int row = i / PIECES, column = i % PIECES * 8, token = tile.start + row;
-            parts[2 * i] = parts[2 * i + 1] = 0.0f;
-            if (first + column >= width) continue;
+            float part_U = 0.0f, part_n = 0.0f, code[8] = {}, gradient[8] = {}, product[8];
             const int64_t at = static_cast<int64_t>(token) * width + first + column;
-            float code[8], gradient[8] = {}, product[8];
+            if (first + column >= width) {
+                parts[2 * i] = parts[2 * i + 1] = 0.0f;
+                continue;
+            }
             load_eight(code, z + at);
             if (upstream) load_eight(gradient, upstream + at);
             const float g1 = gates[2 * token], g2 = gates[2 * token + 1];
@@ -569,10 +578,11 @@ shrink_backward(const E* dy, const E* matrix, int d, const __grid_constant__ Seg
                 const bool universal = c < ranks.universal;
                 const float q = scale * sums[row * SHRINK_STRIDE<F> + column + j];
                 const float g = universal ? g1 : g2;
-                parts[2 * i + !universal] += q * code[j];
+                (universal ? part_U : part_n) += q * code[j];
                 gradient[j] = c < k ? g * q + gradient[j] : 0.0f;
                 product[j] = scale * g * code[j];
             }
+            parts[2 * i] = part_U, parts[2 * i + 1] = part_n;
             store_eight(dz + at, gradient);
             store_eight(weighted + at, product);
         }

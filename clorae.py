@@ -449,8 +449,9 @@ def acquire(lock: IO[str]) -> None:
 
 def compile_in(folder: Path, environment: dict[str, str]) -> None:
     """Run this file in a process of its own, since a compiler may hang or take all with it."""
-    child = subprocess.Popen([*COMPILER, SOURCE, folder], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                             env={**os.environ, **environment}, start_new_session=True)
+    child = subprocess.Popen([*COMPILER, SOURCE, folder], env={**os.environ, **environment},
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                             start_new_session=True)
     try:
         output, _ = child.communicate(timeout=BUILD_SECONDS)
     except subprocess.TimeoutExpired:
@@ -513,7 +514,8 @@ def experts(x: Tensor, dropped: Tensor | None, weight: Tensor, gates: Tensor | N
     arguments = (x, dropped, weight, gates, packs, parameters, segments, scale)
     (_, z, g), (A, Bt), (A_U, A_T) = new_outputs(*arguments), packs, parameters[:2]
     library, queue, live = KERNELS[x.device.type], stream(x), gates is None
-    ranks, weights, y = [len(A_U), A_T.shape[1], len(A_T)], g if live else gates, F.linear(x, weight)
+    y, weights = F.linear(x, weight), g if live else gates
+    ranks = [A_U.shape[0], A_T.shape[1], A_T.shape[0]]  # R, r, N
     if dropped is None:
         library.shrink(x, A, segments, ranks, live, z, weights, queue)
     else:  # the experts read dropped x, the gate x itself (D14)
@@ -525,21 +527,15 @@ def experts(x: Tensor, dropped: Tensor | None, weight: Tensor, gates: Tensor | N
     return y, z, g
 
 
-def new_gradients(dy: Tensor, dz: Tensor | None, x: Tensor, dropped: Tensor | None, weight: Tensor,
-                  gates: Tensor, A: Tensor, Bt: Tensor, z: Tensor, segments: Sequence[int],
-                  ranks: Sequence[int], scale: float, live: bool) -> list[Tensor]:
-    """Room for the gradients of x, dropped (or one number), gates, and in fp32 of A and Bt."""
-    return [torch.empty_like(x), x.new_empty(0) if dropped is None else torch.empty_like(dropped),
-            torch.empty_like(gates), torch.empty_like(A, dtype=torch.float32),
-            torch.empty_like(Bt, dtype=torch.float32)]
-
-
 @torch.library.custom_op("clorae::experts_backward", mutates_args=())
 def experts_backward(dy: Tensor, dz: Tensor | None, x: Tensor, dropped: Tensor | None,
                      weight: Tensor, gates: Tensor, A: Tensor, Bt: Tensor, z: Tensor,
                      segments: Sequence[int], ranks: Sequence[int], scale: float,
                      live: bool) -> list[Tensor]:
-    """new_gradients, filled. dy [T,D_out]; dz [T,W]: what has come in for z, from L_MIM."""
+    """Gradients of x, of dropped (empty without it) and of gates, and in fp32 of A and Bt.
+
+    dy [T,D_out]; dz [T,W]: what has come in for z, from L_MIM.
+    """
     library, queue, dy = KERNELS[x.device.type], stream(x), dy.contiguous()
     codes, weighted, dgates = torch.empty_like(z), torch.empty_like(z), torch.empty_like(gates)
     dz = None if dz is None else dz.contiguous()
@@ -595,15 +591,18 @@ def gradients(ctx: object, dy: Tensor | None, dz: Tensor | None, _: None) -> tup
     dx, ddropped, dgates, dA, dBt = experts_backward(
         dy, dz, x, dropped, weight, g, A, Bt, z, ctx.segments, [R, r, N], ctx.scale, ctx.live)
     d_U, d_T, d_gate = dA.split([R, N * r, dA.shape[0] - R - N * r])
+    dW_g = torch.cat([d_gate, -d_gate])  # the gate row is W_g[0] - W_g[1]
     parameters = [d_U, d_T.view(N, r, d_in), dBt[:R].T,
-                  dBt[R:].view(N, r, d_out).transpose(1, 2), torch.cat([d_gate, -d_gate])]  # W_g[0] - W_g[1]
+                  dBt[R:].view(N, r, d_out).transpose(1, 2), dW_g]
     return (dx, None if dropped is None else ddropped, None, None if ctx.live else dgates,
             [None, None], parameters, None, None)
 
 
 pack.register_fake(new_packs)
 experts.register_fake(new_outputs)
-experts_backward.register_fake(new_gradients)
+experts_backward.register_fake(lambda dy, dz, x, dropped, weight, gates, A, Bt, *rest: [
+    torch.empty_like(x), x.new_empty(0) if dropped is None else torch.empty_like(dropped),
+    torch.empty_like(gates), *(torch.empty_like(t, dtype=torch.float32) for t in (A, Bt))])
 experts.register_autograd(gradients, setup_context=remember)
 
 
@@ -615,17 +614,22 @@ def expert_linear(x: Tensor, base: nn.Linear, parameters: Sequence[Tensor],
 
     x [B,S,D_in]; parameters in fp32: A_U, A_T, B_U, B_T, W_g, absent ones without rows ([0,D_in],
     [0,0,D_in], [D_out,0], [0,D_out,0], [0,D_in]); segments of the rows of x; dropped: x under
-    dropout, for the experts alone; gates [B,S,2]: weights in place of the router's, ones for
-    h = U + D; packs: `pack`'s answer, where the parameters do not change between calls.
+    dropout, for the experts alone; gates [B,S,2]: weights in place of the router's (without either
+    h = U + D); packs: `pack`'s answer, where the parameters do not change between calls.
     """
     kind, (B, S, _) = x.device.type, x.shape
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     inputs = [None if t is None else t.to(dtype).flatten(0, 1).contiguous() for t in (x, dropped)]
-    given = None if gates is None else gates.float().flatten(0, 1).contiguous()
+    given, (*experts_own, W_g) = gates, parameters
+    if gates is None and len(W_g) == 0:
+        given = x.new_ones(1, 1, 2).expand(B, S, 2)
+    if given is not None:
+        given, W_g = given.float().flatten(0, 1).contiguous(), W_g[:0]
+    parameters = [*experts_own, W_g]
+    A, Bt = pack([p.detach() for p in parameters], dtype) if packs is None else packs
+    A = A[:len(Bt) + len(W_g) // 2]
     runs = [n for task, rows in segments for n in (task, rows.start * S, rows.stop * S)]
-    if packs is None:
-        packs = pack([p.detach() for p in parameters], dtype)
-    y, z, g = experts(*inputs, base.weight.to(dtype), given, packs, list(parameters), runs, scale)
+    y, z, g = experts(*inputs, base.weight.to(dtype), given, [A, Bt], parameters, runs, scale)
     y = y if base.bias is None else y + base.bias.to(dtype)
     z = z[:, :parameters[0].shape[0] + parameters[1].shape[1]]
     return tuple(t.unflatten(0, (B, S)) for t in (y, z, g if given is None else given))

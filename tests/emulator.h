@@ -33,6 +33,10 @@ struct dim3 {
     dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
+struct alignas(16) uint4 {
+    uint32_t x, y, z, w;
+};
+
 namespace emulator {
 
 constexpr size_t STACK = 64 * 1024, SHARED = 232448, GUARD = 256;  // bytes; SHARED as on an H200
@@ -179,6 +183,11 @@ inline void copy_async(void* to, const void* from, bool inside) {
     const auto sum = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from);
     emulator::require(sum % 16 == 0, "a copy of 16 bytes is not aligned");
     emulator::fibers[emulator::current].groups.back().push_back({to, from, inside});
+}
+
+inline void __stcg(uint4* to, uint4 value) {
+    emulator::require(reinterpret_cast<uintptr_t>(to) % 16 == 0, "a store is not aligned");
+    *to = value;
 }
 
 inline void close_group() { emulator::fibers[emulator::current].groups.emplace_back(); }

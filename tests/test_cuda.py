@@ -1,7 +1,7 @@
 """clorae.cu as a specification: the kernels against the paper's equations in float64.
 
 One body for three implementations: "reference" (the same rank-space lines in PyTorch), "emulator"
-(clorae.cu compiled by g++, tests/emulator.h playing the GPU) and "cuda" (a GPU, where there is one).
+(clorae.cu compiled by g++, tests/emulator.h playing the GPU) and "cuda" (a GPU, if there is one).
 The bound is PyTorch's own error in the same type, times two.
 
 Letters: B rows, S tokens a row, T = B S tokens, R universal rank, r task rank, N tasks.
@@ -221,6 +221,22 @@ def test_a_layer_without_experts_of_its_own_is_the_frozen_linear_bit_for_bit(dev
     assert torch.allclose(gates.sum(-1), torch.ones_like(gates[..., 0]))
 
 
+def test_gates_from_outside_silence_the_router_and_no_router_means_a_plain_sum(device):
+    """Fixed gates beside a W_g: no gradient for W_g; without W_g: h = U + D, as with g = (1, 1).
+    Packs made beforehand give the same."""
+    given = problem("the demo's ranks", "live gate", torch.float32, device)
+    x, base, parameters, runs = (given[k] for k in ("x", "base", "parameters", "segments"))
+    W_g, ones = parameters[4].requires_grad_(), torch.ones(*x.shape[:2], 2, device=device)
+    y, _, gates = clorae.expert_linear(x, base, parameters, runs, SCALE, gates=ones)
+    assert torch.equal(gates, ones)
+    y.sum().backward()
+    assert not W_g.grad.any()
+    packs = clorae.pack(parameters, torch.float32)
+    packed = clorae.expert_linear(x, base, parameters, runs, SCALE, gates=ones, packs=packs)
+    plain = clorae.expert_linear(x, base, [*parameters[:4], W_g[:0]], runs, SCALE)
+    assert torch.equal(packed[0], y) and torch.equal(plain[0], y)
+
+
 def test_the_same_call_gives_the_same_bits(device):
     """No atomics: two runs are equal bit for bit."""
     given = problem("base: 128 and 42", "live gate", torch.bfloat16, device)
@@ -353,7 +369,8 @@ def test_nvcc_compiles_for_two_architectures_without_spilling(tmp_path):
     assert done.returncode == 0, done.stderr
     for arch in ("sm_80", "sm_90"):
         assert len(re.findall(rf"Compiling entry function \S+ for '{arch}'", done.stderr)) == 20
-    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads",
+    number = r"(\d+) bytes"
+    spills = re.findall(f"{number} stack frame, {number} spill stores, {number} spill loads",
                         done.stderr)
     assert len(spills) >= 40 and set(spills) == {("0", "0", "0")}
     print("registers:", sorted(map(int, re.findall(r"Used (\d+) registers", done.stderr))))
