@@ -27,10 +27,21 @@ token before one product with [B_U B_n], so the experts' outputs U = B_U z_U and
 D_out wide, are never formed.  The MIM loss (Eq. 5) needs only second moments of z, collected here.
 """
 
+import hashlib
 import math
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +113,7 @@ class Routing:
         self.tasks: list[int] | None = None
         self.masks: dict[str, Tensor | None] = {}
         self.fixed_gates: tuple[float, float] | None = None  # replaces Eq. (6) in every layer
+        self.impl = "auto"  # see `kernels`: whether layers run on clorae.cu
         self.mim_batch: int | None = None  # global batch size B while L_MIM is wanted, else None
         self.codes: list[tuple["ExpertLinear", list[Tensor]]] = []  # z of each run, for L_MIM
         self._rows: list[int] | None = None
@@ -292,6 +304,8 @@ class ExpertLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B,S,D_in] -> y [B,S,D_out] = W_0 x + (alpha / r) h, Eq. (8)."""
+        if self.runs_on_kernels(x):
+            return self.fused(x)
         y, gates = self.base(x), self.gates(x)
         if self.config.method == "moslora":  # B M A x: the mixer joins all ranks
             A, M, B = (factor.to(y.dtype) for factor in (self.A_U, self.M_U, self.B_U))
@@ -305,8 +319,35 @@ class ExpertLinear(nn.Module):
         tasks, runs = zip(*self.segments(len(x)))
         y, *codes = LowRank.apply(y, self.dropped(x), gates, self.scale, self.widths, runs,
                                   *self.factors(tasks))
+        self.remember(codes)
+        return y
+
+    def remember(self, codes: list[Tensor]) -> None:
+        """Keep z of each run for L_MIM, while it is wanted."""
         if self.training and self.routing.mim_batch is not None and hasattr(self, "rho"):
             self.routing.codes.append((self, codes))
+
+    def runs_on_kernels(self, x: Tensor) -> bool:
+        """Whether clorae.cu can do this layer's work: LoRA experts on a frozen linear, bf16 or fp32
+        in multiples of 8, where it is built."""
+        fits = self.config.method in ("clorae", "lora", "tlora") and x.dtype != torch.float64
+        frozen = not self.base.weight.requires_grad  # no kernel forms a gradient of W_0
+        return (fits and frozen and not any(width % 8 for width in self.base.weight.shape)
+                and kernels(x.device, self.routing.impl) is not None)
+
+    def fused(self, x: Tensor) -> Tensor:
+        """`forward` on the kernels of clorae.cu."""
+        d_out, d_in = self.base.weight.shape
+        absent = {"A_U": (0, d_in), "A_T": (0, 0, d_in), "B_U": (d_out, 0), "B_T": (0, d_out, 0),
+                  "W_g": (0, d_in)}
+        parameters = [getattr(self, name, x.new_empty(shape, dtype=torch.float32))
+                      for name, shape in absent.items()]
+        drops = self.training and self.config.dropout > 0
+        fixed = self.gates(x) if self.routing.fixed_gates is not None else None
+        segments = list(self.segments(len(x)))
+        y, z, _ = expert_linear(x, self.base, parameters, segments, self.scale,
+                                dropped=self.dropped(x) if drops else None, gates=fixed)
+        self.remember([z[rows].flatten(0, 1) for _, rows in segments])
         return y
 
     def segments(self, rows: int) -> Iterator[tuple[int, slice]]:
@@ -433,3 +474,277 @@ def parameter_split(model: nn.Module) -> dict[str, int]:
             kind = kinds.get(name.split(".")[-1], "visual" if visual else "backbone")
             split[kind] += parameter.numel()
     return split
+
+
+# --------------------------------------------------------------------------- the CUDA extension
+#
+# ExpertLinear's product on clorae.cu's kernels, as the operator clorae::experts.  The kernels are
+# compiled on first use on a CUDA machine, into a cache; whatever goes wrong there is one warning,
+# and the PyTorch lines above do the work.  Nothing is compiled at import.
+
+SOURCE = Path(__file__).with_name("clorae.cu")
+COMPILER = (sys.executable, __file__)  # as a command, this file is the extension's compiler
+BUILD_SECONDS = 300  # for a build, and for waiting until another process has built
+KERNELS: dict[str, object] = {"cpu": None}  # device type -> library; tests put the emulator here
+
+
+def kernels(device: torch.device, impl: str = "auto") -> object | None:
+    """The operators of clorae.cu for a device; None: take the PyTorch path.
+
+    impl: "auto" (the extension wherever it can be built), "reference" (never) or "cuda", for which
+    a machine that cannot build it raises ValueError.
+    """
+    if impl == "reference":
+        return None
+    if device.type not in KERNELS:
+        KERNELS[device.type] = load_extension() if device.type == "cuda" else None
+    if KERNELS[device.type] is None and impl == "cuda":
+        raise ValueError("--impl cuda: expected a CUDA device and a compiled extension, got "
+                         f"'{device.type}' without one; use --impl auto for the PyTorch path")
+    return KERNELS[device.type]
+
+
+def load_extension() -> object | None:
+    """torch.ops.clorae_kernels; None after one warning if it cannot be had."""
+    try:
+        arch = "{}.{}".format(*torch.cuda.get_device_capability())
+        if float(arch) < 8:
+            raise RuntimeError(f"the kernels need compute capability 8.0, this GPU has {arch}")
+        version = f"{torch.__version__} {arch} {platform.machine()}".encode()
+        key = hashlib.sha256(SOURCE.read_bytes() + version).hexdigest()[:16]
+        cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions"))
+        folder = cache.expanduser() / f"clorae-{key}"
+        torch.ops.load_library(str(build(folder, {"TORCH_CUDA_ARCH_LIST": arch})))
+        return torch.ops.clorae_kernels
+    except Exception as problem:  # of any kind: the PyTorch path needs no extension
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            warnings.warn(f"clorae.cu: not compiled, the PyTorch path is used:\n{problem}")
+        return None
+
+
+def build(folder: Path, environment: dict[str, str]) -> Path:
+    """The library in `folder`, compiled first where it is missing: whole or not at all.
+
+    One process builds, in a fresh folder that it renames; the others wait for its lock, which
+    the system releases when its holder ends, however it ends.  Raises RuntimeError with the last
+    lines of the compiler, or TimeoutError after BUILD_SECONDS.
+    """
+    library = folder / "clorae_kernels.so"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        acquire(lock)
+        if library.exists():
+            return library
+        fresh = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+        try:
+            compile_in(fresh, environment)
+            shutil.rmtree(folder, ignore_errors=True)
+            fresh.rename(folder)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+    return library
+
+
+def acquire(lock: IO[str]) -> None:
+    """Take an exclusive lock on an open file within BUILD_SECONDS; TimeoutError otherwise."""
+    import fcntl  # not on every system: there the extension is not built
+    deadline = time.monotonic() + BUILD_SECONDS
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"another process has held {lock.name} for {BUILD_SECONDS} s")
+            time.sleep(0.1)
+
+
+def compile_in(folder: Path, environment: dict[str, str]) -> None:
+    """Run this file in a process of its own, since a compiler may hang or take all with it."""
+    child = subprocess.Popen([*COMPILER, SOURCE, folder], env={**os.environ, **environment},
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                             start_new_session=True)
+    try:
+        output, _ = child.communicate(timeout=BUILD_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)  # the compilers that it has started, too
+        child.communicate()
+        raise TimeoutError(f"the compiler has not finished within {BUILD_SECONDS} s")
+    if child.returncode:
+        raise RuntimeError("\n".join(output.strip().splitlines()[-12:]))
+
+
+def compile_extension(source: str, folder: str) -> None:
+    """clorae.cu twice, by nvcc (kernels) and by the C++ compiler (binding), into folder."""
+    from torch.utils import cpp_extension
+    copies = [shutil.copy(source, Path(folder, name)) for name in ("kernels.cu", "binding.cpp")]
+    cpp_extension.load("clorae_kernels", [str(copy) for copy in copies],
+                       extra_cflags=["-O2"], extra_cuda_cflags=["-O3"],
+                       build_directory=folder, is_python_module=False)
+
+
+def stream(x: Tensor) -> int:
+    """Handle of the stream on which work for x is queued."""
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+
+
+def new_packs(parameters: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Room for A [R + N r (+ 1),D_in] and Bt [R + N r,D_out] of clorae.cu."""
+    A_U, A_T, B_U, _, W_g = parameters
+    rows, gate = A_U.shape[0] + A_T.shape[0] * A_T.shape[1], W_g.shape[0] // 2
+    return [A_U.new_empty(rows + gate, A_U.shape[1], dtype=dtype),
+            A_U.new_empty(rows, B_U.shape[0], dtype=dtype)]
+
+
+@torch.library.custom_op("clorae::pack", mutates_args=())
+def pack(parameters: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The fp32 parameters (see `expert_linear`) as the two packs that the kernels read."""
+    packs = new_packs(parameters, dtype)
+    KERNELS[packs[0].device.type].pack(*parameters, *packs, stream(packs[0]))
+    return packs
+
+
+def new_outputs(x: Tensor, dropped: Tensor | None, weight: Tensor, gates: Tensor | None,
+                packs: Sequence[Tensor], parameters: Sequence[Tensor], segments: Sequence[int],
+                scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for what `experts` answers, with its arguments."""
+    T, live = x.shape[0], gates is None
+    width = (parameters[0].shape[0] + parameters[1].shape[1] + live + 7) // 8 * 8
+    return (x.new_empty(T, weight.shape[0]), x.new_empty(T, width),
+            x.new_empty(T if live else 0, 2, dtype=torch.float32))
+
+
+@torch.library.custom_op("clorae::experts", mutates_args=())
+def experts(x: Tensor, dropped: Tensor | None, weight: Tensor, gates: Tensor | None,
+            packs: Sequence[Tensor], parameters: Sequence[Tensor], segments: Sequence[int],
+            scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """y [T,D_out] = W_0 x + s [B_U B_n] [g1 z_U ; g2 z_n], codes z [T,W], gates g [T,2].
+
+    Arguments: see `expert_linear`; x [T,D_in]; gates [T,2], then g is empty; the parameters are
+    here for their gradients alone; segments: task, start, stop of each run of tokens.
+    """
+    arguments = (x, dropped, weight, gates, packs, parameters, segments, scale)
+    (_, z, g), (A, Bt), (A_U, A_T) = new_outputs(*arguments), packs, parameters[:2]
+    library, queue, live = KERNELS[x.device.type], stream(x), gates is None
+    y, weights = F.linear(x, weight), g if live else gates
+    ranks = [A_U.shape[0], A_T.shape[1], A_T.shape[0]]  # R, r, N
+    if dropped is None:
+        library.shrink(x, A, segments, ranks, live, z, weights, queue)
+    else:  # the experts read dropped x, the gate x itself (D14)
+        library.shrink(dropped, A[:len(Bt)], segments, ranks, live, z, weights, queue)
+        if live:
+            library.shrink(x, A[len(Bt):], segments, [0, 0, 0], True, z.new_empty(len(x), 8),
+                           weights, queue)
+    library.expand(z, weights, Bt, segments, ranks, live, scale, True, y, queue)
+    return y, z, g
+
+
+@torch.library.custom_op("clorae::experts_backward", mutates_args=())
+def experts_backward(dy: Tensor, dz: Tensor | None, x: Tensor, dropped: Tensor | None,
+                     weight: Tensor, gates: Tensor, A: Tensor, Bt: Tensor, z: Tensor,
+                     segments: Sequence[int], ranks: Sequence[int], scale: float,
+                     live: bool) -> list[Tensor]:
+    """Gradients of x, of dropped (empty without it) and of gates, and in fp32 of A and Bt.
+
+    dy [T,D_out]; dz [T,W]: what has come in for z, from L_MIM.
+    """
+    library, queue, dy = KERNELS[x.device.type], stream(x), dy.contiguous()
+    codes, weighted, dgates = torch.empty_like(z), torch.empty_like(z), torch.empty_like(gates)
+    dz = None if dz is None else dz.contiguous()
+    library.shrink_backward(dy, Bt, segments, ranks, live, scale, z, gates, dz, codes, weighted,
+                            dgates, queue)
+    source, dx, ddropped = x, dy @ weight, x.new_empty(0)
+    if dropped is None:
+        library.expand(codes, None, A, segments, ranks, live, 1.0, True, dx, queue)
+    else:
+        source, ddropped, k = dropped, torch.empty_like(dropped), ranks[0] + ranks[1]
+        library.expand(codes, None, A[:len(Bt)], segments, ranks, live, 1.0, False, ddropped, queue)
+        if live:
+            dx.addmm_(codes[:, k:k + 1], A[len(Bt):])
+    dA = rank_gradient(codes, source, segments, ranks, x if live else None)
+    return [dx, ddropped, dgates, dA, rank_gradient(weighted, dy, segments, ranks)]
+
+
+def rank_gradient(codes: Tensor, x: Tensor, segments: Sequence[int], ranks: Sequence[int],
+                  gate_x: Tensor | None = None) -> Tensor:
+    """sum_t codes_t x_t^T in the order of a pack, [R + N r (+ 1 with gate_x),d], summed in fp32."""
+    (R, r, N), fast = ranks, x.is_cuda and x.dtype == torch.bfloat16
+
+    def product(left: Tensor, right: Tensor) -> Tensor:
+        return (torch.mm(left.T, right, out_dtype=torch.float32) if fast
+                else left.T.float() @ right.float())
+
+    total = x.new_zeros(R + N * r + (gate_x is not None), x.shape[1], dtype=torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        total[:R] = product(codes[:, :R], x)
+        for task, start, stop in zip(segments[::3], segments[1::3], segments[2::3]):
+            total[R + task * r:R + (task + 1) * r] += product(codes[start:stop, R:R + r],
+                                                              x[start:stop])
+        if gate_x is not None:
+            total[R + N * r:] = product(codes[:, R + r:R + r + 1], gate_x)
+    return total
+
+
+def remember(ctx: object, inputs: tuple, output: tuple) -> None:
+    """Keep x, the packs, z and g for the backward pass: nothing of width D_out."""
+    x, dropped, weight, gates, (A, Bt), parameters, ctx.segments, ctx.scale = inputs
+    _, z, g = output
+    ctx.live, ctx.shapes = gates is None, [p.shape for p in parameters]
+    ctx.save_for_backward(x, dropped, weight, g if ctx.live else gates, A, Bt, z)
+    ctx.mark_non_differentiable(g)
+    ctx.set_materialize_grads(False)
+
+
+def gradients(ctx: object, dy: Tensor | None, dz: Tensor | None, _: None) -> tuple:
+    """Gradients of `experts` in the order of its arguments."""
+    x, dropped, weight, g, A, Bt, z = ctx.saved_tensors
+    (R, d_in), (N, r, _), (d_out, _) = ctx.shapes[:3]
+    dy = x.new_zeros(x.shape[0], d_out) if dy is None else dy
+    dx, ddropped, dgates, dA, dBt = experts_backward(
+        dy, dz, x, dropped, weight, g, A, Bt, z, ctx.segments, [R, r, N], ctx.scale, ctx.live)
+    d_U, d_T, d_gate = dA.split([R, N * r, dA.shape[0] - R - N * r])
+    dW_g = torch.cat([d_gate, -d_gate])  # the gate row is W_g[0] - W_g[1]
+    parameters = [d_U, d_T.view(N, r, d_in), dBt[:R].T,
+                  dBt[R:].view(N, r, d_out).transpose(1, 2), dW_g]
+    return (dx, None if dropped is None else ddropped, None, None if ctx.live else dgates,
+            [None, None], parameters, None, None)
+
+
+pack.register_fake(new_packs)
+experts.register_fake(new_outputs)
+experts_backward.register_fake(lambda dy, dz, x, dropped, weight, gates, A, Bt, *rest: [
+    torch.empty_like(x), x.new_empty(0) if dropped is None else torch.empty_like(dropped),
+    torch.empty_like(gates), *(torch.empty_like(t, dtype=torch.float32) for t in (A, Bt))])
+experts.register_autograd(gradients, setup_context=remember)
+
+
+def expert_linear(x: Tensor, base: nn.Linear, parameters: Sequence[Tensor],
+                  segments: Sequence[tuple[int, slice]], scale: float,
+                  dropped: Tensor | None = None, gates: Tensor | None = None,
+                  packs: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """One ExpertLinear on the kernels: y [B,S,D_out], z [B,S,R + r], gates [B,S,2] (fp32).
+
+    x [B,S,D_in]; parameters in fp32: A_U, A_T, B_U, B_T, W_g, absent ones without rows ([0,D_in],
+    [0,0,D_in], [D_out,0], [0,D_out,0], [0,D_in]); segments of the rows of x; dropped: x under
+    dropout, for the experts alone; gates [B,S,2]: weights in place of the router's (without either
+    h = U + D); packs: `pack`'s answer, where the parameters do not change between calls.
+    """
+    kind, (B, S, _) = x.device.type, x.shape
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    inputs = [None if t is None else t.to(dtype).flatten(0, 1).contiguous() for t in (x, dropped)]
+    given, (*experts_own, W_g) = gates, parameters
+    if gates is None and len(W_g) == 0:
+        given = x.new_ones(1, 1, 2).expand(B, S, 2)
+    if given is not None:
+        given, W_g = given.float().flatten(0, 1).contiguous(), W_g[:0]
+    parameters = [*experts_own, W_g]
+    A, Bt = pack([p.detach() for p in parameters], dtype) if packs is None else packs
+    A = A[:len(Bt) + len(W_g) // 2]
+    runs = [n for task, rows in segments for n in (task, rows.start * S, rows.stop * S)]
+    y, z, g = experts(*inputs, base.weight.to(dtype), given, [A, Bt], parameters, runs, scale)
+    y = y if base.bias is None else y + base.bias.to(dtype)
+    z = z[:, :parameters[0].shape[0] + parameters[1].shape[1]]
+    return tuple(t.unflatten(0, (B, S)) for t in (y, z, g if given is None else given))
+
+
+if __name__ == "__main__":
+    compile_extension(*sys.argv[1:])

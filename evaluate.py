@@ -650,7 +650,7 @@ def evaluate_split(model: nn.Module, examples: Sequence[Example], datasets: Mapp
 
 def changed(args: argparse.Namespace) -> dict:
     """The stored settings that the command line replaces; all units unless it names some."""
-    given = {"data": args.data, "missing_images": args.missing_images}
+    given = {"data": args.data, "missing_images": args.missing_images, "impl": args.impl}
     return {name: value for name, value in given.items() if value} | {"units": args.units}
 
 
@@ -1543,6 +1543,9 @@ def parser() -> argparse.ArgumentParser:
                           help="beam search over N beams; default: 1, greedy")
     decoding.add_argument("--batch-size", type=int, default=32, metavar="N",
                           help="rows decoded together; default: 32")
+    decoding.add_argument("--impl", choices=("auto", "reference", "cuda"),
+                          help="expert layers on PyTorch (reference) or on clorae.cu (cuda); "
+                               "default: auto, on clorae.cu where it can be built")
     analysis = result.add_argument_group("analyses (instead of scoring)")
     analysis.add_argument("--costs", action="store_true",
                           help="parameters and FLOPs of every method, as Table 5: of flan-t5-SIZE, "

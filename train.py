@@ -137,6 +137,9 @@ class Config:
                                  choices=("error", "mask"))
     precision: str | None = option(None, "default: bf16 on CUDA, fp32 elsewhere",
                                    choices=("fp32", "bf16"))
+    impl: str = option("auto", "expert layers on PyTorch ('reference') or on clorae.cu ('cuda'); "
+                       "'auto': on clorae.cu where it can be built",
+                       choices=("auto", "reference", "cuda"))
     save_every: int = option(200, "optimizer steps between checkpoints", int)
     seed: int = option(0, "seed of initialisation, order and dropout", int)
 
@@ -417,6 +420,9 @@ def build(config: Config, sources: Sources, device: torch.device) -> Setup:
     clorae.adapt(model, config.method, config.rank, TASKS, alpha=config.alpha,
                  dropout=config.dropout, egr=config.egr, mim=config.uses_mim)
     free_visual_adapter(model, config.visual_policy)
+    if model.routing is not None:
+        model.routing.impl = config.impl
+        clorae.kernels(device, config.impl)  # built now, or refused now
     for module in model.modules():
         if isinstance(module, nn.Dropout) and config.backbone_dropout is not None:
             module.p = config.backbone_dropout
@@ -690,7 +696,7 @@ class Run:
     def state(self) -> dict:
         """What state.json holds; the dropout RNG needs no more than the seed and the step."""
         config = {name: value for name, value in dataclasses.asdict(self.config).items()
-                  if name not in ("out", "save_every")}  # they change nothing that is computed
+                  if name not in ("out", "save_every", "impl")}  # they change no mathematics
         return {"config": config, **dataclasses.asdict(self.progress),
                 "rng": {"seed": self.config.seed, "next_step": self.progress.step},
                 "reference": {unit: self.reference[unit] for unit in self.units}, **self.origin}
@@ -918,7 +924,9 @@ def describe(run: Run, start: str) -> list[str]:
     steps = len(run.batches(0)) * config.epochs
     lines = [
         f"device: {world.device}, torch {torch.__version__}, {world.size} process(es), "
-        f"{config.precision}, seed {config.seed}",
+        f"{config.precision}, experts on "
+        f"{'clorae.cu' if clorae.kernels(world.device, config.impl) else 'PyTorch'}, seed "
+        f"{config.seed}",
         f"method: {config.method}, rank {config.rank}, {run.layers} wrapped linears, visual "
         f"adapter: {config.visual_policy}, AML "
         f"{'on' if config.aml else 'off'}, MIM {'on' if config.uses_mim else 'off'}",
