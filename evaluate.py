@@ -1510,6 +1510,27 @@ def analyse(args: argparse.Namespace, world: "train.World") -> str | None:
 
 # ------------------------------------------------------------------------------------ the command
 
+def add_analyses(result: argparse.ArgumentParser) -> None:
+    """The options that ask for something else than scores."""
+    analysis = result.add_argument_group("analyses (instead of scoring)")
+    analysis.add_argument("--costs", action="store_true",
+                          help="parameters and FLOPs of every method, as Table 5: of flan-t5-SIZE, "
+                               "or with CKPT of its backbone at its rows' mean lengths")
+    analysis.add_argument("--size", choices=tuple(GEOMETRY), default="base")
+    analysis.add_argument("--lengths", nargs=3, type=int, default=PAPER_LENGTHS,
+                          metavar=("N_E", "N_D", "N_V"), help="source, target, visual tokens of a "
+                          "row; default: 95 1 21, which give the paper's figures")
+    analysis.add_argument("--routing", type=Path, metavar="DIR",
+                          help="share of tokens that the gates give the task experts, as Fig. 6")
+    analysis.add_argument("--layers", nargs="+", type=int, metavar="N",
+                          help="layers that the picture shows; default: all")
+    analysis.add_argument("--aml-replay", type=Path, metavar="DIR",
+                          help="AML weights of the run's history under other references p_m, "
+                               "margins, exponents and temperatures; nothing is trained")
+    analysis.add_argument("--plot", type=Path, metavar="DIR",
+                          help="after scoring, every picture that the runs allow")
+
+
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         description="Score a trained model on a split, compare several, or let one answer an "
@@ -1546,23 +1567,7 @@ def parser() -> argparse.ArgumentParser:
     decoding.add_argument("--impl", choices=("auto", "reference", "cuda"),
                           help="expert layers on PyTorch (reference) or on clorae.cu (cuda); "
                                "default: auto, on clorae.cu where it can be built")
-    analysis = result.add_argument_group("analyses (instead of scoring)")
-    analysis.add_argument("--costs", action="store_true",
-                          help="parameters and FLOPs of every method, as Table 5: of flan-t5-SIZE, "
-                               "or with CKPT of its backbone at its rows' mean lengths")
-    analysis.add_argument("--size", choices=tuple(GEOMETRY), default="base")
-    analysis.add_argument("--lengths", nargs=3, type=int, default=PAPER_LENGTHS,
-                          metavar=("N_E", "N_D", "N_V"), help="source, target, visual tokens of a "
-                          "row; default: 95 1 21, which give the paper's figures")
-    analysis.add_argument("--routing", type=Path, metavar="DIR",
-                          help="share of tokens that the gates give the task experts, as Fig. 6")
-    analysis.add_argument("--layers", nargs="+", type=int, metavar="N",
-                          help="layers that the picture shows; default: all")
-    analysis.add_argument("--aml-replay", type=Path, metavar="DIR",
-                          help="AML weights of the run's history under other references p_m, "
-                               "margins, exponents and temperatures; nothing is trained")
-    analysis.add_argument("--plot", type=Path, metavar="DIR",
-                          help="after scoring, every picture that the runs allow")
+    add_analyses(result)
     example = result.add_argument_group("answering one example (instead of scoring)")
     example.add_argument("--text", metavar="T", help="the sentence, tokens separated by spaces")
     example.add_argument("--image", type=Path, metavar="FILE", help="its image, if it has one")
