@@ -1368,7 +1368,7 @@ def plot_systems(results: Results, path: Path) -> None:
     """Fig. 4: F1 relative to each unit's best system; means and deviations over seeds."""
     units = [u for u in UNITS if any(u in scores for scores in results.values())]
     best = {u: max(fmean(s[u]) for s in results.values() if u in s) or 1.0 for u in units}
-    (ax,), figure, save = canvas(path, 2 + 1.2 * len(units), 4)
+    (ax,), figure, save = canvas(path, 4 + 1.2 * len(units), 4)
     width, lowest = 0.8 / len(results), 1.0
     for i, (system, scores) in enumerate(results.items()):
         at = {j: [f1 / best[u] for f1 in scores[u]] for j, u in enumerate(units) if u in scores}
@@ -1380,7 +1380,7 @@ def plot_systems(results: Results, path: Path) -> None:
     ax.set_ylim(bottom=start)
     ax.set_xticks(range(len(units)), units)
     ax.set_ylabel(f"F1 / F1 of the best system (from {start:g})")
-    figure.legend(loc="outside upper center", ncols=min(6, len(results)))
+    figure.legend(loc="outside right upper")
     save()
 
 
@@ -1426,18 +1426,20 @@ def plot_curves(run: Path, path: Path) -> None:
     save()
 
 
-def plot_errors(counts: Mapping[str, Mapping[str, int]], path: Path) -> None:
-    """Stacked bars of {bar: {error class: count}} in % of a bar's errors; their number below."""
+def plot_errors(counts: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    """Stacked bars of {bar: {error class: count}} in % of a bar's errors, whose number is named."""
     kinds = list(dict.fromkeys(kind for classes in counts.values() for kind in classes))
-    (ax,), figure, save = canvas(path, 3 + len(counts), 4)
-    bottom = [0.0] * len(counts)
+    (ax,), figure, save = canvas(path, 9, 1.5 + 0.4 * len(counts))
+    left = [0.0] * len(counts)
     for i, kind in enumerate(kinds):
         parts = [percent(c.get(kind, 0), sum(c.values())) for c in counts.values()]
-        ax.bar(range(len(counts)), parts, 0.7, bottom, label=kind, edgecolor="white",
-               color=COLOURS[i % len(COLOURS)], hatch="//" * (i // len(COLOURS)))
-        bottom = [a + b for a, b in zip(bottom, parts)]
-    ax.set_xticks(range(len(counts)), [f"{bar}\n{sum(c.values())}" for bar, c in counts.items()])
-    ax.set_ylabel("% of the errors")
+        ax.barh(range(len(counts)), parts, 0.7, left, label=kind, edgecolor="white",
+                color=COLOURS[i % len(COLOURS)], hatch="//" * (i // len(COLOURS)))
+        left = [a + b for a, b in zip(left, parts)]
+    ax.set_yticks(range(len(counts)), [f"{bar} ({sum(c.values()):.0f})"
+                                       for bar, c in counts.items()])
+    ax.invert_yaxis()
+    ax.set_xlabel("% of the errors (their number per seed)")
     figure.legend(loc="outside right upper")
     save()
 
@@ -1478,15 +1480,13 @@ def pictures(args: argparse.Namespace) -> list[Path]:
     systems = collect(jobs, system_names([job.config for job in jobs]))
     results = {system.name: {unit: f1 for unit, f1 in system.columns().items() if unit in UNITS}
                for system in systems}
-    bars = Counter()
+    errors: dict[str, dict[str, float]] = {}
     for system, unit in itertools.product(systems, UNITS):
-        for scores in (report["scores"][unit] for report in system.reports
-                       if unit in report["scores"]):
-            bar = unit if len(systems) == 1 else system.name
-            bars.update({(bar, kind): scores[kind] for kind in ERRORS})
-    errors: dict[str, dict[str, int]] = {}
-    for (bar, kind), number in bars.items():
-        errors.setdefault(bar, {})[kind.replace("_", " ")] = number
+        bar = errors.setdefault(unit if len(systems) == 1 else system.name, {})
+        for report, kind in itertools.product(system.reports, ERRORS):
+            number = report["scores"].get(unit, {}).get(kind, 0) / len(system.reports)
+            bar[kind.replace("_", " ")] = bar.get(kind.replace("_", " "), 0) + number
+    errors = {bar: classes for bar, classes in errors.items() if sum(classes.values())}
     return draw(args.plot, args.checkpoint, results,
                 {system.name: dataclasses.asdict(system.config) for system in systems}, errors)
 
