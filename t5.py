@@ -133,6 +133,20 @@ def prepare_memory(memory: Tensor, mask: Tensor, dtype: torch.dtype) -> tuple[Te
 
 
 # ------------------------------------------------------------ layers
+def onednn_computes(weight: Tensor, dtype: torch.dtype) -> bool:
+    """On this CPU, in this type; weights of inference mode do not say when they are written to."""
+    if weight.device.type != "cpu" or weight.is_inference():
+        return False
+    known = {torch.float32: torch.backends.mkldnn.is_available,
+             torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported}
+    return dtype in known and known[dtype]()
+
+
+def onednn_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [...,in], weight [out,in] as it is or packed -> x W^T [...,out], without gradient."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
 class PackedWeight:
     """A copy of a weight [out,in] in the order in which a CPU multiplies few rows by it fastest.
 
@@ -151,23 +165,10 @@ class PackedWeight:
         """Equal for as long as the copy is what it should be: nobody wrote to the weight."""
         return weight.data_ptr(), weight._version, single and dtype == torch.float32, dtype
 
-    @staticmethod
-    def possible(weight: Tensor, dtype: torch.dtype) -> bool:
-        """On the CPU, in a type that its oneDNN can compute."""
-        if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-            return False
-        return dtype == torch.float32 or (dtype == torch.bfloat16
-                                          and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
     def product(self, x: Tensor) -> Tensor:
         """x [...,in] -> [...,out]."""
         x = x.to(self.copy.dtype)
         return x @ self.copy if self.transposed else onednn_product(x, self.copy)
-
-
-def onednn_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x [...,in], weight [out,in] as it is or packed -> x W^T [...,out], without gradient."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
 class FrozenProduct(torch.autograd.Function):
@@ -190,7 +191,7 @@ class FrozenProduct(torch.autograd.Function):
 def project(x: Tensor, weight: Tensor) -> Tensor:
     """x [...,in] -> x W^T [...,out], by whatever computes it fastest."""
     dtype = compute_dtype(x)
-    if not PackedWeight.possible(weight, dtype):
+    if not onednn_computes(weight, dtype):
         return F.linear(x, weight)
     packed = getattr(weight, "packed", None)
     if packed and x.shape[-2] == 1 and not torch.is_grad_enabled():  # the next token of each row
@@ -509,9 +510,8 @@ class T5(nn.Module):
                   and not re.search(r"cross_attention\.[kv]", path)]  # those see the memory, once
         for weight in [self.head_weight, *(layer.weight for layer in layers)]:
             old, single = getattr(weight, "packed", None), rows == 1
-            if not PackedWeight.possible(weight, dtype):
-                continue
-            if old is None or old.key != PackedWeight.key_of(weight, single, dtype):
+            if onednn_computes(weight, dtype) and (
+                    old is None or old.key != PackedWeight.key_of(weight, single, dtype)):
                 weight.packed = PackedWeight(weight, single, dtype)
 
     def shift_right(self, labels: Tensor) -> Tensor:
