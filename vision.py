@@ -33,8 +33,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from t5 import (T5, Attention, FeedForward, RMSNorm, Stack, T5Config, WeightsError, compute_dtype,
-                linear, open_weights, prepare_memory, read_json, read_weights)
+from t5 import (T5, Attention, FeedForward, Linear, RMSNorm, Stack, T5Config, WeightsError,
+                compute_dtype, open_weights, prepare_memory, read_json, read_weights)
 
 # ------------------------------------------------------------------------------ pictures to pixels
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")  # Pillow's many other readers are attack surface
@@ -470,7 +470,7 @@ class GateFusion(nn.Module):
         self.feed_forward_norm, self.feed_forward = RMSNorm(D, eps), FeedForward(config)
         nn.init.zeros_(self.feed_forward.down.weight)
         self.proj_text, self.proj_visual = (
-            nn.Sequential(linear(D, 384, D ** -0.5), linear(384, 128, 384 ** -0.5)) for _ in "tv")
+            nn.Sequential(Linear(D, 384, D ** -0.5), Linear(384, 128, 384 ** -0.5)) for _ in "tv")
 
     def cosine(self, h: Tensor, mask: Tensor, visual: Tensor, visual_mask: Tensor) -> Tensor:
         """[B], between the projected means over real tokens of text [B,S,D] and visual [B,V,D].

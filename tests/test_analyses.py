@@ -47,7 +47,8 @@ def watched(model: UMIE, S: int, T: int, V: int) -> tuple[int, int]:
         labels=torch.randint(0, 50, (1, T)), tasks=torch.tensor([1]),
         features=torch.randn(1, V, 7), boxes=torch.rand(1, V, 5),
         visual_mask=torch.ones(1, V, dtype=torch.bool))
-    added = {torch.ops.aten.addmm_: lambda y, a, b, **_: 2 * a[0] * a[1] * b[1]}  # torch lacks it
+    added = {torch.ops.aten.addmm_: lambda y, a, b, **_: 2 * a[0] * a[1] * b[1],  # torch lacks them
+             torch.ops.mkldnn._linear_pointwise: lambda x, w, *_, **__: 2 * math.prod(x) * w[0]}
     forward, backward = (FlopCounterMode(display=False, custom_mapping=added) for _ in "fb")
     with sdpa_kernel(SDPBackend.MATH):
         with forward:

@@ -279,6 +279,63 @@ def test_dropout_acts_in_training_only_and_at_each_of_its_places():
         place.p = 0.0
 
 
+@pytest.mark.parametrize("p", [0.1, 0.3, 0.9])
+def test_dropout_keeps_the_rate_and_the_mean_and_treats_every_element_for_itself(p):
+    """x -> x / (1 - p) with probability 1 - p, else 0; an odd number of elements."""
+    torch.manual_seed(0)
+    dropout, x = t5.Dropout(p), torch.full((301, 997), 2.0, requires_grad=True)
+    y = dropout(x)
+    y.sum().backward()
+    kept = (y != 0).double()
+    assert torch.equal(y, torch.where(y != 0, 2.0 / (1 - p), 0.0)) and torch.equal(y, 2.0 * x.grad)
+    noise = (p * (1 - p)) ** 0.5  # of one element
+    assert abs(kept.mean() - (1 - p)) < 4 * noise / kept.numel() ** 0.5
+    assert abs(kept.mean(0) - (1 - p)).max() < 5 * noise / 301 ** 0.5
+    assert abs(kept.mean(1) - (1 - p)).max() < 5 * noise / 997 ** 0.5
+    z = ((kept - (1 - p)) / noise).flatten()
+    for lag in (1, 2, 3, 4, 997):  # four neighbours share a random word, a row follows a row
+        assert abs((z[lag:] * z[:-lag]).mean()) < 5 / z.numel() ** 0.5
+    torch.manual_seed(0)
+    assert torch.equal(dropout(x), y) and not torch.equal(dropout(x), y)
+    assert dropout.eval()(x) is x and dropout(x[:0]).shape == (0, 997)
+
+
+def test_attention_under_dropout_drops_weights_and_is_exact_in_its_gradients():
+    """o = sum_j w_j d_j v_j, d_j of the dropout; the same d for the written-out reference."""
+    torch.manual_seed(0)
+    attention, x = Attention(SMALL).double().train(), torch.randn(2, 5, 11).double()
+    x.requires_grad_()
+    bias = torch.randn(2, 3, 5, 5).double()
+    torch.manual_seed(1)
+    attention(x, x, bias).square().sum().backward()
+    found, x.grad = x.grad, None
+    torch.manual_seed(1)
+    factors = t5.dropout_factors(bias, 0.1)
+    q, k, v = (layer(x).unflatten(-1, (3, 5)).transpose(1, 2)
+               for layer in (attention.q, attention.k, attention.v))
+    out = (factors * (q @ k.mT + bias).softmax(-1)) @ v
+    attention.o(out.transpose(1, 2).flatten(2)).square().sum().backward()
+    assert (factors == 0).any() and largest_error(found, x.grad) < 1e-12
+
+
+@pytest.mark.parametrize("B, S, T", [(3, 7, 5), (1, 7, 5), (3, 1, 1), (1, 1, 1)])
+def test_frozen_weights_give_the_logits_and_input_gradients_of_learning_ones(config, B, S, T):
+    """float32 products of frozen weights take another library; also one row, one token."""
+    model = lively(config)
+    ids, labels = torch.randint(2, 29, (B, S)), torch.randint(1, 29, (B, T))
+    mask = torch.arange(S) < torch.tensor([S, max(S - 3, 1), 1])[:B, None]
+    results = []
+    for learning in (True, False):
+        model.requires_grad_(learning)
+        embeds = model.embed(ids).detach().requires_grad_()
+        memory = model.encode(None, mask, embeds)
+        logits = model.decode(model.shift_right(labels), memory, mask)
+        logits.sum().backward()  # of an expanded gradient
+        results.append((logits.detach(), embeds.grad))
+    for one, other in zip(*results):
+        assert largest_error(other, one) < 1e-5
+
+
 def test_any_module_that_calls_like_a_linear_may_stand_in_for_q_k_v_o():
     class Standin(nn.Module):
         def __init__(self, base: nn.Linear) -> None:
@@ -366,6 +423,32 @@ def test_a_step_with_cache_gives_the_logits_of_the_whole_prefix(config):
         steps = [model.head(model.decoder(model.embed(tokens[:, t:t + 1]), None, cache=cache))
                  for t in range(tokens.shape[1])]
     assert largest_error(torch.cat(steps, 1), whole) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_a_packed_weight_multiplies_like_the_weight_until_that_is_written_to(rows, dtype):
+    layer = t5.Linear(11, 13, 1.0).to(dtype)
+    x, weight = torch.randn(rows, 1, 11).to(dtype), layer.weight
+    weight.packed = t5.PackedWeight(weight, rows == 1, dtype)
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+    assert largest_error(weight.packed.product(x), F.linear(x, weight)) < tolerance
+    weight.mul_(3)
+    assert largest_error(layer(x), F.linear(x, weight)) < tolerance
+
+
+def test_weights_are_packed_once_follow_a_load_and_training_drops_the_copies():
+    model, (ids, mask, _) = lively(SMALL), small_batch()
+    first = model.generate(ids, mask, 6)
+    packed = model.head_weight.packed
+    assert torch.equal(model.generate(ids, mask, 6), first) and packed is model.head_weight.packed
+    other = lively(SMALL, seed=5)
+    wanted = other.generate(ids, mask, 6)
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(model.generate(ids, mask, 6), wanted)
+    assert packed is not model.head_weight.packed
+    assert not any(hasattr(parameter, "packed") for parameter in model.train().parameters())
 
 
 def test_memory_can_be_given_instead_of_ids():
