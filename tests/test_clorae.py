@@ -328,7 +328,7 @@ def test_loramoe_draws_a_dropout_mask_for_each_expert():
     torch.manual_seed(7)
     y = run(m, x, tasks)
     torch.manual_seed(7)
-    seen, g = [F.dropout(x, 0.5) for _ in m.A_E], torch.softmax(x @ m.W_g.T, dim=-1)
+    seen, g = [m.dropped(x) for _ in m.A_E], torch.softmax(x @ m.W_g.T, dim=-1)
     h = sum(g[..., e:e + 1] * (seen[e] @ m.A_E[e].T @ m.B_E[e].T) for e in range(2))
     torch.testing.assert_close(y, m.base(x) + 2 * h, rtol=1e-5, atol=1e-5)
 
@@ -361,9 +361,22 @@ def test_dropout_is_one_mask_for_both_experts_and_spares_the_gate():
     torch.manual_seed(7)
     y = run(m, x, tasks)
     torch.manual_seed(7)
-    dropped = F.dropout(x, 0.5)
+    dropped = m.dropped(x)
     _, U, D = naive(m, dropped, tasks)
     torch.testing.assert_close(y, m.base(x) + 2 * (U + D), rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_drops_its_share_scales_the_rest_and_follows_the_seed():
+    """D14: each element is 0 with probability p, else x / (1 - p); the mean stays."""
+    m, x = layer(dropout=0.1).train(), torch.ones(7, 333, 101)
+    torch.manual_seed(3)
+    first = m.dropped(x)
+    assert set(first.unique().tolist()) == {0.0, pytest.approx(1 / 0.9)}
+    assert (first == 0).float().mean().item() == pytest.approx(0.1, abs=2e-3)
+    assert (first == 0).float().mean(dim=(0, 1)).sub(0.1).abs().max() < 0.03  # in every column
+    torch.manual_seed(3)
+    assert torch.equal(m.dropped(x), first) and not torch.equal(m.dropped(x), first)
+    assert m.eval().dropped(x) is x or torch.equal(m.dropped(x), x)
 
 
 def test_beams_and_dropped_rows_keep_their_tasks():
