@@ -452,7 +452,7 @@ def test_base_geometry_takes_a_step_and_decodes_on_a_cpu(capsys):
     started = time.perf_counter()
     ce = losses.token_cross_entropy(model.train()(batch), batch.labels)
     loss = ce.sum() / batch.labels.numel() \
-        + 0.01 * losses.mutual_information(model.routing.moments, 76)
+        + 0.01 * losses.mutual_information(model.routing.moments(), 76)
     loss.backward()
     flat.optimizer.step()
     stepped = time.perf_counter()
