@@ -1,0 +1,356 @@
+"""Bad input of every kind, made from a seed, and what the product must answer to it.
+
+Each function r11() ... r16() of this file measures one promise about input, raises AssertionError
+where it is broken and returns the figure as a line of text. tests/test_inputs.py runs their short
+forms; the long ones are
+
+    python -c "import sys; sys.path.insert(0, 'tests'); import hostile; print(hostile.r11(10_000))"
+"""
+
+import json
+import random
+import re
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import data  # noqa: E402
+
+# ----------------------------------------------------------------------------------- R11: records
+# A mutation takes (generator, a valid row) and returns the bytes of a line. Whether the result is
+# right is decided by valid(), a second and much simpler reading of the format in data.py's head.
+
+ROLES = {"attack": ["attacker", "place", "target"], "phone write": ["entity"]}
+DATASETS = {
+    "tweets": {"name": "tweets", "units": {"mner": "T17"},
+               "labels": {"mner": ["location", "organization", "person"]}},
+    "pairs": {"name": "pairs", "units": {"mre": "V2"},
+              "labels": {"mre": ["couple", "held on", "held on (event)", "none"]}},
+    "news": {"name": "news", "units": {"med": "MED", "meae": "MEAE"},
+             "labels": {"med": sorted(ROLES), "meae": ROLES}}}
+ATTACK = {"type": "attack", "trigger": [2, 3], "arguments": [
+    {"role": "target", "box": [1, 2, 30, 41], "object": 1},
+    {"role": "place", "box": [1, 2, 3, 4], "object": None}, {"role": "attacker", "span": [0, 2]}]}
+CALL = {"type": "phone write", "trigger": None, "arguments": []}
+PICTURE = {"image": "a/1.jpg", "size": [100, 50], "objects": [[1, 2, 30, 40], [0, 0.5, 100, 50]]}
+ALONE = {"image": None, "size": None, "objects": []}
+ROWS = [
+    {"id": "1", "dataset": "tweets", "task": "mner", "tokens": ["Bob", "is", "in", "New", "York"],
+     **PICTURE, "entities": [{"type": "person", "start": 0, "end": 1},
+                             {"type": "location", "start": 3, "end": 5}]},
+    {"id": "2", "dataset": "tweets", "task": "mner", "tokens": ["\u00fc", "\U0001f602", "\u200b"],
+     **PICTURE, "size": None, "entities": []},
+    {"id": "3", "dataset": "pairs", "task": "mre", "tokens": ["Ann", "met", "Bob"], **PICTURE,
+     "head": [0, 1], "tail": [1, 3], "relation": "held on (event)"},
+    {"id": "4", "dataset": "pairs", "task": "mre", "tokens": ["Ann", "Bob"], **ALONE,
+     "head": [1, 2], "tail": [0, 1], "relation": "none"},
+    {"id": "5", "dataset": "news", "task": "meae", "tokens": ["A", "mob", "struck", "Rome"],
+     **PICTURE, "events": [ATTACK, CALL]},
+    {"id": "6", "dataset": "news", "task": "med", "tokens": [], **PICTURE, "events": [CALL]},
+    {"id": "7", "dataset": "news", "task": "med", "tokens": ["A", "mob", "struck", "Rome"], **ALONE,
+     "events": [ATTACK | {"arguments": ATTACK["arguments"][2:]}], "accepted": [
+         {"type": "attack", "trigger": [1, 2], "arguments": [{"role": "place", "span": [3, 4]}]}]}]
+
+
+def valid(line: bytes, name: str) -> bool:
+    """Whether a line is a record of the dataset `name`, by the letter of the format."""
+    def once(pairs: list) -> dict:
+        assert len(dict(pairs)) == len(pairs)
+        return dict(pairs)
+
+    try:
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=once)
+        return bool(is_record(row, DATASETS[name]))
+    except Exception:  # whatever goes wrong in here, it was no record
+        return False
+
+
+def is_record(row: dict, dataset: dict) -> bool:
+    """One condition after the other; a value of another type fails some of them or raises."""
+    def span(pair: list) -> bool:
+        a, b = pair
+        return type(a) is type(b) is int and type(pair) is list and 0 <= a < b <= len(row["tokens"])
+
+    def box(four: list) -> bool:
+        (a, b, c, d), right, bottom = four, *(row["size"] or (1e9, 1e9))
+        return (type(four) is list and {type(x) for x in four} <= {int, float}
+                and 0 <= a < c <= right and 0 <= b < d <= bottom and max(four) < 1e9)
+
+    def argument(a: dict, kind: str, text: bool) -> bool:
+        fits = a["role"] in ROLES[kind]
+        if text or a.keys() == {"role", "span"}:
+            return fits and a.keys() == {"role", "span"} and span(a["span"])
+        k = a["object"]
+        return (fits and a.keys() == {"role", "box", "object"} and box(a["box"]) and bool(image)
+                and (k is None or type(k) is int and 1 <= k <= len(row["objects"])
+                     and data.iou(a["box"], row["objects"][k - 1]) >= 0.5))
+
+    def event(e: dict, text: bool = False) -> bool:
+        whole = e["trigger"] is None and not text and image is not None
+        return (e.keys() == {"type", "trigger", "arguments"} and e["type"] in labels
+                and type(e["arguments"]) is list and (whole or span(e["trigger"]))
+                and all(argument(a, e["type"], text) for a in e["arguments"]))
+
+    task, tokens, image, size = row["task"], row["tokens"], row["image"], row["size"]
+    labels, keys = dataset["labels"][task], set("id dataset task tokens image size objects".split())
+    gold = {"mner": ["entities"], "mre": ["head", "tail", "relation"]}.get(task, ["events"])
+    optional = {"accepted"} if gold == ["events"] else set()
+    right = (keys | set(gold) <= row.keys() <= keys | set(gold) | optional
+             and row["dataset"] == dataset["name"] and row["id"].isprintable() and row["id"] != ""
+             and type(tokens) is list and (tokens or (gold == ["events"] and image))
+             and all(t and not re.search("[\0- \x7f\ud800-\udfff]", t) for t in tokens)
+             and (size is None or type(size) is list and len(size) == 2
+                  and all(type(n) is int and 0 < n < 1e9 for n in size))
+             and type(row["objects"]) is list and all(map(box, row["objects"])))
+    if image is None:
+        right = right and row["objects"] == []
+    else:
+        right = (right and image.isprintable() and not re.search(r"[\\:]|^~", image)
+                 and all(part.strip(" .") for part in image.split("/")))
+    if task == "mner":
+        return right and type(row["entities"]) is list and all(
+            e.keys() == {"type", "start", "end"} and e["type"] in labels
+            and span([e["start"], e["end"]]) for e in row["entities"])
+    if task == "mre":
+        return right and span(row["head"]) and span(row["tail"]) and row["relation"] in labels
+    return (right and type(row["events"]) is list and all(map(event, row["events"]))
+            and all(event(e, True) for e in row.get("accepted", [])) and type(
+                row.get("accepted", [])) is list)
+
+
+def places(value: object, path: tuple = ()) -> list[tuple]:
+    """Paths of every value inside `value`."""
+    inner = (value.items() if isinstance(value, dict) else
+             enumerate(value) if isinstance(value, list) else ())
+    return [p for k, v in inner for p in ((*path, k), *places(v, (*path, k)))]
+
+
+def at(row: object, path: tuple) -> object:
+    for key in path:
+        row = row[key]
+    return row
+
+
+def put(row: dict, path: tuple, value: object) -> dict:
+    """A copy of the row with another value at `path`, or with none (...)."""
+    copy = json.loads(json.dumps(row))
+    inner = at(copy, path[:-1])
+    if value is ...:
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = value
+    return copy
+
+
+def line(row: object) -> bytes:
+    return json.dumps(row).encode()
+
+
+def somewhere(fits: Callable[[object, tuple], bool],
+              change: Callable[[random.Random, object], object]) -> Callable:
+    """The mutation that changes one value which fits(value, path); a row without one is skipped."""
+    def mutate(rng: random.Random, row: dict) -> bytes | None:
+        found = [path for path in places(row) if fits(at(row, path), path)]
+        if not found:
+            return None
+        path = rng.choice(found)
+        return line(put(row, path, change(rng, at(row, path))))
+    return mutate
+
+
+def is_span(value: object, path: tuple) -> bool:
+    return path[-1] in ("head", "tail", "span", "trigger") and value is not None
+
+
+def is_offset(value: object, path: tuple) -> bool:
+    return path[-1] in ("start", "end") or len(path) > 1 and is_span(value, path[:-1])
+
+
+def is_box(value: object, path: tuple) -> bool:
+    return path[-1] == "box" or len(path) == 2 and path[0] == "objects"
+
+
+def is_number(value: object, path: tuple) -> bool:
+    return type(value) in (int, float)
+
+
+def is_token(value: object, path: tuple) -> bool:
+    return path[0] == "tokens" and len(path) == 2
+
+
+def is_label(value: object, path: tuple) -> bool:
+    return path[-1] in ("type", "role", "relation")
+
+
+def anywhere(value: object, path: tuple) -> bool:
+    return True
+
+
+def key(name: str) -> Callable[[object, tuple], bool]:
+    return lambda value, path: path[-1] == name
+
+
+def pick(*values: object) -> Callable[[random.Random, object], object]:
+    return lambda rng, old: rng.choice(values)
+
+
+def typo(rng: random.Random, word: str) -> str:
+    """A word with two neighbours exchanged, or one letter lost, doubled or capitalised."""
+    i = rng.randrange(len(word))
+    return rng.choice([word[:i] + word[i + 1:], word[:i] + word[i] * 2 + word[i + 1:],
+                       word[:i] + word[i].upper() + word[i + 1:],
+                       word[:i] + word[i + 1:i + 2] + word[i] + word[i + 2:]])
+
+
+def rename(how: Callable[[random.Random, str], str], keep: bool = False) -> Callable:
+    """The mutation that gives a key of some object another name, or one more key (keep)."""
+    def mutate(rng: random.Random, row: dict) -> bytes:
+        path = rng.choice([p for p in places(row) if isinstance(p[-1], str)])
+        new = put(row, (*path[:-1], how(rng, path[-1])), at(row, path))
+        return line(new if keep else put(new, path, ...))
+    return mutate
+
+
+def in_text(change: Callable[[random.Random, bytes], bytes]) -> Callable:
+    """The mutation that changes the bytes of the line."""
+    return lambda rng, row: change(rng, line(row) if rng.random() < 0.5 else
+                                   json.dumps(row, ensure_ascii=False).encode())
+
+
+def splice(rng: random.Random, text: bytes, piece: bytes, instead: int = 0) -> bytes:
+    i = rng.randrange(len(text))
+    return text[:i] + piece + text[i + instead:]
+
+
+def scaled(rng: random.Random, four: list) -> list:
+    """A box that leaves its picture or is turned round."""
+    x1, y1, x2, y2 = four
+    return rng.choice([[x2, y1, x1, y2], [x1, y2, x2, y1], [x1, y1, x1, y2], [-x1 - 1, y1, x2, y2],
+                       [x1, y1, x2 + 1e3, y2], [x1, -0.5, x2, y2], [x1, y1, x2, 1e4], four[:3],
+                       four + [1], [x1, y1, x2 - x1, -y2], []])
+
+
+def deep(rng: random.Random, old: object) -> list:
+    for _ in range(rng.choice((2, 30, 400))):
+        old = [old]
+    return old
+
+
+CONTROLS = "\n\r\t\0\x07\x1b\x1c\x7f \x0b"
+PATHS = ["../1.jpg", "/etc/passwd", "a\\b.jpg", "C:1.jpg", "http://a/b.jpg", "a//b.jpg", "a/./b",
+         "a/../../b", "", ".", "..", "~/a.jpg", "a/", "a\0.jpg", "a\n.jpg", ".. /a.jpg", " ", 3]
+WHATEVER = [None, True, False, -1, 0, 1, 3.5, "", "x", "none", "1", [], [0], [0, 1], [0, 9], [[]],
+            {}, {"x": 1}, [1, 2, 3, 4], [1.5, 2, 3, 4], "O1", [None], "person", "tweets", "mner"]
+HARMLESS = {
+    "other spacing": lambda rng, row: json.dumps(row, separators=(" , ", " :\t")).encode() + b"  ",
+    "line end of Windows": lambda rng, row: line(row) + b"\r",
+    "keys in another order": lambda rng, row: line(dict(rng.sample(sorted(row.items()), len(row)))),
+    "characters unescaped": lambda rng, row: json.dumps(row, ensure_ascii=False).encode(),
+    "size unknown": lambda rng, row: line(row | {"size": None}),
+    "odd token": somewhere(is_token, pick("\u2028", "\x85", "\x92", "\u00a0", "\u200b", "\u202e",
+                                          "\ufe0f", "\U0001f602", "<spot>", "%", "a" * 9000, "\ufeff")),
+    "odd file name": somewhere(lambda v, p: p == ("image",) and v is not None, pick(
+        "\u00fc \u4e2d/VOA (1).jpg", "..a.jpg", "a..jpg", "-x", "a'b\".jpg", "a" * 200))}
+MUTATIONS = {
+    "wrong type": somewhere(anywhere, lambda rng, old: rng.choice(
+        [new for new in (7, 2.5, "x", True, [], {}, None) if type(new) is not type(old)])),
+    "missing key": somewhere(lambda v, p: isinstance(p[-1], str), pick(...)),
+    "misspelt key": rename(typo),
+    "extra key": rename(lambda rng, old: rng.choice(("text", "img_id", old + "s", "")), keep=True),
+    "unknown label": somewhere(is_label, lambda rng, old: rng.choice(
+        [typo(rng, old), old.title(), "O0", "", "giver", "none, couple"])),
+    "span out of range": somewhere(is_offset, lambda rng, old: old + rng.choice((-9, -3, 9, 99))),
+    "span reversed or empty": somewhere(is_span, lambda rng, old: rng.choice(
+        [old[::-1], [old[0], old[0]], old[:1], [*old, old[1]], []])),
+    "span of no integers": somewhere(is_offset, lambda rng, old: rng.choice(
+        [float(old), bool(old), str(old), None, [old]])),
+    "huge number": somewhere(is_number, pick(10 ** 12, 10 ** 400, -10 ** 30, 1e308, 2 ** 63)),
+    "not a number": somewhere(is_number, pick(float("nan"), float("inf"), -float("inf"))),
+    "nested": somewhere(anywhere, deep),
+    "deeply nested": in_text(lambda rng, text: splice(
+        rng, text, rng.choice((b"[", b'{"a":')) * rng.choice((990, 5000, 10 ** 5)))),
+    "empty token or text": somewhere(lambda v, p: p[0] == "tokens", lambda rng, old: "" if
+                                     isinstance(old, str) else rng.choice([[], [""], [[]], "Bob"])),
+    "control character in a token": somewhere(is_token, lambda rng, old: old + rng.choice(CONTROLS)),
+    "half a surrogate": somewhere(lambda v, p: isinstance(v, str), lambda rng, old:
+                                  rng.choice("\ud800\udfff") + old),
+    "control character in a name": somewhere(lambda v, p: p in (("id",), ("image",)) and v,
+                                             lambda rng, old: old + rng.choice("\n\0\x1b\u2028")),
+    "bad UTF-8": in_text(lambda rng, text: splice(
+        rng, text, rng.choice((b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xf0\x9f", b"\x80")))),
+    "other encoding": lambda rng, row: json.dumps(row, ensure_ascii=False).encode(
+        rng.choice(("utf-8-sig", "utf-16", "utf-32", "utf-16-le"))).replace(b"\n", b""),
+    "truncated": in_text(lambda rng, text: text[:rng.randrange(len(text))]),
+    "flipped byte": in_text(lambda rng, text: splice(rng, text, bytes(
+        [rng.choice([b for b in range(256) if b != 10])]), 1)),
+    "key twice": lambda rng, row: line(row).replace(
+        b'"' + rng.choice((b"id", b"task", b"size")) + b'":', b'"id": "1", "task": "mner", "size":', 1),
+    "very long line": lambda rng, row: rng.choice((b'"', b"9", b"[0,", b'{"id":"')) * 10 ** rng.
+    choice((3, 4, 5)),
+    "no object": lambda rng, row: line(rng.choice(([row], [], "x", 3, None, True, [row, row]))),
+    "blank line": lambda rng, row: rng.choice((b"", b" ", b"\t", b"\r", b"\0")),
+    "two rows on a line": lambda rng, row: line(row) + rng.choice((b"", b",", b"\r")) + line(row),
+    "another language": lambda rng, row: rng.choice((
+        repr(row).encode(), b"# " + line(row), line(row) + b",", line(row)[:-1] + b",}",
+        ",".join(map(str, row.values())).encode(), b"<row/>", b"id\tdataset\ttask", b"---")),
+    "box wrong": somewhere(is_box, scaled),
+    "object number wrong": somewhere(key("object"), pick(0, -1, 3, 99, True, "1", 1.0, 2, [1])),
+    "no image": lambda rng, row: line(row | {"image": None}),
+    "image path": lambda rng, row: line(row | {"image": rng.choice(PATHS)}),
+    "image size": lambda rng, row: line(row | {"size": rng.choice(
+        ([0, 50], [100], [100, -50], [1, 1], [100.0, 50], "100x50", 100, [True, True], [None] * 2))}),
+    "wrong file": lambda rng, row: line(row | rng.choice(
+        ({"dataset": "tweet"}, {"task": "mer"}, {"task": "meae"}, {"task": "mner"}, {"dataset": 1}))),
+    "anything": somewhere(anywhere, lambda rng, old: rng.choice(WHATEVER)),
+}
+PROBLEM = re.compile(r"[a-z]\w*(\[\d+\]|\.\w+)*: [^\n\0\x1b]+: [^\n\0\x1b]+")  # field: problem: fix
+
+
+def read(folder: Path, name: str, lines: list[bytes]) -> tuple[list[data.Record], list[str]]:
+    """What data.py makes of the lines of one file."""
+    raw, problems = DATASETS[name], data.Problems()
+    (folder / "dev.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    dataset = data.Dataset(raw["name"], raw["units"], raw["labels"])
+    records = data.read_split(folder, "dev", dataset, problems)
+    for record in records:  # what is let through can be used
+        data.prompt(record, dataset), data.target(record), data.gold_items(record)
+    return records, list(problems)
+
+
+def answered(folder: str, name: str, mutant: bytes, right: bool) -> str:
+    """What is wrong with the answer to a line that stands between two right ones, or ""."""
+    before, after = (line(next(row for row in ROWS if row["dataset"] == name) | {"id": word})
+                     for word in ("before", "after"))
+    records, problems = read(Path(folder), name, [before, mutant, after])
+    start = f"{folder}/dev.jsonl:2: "
+    if [r.id for r in records[:1] + records[-1:]] != ["before", "after"]:
+        return "a right row was lost"
+    if len(records) != 2 + right or bool(problems) == right:
+        return f"right: {right}, {len(records) - 2} read, {problems}"
+    odd = [p for p in problems if not p.startswith(start) or len(p) - len(start) > 500
+           or not PROBLEM.fullmatch(p.removeprefix(start))]
+    return f"message: {odd}" if odd else ""
+
+
+def r11(count: int = 1500, seed: int = 0) -> str:
+    """Rows with mistakes are refused by file, line, field; right ones are read, all others too."""
+    rng, counts, faults, kinds = random.Random(seed), Counter(), [], MUTATIONS | HARMLESS
+    with tempfile.TemporaryDirectory() as folder:
+        while counts.total() < count:
+            kind, row = list(kinds)[counts.total() % len(kinds)], rng.choice(ROWS)
+            mutant = kinds[kind](rng, row)
+            if mutant is None:  # this row holds no place for it
+                continue
+            right = valid(mutant, row["dataset"])
+            assert right or kind not in HARMLESS, (kind, mutant)
+            fault = answered(folder, row["dataset"], mutant, right)
+            faults += [f"{kind}: {fault}: {mutant[:400]!r}"] if fault else []
+            counts[right] += 1
+    assert not faults, "\n".join([f"{len(faults)} of {count} answered wrongly", *faults[:40]])
+    return (f"{count:,} mutated rows of {len(kinds)} kinds: {counts[False]:,} refused with file, "
+            f"line and field, {counts[True]:,} still right and read; 0 tracebacks, 0 rows lost")
