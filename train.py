@@ -381,11 +381,27 @@ class Features:
             folder = sources.corpus / ".features"
             with locked(folder / ".lock"):
                 self.cache = FeatureCache(vit, folder_hash(sources.vit), folder)
-                self.cache.prepare([self.key(record) for record in named
-                                    if self.path(record) not in self.missing])
+                self.compute([r for r in named if self.path(r) not in self.missing])
+
+    def compute(self, records: Sequence[data.Record]) -> None:
+        """Features of all these records' images; if one cannot be used, all such are named."""
+        try:
+            self.cache.prepare(map(self.key, records))
+        except ImageError:
+            problems = data.Problems()
+            for record in records:
+                try:
+                    self.cache.pixels(self.key(record))
+                except ImageError as problem:
+                    problems.add(record.source, "image", str(problem))
+            problems.raise_if_any()
+            raise
 
     def path(self, record: data.Record) -> Path:
-        return resolve_image(self.corpus / record.dataset / "images", record.image)
+        try:
+            return resolve_image(self.corpus / record.dataset / "images", record.image)
+        except ImageError as problem:
+            raise ImageError(f"{record.source}: {problem}") from None
 
     def key(self, record: data.Record) -> tuple:
         return self.path(record), record.objects[:self.max_objects], record.size

@@ -7,19 +7,31 @@ forms; the long ones are
     python -c "import sys; sys.path.insert(0, 'tests'); import hostile; print(hostile.r11(10_000))"
 """
 
+import io
 import json
+import os
 import random
 import re
+import resource
+import socket
+import struct
+import subprocess
 import sys
 import tempfile
+import time
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+
+import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
+from vision import FeatureCache, ImageError, ViT, ViTConfig, load_image  # noqa: E402
 
 # ----------------------------------------------------------------------------------- R11: records
 # A mutation takes (generator, a valid row) and returns the bytes of a line. Whether the result is
@@ -354,3 +366,155 @@ def r11(count: int = 1500, seed: int = 0) -> str:
     assert not faults, "\n".join([f"{len(faults)} of {count} answered wrongly", *faults[:40]])
     return (f"{count:,} mutated rows of {len(kinds)} kinds: {counts[False]:,} refused with file, "
             f"line and field, {counts[True]:,} still right and read; 0 tracebacks, 0 rows lost")
+
+
+# ----------------------------------------------------------------------------------- R12: pictures
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    """A chunk of a PNG."""
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png(width: int, height: int, body: bytes | None = b"", extra: bytes = b"") -> bytes:
+    """A PNG of one bit that claims a size; body None: the rows of a white picture."""
+    if body is None:
+        body = zlib.compress((b"\0" + b"\xff" * ((width + 7) // 8)) * height, 1)
+    head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + extra + chunk(b"IDAT", body)
+            + chunk(b"IEND", b""))
+
+
+def gif(screen: tuple[int, int], frame: tuple[int, int], frames: int = 1) -> bytes:
+    """A GIF whose screen and frames claim sizes; the frames hold next to nothing."""
+    one = b"\x2c" + struct.pack("<HHHHB", 0, 0, *frame, 0) + b"\x02\x02\x4c\x01\0"
+    return (b"GIF89a" + struct.pack("<HHBBB", *screen, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff"
+            + one * frames + b";")
+
+
+def sized(jpeg: bytes, width: int, height: int) -> bytes:
+    """A JPEG whose header claims another size."""
+    i = jpeg.index(b"\xff\xc0") + 5
+    return jpeg[:i] + struct.pack(">HH", height, width) + jpeg[i + 4:]
+
+
+def picture(kind: str, **options: object) -> bytes:
+    """A noisy picture of 50 x 40 in a format."""
+    stream, noise = io.BytesIO(), random.Random(kind).randbytes(50 * 40 * 3)
+    Image.frombytes("RGB", (50, 40), noise).save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def broken_pictures() -> dict[str, bytes]:
+    """Files that hold no whole picture of the four formats, or too large a one."""
+    jpeg = picture("JPEG")
+    files = {
+        "empty.jpg": b"", "text.jpg": b"no picture\n", "page.jpg": b"<html>404</html>" * 90,
+        "script.png": b"#!/bin/sh\nexit 1\n", "drawing.png": b"<svg width='9' height='9'/>",
+        "zip.jpg": b"PK\3\4" + bytes(99), "zeros.jpg": bytes(10 ** 6), "pdf.jpg": picture("PDF"),
+        "fits.jpg": b"SIMPLE  =" + b"T".rjust(21) + bytes(2850), "psd.jpg": b"8BPS\0\1" + bytes(99),
+        "eps.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "xpm.png": b"/* XPM */",
+        "bomb13.png": png(13_000, 13_000, None), "bomb20.png": png(20_000, 20_000, None),
+        "above32.png": png(8000, 4001, None), "claim.png": png(50_000, 50_000),
+        "claim.jpg": sized(jpeg, 65_500, 65_500), "large.jpg": sized(jpeg, 6000, 6000),
+        "screen.gif": gif((65_535, 65_535), (1, 1)), "frame.gif": gif((9, 9), (65_535, 65_535)),
+        "canvas.webp": b"RIFF\x1a\0\0\0WEBPVP8X\n\0\0\0\0\0\0\0" + b"\xff\x3f\0" * 2,
+        "chunk.webp": b"RIFF\xff\xff\xff\xffWEBPVP8 ", "no rows.png": png(40, 40),
+        "zero.png": png(0, 9), "flat.png": png(9, 0), "zero.gif": gif((0, 0), (0, 0)),
+        "zero.jpg": sized(jpeg, 0, 40), "short.png": png(40, 40, zlib.compress(bytes(9))),
+        "length.png": b"\x89PNG\r\n\x1a\n\xff\xff\xff\xffIHDR" + bytes(99),
+        "page first.jpg": b"<html>" + jpeg, "sum.png": bytes(picture("PNG")[:30]) + bytes(99)}
+    for kind in ("BMP", "TIFF", "PPM", "TGA", "ICO", "PCX", "SGI", "DDS", "IM", "JPEG2000"):
+        files[f"{kind}.png"] = picture(kind)
+    for kind in ("JPEG", "PNG", "GIF", "WEBP"):
+        whole = picture(kind)
+        files |= {f"cut {cut} {kind}": whole[:cut]
+                  for cut in (9, 20, 60, len(whole) // 3, len(whole) // 2, len(whole) * 3 // 4)}
+        files[f"signature {kind}"] = b"\0" + whole[1:]
+    return files
+
+
+def doubtful_pictures() -> dict[str, bytes]:
+    """Whole pictures in bad company, and damaged ones: right or refused, but quick and small."""
+    text, rng = zlib.compress(bytes(10 ** 8), 9), random.Random(0)
+    files = {"comment.png": png(9, 9, None, chunk(b"zTXt", b"a\0\0" + text)),
+             "profile.png": png(9, 9, None, chunk(b"iCCP", b"a\0\0" + text)),
+             "comments.png": png(9, 9, None, chunk(b"tEXt", b"a\0" + bytes(10 ** 6)) * 70),
+             "frames.gif": gif((5000, 5000), (5000, 5000), 3000), "gif and js.gif":
+             picture("GIF") + b"=1;alert(1)", "jpeg and zip.jpg": picture("JPEG") + b"PK\5\6" * 9,
+             "rotated.jpg": picture("JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + bytes(40))}
+    for kind in ("JPEG", "PNG", "GIF", "WEBP"):
+        for number in range(6):
+            damaged = bytearray(picture(kind))
+            damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+            files[f"flip {number} {kind}"] = bytes(damaged)
+    return files
+
+
+def special_files(folder: Path) -> None:
+    """What is no file at all."""
+    (folder / "folder.jpg").mkdir()
+    os.mkfifo(folder / "pipe.jpg")
+    with socket.socket(socket.AF_UNIX) as end:
+        end.bind(os.path.relpath(folder / "socket.jpg"))
+    for name, target in (("endless.jpg", "/dev/zero"), ("random.jpg", "/dev/urandom"),
+                         ("loop.jpg", "loop.jpg"), ("dangling.jpg", "absent"), ("to a pipe.jpg",
+                                                                               "pipe.jpg")):
+        (folder / name).symlink_to(target)
+    (folder / "locked.jpg").write_bytes(picture("JPEG"))
+    (folder / "locked.jpg").chmod(0)
+
+
+def peak() -> int:
+    """The most memory that this process has held, in kB."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def look(folder: Path) -> dict:
+    """What load_image and the feature cache make of each file: {path: [answer, ..., seconds]},
+    and by how many MB this process grew meanwhile."""
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))  # for the machine's sake
+    small = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+                      intermediate_size=8, image_size=8, patch_size=8)
+    cache = FeatureCache(ViT(small), "tower", folder.parent / "features")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is that of the imports
+    memory, answers = peak(), {}
+    for path in [*sorted(folder.iterdir()), folder / "absent.jpg"]:
+        start, answer = time.process_time(), []
+        for read in (load_image, lambda path: cache.get(path, [], None),
+                     lambda path: cache.get(path, [], (50, 40))):
+            try:
+                read(path)
+                answer.append("read")
+            except ImageError as error:
+                answer.append(str(error))
+        answers[str(path)] = [*answer, time.process_time() - start]
+    return {"MB": (peak() - memory) / 1000, **answers}
+
+
+def r12() -> str:
+    """No file that poses as a picture does harm: refused by path, in a second, in 200 MB."""
+    with tempfile.TemporaryDirectory() as root:
+        folder, broken, doubtful = Path(root) / "images", broken_pictures(), doubtful_pictures()
+        folder.mkdir()
+        special_files(folder)
+        for name, content in (broken | doubtful).items():
+            (folder / name).write_bytes(content)
+        code = f"import hostile, json, pathlib as p; print(json.dumps(hostile.look(p.Path({str(folder)!r}))))"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", timeout=60,
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        answers = json.loads(done.stdout)
+        memory = answers.pop("MB")
+    refused = 0
+    for path, (*said, seconds) in answers.items():
+        name = Path(path).name
+        may = name in doubtful or name == "locked.jpg" and os.geteuid() == 0  # root reads anything
+        refused += said[0] != "read"
+        assert all(one.startswith(f"{path}: expected ") or may and one == "read"
+                   for one in said), (name, said)
+        assert seconds < 1, (name, seconds)
+    slowest = max(seconds for *_, seconds in answers.values())
+    assert memory < 200, memory
+    return (f"{len(answers)} hostile files: {refused} refused with their path, {len(answers) - refused} "
+            f"right in spite of it; slowest {slowest:.2f} s, memory grew by {memory:.0f} MB")
