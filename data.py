@@ -225,7 +225,8 @@ word = must(lambda v: not string(v) and v == v.lower()
             and re.fullmatch("[^ ,:;<>%]+( [^ ,:;<>%]+)*", v),
             "is no lower-case word without , : ; < > %: rename the label")
 image_name = must(lambda v: v is None or not string(v)
-                  and not re.search(r"[\\:]|^~|(^|/)[ .]*(/|$)", v),
+                  and not re.search(r"[\\:]|^~|(^|/)[ .]*(/|$)", v) and len(v) < 1000
+                  and all(len(part.encode()) < 256 for part in v.split("/")),
                   "is neither null nor a plain relative path: name a file below images/")
 image_size = must(lambda v: v is None or numbers(v, (int,), 2) and min(v) > 0,
                   "is neither null nor [width, height] in pixels: correct it")

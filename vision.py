@@ -59,6 +59,7 @@ def resolve_image(root: PathLike, name: str) -> Path:
         path = os.path.realpath(os.path.join(inside, name))
         bad = (re.search(r"[\\\0]|^~|^[A-Za-z]:", name)
                or any(not part.strip(" .") for part in parts)  # "", ".", ".." and look-alikes
+               or len(name) > 999 or any(len(part.encode()) > 255 for part in parts)
                or os.path.commonpath([inside, path]) != inside)  # by parts: img is not img_x
     except (AttributeError, OSError, ValueError):  # no text, too long, not encodable
         bad = True

@@ -31,6 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
+import evaluate  # noqa: E402
+import train  # noqa: E402
 from vision import FeatureCache, ImageError, ViT, ViTConfig, load_image  # noqa: E402
 
 # ----------------------------------------------------------------------------------- R11: records
@@ -123,7 +125,8 @@ def is_record(row: dict, dataset: dict) -> bool:
         right = right and row["objects"] == []
     else:
         right = (right and image.isprintable() and not re.search(r"[\\:]|^~", image)
-                 and all(part.strip(" .") for part in image.split("/")))
+                 and len(image) < 1000 and all(part.strip(" .") and len(part.encode()) < 256
+                                               for part in image.split("/")))
     if task == "mner":
         return right and type(row["entities"]) is list and all(
             e.keys() == {"type", "start", "end"} and e["type"] in labels
@@ -255,7 +258,8 @@ def deep(rng: random.Random, old: object) -> list:
 
 CONTROLS = "\n\r\t\0\x07\x1b\x1c\x7f \x0b"
 PATHS = ["../1.jpg", "/etc/passwd", "a\\b.jpg", "C:1.jpg", "http://a/b.jpg", "a//b.jpg", "a/./b",
-         "a/../../b", "", ".", "..", "~/a.jpg", "a/", "a\0.jpg", "a\n.jpg", ".. /a.jpg", " ", 3]
+         "a/../../b", "", ".", "..", "~/a.jpg", "a/", "a\0.jpg", "a\n.jpg", ".. /a.jpg", " ", "a" * 300,
+         "a/" * 600 + "a", 3]
 WHATEVER = [None, True, False, -1, 0, 1, 3.5, "", "x", "none", "1", [], [0], [0, 1], [0, 9], [[]],
             {}, {"x": 1}, [1, 2, 3, 4], [1.5, 2, 3, 4], "O1", [None], "person", "tweets", "mner"]
 HARMLESS = {
@@ -518,3 +522,100 @@ def r12() -> str:
     assert memory < 200, memory
     return (f"{len(answers)} hostile files: {refused} refused with their path, {len(answers) - refused} "
             f"right in spite of it; slowest {slowest:.2f} s, memory grew by {memory:.0f} MB")
+
+
+# ------------------------------------------------------------------------- R13, R14: names, missing
+
+REFUSED_NAMES = [
+    "", ".", "..", "/", "//", "../a.jpg", "../img_x/a.jpg", "../../etc/passwd", "a/../../b.jpg",
+    "a/..", "a/../b.jpg", "./a.jpg", "a/./b.jpg", "a//b.jpg", "/etc/passwd", "//host/share/a.jpg",
+    "a.jpg/", "/../a.jpg", ".. /a.jpg", " ../a.jpg", "... /a.jpg", ".../a.jpg", "..\\a.jpg",
+    "a\\b.jpg", "\\\\host\\a.jpg", "C:\\a.jpg", "C:/a.jpg", "c:a.jpg", "Z:", "a\0.jpg", "\0",
+    "a.jpg\0.png", "~", "~/a.jpg", "~root/a.jpg", "file:///etc/passwd", "http://host/a.jpg",
+    "/dev/zero", "a\n.jpg", "a\u202egpj.exe", "\ud800.jpg", "a" * 5000, " ", 7, ["a.jpg"], {}, "\u4e2d" * 90]
+LINKS = {"link_out": "/etc", "link_file.jpg": "../images_x/a.jpg", "link_twin": "../images_x",
+         "link_up": "..", "link_far": "sub/../../images_x", "link_chain": "link_out"}
+LED_OUT = ["link_out/passwd", "link_file.jpg", "link_twin/a.jpg", "link_up/train.jsonl", "link_up",
+           "link_far/a.jpg", "link_chain/passwd", "link_out"]
+KEPT_NAMES = ["a.jpg", "sub/a.jpg", "VOA.2016 (1).jpg", "\u00fc\u4e2d\u6587.png", "..a.jpg", "a..jpg",
+              "-rf", "a'b\".jpg", "sub/sub/b c.jpg", "~a.jpg"[1:], "a" * 200, "link_in/a.jpg"]
+
+
+def make_corpus(root: Path, names: list, make: bool) -> Path:
+    """A corpus of mner records that name these images, whose files are there (make) or not."""
+    folder = root / "corpus" / "tweets"
+    (folder / "images" / "sub" / "sub").mkdir(parents=True)
+    (folder / "images_x").mkdir()
+    (folder / "images_x" / "a.jpg").write_bytes(picture("JPEG"))
+    for link, target in (LINKS | {"link_in": "sub"}).items():
+        (folder / "images" / link).symlink_to(target)
+    (folder / "dataset.json").write_text(json.dumps(DATASETS["tweets"]))
+    rows = [ROWS[1] | {"id": str(i), "objects": [], "image": name} for i, name in enumerate(names)]
+    (folder / "train.jsonl").write_bytes(b"".join(line(row) + b"\n" for row in rows))
+    for name in names if make else ():
+        (folder / "images" / name).write_bytes(picture("JPEG"))
+    return folder.parent
+
+
+def tower(folder: Path) -> Path:
+    """A folder with a tiny vision tower."""
+    ViT(ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8,
+                  image_size=8, patch_size=8)).save_pretrained(folder)
+    return folder
+
+
+def features(corpus: Path, missing_images: str) -> train.Features:
+    """The image features of a run on this corpus."""
+    sources = train.Sources(corpus, corpus, tower(corpus.parent / "vit"))
+    return train.Features(sources, data.load_corpus(corpus, "train"), missing_images, 4,
+                          torch.device("cpu"))
+
+
+def complaint(act: Callable[[], object], *kinds: type) -> str:
+    """The error of one of these kinds that `act` ends with, "" if it ends well."""
+    try:
+        act()
+    except kinds as error:
+        return str(error)
+    return ""
+
+
+def r13() -> str:
+    """A missing image is an error that says which and how many; masked, its rows are counted."""
+    names = ["a.jpg", "lost 1.jpg", "sub/lost 2.jpg", "link_in/lost 2.jpg", "b.jpg"]
+    with tempfile.TemporaryDirectory() as root:
+        corpus = make_corpus(Path(root), ["a.jpg", "b.jpg"], make=True)
+        rows = [ROWS[1] | {"id": name, "objects": [], "image": name} for name in names]
+        path = corpus / "tweets" / "train.jsonl"
+        path.write_bytes(b"".join(line(row) + b"\n" for row in rows))
+        said = complaint(lambda: features(corpus, "error"), train.UsageError)
+        for part in ("for each of 5 records, 3 are missing, first", f"{corpus}/tweets/images/lost 1",
+                     f"({path}:2)", "--missing-images mask"):
+            assert part in said, (part, said)
+        found = features(corpus, "mask")
+        records = data.load_corpus(corpus, "train")
+        assert found.missing_rows == 3
+        assert [found(record) is None for record in records] == [False, True, True, True, False]
+        scores = evaluate.score_rows(records, [evaluate.Answer("none", missing=found(r) is None)
+                                               for r in records], data.load_datasets(corpus))
+        counts = evaluate.total(scores)
+        assert counts["T17"].missing == 3 and evaluate.figures("T17", counts["T17"])["missing"] == 3
+        [note] = evaluate.notes(counts, data.load_datasets(corpus))
+        assert "3 of 5 rows" in note, note
+    return "3 missing images: refused with first file, line and count; masked, counted and stored"
+
+
+def r14() -> str:
+    """No name leads out of the images' folder; each is refused with file and line."""
+    for name in REFUSED_NAMES + LED_OUT:
+        for missing_images in ("error", "mask"):
+            with tempfile.TemporaryDirectory() as root:
+                corpus = make_corpus(Path(root), ["a.jpg", name], make=False)
+                said = complaint(lambda: features(corpus, missing_images), data.DataError, ImageError)
+                assert f"{corpus}/tweets/train.jsonl:2: " in said and "image" in said, (name, said)
+    with tempfile.TemporaryDirectory() as root:
+        corpus = make_corpus(Path(root), KEPT_NAMES, make=True)
+        found = features(corpus, "error")
+        assert all(found(record) for record in data.load_corpus(corpus, "train"))
+    return (f"{len(REFUSED_NAMES + LED_OUT)} names refused with file and line, {len(KEPT_NAMES)} odd "
+            "ones read")
