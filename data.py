@@ -252,16 +252,19 @@ def record_rule(raw: object, dataset: Dataset) -> Rule:
         return {"type": one_of(labels), "start": None, "end": lambda v: span(pair)}
 
     def event(value: object, in_text: bool = False) -> Rule:
-        roles, trigger = get(get(dataset.labels, "meae"), get(value, "type"), ()), span
+        kind, trigger = get(value, "type"), span
+        roles = one_of(get(get(dataset.labels, "meae"), kind, ()))
+        if one_of(labels)(kind):                     # one problem, not one more for each role
+            roles = None
         if not in_text and get(value, "trigger") is None:
             trigger = in_image(None)
         return {"type": one_of(labels), "trigger": trigger,
                 "arguments": [lambda a: argument(a, roles, in_text)]}
 
-    def argument(value: object, roles: Iterable[str], in_text: bool) -> Rule:
+    def argument(value: object, role: Rule, in_text: bool) -> Rule:
         if in_text or not isinstance(value, dict) or not value.keys() & {"box", "object"}:
-            return {"role": one_of(roles), "span": span}
-        return {"role": one_of(roles), "box": in_image(box),
+            return {"role": role, "span": span}
+        return {"role": role, "box": in_image(box),
                 "object": lambda k: None if k is None else shown(k, value.get("box"))}
 
     def shown(k: object, wanted: object) -> str | None:
@@ -646,8 +649,9 @@ class Tokenizer:
 
     def __init__(self, path: str | os.PathLike):
         path = Path(path) / "spiece.model" if Path(path).is_dir() else Path(path)
+        self.pieces = sentencepiece.SentencePieceProcessor()
         try:
-            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=read_bytes(path))
+            self.pieces.LoadFromSerializedProto(read_bytes(path))
         except RuntimeError:
             raise DataError(f"{path}: expected a sentencepiece model: fetch the file again "
                             "(T5 calls it spiece.model)") from None

@@ -46,7 +46,7 @@ import evaluate
 import losses
 from clorae import METHODS
 from data import TASKS, UNITS
-from t5 import T5, WeightsError
+from t5 import T5, WeightsError, pickles
 from vision import UMIE, FeatureCache, ImageError, ViT, resolve_image
 
 VIT = "google/vit-base-patch16-224-in21k"
@@ -429,6 +429,11 @@ def build(config: Config, sources: Sources, device: torch.device) -> Setup:
     """The adapted model at its seeded start; trainables fp32, a frozen backbone as `precision`."""
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     t5 = T5.from_pretrained(sources.t5, dtype=torch.float32 if config.method == "full" else dtype)
+    tokenizer, ids = data.Tokenizer(sources.t5), t5.config.vocab_size
+    if tokenizer.sentinel(0) >= ids:
+        raise WeightsError(f"{sources.t5}: expected a spiece.model of at most {ids - 100} pieces for "
+                           f"a T5 of {ids} ids, got {tokenizer.vocab_size} pieces; use the files "
+                           "of one checkpoint")
     torch.manual_seed(config.seed)
     model = UMIE(t5, ViT.feature_width(sources.vit), config.max_objects, config.fusion)
     if sources.init is not None:
@@ -442,8 +447,8 @@ def build(config: Config, sources: Sources, device: torch.device) -> Setup:
     for module in model.modules():
         if isinstance(module, nn.Dropout) and config.backbone_dropout is not None:
             module.p = config.backbone_dropout
-    return Setup(config, sources, data.load_datasets(sources.corpus),
-                 data.Tokenizer(sources.t5), model.to(device))
+    return Setup(config, sources, data.load_datasets(sources.corpus), tokenizer,
+                 model.to(device))
 
 
 def start_from(model: UMIE, checkpoint: Path) -> None:
@@ -636,8 +641,9 @@ def find_checkpoint(path: Path) -> Path:
         return path
     best = newest_checkpoint(path, "best") or newest_checkpoint(path)
     if best is None:
+        other = pickles(path.parent if path.is_file() else path)
         raise UsageError(f"{path}: expected a run folder or a checkpoint folder, found no "
-                         "checkpoint in it; train first, or name a folder below runs/")
+                         f"checkpoint in it; {other}train first, or name a folder below runs/")
     return best
 
 

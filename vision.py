@@ -20,7 +20,7 @@ import re
 import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from t5 import (T5, Attention, FeedForward, Linear, RMSNorm, Stack, T5Config, WeightsError,
-                compute_dtype, open_weights, prepare_memory, read_json, read_weights)
+                compute_dtype, odd_fields, open_weights, prepare_memory, read_json, read_weights)
 
 # ------------------------------------------------------------------------------ pictures to pixels
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")  # Pillow's many other readers are attack surface
@@ -145,25 +145,41 @@ class ViTConfig:
     resample: int = 2  # Pillow's number for bilinear
 
     def __post_init__(self) -> None:
-        if (self.model_type not in FAMILIES or self.hidden_act not in ACTIVATIONS
-                or any(type(n) is not int or n < 1 for n in astuple(self)[1:7])
-                or self.hidden_size % self.num_attention_heads):
+        def triple(value: object, least: float) -> bool:
+            return (isinstance(value, (list, tuple)) and len(value) == 3
+                    and all(type(x) in (int, float) and least <= x < 10 for x in value))
+
+        odd = odd_fields(self, resample=(0, 5))
+        right = {"model_type": self.model_type in FAMILIES,
+                 "hidden_act": self.hidden_act in list(ACTIVATIONS),
+                 "image_mean": triple(self.image_mean, -10), "image_std": triple(self.image_std, 1e-6),
+                 "num_attention_heads": odd or self.hidden_size % self.num_attention_heads == 0,
+                 "patch_size": odd or self.patch_size <= self.image_size}
+        odd += [f"{name} = {getattr(self, name)!r}" for name, fits in right.items() if not fits]
+        if odd:
             raise WeightsError(f"expected model_type of {FAMILIES}, hidden_act of "
-                               f"{[*ACTIVATIONS]}, sizes above 0, heads that divide hidden_size; "
-                               f"got {self}; use a ViT or CLIP vision checkpoint")
+                               f"{[*ACTIVATIONS]}, sane sizes, 3 means and spreads; got "
+                               f"{', '.join(odd)}; use a ViT or CLIP vision checkpoint's own")
 
     @classmethod
     def from_pretrained(cls, folder: PathLike) -> "ViTConfig":
         """Read config.json (of a whole CLIP its vision part) and any preprocessor_config.json."""
-        raw, pictures = read_json(Path(folder) / "config.json"), {}
+        path, pictures = Path(folder) / "config.json", {}
+        raw = read_json(path)
         if "vision_config" in raw:
+            if not isinstance(raw["vision_config"], dict):
+                raise WeightsError(f"{path}: expected vision_config as an object, got "
+                                   f"{raw['vision_config']!r}; fetch the file anew")
             raw = raw["vision_config"] | {"model_type": "clip_vision_model"}
         if (path := Path(folder) / "preprocessor_config.json").is_file():
             pictures = read_json(path)
         raw = raw | {own: pictures[own] for own in ("image_mean", "image_std", "resample")
                      if pictures.get(own) is not None}
         silent = CLIP_DEFAULTS if raw.get("model_type") == FAMILIES[1] else {"model_type": None}
-        config = cls(**silent | {k: v for k, v in raw.items() if k in cls.__dataclass_fields__})
+        try:
+            config = cls(**silent | {k: v for k, v in raw.items() if k in cls.__dataclass_fields__})
+        except WeightsError as error:
+            raise WeightsError(f"{folder}: {error}") from None
         size = pictures.get("crop_size") or pictures.get("size") or config.image_size
         if isinstance(size, dict):  # in old files a number
             size = size.get("height", size.get("shortest_edge"))

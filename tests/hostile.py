@@ -10,6 +10,7 @@ forms; the long ones are
 import io
 import json
 import os
+import pickle
 import random
 import re
 import resource
@@ -26,6 +27,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -33,6 +35,7 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import evaluate  # noqa: E402
 import train  # noqa: E402
+from t5 import T5, T5Config, WeightsError  # noqa: E402
 from vision import FeatureCache, ImageError, ViT, ViTConfig, load_image  # noqa: E402
 
 # ----------------------------------------------------------------------------------- R11: records
@@ -427,7 +430,7 @@ def broken_pictures() -> dict[str, bytes]:
         "zero.jpg": sized(jpeg, 0, 40), "short.png": png(40, 40, zlib.compress(bytes(9))),
         "length.png": b"\x89PNG\r\n\x1a\n\xff\xff\xff\xffIHDR" + bytes(99),
         "page first.jpg": b"<html>" + jpeg, "sum.png": bytes(picture("PNG")[:30]) + bytes(99)}
-    for kind in ("BMP", "TIFF", "PPM", "TGA", "ICO", "PCX", "SGI", "DDS", "IM", "JPEG2000"):
+    for kind in ("BMP", "TIFF", "PPM", "TGA", "ICO", "PCX", "SGI", "DDS", "JPEG2000"):
         files[f"{kind}.png"] = picture(kind)
     for kind in ("JPEG", "PNG", "GIF", "WEBP"):
         whole = picture(kind)
@@ -619,3 +622,266 @@ def r14() -> str:
         assert all(found(record) for record in data.load_corpus(corpus, "train"))
     return (f"{len(REFUSED_NAMES + LED_OUT)} names refused with file and line, {len(KEPT_NAMES)} odd "
             "ones read")
+
+
+# -------------------------------------------------------------------------------- R15, R16: weights
+
+SMALL_T5 = T5Config(vocab_size=29, d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2,
+                    feed_forward_proj="gated-gelu", tie_head=False, scale_logits=False)
+Load = Callable[[Path], torch.nn.Module]
+
+
+def towers(root: Path) -> dict[str, Load]:
+    """A folder with a small T5 and one with a small ViT, and how each is loaded."""
+    torch.manual_seed(0)
+    T5(SMALL_T5).save_pretrained(root / "t5")
+    tower(root / "vit")
+    return {"t5": T5.from_pretrained, "vit": ViT.from_pretrained}
+
+
+class Canary:
+    """Unpickling this object leaves a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple:
+        return open, (self.path, "w")
+
+
+def r15() -> str:
+    """No pickled file is read, whoever is asked to; the message says what to do instead."""
+    with tempfile.TemporaryDirectory() as root:
+        root = Path(root)
+        canary, load, asked = root / "canary", towers(root), 0
+        for name in ("pytorch_model.bin", "model.pt", "model.pth", "best.ckpt"):
+            for kind in load:
+                (root / kind / "model.safetensors").unlink(missing_ok=True)
+                (root / kind / name).write_bytes(pickle.dumps(Canary(canary)))
+            run = root / "run"
+            run.mkdir(exist_ok=True)
+            (run / name).write_bytes(pickle.dumps(Canary(canary)))
+            for act in (lambda: load["t5"](root / "t5"), lambda: load["vit"](root / "vit"),
+                        lambda: train.find_checkpoint(run / name),
+                        lambda: train.find_checkpoint(run)):
+                said, asked = complaint(act, WeightsError, train.UsageError), asked + 1
+                assert name in said and "safetensors" in said and "run code" in said, (name, said)
+            for kind in load:
+                (root / kind / name).unlink()
+            (run / name).unlink()
+        assert not canary.exists(), "a pickle was read"
+        with open(root / "proof", "wb") as file:
+            pickle.dump(Canary(canary), file)
+        pickle.loads((root / "proof").read_bytes()).close()  # the canary does sing
+        assert canary.exists()
+    return f"{asked} requests to read a pickled checkpoint refused, none unpickled"
+
+
+def same_or_refused(load: Load, folder: Path, good: dict, must: tuple = ()) -> str:
+    """The refusal, "" if the tensors are those of `good`; anything else is an AssertionError."""
+    try:
+        state = load(folder).state_dict()
+    except WeightsError as error:
+        assert str(folder) in str(error), error
+        assert all(word in str(error) for word in must), (must, str(error))
+        return str(error)
+    assert state.keys() == good.keys() and all(torch.equal(state[k], good[k]) for k in good), must
+    return ""
+
+
+def damaged(rng: random.Random, whole: bytes) -> bytes:
+    """A safetensors file with a damaged header or end."""
+    size = int.from_bytes(whole[:8], "little")
+    head, body = whole[8:8 + size], whole[8 + size:]
+    how = rng.randrange(8)
+    if how == 0:  # bytes anywhere in the header and its length
+        new = bytearray(whole)
+        for _ in range(rng.choice((1, 1, 1, 2, 5))):
+            new[rng.randrange(8 + size)] = rng.randrange(256)
+        return bytes(new)
+    if how == 1:
+        return whole[:rng.choice((0, 1, 7, 8, 9, size, 8 + size, rng.randrange(len(whole))))]
+    if how == 2:
+        return rng.choice((2 ** 63, 2 ** 64 - 1, 10 ** 8, size + 1, size - 1, 0)).to_bytes(
+            8, "little") + whole[8:]
+    if how == 3:
+        return whole + bytes(rng.choice((1, 8, 4096)))
+    raw = json.loads(head)
+    name, other = rng.sample([key for key in raw if key != "__metadata__"], 2)
+    if how == 4:
+        field = rng.choice(("dtype", "shape", "data_offsets"))
+        raw[name][field] = rng.choice((
+            "I32", "F64", "F8_E5M2", "BOOL", "X", [], [-1], [2 ** 40, 2 ** 40], [0], None, 7,
+            raw[other][field], raw[name][field][::-1], [0, 2 ** 63]))
+    elif how == 5:
+        raw[rng.choice((name + "x", "", name.upper(), "../x"))] = raw.pop(name)
+    elif how == 6 and raw[name]["shape"] != raw[other]["shape"]:  # else it is another right file
+        raw[name], raw[other] = raw[other], raw[name]
+    else:
+        raw.pop(name)
+    text = json.dumps(raw).encode()
+    return len(text).to_bytes(8, "little") + text + body
+
+
+def fuzzed_headers(root: Path, loads: dict[str, Load], count: int) -> int:
+    """How many of `count` damaged files were refused; all others gave the right tensors."""
+    rng, refused = random.Random(0), 0
+    for kind, load in loads.items():
+        path, good = root / kind / "model.safetensors", load(root / kind).state_dict()
+        whole = path.read_bytes()
+        for _ in range(count // len(loads)):
+            path.write_bytes(damaged(rng, whole))
+            refused += bool(same_or_refused(load, root / kind, good))
+        path.write_bytes(whole)
+    return refused
+
+
+ABSENT = object()
+
+
+def broken_configs() -> dict[str, list[tuple[str, str, object]]]:
+    """(file, field, value) for the settings of each tower, none of which can be meant."""
+    def cases(fields: str, *values: object, file: str = "config.json") -> list[tuple]:
+        return [(file, field, value) for field in fields.split() for value in values]
+
+    odd = (None, "8", 8.0, True, [8], {}, 0, -1, 10 ** 9, 2 ** 63, 10 ** 30, 7)
+    pictures = "preprocessor_config.json"
+    return {"t5": [
+        *cases("vocab_size d_model d_kv d_ff num_layers num_heads", ABSENT, *odd),
+        *cases("num_decoder_layers relative_attention_num_buckets relative_attention_max_distance",
+               "x", 1.5, -1, 0, True, 10 ** 9, 10 ** 30, []),
+        *cases("dropout_rate layer_norm_epsilon", "x", -0.5, [], 7.0, True, float("nan")),
+        *cases("pad_token_id eos_token_id decoder_start_token_id", "x", -1, 29, 1.0, [], 10 ** 9),
+        *cases("feed_forward_proj", "gated-silu", 3, []), *cases("model_type", "bert", ["t5"]),
+        *cases("scale_decoder_outputs", "no", 1, [])], "vit": [
+        *cases("hidden_size num_hidden_layers num_attention_heads intermediate_size image_size "
+               "patch_size", *odd),
+        *cases("model_type hidden_act", "swin", [], 3, None), ("config.json", "model_type", ABSENT),
+        *cases("layer_norm_eps", "x", -1, 2.0, None), *cases("qkv_bias", "x", 1, None),
+        *cases("vision_config", [], None, 3),
+        *cases("image_mean image_std", "x", 0.5, [], [0.5], [1, 2, "x"], [float("nan")] * 3,
+               file=pictures), (pictures, "image_std", [0, 0, 0]),
+        *cases("resample", "x", 99, -1, 2.5, file=pictures),
+        *cases("size", "x", 9, [8], {"height": None}, {"width": 8}, file=pictures)]}
+
+
+def refused_configs(root: Path, loads: dict[str, Load]) -> int:
+    """Every setting that cannot be meant is refused by folder, nothing being allocated for it."""
+    count = 0
+    for kind, cases in broken_configs().items():
+        for file, field, value in cases:
+            path = root / kind / file
+            whole = path.read_text()
+            raw = {k: v for k, v in (json.loads(whole) | {field: value}).items() if v is not ABSENT}
+            path.write_text(json.dumps(raw))
+            said = complaint(lambda: loads[kind](root / kind), WeightsError)
+            assert str(root / kind) in said, (kind, field, value, said)
+            path.write_text(whole)
+            count += 1
+        path = root / kind / "config.json"
+        whole = path.read_text()
+        for text in (b"", b"{", b"[]", b"3", b"\xff", b"[" * 10 ** 5, b'{"a": ' * 10 ** 5, b"null",
+                     whole.replace("{", '{"d_ff": 1, "patch_size": 1,', 1).encode()):
+            path.write_bytes(text)
+            assert f"{path}: " in complaint(lambda: loads[kind](root / kind), WeightsError), text[:9]
+            count += 1
+        path.write_text(whole)
+        loads[kind](root / kind)
+    return count
+
+
+def refused_shards(root: Path, loads: dict[str, Load]) -> int:
+    """Two shards and an index that lies about them in every way; the lie is named."""
+    count = 0
+    for kind, load in loads.items():
+        folder = root / kind
+        good, stored = load(folder).state_dict(), load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+        index = {key: names[i % 2] for i, key in enumerate(sorted(stored))}
+        first, second = sorted(stored)[:2]
+        both = [{k: v for k, v in stored.items() if index[k] == name} for name in names]
+        twice = json.dumps(index).replace("{", f'{{"{first}": "{names[0]}", ', 1)
+        cases = [
+            ("absent", {}, None), ("empty", {names[1]: b""}, names[1]),
+            ("cut", {names[1]: -9}, names[1]), ("gone", {names[1]: ABSENT}, names[1]),
+            ("both", {names[1]: both[1] | {first: stored[first] + 1}}, first),
+            ("exchanged", {"map": index | {first: names[1], second: names[0]}}, first),
+            ("ghost", {"map": index | {"ghost": names[0]}}, "ghost"),
+            ("extra", {names[0]: both[0] | {"extra": stored[first] + 1}}, "extra"),
+            ("lacking", {names[0]: {k: v for k, v in both[0].items() if k != first}}, first),
+            ("twice", {"map": twice}, "stands twice"), ("no map", {"map": "3"}, "weight_map"),
+            ("list", {"map": "[]"}, "weight_map"), ("none", {"map": "{}"}, "weight_map"),
+            ("number", {"map": index | {first: 3}}, "3"), ("zero", {"map": index | {first: 0}}, "0"), ("null", {"map": index | {first: None}}, "")]
+        cases += [(name, {"map": index | {first: name}}, name) for name in (
+            "../model.safetensors", "/etc/passwd", "/dev/zero", "weights.bin", "", ".", "a/b.safetensors")]
+        for what, change, word in cases:
+            for name, tensors in zip(names, both):
+                save_file(change.get(name) if isinstance(change.get(name), dict) else tensors,
+                          folder / name)
+                if isinstance(change.get(name), (bytes, int)):
+                    (folder / name).write_bytes(change[name] if change[name] != -9 else
+                                                (folder / name).read_bytes()[:-9])
+                if change.get(name) is ABSENT:
+                    (folder / name).unlink()
+            text = change.get("map", index)
+            (folder / "model.safetensors.index.json").write_text(
+                '{"weight_map": ' + (text if isinstance(text, str) else json.dumps(text)) + "}")
+            said = same_or_refused(load, folder, good, (word,) if word else ())
+            assert bool(said) == (what != "absent"), (kind, what, said)
+            count += bool(said)
+    return count
+
+
+def refused_tensors(root: Path, loads: dict[str, Load]) -> int:
+    """A tensor too many, too few, of another shape or of whole numbers, each named."""
+    count = 0
+    for kind, load in loads.items():
+        path, good = root / kind / "model.safetensors", load(root / kind).state_dict()
+        stored, whole = load_file(path), path.read_bytes()
+        for key, tensor in stored.items():
+            wrong = (tensor.int(), tensor.double(), tensor > 0, torch.cat([tensor, tensor]),
+                     tensor[:0], tensor.flatten()[None], tensor.unsqueeze(-1), None)
+            for other in wrong:
+                some = stored | {key: other} if other is not None else {
+                    k: v for k, v in stored.items() if k != key}
+                save_file(some, path)
+                copy = key == "lm_head.weight" and other is None  # tied then, another right file
+                assert copy or same_or_refused(load, root / kind, good, (key,)), (key, other)
+                count += not copy
+        save_file(stored | {"extra.weight": torch.ones(2)}, path)
+        assert same_or_refused(load, root / kind, good, ("extra.weight",))
+        path.write_bytes(whole)
+    return count + len(loads)
+
+
+def refused_tokenizers(folder: Path, count: int) -> int:
+    """A damaged spiece.model is a DataError or still a tokenizer, never a crash."""
+    path, rng, refused = folder / "spiece.model", random.Random(0), 0
+    whole = (Path(__file__).parent / "golden" / "tokenizer" / "spiece.model").read_bytes()
+    cases = [b"", b"text", bytes(999), *(whole[:rng.randrange(len(whole))] for _ in range(count))]
+    for _ in range(count):
+        flipped = bytearray(whole)
+        flipped[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        cases.append(bytes(flipped))
+    for content in cases:
+        path.write_bytes(content)
+        said = complaint(lambda: data.Tokenizer(folder).encode("a b"), data.DataError)
+        assert not said or str(path) in said, said
+        refused += bool(said)
+    path.unlink()
+    assert f"{path}: cannot be read" in complaint(lambda: data.Tokenizer(folder), data.DataError)
+    return refused + 1
+
+
+def r16(count: int = 200) -> str:
+    """Damaged weights are refused by file and key; what is accepted has the right tensors."""
+    with tempfile.TemporaryDirectory() as root:
+        root = Path(root)
+        loads = towers(root)
+        refused = fuzzed_headers(root, loads, count)
+        numbers = (refused_tensors(root, loads), refused_configs(root, loads),
+                   refused_tokenizers(root / "t5", count // 10), refused_shards(root, loads))
+    assert refused > 0.9 * count, refused
+    return ("{} damaged safetensors files: {} refused, the others equal; refused as well: {} wrong "
+            "tensors, {} settings, {} tokenizers, {} sets of shards").format(count, refused, *numbers)

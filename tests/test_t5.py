@@ -708,25 +708,6 @@ def test_head_and_scaling_follow_the_decision_table(saved, head, tie, scale):
     assert model.config.scale_logits == (scale if scale is not None else tie is not False)
 
 
-def test_a_damaged_header_gives_equal_tensors_or_a_clear_error(saved):
-    """safetensors checks structure, not names: 150 headers with one changed byte."""
-    path = saved / "model.safetensors"
-    good, whole = T5.from_pretrained(saved).state_dict(), path.read_bytes()
-    header = 8 + int.from_bytes(whole[:8], "little")
-    refused = 0
-    for place, byte in zip(torch.randint(header, (150,)), torch.randint(256, (150,))):
-        damaged = bytearray(whole)
-        damaged[int(place)] = int(byte)
-        path.write_bytes(damaged)
-        try:
-            loaded = T5.from_pretrained(saved).state_dict()
-        except WeightsError:
-            refused += 1
-        else:
-            assert all(torch.equal(loaded[name], good[name]) for name in good)
-    assert refused > 100
-
-
 def test_loaded_weights_do_not_depend_on_the_file_any_more(saved):
     model = T5.from_pretrained(saved)
     before = model.shared.weight.clone()
