@@ -351,8 +351,9 @@ def read_split(folder: Path, split: str, dataset: Dataset, problems: Problems) -
                 raise ValueError(f"a {type(raw).__name__}")
         except ValueError as error:
             reason = re.sub(r": line 1 (column \d+) .*", r", \1", str(error))
-            problems.add(where, "line", f"{show(line.decode('utf-8', 'replace'))} is no JSON object "
-                         f"({reason}): write each record as one object on one line, in UTF-8")
+            text = show(line.decode("utf-8", "replace"))
+            problems.add(where, "line", f"{text} is no JSON object ({reason}): write each record "
+                         "as one object on one line, in UTF-8")
             continue
         if problems.check(raw, record_rule(raw, dataset), where, "record"):
             if seen.setdefault(raw["id"], number) != number:

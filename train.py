@@ -431,9 +431,9 @@ def build(config: Config, sources: Sources, device: torch.device) -> Setup:
     t5 = T5.from_pretrained(sources.t5, dtype=torch.float32 if config.method == "full" else dtype)
     tokenizer, ids = data.Tokenizer(sources.t5), t5.config.vocab_size
     if tokenizer.sentinel(0) >= ids:
-        raise WeightsError(f"{sources.t5}: expected a spiece.model of at most {ids - 100} pieces for "
-                           f"a T5 of {ids} ids, got {tokenizer.vocab_size} pieces; use the files "
-                           "of one checkpoint")
+        raise WeightsError(f"{sources.t5}: expected a spiece.model of at most {ids - 100} pieces "
+                           f"for a T5 of {ids} ids, got {tokenizer.vocab_size} pieces; use the "
+                           "files of one checkpoint")
     torch.manual_seed(config.seed)
     model = UMIE(t5, ViT.feature_width(sources.vit), config.max_objects, config.fusion)
     if sources.init is not None:

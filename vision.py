@@ -152,7 +152,8 @@ class ViTConfig:
         odd = odd_fields(self, resample=(0, 5))
         right = {"model_type": self.model_type in FAMILIES,
                  "hidden_act": self.hidden_act in list(ACTIVATIONS),
-                 "image_mean": triple(self.image_mean, -10), "image_std": triple(self.image_std, 1e-6),
+                 "image_mean": triple(self.image_mean, -10),
+                 "image_std": triple(self.image_std, 1e-6),
                  "num_attention_heads": odd or self.hidden_size % self.num_attention_heads == 0,
                  "patch_size": odd or self.patch_size <= self.image_size}
         odd += [f"{name} = {getattr(self, name)!r}" for name, fits in right.items() if not fits]
@@ -388,7 +389,8 @@ class FeatureCache:
         shard = self.shards[self.index[name]]
         return shard.get_tensor(name), shard.get_tensor(f"{name}.boxes")
 
-    def prepare(self, requests: Iterable[tuple[PathLike, Boxes, Sequence[int] | None]]) -> list[str]:
+    def prepare(self,
+                requests: Iterable[tuple[PathLike, Boxes, Sequence[int] | None]]) -> list[str]:
         """Compute what is not stored of these (path, boxes, size); returns their tensor names."""
         requests = [(os.fspath(path), tuple(map(tuple, boxes)), size and tuple(size))
                     for path, boxes, size in requests]

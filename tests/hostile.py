@@ -261,8 +261,8 @@ def deep(rng: random.Random, old: object) -> list:
 
 CONTROLS = "\n\r\t\0\x07\x1b\x1c\x7f \x0b"
 PATHS = ["../1.jpg", "/etc/passwd", "a\\b.jpg", "C:1.jpg", "http://a/b.jpg", "a//b.jpg", "a/./b",
-         "a/../../b", "", ".", "..", "~/a.jpg", "a/", "a\0.jpg", "a\n.jpg", ".. /a.jpg", " ", "a" * 300,
-         "a/" * 600 + "a", 3]
+         "a/../../b", "", ".", "..", "~/a.jpg", "a/", "a\0.jpg", "a\n.jpg", ".. /a.jpg", " ",
+         "a" * 300, "a/" * 600 + "a", 3]
 WHATEVER = [None, True, False, -1, 0, 1, 3.5, "", "x", "none", "1", [], [0], [0, 1], [0, 9], [[]],
             {}, {"x": 1}, [1, 2, 3, 4], [1.5, 2, 3, 4], "O1", [None], "person", "tweets", "mner"]
 HARMLESS = {
@@ -272,7 +272,8 @@ HARMLESS = {
     "characters unescaped": lambda rng, row: json.dumps(row, ensure_ascii=False).encode(),
     "size unknown": lambda rng, row: line(row | {"size": None}),
     "odd token": somewhere(is_token, pick("\u2028", "\x85", "\x92", "\u00a0", "\u200b", "\u202e",
-                                          "\ufe0f", "\U0001f602", "<spot>", "%", "a" * 9000, "\ufeff")),
+                                          "\ufe0f", "\U0001f602", "<spot>", "%", "\ufeff",
+                                          "a" * 9000)),
     "odd file name": somewhere(lambda v, p: p == ("image",) and v is not None, pick(
         "\u00fc \u4e2d/VOA (1).jpg", "..a.jpg", "a..jpg", "-x", "a'b\".jpg", "a" * 200))}
 MUTATIONS = {
@@ -295,11 +296,11 @@ MUTATIONS = {
         rng, text, rng.choice((b"[", b'{"a":')) * rng.choice((990, 5000, 10 ** 5)))),
     "empty token or text": somewhere(lambda v, p: p[0] == "tokens", lambda rng, old: "" if
                                      isinstance(old, str) else rng.choice([[], [""], [[]], "Bob"])),
-    "control character in a token": somewhere(is_token, lambda rng, old: old + rng.choice(CONTROLS)),
+    "control in a token": somewhere(is_token, lambda rng, old: old + rng.choice(CONTROLS)),
     "half a surrogate": somewhere(lambda v, p: isinstance(v, str), lambda rng, old:
                                   rng.choice("\ud800\udfff") + old),
-    "control character in a name": somewhere(lambda v, p: p in (("id",), ("image",)) and v,
-                                             lambda rng, old: old + rng.choice("\n\0\x1b\u2028")),
+    "control in a name": somewhere(lambda v, p: p in (("id",), ("image",)) and v,
+                                   lambda rng, old: old + rng.choice("\n\0\x1b\u2028")),
     "bad UTF-8": in_text(lambda rng, text: splice(
         rng, text, rng.choice((b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xf0\x9f", b"\x80")))),
     "other encoding": lambda rng, row: json.dumps(row, ensure_ascii=False).encode(
@@ -308,9 +309,9 @@ MUTATIONS = {
     "flipped byte": in_text(lambda rng, text: splice(rng, text, bytes(
         [rng.choice([b for b in range(256) if b != 10])]), 1)),
     "key twice": lambda rng, row: line(row).replace(
-        b'"' + rng.choice((b"id", b"task", b"size")) + b'":', b'"id": "1", "task": "mner", "size":', 1),
-    "very long line": lambda rng, row: rng.choice((b'"', b"9", b"[0,", b'{"id":"')) * 10 ** rng.
-    choice((3, 4, 5)),
+        b'"%s":' % rng.choice((b"id", b"task")), b'"id": "1", "task": "mner", "id":', 1),
+    "very long line": lambda rng, row: rng.choice((b'"', b"9", b"[0,", b'{"id":"')) * rng.choice(
+        (10 ** 3, 10 ** 5)),
     "no object": lambda rng, row: line(rng.choice(([row], [], "x", 3, None, True, [row, row]))),
     "blank line": lambda rng, row: rng.choice((b"", b" ", b"\t", b"\r", b"\0")),
     "two rows on a line": lambda rng, row: line(row) + rng.choice((b"", b",", b"\r")) + line(row),
@@ -322,9 +323,9 @@ MUTATIONS = {
     "no image": lambda rng, row: line(row | {"image": None}),
     "image path": lambda rng, row: line(row | {"image": rng.choice(PATHS)}),
     "image size": lambda rng, row: line(row | {"size": rng.choice(
-        ([0, 50], [100], [100, -50], [1, 1], [100.0, 50], "100x50", 100, [True, True], [None] * 2))}),
+        ([0, 50], [100], [100, -50], [1, 1], [100.0, 50], "100x50", 100, [True] * 2, [None] * 2))}),
     "wrong file": lambda rng, row: line(row | rng.choice(
-        ({"dataset": "tweet"}, {"task": "mer"}, {"task": "meae"}, {"task": "mner"}, {"dataset": 1}))),
+        ({"dataset": "tweet"}, {"dataset": 1}, {"task": "mer"}, {"task": "meae"}))),
     "anything": somewhere(anywhere, lambda rng, old: rng.choice(WHATEVER)),
 }
 PROBLEM = re.compile(r"[a-z]\w*(\[\d+\]|\.\w+)*: [^\n\0\x1b]+: [^\n\0\x1b]+")  # field: problem: fix
@@ -476,9 +477,9 @@ def peak() -> int:
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
-def look(folder: Path) -> dict:
-    """What load_image and the feature cache make of each file: {path: [answer, ..., seconds]},
-    and by how many MB this process grew meanwhile."""
+def look(folder: Path) -> None:
+    """Print as JSON what load_image and the feature cache make of each file, {path: [answer, ...,
+    seconds]}, and by how many MB this process grew meanwhile."""
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))  # for the machine's sake
     small = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
@@ -496,7 +497,7 @@ def look(folder: Path) -> dict:
             except ImageError as error:
                 answer.append(str(error))
         answers[str(path)] = [*answer, time.process_time() - start]
-    return {"MB": (peak() - memory) / 1000, **answers}
+    print(json.dumps({"MB": (peak() - memory) / 1000, **answers}))
 
 
 def r12() -> str:
@@ -507,8 +508,8 @@ def r12() -> str:
         special_files(folder)
         for name, content in (broken | doubtful).items():
             (folder / name).write_bytes(content)
-        code = f"import hostile, json, pathlib as p; print(json.dumps(hostile.look(p.Path({str(folder)!r}))))"
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", timeout=60,
+        code = "import hostile, sys; hostile.look(hostile.Path(sys.argv[1]))"
+        done = subprocess.run([sys.executable, "-c", code, folder], cwd=ROOT / "tests", timeout=60,
                               capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         answers = json.loads(done.stdout)
@@ -523,8 +524,9 @@ def r12() -> str:
         assert seconds < 1, (name, seconds)
     slowest = max(seconds for *_, seconds in answers.values())
     assert memory < 200, memory
-    return (f"{len(answers)} hostile files: {refused} refused with their path, {len(answers) - refused} "
-            f"right in spite of it; slowest {slowest:.2f} s, memory grew by {memory:.0f} MB")
+    return (f"{len(answers)} hostile files: {refused} refused with their path, "
+            f"{len(answers) - refused} whole enough to be read; slowest {slowest:.2f} s, memory "
+            f"grew by {memory:.0f} MB")
 
 
 # ------------------------------------------------------------------------- R13, R14: names, missing
@@ -535,17 +537,26 @@ REFUSED_NAMES = [
     "a.jpg/", "/../a.jpg", ".. /a.jpg", " ../a.jpg", "... /a.jpg", ".../a.jpg", "..\\a.jpg",
     "a\\b.jpg", "\\\\host\\a.jpg", "C:\\a.jpg", "C:/a.jpg", "c:a.jpg", "Z:", "a\0.jpg", "\0",
     "a.jpg\0.png", "~", "~/a.jpg", "~root/a.jpg", "file:///etc/passwd", "http://host/a.jpg",
-    "/dev/zero", "a\n.jpg", "a\u202egpj.exe", "\ud800.jpg", "a" * 5000, " ", 7, ["a.jpg"], {}, "\u4e2d" * 90]
+    "/dev/zero", "a\n.jpg", "a\u202egpj.exe", "\ud800.jpg", "a" * 5000, " ",
+    "\u4e2d" * 90, 7, ["a.jpg"], {}]
 LINKS = {"link_out": "/etc", "link_file.jpg": "../images_x/a.jpg", "link_twin": "../images_x",
          "link_up": "..", "link_far": "sub/../../images_x", "link_chain": "link_out"}
 LED_OUT = ["link_out/passwd", "link_file.jpg", "link_twin/a.jpg", "link_up/train.jsonl", "link_up",
            "link_far/a.jpg", "link_chain/passwd", "link_out"]
-KEPT_NAMES = ["a.jpg", "sub/a.jpg", "VOA.2016 (1).jpg", "\u00fc\u4e2d\u6587.png", "..a.jpg", "a..jpg",
-              "-rf", "a'b\".jpg", "sub/sub/b c.jpg", "~a.jpg"[1:], "a" * 200, "link_in/a.jpg"]
+KEPT_NAMES = ["a.jpg", "sub/a.jpg", "VOA.2016 (1).jpg", "\u00fc\u4e2d\u6587.png", "..a.jpg", "-rf",
+              "a..jpg", "a'b\".jpg", "sub/sub/b c.jpg", "a~.jpg", "a" * 200, "link_in/a.jpg"]
 
 
-def make_corpus(root: Path, names: list, make: bool) -> Path:
-    """A corpus of mner records that name these images, whose files are there (make) or not."""
+def write_names(corpus: Path, names: list) -> Path:
+    """Let the records of the corpus name these images."""
+    rows = [ROWS[1] | {"id": str(i), "objects": [], "image": name} for i, name in enumerate(names)]
+    path = corpus / "tweets" / "train.jsonl"
+    path.write_bytes(b"".join(line(row) + b"\n" for row in rows))
+    return path
+
+
+def make_corpus(root: Path, names: list) -> Path:
+    """A corpus of mner records that name these images, and the images; beside it a tower."""
     folder = root / "corpus" / "tweets"
     (folder / "images" / "sub" / "sub").mkdir(parents=True)
     (folder / "images_x").mkdir()
@@ -553,10 +564,10 @@ def make_corpus(root: Path, names: list, make: bool) -> Path:
     for link, target in (LINKS | {"link_in": "sub"}).items():
         (folder / "images" / link).symlink_to(target)
     (folder / "dataset.json").write_text(json.dumps(DATASETS["tweets"]))
-    rows = [ROWS[1] | {"id": str(i), "objects": [], "image": name} for i, name in enumerate(names)]
-    (folder / "train.jsonl").write_bytes(b"".join(line(row) + b"\n" for row in rows))
-    for name in names if make else ():
+    write_names(folder.parent, names)
+    for name in names:
         (folder / "images" / name).write_bytes(picture("JPEG"))
+    tower(root / "vit")
     return folder.parent
 
 
@@ -569,7 +580,7 @@ def tower(folder: Path) -> Path:
 
 def features(corpus: Path, missing_images: str) -> train.Features:
     """The image features of a run on this corpus."""
-    sources = train.Sources(corpus, corpus, tower(corpus.parent / "vit"))
+    sources = train.Sources(corpus, corpus, corpus.parent / "vit")
     return train.Features(sources, data.load_corpus(corpus, "train"), missing_images, 4,
                           torch.device("cpu"))
 
@@ -587,13 +598,11 @@ def r13() -> str:
     """A missing image is an error that says which and how many; masked, its rows are counted."""
     names = ["a.jpg", "lost 1.jpg", "sub/lost 2.jpg", "link_in/lost 2.jpg", "b.jpg"]
     with tempfile.TemporaryDirectory() as root:
-        corpus = make_corpus(Path(root), ["a.jpg", "b.jpg"], make=True)
-        rows = [ROWS[1] | {"id": name, "objects": [], "image": name} for name in names]
-        path = corpus / "tweets" / "train.jsonl"
-        path.write_bytes(b"".join(line(row) + b"\n" for row in rows))
+        corpus = make_corpus(Path(root), ["a.jpg", "b.jpg"])
+        path = write_names(corpus, names)
         said = complaint(lambda: features(corpus, "error"), train.UsageError)
-        for part in ("for each of 5 records, 3 are missing, first", f"{corpus}/tweets/images/lost 1",
-                     f"({path}:2)", "--missing-images mask"):
+        for part in ("for each of 5 records, 3 are missing, first", f"({path}:2)",
+                     f"{corpus}/tweets/images/lost 1", "--missing-images mask"):
             assert part in said, (part, said)
         found = features(corpus, "mask")
         records = data.load_corpus(corpus, "train")
@@ -610,18 +619,17 @@ def r13() -> str:
 
 def r14() -> str:
     """No name leads out of the images' folder; each is refused with file and line."""
-    for name in REFUSED_NAMES + LED_OUT:
-        for missing_images in ("error", "mask"):
-            with tempfile.TemporaryDirectory() as root:
-                corpus = make_corpus(Path(root), ["a.jpg", name], make=False)
-                said = complaint(lambda: features(corpus, missing_images), data.DataError, ImageError)
-                assert f"{corpus}/tweets/train.jsonl:2: " in said and "image" in said, (name, said)
     with tempfile.TemporaryDirectory() as root:
-        corpus = make_corpus(Path(root), KEPT_NAMES, make=True)
+        corpus = make_corpus(Path(root), KEPT_NAMES)
         found = features(corpus, "error")
         assert all(found(record) for record in data.load_corpus(corpus, "train"))
-    return (f"{len(REFUSED_NAMES + LED_OUT)} names refused with file and line, {len(KEPT_NAMES)} odd "
-            "ones read")
+        for name in REFUSED_NAMES + LED_OUT:
+            path = write_names(corpus, ["a.jpg", name])
+            for policy in ("error", "mask"):
+                said = complaint(lambda: features(corpus, policy), data.DataError, ImageError)
+                assert f"{path}:2: image" in said, (name, said)
+    return (f"{len(REFUSED_NAMES + LED_OUT)} names refused with file and line, "
+            f"{len(KEPT_NAMES)} odd ones read")
 
 
 # -------------------------------------------------------------------------------- R15, R16: weights
@@ -783,7 +791,8 @@ def refused_configs(root: Path, loads: dict[str, Load]) -> int:
         for text in (b"", b"{", b"[]", b"3", b"\xff", b"[" * 10 ** 5, b'{"a": ' * 10 ** 5, b"null",
                      whole.replace("{", '{"d_ff": 1, "patch_size": 1,', 1).encode()):
             path.write_bytes(text)
-            assert f"{path}: " in complaint(lambda: loads[kind](root / kind), WeightsError), text[:9]
+            said = complaint(lambda: loads[kind](root / kind), WeightsError)
+            assert f"{path}: " in said, (text[:9], said)
             count += 1
         path.write_text(whole)
         loads[kind](root / kind)
@@ -812,9 +821,10 @@ def refused_shards(root: Path, loads: dict[str, Load]) -> int:
             ("lacking", {names[0]: {k: v for k, v in both[0].items() if k != first}}, first),
             ("twice", {"map": twice}, "stands twice"), ("no map", {"map": "3"}, "weight_map"),
             ("list", {"map": "[]"}, "weight_map"), ("none", {"map": "{}"}, "weight_map"),
-            ("number", {"map": index | {first: 3}}, "3"), ("zero", {"map": index | {first: 0}}, "0"), ("null", {"map": index | {first: None}}, "")]
+            ("number", {"map": index | {first: 3}}, "3"),
+            ("null", {"map": index | {first: None}}, "")]
         cases += [(name, {"map": index | {first: name}}, name) for name in (
-            "../model.safetensors", "/etc/passwd", "/dev/zero", "weights.bin", "", ".", "a/b.safetensors")]
+            "../model.safetensors", "/etc/passwd", "/dev/zero", "weights.bin", "", ".", "a/b")]
         for what, change, word in cases:
             for name, tensors in zip(names, both):
                 save_file(change.get(name) if isinstance(change.get(name), dict) else tensors,
@@ -833,13 +843,14 @@ def refused_shards(root: Path, loads: dict[str, Load]) -> int:
     return count
 
 
-def refused_tensors(root: Path, loads: dict[str, Load]) -> int:
+def refused_tensors(root: Path, loads: dict[str, Load], most: int) -> int:
     """A tensor too many, too few, of another shape or of whole numbers, each named."""
-    count = 0
+    rng, count = random.Random(0), 0
     for kind, load in loads.items():
         path, good = root / kind / "model.safetensors", load(root / kind).state_dict()
         stored, whole = load_file(path), path.read_bytes()
-        for key, tensor in stored.items():
+        for key in rng.sample(sorted(stored), min(len(stored), most)):
+            tensor = stored[key]
             wrong = (tensor.int(), tensor.double(), tensor > 0, torch.cat([tensor, tensor]),
                      tensor[:0], tensor.flatten()[None], tensor.unsqueeze(-1), None)
             for other in wrong:
@@ -880,8 +891,10 @@ def r16(count: int = 200) -> str:
         root = Path(root)
         loads = towers(root)
         refused = fuzzed_headers(root, loads, count)
-        numbers = (refused_tensors(root, loads), refused_configs(root, loads),
-                   refused_tokenizers(root / "t5", count // 10), refused_shards(root, loads))
+        tensors, configs = refused_tensors(root, loads, count // 40), refused_configs(root, loads)
+        tokenizers = refused_tokenizers(root / "t5", count // 10)
+        shards = refused_shards(root, loads)
     assert refused > 0.9 * count, refused
-    return ("{} damaged safetensors files: {} refused, the others equal; refused as well: {} wrong "
-            "tensors, {} settings, {} tokenizers, {} sets of shards").format(count, refused, *numbers)
+    return (f"{count:,} damaged safetensors files: {refused:,} refused, the others equal; refused "
+            f"as well: {tensors} wrong tensors, {configs} settings, {tokenizers} tokenizers, "
+            f"{shards} sets of shards")

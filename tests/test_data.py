@@ -684,7 +684,7 @@ def test_twenty_problems_are_shown_at_once_and_all_are_counted(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("path, value, says", [
-    ("nme", "x", 'key "nme" is unknown'), ("name", "other", 'is not "tweets", the name of its folder'),
+    ("nme", "x", 'key "nme" is unknown'), ("name", "other", 'is not "tweets", the name of its fol'),
     ("units.mner", "T18", '"T18" is unknown: did you mean "T1'), ("units.mner", "V1", "use one of"),
     ("units.mer", "T17", 'key "mer" is unknown: did you mean "mner"'),
     ("units", [], "no JSON object"),
@@ -1447,24 +1447,21 @@ def test_swig_needs_the_role_mapping(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------------------- commands
 
-def command(*arguments: str) -> subprocess.CompletedProcess:
-    root = Path(data.__file__).parent
-    return subprocess.run([sys.executable, str(root / "data.py"), *arguments], text=True,
-                          capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+def test_the_commands_convert_and_check(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    def command(*arguments: str) -> tuple[int, str, str]:
+        return data.main(list(arguments)), *capsys.readouterr()
 
-
-def test_the_commands_convert_and_check(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text(CONLL + "\nIMGID:3\nnew\tO\nYORK-city!\tO\n")
     (tmp_path / "test.txt").write_text("IMGID:4\nNew\tO\nYork\tO\nCity\tO\nhttp://t.co/x\tO\n")
-    done = command("convert", "twitter2017", str(tmp_path), str(tmp_path / "c"))
-    assert done.returncode == 0 and "train: 3 records found, 3373 expected" in done.stdout
-    done = command("check", str(tmp_path / "c"))
-    assert done.returncode == 0 and done.stderr == ""
-    assert "twitter2017 train mner: 3 records, 4 gold items, 3 images (3 missing)" in done.stdout
-    assert "twitter2017 test in twitter2017 train: 1 of 1 texts" in done.stdout
-    done = command("check", str(tmp_path / "c"), "--require-images")
-    assert done.returncode == 2 and done.stdout != "" and "Traceback" not in done.stderr
-    assert done.stderr.startswith("error: 4 problem(s)") and "train.jsonl:1: image" in done.stderr
+    code, out, _ = command("convert", "twitter2017", str(tmp_path), str(tmp_path / "c"))
+    assert code == 0 and "train: 3 records found, 3373 expected" in out
+    code, out, err = command("check", str(tmp_path / "c"))
+    assert code == 0 and err == ""
+    assert "twitter2017 train mner: 3 records, 4 gold items, 3 images (3 missing)" in out
+    assert "twitter2017 test in twitter2017 train: 1 of 1 texts" in out
+    code, out, err = command("check", str(tmp_path / "c"), "--require-images")
+    assert code == 2 and out != ""
+    assert err.startswith("error: 4 problem(s)") and "train.jsonl:1: image" in err
 
 
 def test_texts_are_shared_across_datasets(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -1516,11 +1513,15 @@ def test_the_commands_take_the_settings_of_events(tmp_path: Path,
 
 
 def test_a_faulty_corpus_and_a_wrong_call_end_with_2(tmp_path: Path) -> None:
+    """The command as it is typed: exit code 2 and no traceback."""
     write_corpus(tmp_path, {"tweets": [changed(MNER, "entities.0.end", 9)]})
-    done = command("check", str(tmp_path))
-    assert done.returncode == 2 and "train.jsonl:1: entities[0].end: 9 is no span" in done.stderr
-    assert command("convert", "twitter2018", ".", ".").returncode == 2
-    assert command("check", str(tmp_path), "--require-image").returncode == 2
+    done = subprocess.run([sys.executable, data.__file__, "check", str(tmp_path)], text=True,
+                          capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "train.jsonl:1: entities[0].end: 9 is no span" in done.stderr
+    for wrong in (["convert", "twitter2018", ".", "."], ["check", ".", "--require-image"]):
+        with pytest.raises(SystemExit, match="2"):
+            data.main(wrong)
 
 
 # ---------------------------------------------------------------------------- published files

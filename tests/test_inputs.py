@@ -81,7 +81,7 @@ def test_damaged_weights_are_refused_or_right() -> None:
 def test_an_unusable_image_is_named_with_its_record_and_all_are_listed(tmp_path: Path) -> None:
     """A crawl leaves dozens behind; nobody wants to meet them one by one."""
     names = ["a.jpg", "text.jpg", "b.jpg", "half.jpg"]
-    corpus = hostile.make_corpus(tmp_path, names, make=True)
+    corpus = hostile.make_corpus(tmp_path, names)
     images = corpus / "tweets" / "images"
     (images / "text.jpg").write_text("<html>404</html>")
     (images / "half.jpg").write_bytes((images / "a.jpg").read_bytes()[:700])
@@ -109,7 +109,8 @@ def test_a_wrong_folder_is_named_before_anything_slow(
     assert all(word in said for word in words), said
 
 
-def test_a_tokenizer_of_another_checkpoint_is_refused(small: dict[str, str], tmp_path: Path) -> None:
+def test_a_tokenizer_of_another_checkpoint_is_refused(small: dict[str, str],
+                                                      tmp_path: Path) -> None:
     """Its ids would lie outside the embedding."""
     hostile.T5(hostile.SMALL_T5).save_pretrained(tmp_path)
     (tmp_path / "spiece.model").write_bytes((Path(small["t5"]) / "spiece.model").read_bytes())
