@@ -236,7 +236,8 @@ def record_rule(raw: object, dataset: Dataset) -> Rule:
     """The rule for one record; `raw` itself sets the bounds of its spans and boxes."""
     tokens, objects = get(raw, "tokens"), get(raw, "objects")
     task, size, image = get(raw, "task"), get(raw, "size"), get(raw, "image", "(missing key)")
-    labels, length = get(dataset.labels, task, ()), len(tokens) if isinstance(tokens, list) else 0
+    labels = get(dataset.labels, task, ())
+    length = len(tokens) if isinstance(tokens, list) else math.inf       # one problem is enough
     right, bottom = (math.inf, math.inf) if size is None or image_size(size) else size
     span = must(lambda v: numbers(v, (int,), 2) and 0 <= v[0] < v[1] <= length,
                 f"is no span 0 <= start < end <= {length} (tokens): correct the offsets")

@@ -686,8 +686,8 @@ def read_json(path: Path) -> dict:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
     except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{path}: expected JSON, got: {error}; give a Hugging Face model "
-                           "directory, complete and unmodified") from None
+        raise WeightsError(f"{path}: expected JSON, got: {getattr(error, 'strerror', error)}; give "
+                           "a Hugging Face model directory, complete and unmodified") from None
     if not isinstance(raw, dict):
         raise WeightsError(f"{path}: expected a JSON object, got {type(raw)}; fetch it anew")
     return raw

@@ -642,8 +642,9 @@ def find_checkpoint(path: Path) -> Path:
     best = newest_checkpoint(path, "best") or newest_checkpoint(path)
     if best is None:
         other = pickles(path.parent if path.is_file() else path)
-        raise UsageError(f"{path}: expected a run folder or a checkpoint folder, found no "
-                         f"checkpoint in it; {other}train first, or name a folder below runs/")
+        found = "no checkpoint in it" if path.exists() else "nothing there"
+        raise UsageError(f"{path}: expected a run folder or a checkpoint folder, found {found}; "
+                         f"{other}train first, or name a folder below runs/")
     return best
 
 

@@ -191,6 +191,16 @@ def test_every_mode_becomes_rgb(tmp_path: Path, mode: str, size: tuple[int, int]
         assert abs(loaded.getpixel((0, 0))[0] - 128) <= 2  # 16 bit: the high byte
 
 
+def test_a_transparent_palette_keeps_its_colours(tmp_path: Path) -> None:
+    """Transparency is dropped, as the hub's processors do it; what lies below shows."""
+    image = Image.new("P", (3, 1))
+    image.putpalette([200, 0, 0, 0, 100, 0, 0, 0, 50])
+    image.putdata([0, 1, 2])
+    image.save(tmp_path / "p.png", transparency=bytes([0, 128, 255]))
+    loaded = load_image(tmp_path / "p.png")
+    assert [loaded.getpixel((x, 0)) for x in range(3)] == [(200, 0, 0), (0, 100, 0), (0, 0, 50)]
+
+
 def test_animated_and_lossy_formats_give_their_first_picture(tmp_path: Path) -> None:
     """GIF (first frame) and WebP are on the list of formats."""
     frames = [Image.new("RGB", (6, 4), colour) for colour in ("red", "blue")]
@@ -269,6 +279,17 @@ def test_features_are_the_towers_first_token_of_picture_and_crops(
     torch.testing.assert_close(features, expected.detach(), atol=1e-6, rtol=1e-5)
     assert features.dtype == torch.float32 and not features.requires_grad
     torch.testing.assert_close(boxes, normalise_boxes(*pictures[2][1:]))
+
+
+def test_the_size_of_a_picture_may_be_unknown(pictures: list, tmp_path: Path) -> None:
+    """Converted records say null; the boxes are then shares of the picture as it is."""
+    cache = FeatureCache(ViT(TINY).eval(), "hash", tmp_path / "cache")
+    cache.prepare([(path, boxes, None) for path, boxes, _ in pictures])
+    for path, boxes, size in pictures:
+        for known, unknown in zip(cache.get(path, boxes, size), cache.get(path, boxes, None)):
+            torch.testing.assert_close(known, unknown)
+    with pytest.raises(ImageError, match="0.png: box"):
+        cache.get(pictures[0][0], [[0, 0, 99, 9]], None)
 
 
 def test_a_second_run_computes_nothing(pictures: list, tmp_path: Path) -> None:
