@@ -379,8 +379,9 @@ def load_datasets(corpus: str | os.PathLike) -> dict[str, Dataset]:
     corpus, files = Path(corpus), sorted(Path(corpus).glob("*/*.jsonl"))
     folders = sorted({path.parent for path in [*files, *corpus.glob("*/dataset.json")]})
     if not folders:
-        found = "no such folder" if not corpus.is_dir() else "a single dataset: give the folder " \
-            "above it" if (corpus / "dataset.json").exists() else "none"
+        found = "none" if corpus.is_dir() else "no folder"
+        if (corpus / "dataset.json").exists():
+            found = "a single dataset: give the folder above it"
         raise DataError(f"{corpus}: expected folders with a dataset.json, found {found}; "
                         "`python data.py convert` and `python demo.py` make a corpus")
     for path in (path for path in files if path.stem not in SPLITS):

@@ -103,7 +103,7 @@ class T5Config:
                    if f not in fields]
         if missing or raw.get("model_type", "t5") != "t5":
             raise WeightsError(f"{path}: expected the config of a T5; model_type is "
-                               f"{raw.get('model_type')!r}, not there are {missing}; give a T5")
+                               f"{raw.get('model_type')!r}, missing are {missing}; give a T5")
         try:
             return cls(**fields | {"tie_head": tie_head, "scale_logits": scale})
         except WeightsError as error:

@@ -494,7 +494,7 @@ def test_units_select_records(tmp_path: Path) -> None:
         data.load_corpus(corpus, "dev")
     with pytest.raises(DataError, match="found a single dataset: give the folder above"):
         data.load_corpus(corpus / "tweets", "train")
-    for folder, found in ((corpus / "nowhere", "no such folder"), (GOLDEN, "none")):
+    for folder, found in ((corpus / "nowhere", "no folder"), (GOLDEN, "none")):
         with pytest.raises(DataError, match=f"with a dataset.json, found {found}; "):
             data.load_datasets(folder)
 
