@@ -39,6 +39,23 @@ class WeightsError(ValueError):
     """A checkpoint, its configuration or the requested type cannot be used."""
 
 
+def odd_fields(config: Any, **bounds: tuple[int, int]) -> list[str]:
+    """"name = value" of every field of a config that is not of its type or out of all bounds.
+
+    Whole numbers lie in 1..2^18, in 1..1000 if they count layers, unless `bounds` says otherwise:
+    nothing may be allocated for a size that nobody meant. Other numbers are shares, in [0, 1).
+    """
+    odd = []
+    for name, kind in ((name, field.type) for name, field in config.__dataclass_fields__.items()):
+        value = getattr(config, name)
+        low, high = bounds.get(name, (1, 1000 if "layers" in name else 1 << 18))
+        whole = type(value) is int and low <= value <= high
+        right = {int: whole, int | None: whole, bool: type(value) is bool,
+                 float: type(value) in (int, float) and 0 <= value < 1}
+        odd += [] if right.get(kind, True) else [f"{name} = {value!r}"]
+    return odd
+
+
 @dataclass
 class T5Config:
     """Geometry under Hugging Face's field names, and two facts about the output head."""
@@ -62,11 +79,18 @@ class T5Config:
     scale_logits: bool = True  # hidden states are multiplied by D^-0.5 before the head
 
     def __post_init__(self) -> None:
-        self.num_decoder_layers = self.num_decoder_layers or self.num_layers
+        if self.num_decoder_layers is None:
+            self.num_decoder_layers = self.num_layers
         self.gated = self.feed_forward_proj == "gated-gelu"
+        ids = "pad_token_id", "eos_token_id", "decoder_start_token_id"
+        odd = odd_fields(self, **dict.fromkeys(ids, (0, 1 << 18)))
+        odd = odd or [f"{name} = {getattr(self, name)}" for name in ids
+                      if getattr(self, name) >= self.vocab_size]
         if self.feed_forward_proj not in ("relu", "gated-gelu"):
-            raise WeightsError("feed_forward_proj must be 'relu' or 'gated-gelu', T5's own; the "
-                               f"config has {self.feed_forward_proj!r}; use a T5 or flan-T5")
+            odd.append(f"feed_forward_proj = {self.feed_forward_proj!r}")
+        if odd:
+            raise WeightsError("expected the numbers of a T5, ids below vocab_size and 'relu' or "
+                               f"'gated-gelu', got {', '.join(odd)}; use a T5's or flan-T5's own")
 
     @classmethod
     def from_hf(cls, raw: dict, path: Path, tie_head: bool) -> "T5Config":
@@ -77,11 +101,14 @@ class T5Config:
         scale = raw.get("scale_decoder_outputs")
         scale = raw.get("tie_word_embeddings", True) if scale is None else scale
         missing = [f for f in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
-                   if type(raw.get(f)) is not int]
+                   if f not in fields]
         if missing or raw.get("model_type", "t5") != "t5":
             raise WeightsError(f"{path}: expected the config of a T5; model_type is "
-                               f"{raw.get('model_type')!r}, not integers are {missing}; give a T5")
-        return cls(**fields | {"tie_head": tie_head, "scale_logits": bool(scale)})
+                               f"{raw.get('model_type')!r}, missing are {missing}; give a T5")
+        try:
+            return cls(**fields | {"tie_head": tie_head, "scale_logits": scale})
+        except WeightsError as error:
+            raise WeightsError(f"{path}: {error}") from None
 
 
 # ------------------------------------------------------------ positions, masks, types
@@ -637,6 +664,7 @@ WEIGHT_MAP = {
 }
 # Never loaded: copies, if they equal shared; a bias in v1.0's files that no T5 ever used.
 COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
 
@@ -655,12 +683,17 @@ def hf_names(config: T5Config) -> dict[str, str]:
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in a file."""
+    """The JSON object in a file; a key that stands twice is an error."""
+    def once(pairs: list[tuple[str, Any]]) -> dict:
+        if twice := [key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i])]:
+            raise ValueError(f"{twice[0]!r} stands twice")
+        return dict(pairs)
+
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path}: expected JSON, got: {error}; give a Hugging Face model "
-                           "directory, complete and unmodified") from None
+        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{path}: expected JSON, got: {getattr(error, 'strerror', error)}; give "
+                           "a Hugging Face model directory, complete and unmodified") from None
     if not isinstance(raw, dict):
         raise WeightsError(f"{path}: expected a JSON object, got {type(raw)}; fetch it anew")
     return raw
@@ -676,11 +709,10 @@ def open_weights(folder: Path) -> dict[str, safe_open]:
     lost = [n for n in names if Path(n).name != n or not n.endswith(".safetensors")
             or not (folder / n).is_file()]
     if lost or not names:
-        pickles = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth"))
         raise WeightsError(f"{folder}: expected {lost or 'a weight_map in ' + index.name}, in this "
-                           f"folder and as .safetensors; found pickles {pickles} (never read: they "
-                           "can run code); fetch the safetensors files")
-    stored = {}
+                           f"folder and as .safetensors; {pickles(folder)}fetch the safetensors "
+                           "files of this checkpoint")
+    stored, places = {}, []
     for path in (folder / name for name in names):
         try:
             file = safe_open(path, "pt")
@@ -688,10 +720,18 @@ def open_weights(folder: Path) -> dict[str, safe_open]:
             raise WeightsError(f"{path}: expected a whole safetensors file, got: {error}; "
                                "fetch it anew") from None
         stored |= dict.fromkeys(file.keys(), file)
-    if listed is not None and listed.keys() != stored.keys():
-        raise WeightsError(f"{index}: expected the keys of the shards; they differ in "
-                           f"{sorted(listed.keys() ^ stored.keys())[:4]}; fetch all of them anew")
+        places += [(key, path.name) for key in file.keys()]
+    if listed is not None and (wrong := set(places) ^ set(listed.items())):
+        raise WeightsError(f"{index}: expected each key of the shards in the one that it names; "
+                           f"they differ in {sorted(map(str, wrong))[:4]}; fetch all of them anew")
     return stored
+
+
+def pickles(folder: Path) -> str:
+    """What to say about pickled weights in a folder, if there are any."""
+    found = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLES)
+    return found and (f"{', '.join(found)} is never read, as a pickle can run code: have it "
+                      "converted to safetensors where it comes from; ") or ""
 
 
 def read_weights(folder: Path, stored: dict[str, safe_open], model: nn.Module,

@@ -46,7 +46,7 @@ import evaluate
 import losses
 from clorae import METHODS
 from data import TASKS, UNITS
-from t5 import T5, Stack, WeightsError
+from t5 import T5, Stack, WeightsError, pickles
 from vision import UMIE, FeatureCache, ImageError, ViT, resolve_image
 
 VIT = "google/vit-base-patch16-224-in21k"
@@ -383,11 +383,27 @@ class Features:
             folder = sources.corpus / ".features"
             with locked(folder / ".lock"):
                 self.cache = FeatureCache(vit, folder_hash(sources.vit), folder)
-                self.cache.prepare([self.key(record) for record in named
-                                    if self.path(record) not in self.missing])
+                self.compute([r for r in named if self.path(r) not in self.missing])
+
+    def compute(self, records: Sequence[data.Record]) -> None:
+        """Features of all these records' images; if one cannot be used, all such are named."""
+        try:
+            self.cache.prepare(map(self.key, records))
+        except ImageError:
+            problems = data.Problems()
+            for record in records:
+                try:
+                    self.cache.pixels(self.key(record))
+                except ImageError as problem:
+                    problems.add(record.source, "image", str(problem))
+            problems.raise_if_any()
+            raise
 
     def path(self, record: data.Record) -> Path:
-        return resolve_image(self.corpus / record.dataset / "images", record.image)
+        try:
+            return resolve_image(self.corpus / record.dataset / "images", record.image)
+        except ImageError as problem:
+            raise ImageError(f"{record.source}: {problem}") from None
 
     def key(self, record: data.Record) -> tuple:
         return self.path(record), record.objects[:self.max_objects], record.size
@@ -415,6 +431,11 @@ def build(config: Config, sources: Sources, device: torch.device) -> Setup:
     """The adapted model at its seeded start; trainables fp32, a frozen backbone as `precision`."""
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     t5 = T5.from_pretrained(sources.t5, dtype=torch.float32 if config.method == "full" else dtype)
+    tokenizer, ids = data.Tokenizer(sources.t5), t5.config.vocab_size
+    if tokenizer.sentinel(0) >= ids:
+        raise WeightsError(f"{sources.t5}: expected a spiece.model of at most {ids - 100} pieces "
+                           f"for a T5 of {ids} ids, got {tokenizer.vocab_size} pieces; use the "
+                           "files of one checkpoint")
     torch.manual_seed(config.seed)
     model = UMIE(t5, ViT.feature_width(sources.vit), config.max_objects, config.fusion)
     if sources.init is not None:
@@ -430,8 +451,7 @@ def build(config: Config, sources: Sources, device: torch.device) -> Setup:
             module.p = config.backbone_dropout
         if isinstance(module, Stack):
             module.recompute = config.checkpoint_activations
-    return Setup(config, sources, data.load_datasets(sources.corpus),
-                 data.Tokenizer(sources.t5), model.to(device))
+    return Setup(config, sources, data.load_datasets(sources.corpus), tokenizer, model.to(device))
 
 
 def start_from(model: UMIE, checkpoint: Path) -> None:
@@ -624,8 +644,10 @@ def find_checkpoint(path: Path) -> Path:
         return path
     best = newest_checkpoint(path, "best") or newest_checkpoint(path)
     if best is None:
-        raise UsageError(f"{path}: expected a run folder or a checkpoint folder, found no "
-                         "checkpoint in it; train first, or name a folder below runs/")
+        other = pickles(path.parent if path.is_file() else path)
+        found = "no checkpoint in it" if path.exists() else "nothing there"
+        raise UsageError(f"{path}: expected a run folder or a checkpoint folder, found {found}; "
+                         f"{other}train first, or name a folder below runs/")
     return best
 
 
