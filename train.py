@@ -125,8 +125,7 @@ class Config:
                                             "default: T5's own", float)
     fusion: str = option("gate", "how visual tokens meet the text", choices=("gate", "concat"))
     epochs: int | None = option(None, "epochs; default: by size", int)
-    steps: int | None = option(None, "stop after this many optimizer steps; default: after --epochs",
-                               int)
+    steps: int | None = option(None, "optimizer steps to stop after; default: by --epochs", int)
     batch: int | None = option(None, "global batch size; default: by size", int)
     micro_batch: int | None = option(None, "rows per forward pass; default: by size", int)
     lr: float | None = option(None, "Adam's learning rate; default: by size", float)
