@@ -1263,8 +1263,8 @@ def route(job: Job, folder: Path, chosen: Sequence[int] | None, world: "train.Wo
     setup, examples = job.load(world)
     layers = clorae.expert_layers(setup.model)
     if why := lacks_gate(setup):
-        raise train.UsageError("--routing: expected a run with a live gate between a universal and "
-                               f"a task expert, got {why}; name a run of clorae with --egr")
+        raise train.UsageError("expected a run with a live gate between a universal and a task "
+                               f"expert, got {why}; name a run of clorae with --egr")
     if chosen and not set(chosen) & {int(path.split(".")[-3]) for path in layers}:
         raise train.UsageError(f"--layers: expected numbers of layers, counted from 0, got "
                                f"{chosen}; leave it out for all")
@@ -1466,9 +1466,8 @@ def plot_curves(run: Path, path: Path) -> None:
     whole.plot(steps, running_mean([row["loss"] for row in rows], window), color="black")
     whole.set(title=f"training loss, and mean of {window} steps", xlabel="step")
     for unit in units:
-        style = {**STYLES[unit], "markevery": (0.1, 0.2)}
         each.plot(steps, running_mean([row[f"CE_{unit}"] for row in rows], window), label=unit,
-                  **style)
+                  markevery=max(1, len(rows) // 8), **STYLES[unit])
     each.set(title=f"cross-entropy per token, mean of {window} steps", xlabel="step", yscale="log")
     used = [dict.fromkeys(units, 1.0), *(past["weights"] for past in history[:-1])]
     for ax, title, series in ((dev, "dev F1, %", [past["f1"] for past in history]),
@@ -1477,6 +1476,7 @@ def plot_curves(run: Path, path: Path) -> None:
             ax.plot(range(1, len(series) + 1), [values[unit] for values in series], **STYLES[unit])
         ax.set(title=title, xlabel="epoch", xlim=(0.5, max(len(series), 1) + 0.5))
         ax.xaxis.get_major_locator().set_params(integer=True)
+    weights.set_ylim(bottom=0)
     if not history:
         dev.text(0.5, 0.5, "no epoch has ended yet", ha="center", transform=dev.transAxes)
     figure.legend(*each.get_legend_handles_labels(), loc="outside right upper")
@@ -1501,8 +1501,10 @@ def plot_errors(counts: Mapping[str, Mapping[str, float]], path: Path) -> None:
     left = [0.0] * len(counts)
     for i, kind in enumerate(kinds):
         parts = [percent(c.get(kind, 0), sum(c.values())) for c in counts.values()]
-        ax.barh(range(len(counts)), parts, 0.7, left, label=kind, edgecolor="white",
-                color=COLOURS[i % len(COLOURS)], hatch="//" * (i // len(COLOURS)))
+        bars = ax.barh(range(len(counts)), parts, 0.7, left, label=kind, edgecolor="white",
+                       color=COLOURS[i % len(COLOURS)])
+        ax.bar_label(bars, [f"{c.get(kind, 0):.0f}" if part > 4 else "" for c, part
+                            in zip(counts.values(), parts)], label_type="center", color="white")
         left = [a + b for a, b in zip(left, parts)]
     ax.set_yticks(range(len(counts)), [f"{bar} ({sum(c.values()):.0f})"
                                        for bar, c in counts.items()])
@@ -1556,8 +1558,9 @@ def pictures(args: argparse.Namespace, world: "train.World") -> list[str]:
             lines.append(f"no routing.png: {why}")
     if not world.main:
         return []
-    if len(jobs) == 1 and jobs[0].config.aml:
-        lines += map(str, replay(args.checkpoint[0], args.plot)[0])
+    if len(jobs) == 1:
+        lines += map(str, replay(args.checkpoint[0], args.plot)[0]) if jobs[0].config.aml else [
+            "no aml.png: trained without achievement weights"]
     systems = collect(jobs, system_names([job.config for job in jobs]))
     results = {system.name: {unit: f1 for unit, f1 in system.columns().items() if unit in UNITS}
                for system in systems}
@@ -1945,6 +1948,7 @@ def draw_image(ax: object, record: Record, found: Sequence[Mark], image: object)
     from matplotlib.patches import Rectangle
     ax.imshow(image)
     ax.set(xticks=[], yticks=[], anchor="NW")
+    ax.apply_aspect()  # now, as texts are measured below
     whole = [mark for mark in found if mark.item.whole_image]
     if whole:
         ax.spines[:].set(linewidth=5, color=SPOKEN[whole[0].colour])
@@ -1960,27 +1964,35 @@ def draw_image(ax: object, record: Record, found: Sequence[Mark], image: object)
         label = ax.text(x1, y1, "\n".join([f"O{k}", *(mark.label for mark in said[k])]), fontsize=8,
                         color="white", zorder=above + 2, bbox={"facecolor": colour, "pad": 1.5,
                                                                "edgecolor": "none"})
-        sides = ((y1, "bottom"), (y2, "top"), (y1, "top"), (y2, "bottom"))
-        corners = itertools.product(sides, ((x1, "left"), (x2, "right")))
-        taken.append(best_place(label, [(x, y, ha, va) for (y, va), (x, ha) in corners], taken, ax))
+        taken.append(best_place(label, (x1, y1, x2, y2), taken, ax))
 
 
-def best_place(label: object, corners: Sequence[tuple], taken: Sequence, ax: object) -> object:
-    """Move a text to the first corner where it lies inside the axes and on no other text, else to
-    the one where it covers least; returns its extent."""
-    def extent(corner: tuple) -> object:
-        x, y, ha, va = corner
-        label.set(x=x, y=y, ha=ha, va=va)
+def best_place(label: object, box: Sequence[float], taken: Sequence, ax: object) -> object:
+    """Move a box' label to a corner of the box where it lies in the axes and on no other label,
+    else to the nearest such place, with a line to the box; returns the label's extent."""
+    x1, y1, x2, y2 = box
+    sides = ((y1, "bottom"), (y2, "top"), (y1, "top"), (y2, "bottom"))
+    corners = [(x, y, ha, va) for y, va in sides for x, ha in ((x1, "left"), (x2, "right"))]
+    grid = [(x, y, "left", "top") for x in numpy.linspace(*ax.get_xlim(), 16)
+            for y in numpy.linspace(*ax.get_ylim(), 25)]
+
+    def extent(spot: tuple) -> object:
+        label.set(**dict(zip(("x", "y", "ha", "va"), spot)))
         return label.get_window_extent().padded(3)
 
-    def covered(corner: tuple) -> float:
-        box = extent(corner)
-        inside = box.intersection(box, ax.bbox)
-        lost = box.width * box.height - (inside.width * inside.height if inside else 0)
-        return lost + sum(both.width * both.height for other in taken
-                          if (both := box.intersection(box, other)))
+    def covered(spot: tuple) -> float:
+        mine = extent(spot)
+        inside = mine.intersection(mine, ax.bbox)
+        lost = mine.width * mine.height - (inside.width * inside.height if inside else 0)
+        return round(lost + sum(both.width * both.height for other in taken
+                                if (both := mine.intersection(mine, other))))
 
-    return extent(min(corners, key=covered))
+    best = min(corners, key=covered)
+    if covered(best):
+        best = min(grid, key=lambda spot: (covered(spot), math.dist(spot[:2], (x1, y1))))
+        ax.plot([best[0], x1], [best[1], y1], color=label.get_bbox_patch().get_facecolor(),
+                linewidth=1, scalex=False, scaley=False)
+    return extent(best)
 
 
 def strip_rows(strips: Sequence[Strip]) -> list[tuple[str, list[tuple[float, str, float]]]]:
