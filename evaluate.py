@@ -1786,9 +1786,12 @@ def answer_lines(row: Row) -> list[str]:
     return (lines or ["nothing found"]) + [f"note: {note}" for note in notes]
 
 
+HARMLESS = str.maketrans(dict.fromkeys((*range(32), *range(127, 160)), "?"))  # on a terminal
+
+
 def coloured(row: Row, dataset: Dataset) -> str:
     """The text for a terminal, the words of each item in a colour."""
-    words = list(row.record.tokens)
+    words = [token.translate(HARMLESS) for token in row.record.tokens]
     for mark in marks(row, dataset):
         if mark.item.span:
             start, end = mark.item.span
@@ -1815,6 +1818,11 @@ def answer_examples(args: argparse.Namespace, world: "train.World") -> None:
     records = example_records(args, datasets)
     examples = data.encode_records(records, datasets, setup.tokenizer, config.max_source,
                                    config.max_target, partial(print, file=sys.stderr))
+    crowded = [record.source for record in records if len(record.objects) > config.max_objects]
+    if crowded:
+        print(f"note: {len(crowded)} example(s), first {crowded[0]}, have more than "
+              f"{config.max_objects} objects; the model sees the first {config.max_objects}",
+              file=sys.stderr)
     features = GivenImages(setup.sources.vit, records, config.max_objects, world.device)
     decoding = Decoding.of(config, args.batch_size, args.beams)
     world.join()
@@ -1824,9 +1832,10 @@ def answer_examples(args: argparse.Namespace, world: "train.World") -> None:
         return
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for row in rows if not args.json else ():
-        text = " ".join(row.record.tokens)
+        text = " ".join(row.record.tokens).translate(HARMLESS)
         text = coloured(row, datasets[row.record.dataset]) if colour else text
-        print(text or "(no text)", *answer_lines(row), sep="\n  ")
+        lines = [line.translate(HARMLESS) for line in answer_lines(row)]
+        print(text or "(no text)", *lines, sep="\n  ")
         if not args.out:
             print(answer_json(row))
     if args.out:

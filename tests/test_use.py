@@ -274,20 +274,21 @@ def test_what_cannot_be_answered_is_refused_with_the_reason(finished, capsys, wo
 
 # ---------------------------------------------------------------------------------- words, colours
 
-MEE = Dataset("mee", {"meae": "MEAE", "med": "MED"},
-              {"med": ["attack", "meet"], "meae": {"attack": ["attacker", "target"], "meet": ["who"]}})
+MEE = Dataset("mee", {"meae": "MEAE", "med": "MED"}, {
+    "med": ["attack", "meet"], "meae": {"attack": ["attacker", "target"], "meet": ["who"]}})
 TOKENS = ("Kim", "Lee", "paid", "$5", "to", "Bo", "for", "$6", "today")
 BOXES = ((0, 0, 10, 5), (0, 0, 9, 5), (1, 1, 19, 9))
 
 
 def row_of(*items: Item, task: str = "meae", image: str | None = None,
-           tokens: tuple[str, ...] = TOKENS, **more: object) -> Row:
-    boxes = BOXES if image else ()
-    record = Record("x", "mee", task, tokens, image, (20, 10) if image else None, boxes)
+           tokens: tuple[str, ...] = TOKENS, boxes: tuple = BOXES, **more: object) -> Row:
+    record = Record("x", "mee", task, tokens, image, (20, 10) if image else None,
+                    boxes if image else ())
     return Row(record, "MEAE", Answer("...", **more), [], list(items), Counts())
 
 
-FOUND = (Item("attack", "attacker", (0, 2), text="Kim Lee"), Item("attack", "target", (5, 6), text="Bo"),
+FOUND = (Item("attack", "attacker", (0, 2), text="Kim Lee"),
+         Item("attack", "target", (5, 6), text="Bo"),
          Item("attack", "target", box=BOXES[0], text="O1", object=1),
          Item("attack", "target", box=BOXES[1], text="O2", object=2),
          Item("attack", "target", text="Al"), Item("attack", "target", text="O7", object=7))
@@ -305,6 +306,7 @@ def test_an_answer_is_told_in_a_line_per_item():
 
 def test_spans_are_coloured_on_a_terminal_only(finished, monkeypatch, capsys):
     """And not there either, where NO_COLOR is set."""
+    assert evaluate.coloured(row_of(tokens=("a\033[2J",)), MEE) == "a?[2J"
     text = evaluate.coloured(row_of(*FOUND), MEE)
     assert text.startswith("\033[1;34mKim Lee\033[0m paid") and "\033[1;33mBo\033[0m" in text
     monkeypatch.setattr(evaluate, "coloured", lambda row, dataset: "COLOURS")
@@ -329,13 +331,18 @@ def texts_of(figure: object) -> list[tuple[str, object]]:
             if text.get_text() and text.get_visible()]
 
 
-@pytest.mark.parametrize("tokens, items", [
-    (TOKENS, FOUND), (("word", "x" * 300, *TOKENS * 12), ()),
-    (TOKENS, [Item("meet", "who", (i, i + 1), text="Bo") for i in range(9)] + [FOUND[0]])])
-def test_nothing_on_a_page_covers_another_text_or_leaves_the_page(folder, tokens, items):
+CROWD = tuple((x, y, x + 4, y + 2) for x in (2, 3, 8, 9) for y in (1, 2, 3))
+
+
+@pytest.mark.parametrize("tokens, items, boxes", [
+    (TOKENS, FOUND, BOXES), (("word", "x" * 300, *TOKENS * 12), (), CROWD),
+    (TOKENS, [Item("meet", "who", (i, i + 1), text="Bo") for i in range(9)] + [
+        Item("attack", "target", box=CROWD[k - 1], text="O1", object=k) for k in (1, 2, 5, 9)],
+     CROWD)])
+def test_nothing_on_a_page_covers_another_text_or_leaves_the_page(folder, tokens, items, boxes):
     """Long texts and long words wrap, labels make room, bars stand in rows."""
-    image = str(folder / "images" / "a.png")
-    figure = evaluate.example_figure(row_of(*items, tokens=tokens, image=image), MEE, STRIPS)
+    row = row_of(*items, tokens=tokens, boxes=boxes, image=str(folder / "images" / "a.png"))
+    figure = evaluate.example_figure(row, MEE, STRIPS)
     written = texts_of(figure)
     for (name, a), (other, b) in itertools.combinations(written, 2):
         both = a.intersection(a, b)
