@@ -1452,13 +1452,12 @@ def plot_sweep(results: Results, name: str, path: Path) -> None:
 
 def plot_curves(run: Path, path: Path) -> None:
     """Losses per step, dev F1 and AML weights per epoch, from a run's metrics.csv and eval.jsonl;
-    the latter is empty before the first epoch has ended."""
-    with open(run / "metrics.csv", newline="", encoding="utf-8") as file:
-        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    evals = run / "eval.jsonl"
-    lines = evals.read_text(encoding="utf-8").splitlines() if evals.exists() else []
-    history = list(map(json.loads, lines))
-    units = [unit for unit in UNITS if f"CE_{unit}" in rows[0]]
+    the latter is not there before the first epoch has ended."""
+    metrics, evals = ((run / name).read_text(encoding="utf-8").split("\n")[:-1]  # may be torn
+                      if (run / name).exists() else [] for name in ("metrics.csv", "eval.jsonl"))
+    rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(metrics)]
+    history = list(map(json.loads, evals))
+    units = [unit for unit in UNITS if rows and f"CE_{unit}" in rows[0]]
     window = max(1, len(rows) // 40)
     (whole, each, dev, weights), figure, save = canvas(path, 12, 8, 2, 2)
     steps = [row["step"] for row in rows]
@@ -1476,7 +1475,6 @@ def plot_curves(run: Path, path: Path) -> None:
             ax.plot(range(1, len(series) + 1), [values[unit] for values in series], **STYLES[unit])
         ax.set(title=title, xlabel="epoch", xlim=(0.5, max(len(series), 1) + 0.5))
         ax.xaxis.get_major_locator().set_params(integer=True)
-    weights.set_ylim(bottom=0)
     if not history:
         dev.text(0.5, 0.5, "no epoch has ended yet", ha="center", transform=dev.transAxes)
     figure.legend(*each.get_legend_handles_labels(), loc="outside right upper")
@@ -1528,7 +1526,7 @@ def draw(out: Path, runs: Sequence[Path], results: Results, configs: Mapping[str
          errors: Mapping[str, Mapping[str, int]]) -> list[Path]:
     """All pictures that these runs, and the scores and settings of these systems, allow."""
     jobs = {f"curves-{run.name}.png": partial(plot_curves, run) for run in runs
-            if (run / "metrics.csv").exists() and (run / "metrics.csv").stat().st_size}
+            if (run / "metrics.csv").exists()}
     if len(results) > 1:
         jobs["systems.png"] = partial(plot_systems, results)
     if name := swept(configs):
@@ -1544,23 +1542,33 @@ def draw(out: Path, runs: Sequence[Path], results: Results, configs: Mapping[str
 ERRORS = ("wrong_type", "boundary", "missed", "spurious", "malformed")
 
 
+def pictures_of_one(job: Job, args: argparse.Namespace, world: "train.World") -> list[str]:
+    """Routing and AML weights of a run, where it has them; else why not."""
+    import train
+    lines, makers = [], {"routing.png": lambda: route(job, args.plot, args.layers, world)}
+    if job.config.aml and world.main:
+        makers["aml.png"] = lambda: replay(job.folder, args.plot)[0]
+    for name, make in makers.items():
+        try:
+            lines += map(str, make())
+        except train.UsageError as why:
+            lines.append(f"no {name}: {why}")
+    return lines + ["no aml.png: trained without achievement weights"] * (not job.config.aml)
+
+
 def pictures(args: argparse.Namespace, world: "train.World") -> list[str]:
     """Draw what these runs allow: of a single one also its routing and its AML weights.
 
     Needs fresh scores in every folder.  Returns what was made, and what was not and why.
     """
-    import train
-    jobs, lines = [Job.of(folder, args) for folder in args.checkpoint], []
-    if len(jobs) == 1:
-        try:
-            lines += map(str, route(jobs[0], args.plot, args.layers, world))
-        except train.UsageError as why:
-            lines.append(f"no routing.png: {why}")
+    jobs = [Job.of(folder, args) for folder in args.checkpoint]
+    lines = pictures_of_one(jobs[0], args, world) if len(jobs) == 1 else []
     if not world.main:
         return []
-    if len(jobs) == 1:
-        lines += map(str, replay(args.checkpoint[0], args.plot)[0]) if jobs[0].config.aml else [
-            "no aml.png: trained without achievement weights"]
+    runs = [job.folder if (job.folder / "metrics.csv").exists() else job.folder.parent
+            for job in jobs]
+    lines += [f"no curves of {job.folder}: it has no metrics.csv" for job, run in zip(jobs, runs)
+              if not (run / "metrics.csv").exists()]
     systems = collect(jobs, system_names([job.config for job in jobs]))
     results = {system.name: {unit: f1 for unit, f1 in system.columns().items() if unit in UNITS}
                for system in systems}
@@ -1571,7 +1579,7 @@ def pictures(args: argparse.Namespace, world: "train.World") -> list[str]:
             number = report["scores"].get(unit, {}).get(kind, 0) / len(system.reports)
             bar[kind.replace("_", " ")] = bar.get(kind.replace("_", " "), 0) + number
     errors = {bar: classes for bar, classes in errors.items() if sum(classes.values())}
-    made = draw(args.plot, args.checkpoint, results,
+    made = draw(args.plot, runs, results,
                 {system.name: dataclasses.asdict(system.config) for system in systems}, errors)
     return lines + list(map(str, made))
 
@@ -1617,6 +1625,9 @@ def folder_rows(folder: Path) -> Given:
                             f"{' '.join(IMAGE_SUFFIXES)}) of each name, got another file; move it "
                             "away, or list the examples in a .jsonl file")
         files[part] = file
+    if not found:
+        raise DataError(f"{folder}: expected a .jsonl file, or .txt and image files, found none; "
+                        "name the folder that holds them")
     return [(str(files.get("text", files.get("image"))), folder, {
         "id": name, "image": files["image"].name if "image" in files else None,
         "text": data.read_bytes(files["text"]).decode("utf-8", "surrogateescape")
@@ -1830,6 +1841,19 @@ def answer_examples(args: argparse.Namespace, world: "train.World") -> None:
                           decoding, world.rank, world.size)
     if not world.main:
         return
+    tell(rows, datasets, args)
+    why = lacks_gate(setup)
+    for number, (row, example) in enumerate(zip(rows, examples) if args.draw else (), 1):
+        name = f"{number:04d}-{re.sub(r'[^A-Za-z0-9.]+', '-', row.record.id)[:80]}.png"
+        path = args.draw / name if args.examples else args.draw
+        strips = [] if why else token_strips(setup, example, row, features, world.device, decoding)
+        draw_example(row, datasets[row.record.dataset], strips or why, path)
+        if not args.json:
+            print(f"picture: {path}")
+
+
+def tell(rows: Sequence[Row], datasets: Mapping[str, Dataset], args: argparse.Namespace) -> None:
+    """Print the answers, in words unless --json, and as JSON here or in --out."""
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for row in rows if not args.json else ():
         text = " ".join(row.record.tokens).translate(HARMLESS)
@@ -1842,14 +1866,6 @@ def answer_examples(args: argparse.Namespace, world: "train.World") -> None:
         write_whole(args.out, "".join(answer_json(row) + "\n" for row in rows))
     elif args.json:
         print(*map(answer_json, rows), sep="\n")
-    for number, (row, example) in enumerate(zip(rows, examples) if args.draw else (), 1):
-        name = f"{number:04d}-{re.sub(r'[^A-Za-z0-9.]+', '-', row.record.id)[:80]}.png"
-        path = args.draw / name if args.examples else args.draw
-        why = lacks_gate(setup)
-        strips = [] if why else token_strips(setup, example, row, features, world.device, decoding)
-        draw_example(row, datasets[row.record.dataset], strips or why, path)
-        if not args.json:
-            print(f"picture: {path}")
 
 
 # ------------------------------------------------------------------------- picture of one example
@@ -2079,7 +2095,7 @@ def example_figure(row: Row, dataset: Dataset, strips: Sequence[Strip] | str) ->
     draw_words(text, lines, below, spans, 1.2)
     y = MARGIN + tall + 0.2
     if isinstance(strips, str):
-        figure.text(MARGIN / PAGE, 1 - y / height, strips, fontsize=9)
+        figure.text(MARGIN / PAGE, 1 - y / height, f"no gates to draw: {strips}", fontsize=9)
     else:
         task = record.task if record.task in data.TASKS else "mee"
         figure.legend(handles=[Patch(color=UNIVERSAL, label="universal expert"),
@@ -2231,7 +2247,10 @@ def misuse(args: argparse.Namespace) -> str | None:
         (not examples and (args.task or args.json or args.draw or args.dataset),
          "--task, --dataset, --json and --draw go with --text or --examples"),
         (args.objects and not args.image, "--objects are boxes in the --image; name it"),
-        (one and args.draw and args.draw.suffix != ".png", f"--draw {args.draw}: name a .png file"),
+        (one and args.draw and (args.draw.suffix != ".png" or args.draw.is_dir()),
+         f"--draw {args.draw}: name a .png file"),
+        (many and args.draw and args.draw.is_file(),
+         f"--draw {args.draw}: with --examples name a folder"),
         (several and (args.out or args.details or examples or analysis),
          "--out, --details, --text, --examples, --costs, --routing and --aml-replay go with a "
          "single CKPT"),

@@ -126,7 +126,8 @@ def test_one_command_makes_every_picture_of_a_run(finished, tmp_path, capsys):
 
 
 def test_the_curves_of_a_run_are_drawn_before_its_first_epoch_has_ended(finished, tmp_path):
-    (tmp_path / "metrics.csv").write_text((finished / "metrics.csv").read_text())
+    """And while the last row is being written."""
+    (tmp_path / "metrics.csv").write_text((finished / "metrics.csv").read_text() + "3,1,0.")
     evaluate.plot_curves(tmp_path, tmp_path / "curves.png")
     assert size_of(tmp_path / "curves.png") == (1800, 1200)
 
@@ -262,6 +263,7 @@ def test_examples_are_answered_in_words_as_json_and_as_pictures(finished, folder
     (["--text", "hi", "--task", "mner", "--draw", "a.jpg"], "name a .png file"),
     (["--text", "hi", "--task", "mner", "--plot", "d"], "without --plot"),
     (["--draw", "a.png"], "go with --text or --examples"),
+    (["--examples", "tests/golden", "--task", "mner"], "expected one .txt and at most one image"),
     (["--plot", "d", "--routing", "d"], "leave out"),
     (["--text", "hi", "--task", "med", "--image", "nowhere.png"], "nowhere.png: expected a whole"),
     (["--text", "hi", "--task", "mre"], "head: expected words of the text"),
@@ -369,9 +371,9 @@ def test_a_page_shows_every_box_label_and_dollar(folder):
 
 
 def test_without_image_there_is_no_image_and_without_gate_no_strip():
-    figure = evaluate.example_figure(row_of(*FOUND), MEE, "no gate")
+    figure = evaluate.example_figure(row_of(*FOUND), MEE, "method lora, which has none")
     assert not any(ax.images or ax.containers for ax in figure.axes)
-    assert "no gate" in [name for name, _ in texts_of(figure)]
+    assert "no gates to draw: method lora, which has none" in [n for n, _ in texts_of(figure)]
     figure = evaluate.example_figure(row_of(*FOUND), MEE, STRIPS)
     assert sum(bool(ax.containers) for ax in figure.axes) == 2  # two rows of bars
 
