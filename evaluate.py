@@ -1595,13 +1595,15 @@ Given = list[tuple[str, Path, bytes | dict]]  # where a row stands, folder of it
 
 def given_rows(args: argparse.Namespace) -> Given:
     """The examples that the command line asks for, not yet looked at."""
-    path = args.examples
+    path, image = args.examples, args.image
+    if image and image.is_symlink():
+        image = image.resolve()  # a row may not follow links, the user may
     if path is None:
-        row = {"text": args.text, "image": args.image and args.image.name,
+        row = {"text": args.text, "image": image and image.name,
                "objects": parse_boxes(args.objects)}
         if args.task == "mre" or args.head or args.tail:
             row |= {"head": args.head or "", "tail": args.tail or ""}
-        return [("--text", args.image.parent if args.image else Path(), row)]
+        return [("--text", image.parent if image else Path(), row)]
     if path.is_dir():
         files = sorted(path.glob("*.jsonl"))
         if len(files) > 1:
@@ -1660,9 +1662,10 @@ def find_words(tokens: Sequence[str], words: str, name: str) -> tuple[int, int]:
 
 def image_path(folder: Path, name: str) -> Path:
     """The file of an image that a row names: in the row's folder, or in images/ below it."""
-    resolve_image(folder, name)  # refuses names that lead elsewhere
-    return next((path for path in (folder / name, folder / "images" / name) if path.is_file()),
-                folder / name)
+    roots = (folder, folder / "images")
+    for root in roots:
+        resolve_image(root, name)  # refuses names that lead elsewhere
+    return next((root / name for root in roots if (root / name).is_file()), folder / name)
 
 
 def completed(row: bytes | dict, folder: Path, name: str, args: argparse.Namespace,
@@ -1689,8 +1692,8 @@ def completed(row: bytes | dict, folder: Path, name: str, args: argparse.Namespa
         raw["tokens"] = raw.pop("text").split()
     for end in ("head", "tail"):
         if isinstance(raw.get(end), str):
-            words = [token for token in raw.get("tokens") or () if isinstance(token, str)]
-            raw[end] = list(find_words(words, raw[end], end))
+            tokens = raw.get("tokens") if isinstance(raw.get("tokens"), list) else []
+            raw[end] = list(find_words(list(map(str, tokens)), raw[end], end))
     if isinstance(raw["image"], str):
         path = image_path(folder, raw["image"])
         if path.is_file() or args.missing_images != "mask":

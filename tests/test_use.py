@@ -180,6 +180,9 @@ def test_one_example_is_described_by_flags(small, folder):
                          folder / "images" / "a.png", "--objects", "1,2,9,9.5",
                          folder / "boxes.json")
     assert record.objects == ((1, 2, 9, 9.5), (0, 0, 5, 5))
+    (folder / "link.png").symlink_to(folder / "images" / "a.png")
+    record, = records_of(small, "--text", "Kim", "--task", "med", "--image", folder / "link.png")
+    assert record.size == (20, 10)
     record, = records_of(small, "--text", "Kim met Bo", "--task", "mre", "--head", "Kim",
                          "--tail", "Bo", "--dataset", "demo_v2")
     assert (record.dataset, record.tail) == ("demo_v2", (2, 3))
@@ -208,6 +211,7 @@ def test_a_folder_of_texts_and_images_pairs_them_by_name(small, folder):
     ('{"text": "Kim", "task": "mner", "dataset": "x"}', "'x'; use one of: demo_snap, demo_t15"),
     ('{"text": "Kim", "task": "mre", "head": "Bo", "tail": "Kim"}', "head: .*'Bo'.* not in 'Kim'"),
     ('{"text": "Kim", "task": "mre", "head": "Kim"}', 'key "tail" is missing'),
+    ('{"tokens": 5, "task": "mre", "head": "Kim", "tail": "Bo"}', "head: .*not in ''"),
     ('{"text": "Kim", "task": "mner", "imge": null}', 'key "imge" is unknown: .*"image"'),
     ('{"text": "Kim", "task": "mner", "image": "b.png"}', "b.png: expected a whole .* picture"),
     ('{"text": "Kim", "task": "mner", "image": "../b.png"}', "expected a relative path"),
