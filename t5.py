@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 FIRST_UNUSED_ID = 32100  # where T5's vocabulary ends; hub files add untrained rows behind it
 POLL = {"cpu": 1, "cuda": 8}  # steps between two looks at which rows ended: a look stalls a GPU
@@ -148,27 +149,25 @@ def onednn_product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class PackedWeight:
-    """A copy of a weight [out,in] in the order in which a CPU multiplies few rows by it fastest.
+    """A copy of a weight [out,in] in the blocks in which a CPU multiplies few rows by it fastest.
 
-    F.linear reads a weight at a third of the memory's speed there; oneDNN's blocks take half the
-    time, and for a single row in float32 the transposed weight is faster still.
+    F.linear reads a weight at less than half of the memory's speed there, oneDNN's blocks at most
+    of it.
     """
 
-    def __init__(self, weight: Tensor, single: bool, dtype: torch.dtype) -> None:
-        self.key = self.key_of(weight, single, dtype)
-        weight, self.transposed = weight.detach().to(dtype), single and dtype == torch.float32
-        self.copy = (weight.T.contiguous() if self.transposed
-                     else torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 32))
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        self.key = self.key_of(weight, dtype)
+        copy = weight.detach().to(dtype).contiguous()
+        self.copy = torch.ops.mkldnn._reorder_linear_weight(copy, 32)
 
     @staticmethod
-    def key_of(weight: Tensor, single: bool, dtype: torch.dtype) -> tuple:
+    def key_of(weight: Tensor, dtype: torch.dtype) -> tuple:
         """Equal for as long as the copy is what it should be: nobody wrote to the weight."""
-        return weight.data_ptr(), weight._version, single and dtype == torch.float32, dtype
+        return weight.data_ptr(), weight._version, dtype
 
     def product(self, x: Tensor) -> Tensor:
         """x [...,in] -> [...,out]."""
-        x = x.to(self.copy.dtype)
-        return x @ self.copy if self.transposed else onednn_product(x, self.copy)
+        return onednn_product(x.to(self.copy.dtype), self.copy)
 
 
 class FrozenProduct(torch.autograd.Function):
@@ -195,7 +194,7 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
     packed = getattr(weight, "packed", None)
     if packed and x.shape[-2] == 1 and not torch.is_grad_enabled():  # the next token of each row
-        if packed.key == packed.key_of(weight, packed.transposed, dtype):
+        if packed.key == packed.key_of(weight, dtype):
             return packed.product(x)
     frozen = not (weight.requires_grad and torch.is_grad_enabled())
     if frozen and x.dtype == weight.dtype == dtype == torch.float32 and x.numel() > 0:
@@ -334,6 +333,7 @@ class Stack(nn.Module):
     def __init__(self, config: T5Config, num_layers: int, decoder: bool) -> None:
         super().__init__()
         self.decoder, self.furthest = decoder, config.relative_attention_max_distance
+        self.recompute = False  # in training, keep only what enters a block; the rest is made again
         self.relative_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
         nn.init.normal_(self.relative_bias.weight, std=config.d_model ** -0.5)
         self.blocks = nn.ModuleList(Block(config, decoder) for _ in range(num_layers))
@@ -370,7 +370,9 @@ class Stack(nn.Module):
             bias, memory_bias = cache.step()
         x = self.dropout(hidden)
         for layer, block in enumerate(self.blocks):
-            x = block(x, bias, memory, memory_bias, cache, layer)
+            arguments = (x, bias, memory, memory_bias, cache, layer)
+            again = self.recompute and self.training and torch.is_grad_enabled()
+            x = checkpoint(block, *arguments, use_reentrant=False) if again else block(*arguments)
         return self.dropout(self.final_norm(x))
 
 
@@ -490,12 +492,17 @@ class T5(nn.Module):
             hidden = hidden * self.config.d_model ** -0.5
         return project(hidden, self.head_weight)
 
-    def decode(self, decoder_input_ids: Tensor, memory: Tensor,
-               memory_mask: Tensor | None = None) -> Tensor:
-        """ids [B,T], memory [B,M,D], its mask [B,M] (None: all real) -> logits [B,T,C].
+    def decode_hidden(self, decoder_input_ids: Tensor, memory: Tensor,
+                      memory_mask: Tensor | None = None) -> Tensor:
+        """ids [B,T], memory [B,M,D], its mask [B,M] (None: all real) -> [B,T,D] before the head.
         The target needs no mask: its padding comes last, out of sight of the real tokens."""
         mask = None if memory_mask is None else memory_mask.bool()
-        return self.head(self.decoder(self.embed(decoder_input_ids), None, memory, mask))
+        return self.decoder(self.embed(decoder_input_ids), None, memory, mask)
+
+    def decode(self, decoder_input_ids: Tensor, memory: Tensor,
+               memory_mask: Tensor | None = None) -> Tensor:
+        """The same -> logits [B,T,C]."""
+        return self.head(self.decode_hidden(decoder_input_ids, memory, memory_mask))
 
     def train(self, mode: bool = True) -> "T5":
         """Training does without the packed copies, which it would make outdated."""
@@ -504,15 +511,14 @@ class T5(nn.Module):
                 vars(parameter).pop("packed", None)
         return super().train(mode)
 
-    def pack(self, rows: int, dtype: torch.dtype) -> None:
+    def pack(self, dtype: torch.dtype) -> None:
         """On a CPU, give every weight that a decoding step uses its packed copy, once."""
         layers = [layer for path, layer in self.decoder.named_modules() if isinstance(layer, Linear)
                   and not re.search(r"cross_attention\.[kv]", path)]  # those see the memory, once
         for weight in [self.head_weight, *(layer.weight for layer in layers)]:
-            old, single = getattr(weight, "packed", None), rows == 1
-            if onednn_computes(weight, dtype) and (
-                    old is None or old.key != PackedWeight.key_of(weight, single, dtype)):
-                weight.packed = PackedWeight(weight, single, dtype)
+            old, key = getattr(weight, "packed", None), PackedWeight.key_of(weight, dtype)
+            if onednn_computes(weight, dtype) and (old is None or old.key != key):
+                weight.packed = PackedWeight(weight, dtype)
 
     def shift_right(self, labels: Tensor) -> Tensor:
         """labels [B,T] -> decoder inputs [B,T]: start token first, -100 becomes padding."""
@@ -545,7 +551,7 @@ class T5(nn.Module):
         memory = self.encode(input_ids, attention_mask) if memory is None else memory
         mask = memory.new_ones(memory.shape[:2]) if attention_mask is None else attention_mask
         cache = Cache(self.decoder, memory, mask.bool(), num_beams, max_new_tokens)
-        self.pack(len(memory) * num_beams, cache.dtype)
+        self.pack(cache.dtype)
         search = Search(len(memory), num_beams, max_new_tokens, self.config, memory.device)
         banned = torch.arange(self.config.vocab_size, device=memory.device) >= FIRST_UNUSED_ID
         banned[banned_ids or []] = True

@@ -45,7 +45,7 @@ import evaluate
 import losses
 from clorae import METHODS
 from data import TASKS, UNITS
-from t5 import T5, WeightsError
+from t5 import T5, Stack, WeightsError
 from vision import UMIE, FeatureCache, ImageError, ViT, resolve_image
 
 VIT = "google/vit-base-patch16-224-in21k"
@@ -146,6 +146,8 @@ class Config:
     impl: str = option("auto", "expert layers on PyTorch ('reference') or on clorae.cu ('cuda'); "
                        "'auto': on clorae.cu where it can be built",
                        choices=("auto", "reference", "cuda"))
+    checkpoint_activations: bool = option(False, "keep only each block's input and compute the "
+                                          "rest again: less memory, about a third more time", bool)
 
     def resolved(self) -> "Config":
         """The same with every default that depends on another field filled in."""
@@ -424,6 +426,8 @@ def build(config: Config, sources: Sources, device: torch.device) -> Setup:
     for module in model.modules():
         if isinstance(module, nn.Dropout) and config.backbone_dropout is not None:
             module.p = config.backbone_dropout
+        if isinstance(module, Stack):
+            module.recompute = config.checkpoint_activations
     return Setup(config, sources, data.load_datasets(sources.corpus),
                  data.Tokenizer(sources.t5), model.to(device))
 
@@ -785,8 +789,8 @@ class Run:
             torch.manual_seed(hash((config.seed, progress.step, part)))  # of integers: always equal
             batch = self.collate(rows)
             with self.autocast():
-                logits = self.model(batch)
-            ce = losses.token_cross_entropy(logits, batch.labels)  # [B]
+                hidden = self.model.hidden(batch)
+                ce = losses.token_cross_entropy(hidden, batch.labels, self.model.t5.head)  # [B]
             L_MT = (w[batch.units] * ce).sum() / tokens
             L_MIM = losses.mutual_information(self.routing.moments() if config.uses_mim else [],
                                               max(self.layers, 1)).to(device)

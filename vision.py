@@ -555,10 +555,14 @@ class UMIE(nn.Module):
         if inputs and self.fusion.cosine(*inputs[0])[inputs[0][3].any(1)].sum() < 0:
             self.fusion.proj_visual[1].weight.neg_()
 
+    def hidden(self, batch: Any) -> Tensor:
+        """-> [B,T,D] for batch.labels, before the head; a loss needs it at real tokens only."""
+        memory, mask = self.encode(batch)
+        return self.t5.decode_hidden(self.t5.shift_right(batch.labels), memory, mask)
+
     def forward(self, batch: Any) -> Tensor:
         """-> logits [B,T,C] for batch.labels."""
-        memory, mask = self.encode(batch)
-        return self.t5.decode(self.t5.shift_right(batch.labels), memory, mask)
+        return self.t5.head(self.hidden(batch))
 
     def generate(self, batch: Any, max_new_tokens: int, num_beams: int = 1,
                  banned_ids: list[int] | None = None) -> Tensor:

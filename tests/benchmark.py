@@ -118,7 +118,8 @@ def step(size: str, repeats: int) -> None:
 
     def mine(mim: bool) -> None:
         model.routing.mim_batch = 8 if mim else None
-        loss = losses.token_cross_entropy(model(b), b.labels).sum() / b.labels.numel()
+        loss = losses.token_cross_entropy(
+            model.hidden(b), b.labels, model.t5.head).sum() / b.labels.numel()
         if mim:
             loss = loss + 0.01 * losses.mutual_information(model.routing.moments(), layers)
         loss.backward()

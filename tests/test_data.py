@@ -5,6 +5,7 @@ Tests on the published files run where CLORAE_REALDATA names a folder that holds
 detections of M2E2 as extra/m2e2_*.json and the role mapping as ace_sr_mapping.txt.
 """
 
+import itertools
 import json
 import os
 import random
@@ -13,6 +14,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -913,10 +915,33 @@ def test_every_row_comes_once_per_epoch_whatever_the_micro_batch(
     assert [len(batch) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
     for batch in batches:
         parts = data.micro_batches(batch, examples, rows)
-        assert sorted(sum(parts, [])) == sorted(batch)
-        assert max(map(len, parts)) <= rows
+        assert sorted(sum(parts, [])) == sorted(batch) and len(parts) == -(-len(batch) // rows)
+        assert 1 <= min(map(len, parts)) and max(map(len, parts)) <= 2 * rows
         lengths = [len(examples[i].input_ids) for part in parts for i in part]
         assert lengths == sorted(lengths)
+
+
+def computed_tokens(part: list[int], examples: list) -> int:
+    """Tokens that a micro-batch computes, padding included."""
+    return len(part) * sum(max(len(getattr(examples[i], side)) for i in part)
+                           for side in ("input_ids", "labels"))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+def test_micro_batches_are_the_cut_of_the_sorted_order_that_computes_least(rows):
+    """Against all cuts into as many slices of at most 2 * rows: least sum of squared tokens."""
+    draw = random.Random(rows)
+    examples = [SimpleNamespace(input_ids=[0] * draw.randint(3, 30),
+                                labels=[0] * draw.randint(1, 9)) for _ in range(9)]
+    parts = data.micro_batches(list(range(9)), examples, rows)
+    order, slices = sum(parts, []), len(parts)
+    sums = []
+    for inner in itertools.combinations(range(1, 9), slices - 1):
+        cuts = [0, *inner, 9]
+        every = [order[a:b] for a, b in zip(cuts, cuts[1:])]
+        if max(map(len, every)) <= 2 * rows:
+            sums.append(sum(computed_tokens(part, examples) ** 2 for part in every))
+    assert sum(computed_tokens(part, examples) ** 2 for part in parts) == min(sums)
 
 
 # ---------------------------------------------------------------------------- converters
