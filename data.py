@@ -1354,7 +1354,7 @@ class Parser(argparse.ArgumentParser):
         for word in message.split():
             near = difflib.get_close_matches(word.split("=")[0], flags, n=1)
             if word.startswith("--") and near and word not in flags:
-                message += f"; did you mean {near[0]}?"
+                message += f" (did you mean {near[0]}?)"
         self.exit(2, f"error: {message}; see `{self.prog} --help`\n")
 
 
