@@ -1361,27 +1361,65 @@ def summary(records: list[Record], dataset: Dataset, folder: Path) -> str:
             f"longest target {targets} words")
 
 
+class Parser(argparse.ArgumentParser):
+    """The argparse of all four commands: no abbreviated flags, an unknown flag is answered with
+    the nearest known one, and the help names each default that is not "nothing" or "no"."""
+
+    class Help(argparse.ArgumentDefaultsHelpFormatter):
+        def _get_help_string(self, action: argparse.Action) -> str:
+            silent = action.default is None or action.default is False or "default" in action.help
+            return action.help if silent else super()._get_help_string(action)
+
+    def __init__(self, **options: object):
+        super().__init__(**{"allow_abbrev": False, "formatter_class": self.Help, **options})
+
+    def flags(self) -> list[str]:
+        """All flags, those of subcommands included."""
+        inner = [parser for action in self._actions if isinstance(action.choices, dict)
+                 for parser in action.choices.values() if isinstance(parser, Parser)]
+        own = [flag for action in self._actions for flag in action.option_strings]
+        return sum((parser.flags() for parser in inner), own)
+
+    def error(self, message: str) -> None:
+        flags = self.flags()
+        for word in message.split():
+            near = difflib.get_close_matches(word.split("=")[0], flags, n=1)
+            if word.startswith("--") and near and word not in flags:
+                message += f" (did you mean {near[0]}?)"
+        self.exit(2, f"error: {message}; see `{self.prog} --help`\n")
+
+
+def parser() -> Parser:
+    """The command line of data.py."""
+    result = Parser(prog="data.py", description="Convert published datasets, check a corpus "
+                    "(format: top of data.py).")
+    commands = result.add_subparsers(dest="command", required=True, title="commands")
+    command = commands.add_parser("convert", help="read a dataset's published files and write "
+                                  "DST/KIND", description="Read a dataset's published files, "
+                                  "write DST/KIND, print found and expected counts.")
+    what = command.add_argument_group("what to convert")
+    what.add_argument("kind", choices=KINDS, metavar="KIND", help=", ".join(KINDS))
+    what.add_argument("src", type=Path, metavar="SRC", help="folder of the published files")
+    what.add_argument("dst", type=Path, metavar="DST",
+                      help="corpus folder; the pictures belong into DST/KIND/images")
+    events = command.add_argument_group("events")
+    events.add_argument("--max-objects", type=int, default=16, metavar="K",
+                        help="m2e2, swig: objects of a picture")
+    events.add_argument("--event-types", choices=("m2e2", "all"), default="m2e2",
+                        help="ace2005, swig: M2E2's event types and roles, or all of their own")
+    command = commands.add_parser("check", help="validate a corpus; print counts, duplicates, "
+                                  "lengths", description="Validate every record of a corpus; "
+                                  "print counts, lengths and the texts that splits share.")
+    what = command.add_argument_group("what to check")
+    what.add_argument("dir", type=Path, metavar="DIR", help="corpus folder")
+    what.add_argument("--require-images", action="store_true",
+                      help="a missing picture is an error instead of a count")
+    return result
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """The command line of data.py; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="data.py", allow_abbrev=False, description="Convert "
-                                     "published datasets, check a corpus (format: top of data.py)")
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("convert", allow_abbrev=False,
-                                  help="read a dataset's published files and write DST/KIND")
-    command.add_argument("kind", choices=KINDS, metavar="KIND", help=", ".join(KINDS))
-    command.add_argument("src", type=Path, metavar="SRC", help="folder of the published files")
-    command.add_argument("dst", type=Path, metavar="DST",
-                         help="corpus folder; the pictures belong into DST/KIND/images")
-    command.add_argument("--max-objects", type=int, default=16, metavar="K",
-                         help="m2e2, swig: objects of a picture (default 16)")
-    command.add_argument("--event-types", choices=("m2e2", "all"), default="m2e2",
-                         help="ace2005, swig: M2E2's event types and roles (default), or all")
-    command = commands.add_parser("check", allow_abbrev=False,
-                                  help="validate a corpus; print counts, duplicates, lengths")
-    command.add_argument("dir", type=Path, metavar="DIR", help="corpus folder")
-    command.add_argument("--require-images", action="store_true",
-                         help="a missing picture is an error instead of a count")
-    args = parser.parse_args(arguments)
+    """Runs data.py's command line; returns the exit code."""
+    args = parser().parse_args(arguments)
     try:
         if args.command == "convert":
             convert(args.kind, args.src, args.dst, args.max_objects, args.event_types)

@@ -18,7 +18,6 @@ Shapes: B rows, T target tokens, V visual tokens, F image-feature width.
 import argparse
 import csv
 import dataclasses
-import difflib
 import fcntl
 import hashlib
 import json
@@ -93,57 +92,62 @@ class Config:
     """Everything that decides what a run computes; stored in its checkpoints."""
 
     size: str = option("tiny", "backbone size", choices=tuple(SIZES))
-    data: str | None = option(None, "corpus folder (see data.py convert); default: the demo world")
-    units: tuple[str, ...] | None = option(None, "train on these units only", nargs="+",
-                                           choices=UNITS)
-    hold_out: str = option("none", "Table 4: never train on T17 and V2; 'clean' leaves out SNAP "
-                           "and every training text of their test splits as well",
-                           choices=("none", "paper", "clean"))
-    t5: str | None = option(None, "T5 folder instead of the size's own")
-    vit: str | None = option(None, "ViT or CLIP folder instead of the size's own")
-    backbone_steps: int | None = option(None, "steps to make the tiny T5 with; default: enough",
-                                        int)
-    out: str | None = option(None, "run folder; default: runs/DATA-SIZE-METHOD")
     method: str = option("clorae", "what is trained", choices=METHODS)
     egr: bool = option(True, "gate router between the experts, Eq. (6)", bool)
     mim: bool = option(True, "mutual-information loss, Eq. (5)", bool)
-    aml: bool | None = option(None, "achievement weights, Eq. (9); default: clorae only", bool)
-    rank: int | None = option(None, "universal rank R; default by size", int)
-    alpha: float | None = option(None, "numerator of the expert scale, Eq. (8); default 2 R", float)
-    dropout: float | None = option(None, "dropout on the experts' input; default by size", float)
+    data: str | None = option(None, "corpus folder (see data.py convert); default: the demo world",
+                             metavar="DIR")
+    units: tuple[str, ...] | None = option(None, "train on these units only (" + ", ".join(UNITS)
+                                           + "); default: all", nargs="+", choices=UNITS,
+                                           metavar="UNIT")
+    hold_out: str = option("none", "Table 4: never train on T17 and V2; 'clean' leaves out SNAP "
+                           "and every training text of their test splits as well",
+                           choices=("none", "paper", "clean"))
+    missing_images: str = option("error", "'mask': rows whose image is missing train without one",
+                                 choices=("error", "mask"))
+    max_source: int = option(256, "source tokens; only the text part is cut", int)
+    max_target: int | None = option(None, "target tokens; default: by size", int)
+    max_objects: int = option(16, "object crops used per image", int)
+    t5: str | None = option(None, "T5 folder; default: the size's own", metavar="DIR")
+    vit: str | None = option(None, "ViT or CLIP folder; default: the size's own", metavar="DIR")
+    backbone_steps: int | None = option(None, "steps to make the tiny T5 with; default: enough",
+                                        int)
+    rank: int | None = option(None, "universal rank R; default: by size", int)
+    alpha: float | None = option(None, "numerator of the expert scale, Eq. (8); default: 2 R",
+                                 float)
+    dropout: float | None = option(None, "dropout on the experts' input; default: by size", float)
     visual_policy: str = option("train", "'train' the visual adapter in full; 'paper': of it only "
                                 "the visual embedding; 'frozen': nothing of it (both need --init)",
                                 choices=("train", "paper", "frozen"))
     init: str | None = option(None, "begin with the weights of this run of method full, which "
-                              "holds a trained visual adapter")
+                              "holds a trained visual adapter; default: fresh ones", metavar="RUN")
     backbone_dropout: float | None = option(None, "dropout of T5 and the visual adapter; "
                                             "default: T5's own", float)
     fusion: str = option("gate", "how visual tokens meet the text", choices=("gate", "concat"))
-    max_objects: int = option(16, "object crops used per image", int)
-    max_source: int = option(256, "source tokens; only the text part is cut", int)
-    max_target: int | None = option(None, "target tokens; default by size", int)
-    epochs: int | None = option(None, "epochs; default by size", int)
-    steps: int | None = option(None, "stop after this many optimizer steps", int)
-    batch: int | None = option(None, "global batch size; default by size", int)
-    micro_batch: int | None = option(None, "rows per forward pass; default by size", int)
-    lr: float | None = option(None, "Adam's learning rate; default by size", float)
-    lr_epochs: int | None = option(None, "halve the rate every so many epochs", int)
+    epochs: int | None = option(None, "epochs; default: by size", int)
+    steps: int | None = option(None, "optimizer steps to stop after; default: by --epochs", int)
+    batch: int | None = option(None, "global batch size; default: by size", int)
+    micro_batch: int | None = option(None, "rows per forward pass; default: by size", int)
+    lr: float | None = option(None, "Adam's learning rate; default: by size", float)
+    lr_epochs: int | None = option(None, "halve the rate every so many epochs; default: by size",
+                                   int)
     clip: float = option(1.0, "largest gradient norm", float)
+    aml: bool | None = option(None, "achievement weights, Eq. (9); default: clorae only", bool)
     beta: float = option(0.01, "weight of the mutual-information loss, Eq. (10)", float)
     aml_margin: float = option(1.05, "margin above the reference F1, Eq. (9)", float)
     aml_gamma: float = option(2.0, "exponent, Eq. (9)", float)
-    aml_reference: str | None = option(None, "JSON file {unit: reference F1}, p_m of Eq. (9)")
-    missing_images: str = option("error", "'mask': rows whose image is missing train without one",
-                                 choices=("error", "mask"))
-    precision: str | None = option(None, "default: bf16 on CUDA, fp32 elsewhere",
+    aml_reference: str | None = option(None, "JSON file {unit: reference F1}, p_m of Eq. (9); "
+                                       "default: the demo's own, or the paper's", metavar="FILE")
+    out: str | None = option(None, "run folder; default: runs/DATA-SIZE-METHOD", metavar="DIR")
+    save_every: int = option(200, "optimizer steps between checkpoints", int)
+    seed: int = option(0, "seed of initialisation, order and dropout", int)
+    precision: str | None = option(None, "computation; default: bf16 on CUDA, fp32 elsewhere",
                                    choices=("fp32", "bf16"))
     impl: str = option("auto", "expert layers on PyTorch ('reference') or on clorae.cu ('cuda'); "
                        "'auto': on clorae.cu where it can be built",
                        choices=("auto", "reference", "cuda"))
     checkpoint_activations: bool = option(False, "keep only each block's input and compute the "
                                           "rest again: less memory, about a third more time", bool)
-    save_every: int = option(200, "optimizer steps between checkpoints", int)
-    seed: int = option(0, "seed of initialisation, order and dropout", int)
 
     def resolved(self) -> "Config":
         """The same with every default that depends on another field filled in."""
@@ -180,32 +184,26 @@ class Config:
         return self.method == "clorae" and self.mim and self.beta > 0
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse that rejects unknown flags by naming the nearest known one."""
-
-    def error(self, message: str) -> None:
-        flags = [flag for action in self._actions for flag in action.option_strings]
-        for word in message.split():
-            near = difflib.get_close_matches(word.split("=")[0], flags, n=1)
-            if word.startswith("--") and near and word not in flags:
-                message += f"; did you mean {near[0]}?"
-        super().error(message)
+# The option groups of --help: each begins with the field named here.
+GROUPS = {"size": "what to train", "data": "data", "t5": "model", "epochs": "optimisation",
+          "aml": "losses", "out": "run"}
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[Config, str]:
     """The command line as (Config, resume), one option per Config field."""
-    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = data.Parser(description=__doc__.split("\n\n")[0], usage="%(prog)s [options]")
     for spec in dataclasses.fields(Config):
+        if spec.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[spec.name])
         more = dict(spec.metadata)
         kind, flag = more.pop("type"), "--" + spec.name.replace("_", "-")
         if kind is bool:
-            parser.add_argument(flag, default=spec.default, help=more["help"],
-                                action=argparse.BooleanOptionalAction)
+            group.add_argument(flag, default=spec.default, help=more["help"],
+                               action=argparse.BooleanOptionalAction)
         else:
-            parser.add_argument(flag, type=kind, default=spec.default, **more)
-    parser.add_argument("--resume", default="auto", help="'auto' goes on with the newest "
-                        "checkpoint of --out, 'none' starts over, a path names a checkpoint")
+            group.add_argument(flag, type=kind, default=spec.default, **more)
+    group.add_argument("--resume", default="auto", help="'auto' goes on with the newest "
+                       "checkpoint of --out, 'none' starts over, a path names a checkpoint")
     values = vars(parser.parse_args(argv))
     resume = values.pop("resume")
     if values["units"] is not None:
