@@ -143,7 +143,8 @@ def batch(rows: int) -> SimpleNamespace:
 
     return SimpleNamespace(
         input_ids=ids(SOURCE), attention_mask=torch.ones(rows, SOURCE, dtype=torch.bool),
-        labels=ids(TARGET), tasks=torch.tensor(TASKS)[:rows], features=torch.zeros(rows, 0, 768), boxes=torch.zeros(rows, 0, 5),
+        labels=ids(TARGET), tasks=torch.tensor(TASKS)[:rows],
+        features=torch.zeros(rows, 0, 768), boxes=torch.zeros(rows, 0, 5),
         visual_mask=torch.zeros(rows, 0, dtype=torch.bool))
 
 

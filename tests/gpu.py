@@ -296,8 +296,8 @@ def main() -> int:
         table(f"base, {tasks} tasks in one batch: forward alone", rows, False)
     print("\n## Training step, decoding, memory", flush=True)
     for size in ("base", "large"):
-        subprocess.run([sys.executable, str(ROOT / "tests/benchmark.py"), "step", "decode", "memory",
-                        "--size", size, "--repeats", "5"], check=True)
+        subprocess.run([sys.executable, str(ROOT / "tests/benchmark.py"), "step", "decode",
+                        "memory", "--size", size, "--repeats", "5"], check=True)
     print(f"\n{'Everything was right' if fine else '**Something was wrong**'}; "
           f"{time.monotonic() - start:.0f} s in all.")
     return 0 if fine else 1
