@@ -9,7 +9,7 @@ LoRA (R on q and v), if this environment has them: they belong into one of their
 take turns; printed are medians over the repeats, after warm-up, and their ratio to the first.
 tokens/s: source and target of a step, new tokens of a decoding; share: of the arithmetic rate that
 a large matrix product reaches here in the same type.  memory: peak of a process that does five
-steps (of the allocator on a GPU).  padding: how many of the tokens that training computes are real.
+steps (of the allocator on a GPU), without Adam's moments.  padding: how many of the tokens that training computes are real.
 """
 
 import argparse
@@ -148,37 +148,46 @@ def batch(rows: int) -> SimpleNamespace:
         visual_mask=torch.zeros(rows, 0, dtype=torch.bool))
 
 
-def steps(size: str, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """Forward and backward of a training step, dropout on; ours with and without L_MIM."""
-    model, b = ours(size).train(), batch(8)
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    for parameter in frozen:
-        parameter.data = parameter.data.to(dtype)
-    layers = len(clorae.expert_layers(model))
+def in_type(model: nn.Module, dtype: torch.dtype) -> Callable[[], torch.autocast]:
+    """The frozen weights of a model in a type, and the autocast that goes with it."""
+    for parameter in model.train().parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    kind = torch.get_default_device().type
+    return lambda: torch.autocast(kind, torch.bfloat16, dtype == torch.bfloat16)
+
+
+def our_steps(size: str, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """Forward and backward of a training step, dropout on, with and without L_MIM."""
+    model, b = ours(size), batch(8)
+    autocast, layers = in_type(model, dtype), len(clorae.expert_layers(model))
 
     def mine(mim: bool) -> None:
         model.routing.mim_batch = 8 if mim else None
-        with torch.autocast(b.labels.device.type, torch.bfloat16, dtype == torch.bfloat16):
+        with autocast():
             ce = losses.token_cross_entropy(model.hidden(b), b.labels, model.t5.head)
         loss = ce.sum() / b.labels.numel()
         if mim:
             loss = loss + 0.01 * losses.mutual_information(model.routing.moments(), layers)
         loss.backward()
 
-    variants = {"C-LoRAE": lambda: mine(True), "C-LoRAE without L_MIM": lambda: mine(False)}
-    if PEER:
-        theirs = peer(size, lora=True).train()
-        for parameter in theirs.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(dtype)
+    return {"C-LoRAE": lambda: mine(True), "C-LoRAE without L_MIM": lambda: mine(False)}
 
-        def plain() -> None:
-            with torch.autocast(b.labels.device.type, torch.bfloat16, dtype == torch.bfloat16):
-                loss = theirs(input_ids=b.input_ids, attention_mask=b.attention_mask.long(),
-                              labels=b.labels).loss
-            loss.backward()
-        variants = {"transformers + peft LoRA": plain, **variants}
-    return variants
+
+def peer_steps(size: str, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """The same of the peer, if it is installed."""
+    if not PEER:
+        return {}
+    model, b = peer(size, lora=True), batch(8)
+    autocast = in_type(model, dtype)
+
+    def theirs() -> None:
+        with autocast():
+            loss = model(input_ids=b.input_ids, attention_mask=b.attention_mask.long(),
+                         labels=b.labels).loss
+        loss.backward()
+
+    return {"transformers + peft LoRA": theirs}
 
 
 def types() -> list[torch.dtype]:
@@ -192,7 +201,8 @@ def step(size: str, repeats: int) -> None:
         counter = evaluate.FlopCounter(ours(size), SOURCE, TARGET, 0)
     for dtype in types():
         take_turns(f"training step, {size}, {dtype}, 8 x ({SOURCE} + {TARGET}) tokens",
-                   steps(size, dtype), repeats, 8 * (SOURCE + TARGET),
+                   peer_steps(size, dtype) | our_steps(size, dtype), repeats,
+                   8 * (SOURCE + TARGET),
                    {"C-LoRAE without L_MIM": (8 * (counter.forward + counter.backward), dtype)})
 
 
@@ -205,11 +215,9 @@ def memory(size: str, repeats: int) -> None:
 
 
 def peak_of(name: str, size: str) -> None:
-    """Five steps of one variant, with Adam's update as every run has it, then the peak."""
-    global PEER
-    PEER = PEER and name != "C-LoRAE"
-    dtype = types()[0]
-    run = steps(size, dtype)[name]
+    """Five times forward and backward of one variant, then the peak."""
+    make = our_steps if name == "C-LoRAE" else peer_steps
+    run = make(size, types()[0])[name]
     for _ in range(5):
         run()
     wait()
