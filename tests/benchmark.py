@@ -9,7 +9,8 @@ LoRA (R on q and v), if this environment has them: they belong into one of their
 take turns; printed are medians over the repeats, after warm-up, and their ratio to the first.
 tokens/s: source and target of a step, new tokens of a decoding; share: of the arithmetic rate that
 a large matrix product reaches here in the same type.  memory: peak of a process that does five
-steps (of the allocator on a GPU), without Adam's moments.  padding: how many of the tokens that training computes are real.
+steps (of the allocator on a GPU), without Adam's moments.  padding: the share of real tokens among
+those that training computes.
 """
 
 import argparse
