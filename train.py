@@ -25,11 +25,12 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,11 +47,13 @@ import evaluate
 import losses
 from clorae import METHODS
 from data import TASKS, UNITS
-from t5 import T5, WeightsError
+from t5 import T5, T5Config, WeightsError, open_weights, read_json
 from vision import UMIE, FeatureCache, ImageError, ViT, resolve_image
 
 VIT = "google/vit-base-patch16-224-in21k"
-HUB_FILES = ["*.json", "*.safetensors", "spiece.model"]  # never pickled weights
+HUB_FILES = ["model*.safetensors*", "*config.json", "spiece.model"]  # never pickled weights
+HUB_GB = {"google/flan-t5-base": 1.0, "google/flan-t5-large": 3.1, "google/flan-t5-xl": 11.4,
+          VIT: 0.35}  # 4 bytes a parameter
 CHECKPOINTS_KEPT = 2
 REAL_PIECES = 4000  # vocabulary of a tiny backbone made from a real corpus
 
@@ -190,8 +193,8 @@ class Parser(argparse.ArgumentParser):
         super().error(message)
 
 
-def parse_arguments(argv: Sequence[str] | None) -> tuple[Config, str]:
-    """The command line as (Config, resume), one option per Config field."""
+def parse_arguments(argv: Sequence[str] | None) -> tuple[Config, str, bool]:
+    """The command line as (Config, resume, dry run), one option per Config field."""
     parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for spec in dataclasses.fields(Config):
@@ -204,13 +207,16 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Config, str]:
             parser.add_argument(flag, type=kind, default=spec.default, **more)
     parser.add_argument("--resume", default="auto", help="'auto' goes on with the newest "
                         "checkpoint of --out, 'none' starts over, a path names a checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="find, make or fetch corpus and "
+                        "backbone, print files, parameters, rows, steps and memory, and stop: "
+                        "no weight is loaded, nothing is written to --out")
     values = vars(parser.parse_args(argv))
-    resume = values.pop("resume")
+    resume, dry_run = values.pop("resume"), values.pop("dry_run")
     if values["units"] is not None:
         values["units"] = tuple(values["units"])
     config = Config(**values).resolved()
     config.check()
-    return config, resume
+    return config, resume, dry_run
 
 
 # ----------------------------------------------------------------------------------------- World
@@ -277,24 +283,61 @@ def folder_hash(folder: Path) -> str:
     return hashlib.sha256("".join(map(file_hash, files)).encode()).hexdigest()
 
 
-def find_weights(name: str) -> Path:
-    """The folder of a hub model: weights/, then the hub cache, then a download."""
-    local = Path("weights") / name.split("/")[-1]
-    if (local / "config.json").exists():
-        return local
-    from huggingface_hub import snapshot_download  # imported only when it is needed
+def hub_snapshots(name: str) -> list[Path]:
+    """Folders of a hub model in the hub's cache on this machine, that of its main branch first."""
+    from huggingface_hub import constants  # imported only when it is needed; knows HF_HOME
+    repo = Path(constants.HF_HUB_CACHE, "models--" + name.replace("/", "--"))
+    main = repo / "refs" / "main"
+    commit = main.read_text(encoding="utf-8").strip() if main.is_file() else ""
+    return sorted(repo.glob("snapshots/*"), key=lambda folder: folder.name != commit)
+
+
+def fault(folder: Path, part: str) -> str | None:
+    """Why a model folder cannot be used, found without loading it; None if it can."""
+    names = ["config.json"] + ["spiece.model"] * (part == "t5")
+    lost = [name for name in names if not (folder / name).is_file()]
+    if lost and folder.is_dir():
+        return f"{folder}: expected a whole model folder, it lacks {', '.join(lost)}; fetch them"
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True))
-    except Exception:  # not in the cache: whatever the reason, the download decides
-        pass
+        open_weights(folder)  # headers only
+    except WeightsError as problem:
+        return str(problem)
+    return None
+
+
+def find_weights(part: str, given: str | Path | None, name: str | None) -> Path:
+    """A whole model folder for "t5" or "vit": the one given, or that of a hub name in weights/, in
+    the hub cache, or downloaded into that.  UsageError says what is where, and what to fetch."""
+    local = Path("weights", name.split("/")[-1]) if name else None
+    places = [Path(given)] if given else [local, *hub_snapshots(name)]
+    faults = {place: fault(place, part) for place in places if given or place.is_dir()}
+    for place, problem in faults.items():
+        if problem is None:
+            return place
+        if not given:
+            print(f"passed over: {problem}", file=sys.stderr)
+    if given:
+        raise UsageError(f"--{part}: {faults[places[0]]}")
+    from huggingface_hub import constants, snapshot_download
+    size = f"about {HUB_GB[name]} GB" if name in HUB_GB else "of unknown size"
+    patterns = HUB_FILES[:None if part == "t5" else -1]  # a ViT has no tokenizer
+    print(f"{name}: not on this machine, asking the hub ({size})", file=sys.stderr)
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except Exception as cause:
-        raise UsageError(
-            f"weights of {name}: expected them in {local}/ or the hub cache, found neither, and "
-            f"the download failed ({type(cause).__name__}: {str(cause).splitlines()[0]}); on a "
-            f"machine with network run `hf download {name}` and copy config.json, the "
-            f"*.safetensors files and spiece.model to {local}/") from cause
+        folder = Path(snapshot_download(name, allow_patterns=patterns))
+        faults[folder] = fault(folder, part)
+        if faults[folder] is None:
+            return folder
+        problem = faults[folder]
+    except Exception as cause:  # whatever the reason: the same remedy
+        problem = cause.__cause__ or cause
+        problem = f"{type(problem).__name__}: {str(problem).splitlines()[0]}"
+    raise UsageError(
+        f"{name}: expected config.json, model.safetensors (or all its shards and their index)"
+        f"{' and spiece.model' * (part == 't5')} in {local}/ or in the hub cache "
+        f"({constants.HF_HUB_CACHE}), found {'no whole copy' if faults else 'neither folder'}, and "
+        f"the download failed ({problem}); name its folder with --{part} DIR, or fetch it ({size}) "
+        f"where there is a network, and bring the folder here:\n    hf download {name} --local-dir "
+        f"{local} " + " ".join(f"--include '{pattern}'" for pattern in patterns))
 
 
 @dataclass
@@ -318,13 +361,18 @@ def prepare(config: Config) -> Sources:
         corpus = Path(config.data or "data/demo")
         if config.data is None and not corpus.exists():
             whole(corpus, demo.make_world)
-        made = None
+        made, found, absent = None, [], []
         if config.size == "tiny" and not (config.t5 and config.vit):
             made = tiny_backbone(corpus, config)
-        size = SIZES[config.size]
-        t5 = Path(config.t5) if config.t5 else made / "t5" if made else find_weights(size.t5)
-        vit = Path(config.vit) if config.vit else made / "vit" if made else find_weights(size.vit)
-    return Sources(corpus, t5, vit, find_checkpoint(Path(config.init)) if config.init else None)
+        for part in ("t5", "vit"):
+            try:
+                found.append(find_weights(part, getattr(config, part) or made and made / part,
+                                          getattr(SIZES[config.size], part)))
+            except UsageError as problem:
+                absent.append(str(problem))
+    if absent:
+        raise UsageError("\n".join(absent))
+    return Sources(corpus, *found, find_checkpoint(Path(config.init)) if config.init else None)
 
 
 def whole(folder: Path, make: Callable[[Path], object]) -> None:
@@ -376,7 +424,7 @@ class Features:
         self.missing_rows = len(absent)
         self.cache: FeatureCache | None = None
         self.width = ViT.feature_width(sources.vit)
-        if len(absent) < len(named):
+        if len(absent) < len(named) and device.type != "meta":  # there nothing is computed
             vit = ViT.from_pretrained(sources.vit).to(device).eval()
             folder = sources.corpus / ".features"
             with locked(folder / ".lock"):
@@ -410,17 +458,22 @@ class Setup:
 
 
 def build(config: Config, sources: Sources, device: torch.device) -> Setup:
-    """The adapted model at its seeded start; trainables fp32, a frozen backbone as `precision`."""
+    """The adapted model at its seeded start; trainables fp32, a frozen backbone as `precision`.
+
+    On the device "meta" it has names, shapes and types, and of the weights only headers are read.
+    """
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    t5 = T5.from_pretrained(sources.t5, dtype=torch.float32 if config.method == "full" else dtype)
+    dtype, meta = torch.float32 if config.method == "full" else dtype, device.type == "meta"
+    t5 = outline(sources.t5, dtype) if meta else T5.from_pretrained(sources.t5, dtype=dtype)
     torch.manual_seed(config.seed)
-    model = UMIE(t5, ViT.feature_width(sources.vit), config.max_objects, config.fusion)
-    if sources.init is not None:
+    with device if meta else nullcontext():
+        model = UMIE(t5, ViT.feature_width(sources.vit), config.max_objects, config.fusion)
+    if sources.init is not None and not meta:
         start_from(model, sources.init)
     clorae.adapt(model, config.method, config.rank, TASKS, alpha=config.alpha,
                  dropout=config.dropout, egr=config.egr, mim=config.uses_mim)
     free_visual_adapter(model, config.visual_policy)
-    if model.routing is not None:
+    if model.routing is not None and not meta:
         model.routing.impl = config.impl
         clorae.kernels(device, config.impl)  # built now, or refused now
     for module in model.modules():
@@ -428,6 +481,13 @@ def build(config: Config, sources: Sources, device: torch.device) -> Setup:
             module.p = config.backbone_dropout
     return Setup(config, sources, data.load_datasets(sources.corpus),
                  data.Tokenizer(sources.t5), model.to(device))
+
+
+def outline(folder: Path, dtype: torch.dtype) -> T5:
+    """The T5 of a folder on the meta device; a stored head counts as one of its own."""
+    raw, stored = read_json(folder / "config.json"), open_weights(folder)
+    with torch.device("meta"):
+        return T5(T5Config.from_hf(raw, folder, "lm_head.weight" not in stored)).to(dtype)
 
 
 def start_from(model: UMIE, checkpoint: Path) -> None:
@@ -630,18 +690,19 @@ def find_checkpoint(path: Path) -> Path:
 class Run:
     """One training run: its model, data, progress and files."""
 
-    def __init__(self, config: Config, sources: Sources, world: World):
+    def __init__(self, config: Config, sources: Sources, world: World, dry: bool = False):
         self.config, self.world, self.out = config, world, Path(config.out)
-        self.setup = build(config, sources, world.device)
+        device = torch.device("meta") if dry else world.device
+        self.setup = build(config, sources, device)
         self.model, self.routing = self.setup.model, self.setup.model.routing
-        self.flat = FlatParameters(self.model, config.lr)
+        self.flat = None if dry else FlatParameters(self.model, config.lr)
         self.layers = len(clorae.expert_layers(self.model))
         self.records = {split: data.load_corpus(sources.corpus, split, config.units)
                         if any(sources.corpus.glob(f"*/{split}.jsonl")) else []
                         for split in data.SPLITS}
         self.held_out = hold_out(self.records, self.setup.datasets, config.hold_out)
         self.features = Features(sources, sum(self.records.values(), []), config.missing_images,
-                                 config.max_objects, world.device)
+                                 config.max_objects, device)
         self.splits = {split: data.encode_records(records, self.setup.datasets,
                                                   self.setup.tokenizer, config.max_source,
                                                   config.max_target, world.print)
@@ -653,7 +714,7 @@ class Run:
         self.units = [u for u in UNITS if any(UNITS[e.unit] == u for e in self.examples)]
         self.reference = self.references()
         self.progress = Progress(weights=dict.fromkeys(self.units, 1.0))
-        if config.fusion == "gate":
+        if config.fusion == "gate" and not dry:
             self.open_gate()
         self.origin = {"t5": str(sources.t5), "vit": str(sources.vit),
                        "init": sources.init and str(sources.init), **sources.fingerprints()}
@@ -950,6 +1011,59 @@ def describe(run: Run, start: str) -> list[str]:
     return lines
 
 
+def plan(config: Config, sources: Sources, world: World, resume: str) -> list[str]:
+    """What a run would use, from configurations, headers and the corpus alone (--dry-run)."""
+    run = Run(config, sources, world, dry=True)
+    found = newest_checkpoint(run.out) if resume == "auto" else resume
+    start = f"start: {'from the beginning' if found in (None, 'none') else f'would resume {found}'}"
+    if finished(config, resume):
+        start = "start: this run is finished, its table would be printed again"
+    files = [path for folder in (sources.t5, sources.vit, *filter(None, [sources.init]))
+             for path in sorted(folder.iterdir())
+             if path.suffix in (".json", ".safetensors", ".model")]
+    files += sorted(path for kind in ("dataset.json", *(f"{split}.jsonl" for split in data.SPLITS))
+                    for path in sources.corpus.glob(f"*/{kind}"))
+    frozen = sum(p.numel() for p in run.model.parameters() if not p.requires_grad)
+    terms = memory(run)
+    return ["dry run: nothing is trained, nothing is written to " + str(run.out),
+            *(f"file: {path}, {path.stat().st_size:,} bytes, sha256 {file_hash(path)[:12]}"
+              for path in files),
+            *describe(run, start), f"frozen: {frozen:,} parameters",
+            f"memory per process: about {sum(terms.values()) / 1e9:.2f} GB = "
+            + " + ".join(f"{name} {value / 1e9:.2f}" for name, value in terms.items())]
+
+
+def memory(run: Run) -> dict[str, float]:
+    """Bytes that training takes on its device, term by term, for the longest rows there are.
+
+    Activations are what autograd keeps, per token and block: for each attention 10 D + 5 H K and
+    16 numbers per column of the experts (without a fused kernel also 3 H scores per key), for the
+    feed-forward 4 of its width; and three copies of the logits in fp32.  The factors are fitted to
+    counts of saved tensors; a frozen weight adds nothing.  Checkpoint files need no more of it.
+    """
+    config, t5 = run.config, run.model.t5.config
+    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    weights = sum(p.numel() * p.element_size() for p in run.model.parameters())
+    S, T = (max(len(getattr(e, side)) for e in run.examples) for side in ("input_ids", "labels"))
+    V = 1 + max(min(len(e.record.objects), config.max_objects) for e in run.examples)
+    dropped = t5.dropout_rate if config.backbone_dropout is None else config.backbone_dropout
+    fused, columns = run.world.device.type != "cpu" or not dropped, config.rank * 4 // 3
+    experts = {"full": 0, "loramoe": 2 * config.rank}.get(config.method, columns)
+
+    def block(attentions: int, tokens: int, keys: int) -> int:
+        each = 10 * t5.d_model + 5 * t5.num_heads * t5.d_kv + 16 * experts
+        return tokens * (attentions * each + 4 * t5.d_ff + (not fused) * 3 * t5.num_heads * keys)
+
+    numbers = (t5.num_layers * block(1, S, S) + t5.num_decoder_layers * block(2, T, S + T)
+               + 2 * block(1, V, V))
+    rows = min(config.micro_batch, config.batch)
+    return {"weights": weights, "gradients": 4 * trained, "moments": 8 * trained,
+            f"activations of {rows} x ({S} + {T} + {V}) tokens":
+                rows * (numbers * (2 if config.precision == "bf16" else 4)
+                        + 12 * T * t5.vocab_size),
+            "process": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+
+
 def hold_out(records: dict[str, list[data.Record]], datasets: dict[str, data.Dataset],
              how: str) -> str | None:
     """Take Table 4's units out of the train and dev records, in place; what was done, in words.
@@ -994,9 +1108,12 @@ def finished(config: Config, resume: str) -> str | None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    config, resume = parse_arguments(argv)
+    config, resume, dry_run = parse_arguments(argv)
     world = World()
     torch.use_deterministic_algorithms(True, warn_only=True)
+    if dry_run:
+        world.print(*(plan(config, prepare(config), world, resume) if world.main else ()))
+        return
     done = finished(config, resume)
     if done is not None:
         world.print(f"{config.out} is finished; its table again (--resume none starts over):", done)
