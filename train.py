@@ -350,9 +350,10 @@ class Sources:
     init: Path | None = None  # checkpoint of a full run to begin with
 
     def fingerprints(self) -> dict[str, str | None]:
-        """sha256 of the weights in each folder: a checkpoint holds only what was trained."""
-        return {f"{name}_sha256": folder and folder_hash(folder)
-                for name, folder in (("t5", self.t5), ("vit", self.vit), ("init", self.init))}
+        """sha256 of what a checkpoint needs besides itself: it holds only what was trained."""
+        return {"t5_sha256": folder_hash(self.t5), "vit_sha256": folder_hash(self.vit),
+                "init_sha256": self.init and file_hash(self.init / "model.safetensors"),
+                "t5_tokenizer_sha256": file_hash(self.t5 / "spiece.model")}
 
 
 def prepare(config: Config) -> Sources:
@@ -514,23 +515,50 @@ def free_visual_adapter(model: UMIE, policy: str) -> None:
             parameter.requires_grad_(True)
 
 
+def stored_config(checkpoint: Path, **changes: object) -> Config:
+    """The settings of a checkpoint; an exported adapter brings its datasets' labels along."""
+    config = dataclasses.replace(Config(**read_state(checkpoint)["config"]), **changes)
+    brought = checkpoint / "corpus"
+    if config.data is None and brought.is_dir():
+        config = dataclasses.replace(config, data=str(brought))
+    return config
+
+
+def stored_sources(checkpoint: Path, config: Config, **given: str | None) -> Sources:
+    """The folders that a checkpoint was trained on: those given now, else where they lay then, else
+    the hub's by the size.  UsageError unless each has the very content it had then."""
+    state, folders = read_state(checkpoint), {}
+    for part in ("t5", "vit", "init"):
+        digest, folder = state.get(f"{part}_sha256"), given.get(part) or state.get(part)
+        name = None if part == "init" else getattr(SIZES[config.size], part)
+        known = folder and (given.get(part) or Path(folder).is_dir())
+        if digest and not known and not name:
+            raise UsageError(f"{checkpoint}: expected the folder of its {part} (sha256 "
+                             f"{digest[:12]}), got {folder or 'none'}; name it with --{part} DIR")
+        if digest and part != "init":
+            folders[part] = find_weights(part, folder if known else None, name)
+        elif digest:
+            folders[part] = find_checkpoint(Path(folder))
+    sources = Sources(Path(config.data or "data/demo"), **folders)
+    for name, digest in sources.fingerprints().items():
+        if name in state and state[name] != digest:
+            part, _, what = name.removesuffix("_sha256").partition("_")
+            raise UsageError(f"{getattr(sources, part)}: expected the {what or 'weights'} that "
+                             f"{checkpoint} was trained on (sha256 {state[name][:12]}), got others "
+                             f"({digest[:12]}); restore that folder, or name it with --{part} DIR")
+    return sources
+
+
 def load_model(checkpoint: Path, device: torch.device, **changes: object) -> Setup:
     """Rebuild the model of a checkpoint folder from what the checkpoint itself says.
 
-    changes: Config fields that may differ in evaluation (data, missing_images).  Raises UsageError
-    if the backbone is not the one trained on, or a tensor does not fit.
+    changes: Config fields that may differ in evaluation (data, missing_images, and where the
+    backbone lies: t5, vit, init).  Raises UsageError if the backbone is not the one trained on, or
+    a tensor does not fit.
     """
-    state = read_state(checkpoint)
-    config = dataclasses.replace(Config(**state["config"]), **changes)
-    init = state.get("init")
-    sources = Sources(Path(config.data or "data/demo"), Path(state["t5"]), Path(state["vit"]),
-                      init and Path(init))
-    for name, digest in sources.fingerprints().items():
-        if state.get(name) != digest:
-            folder = getattr(sources, name.removesuffix("_sha256"))
-            raise UsageError(f"{folder}: expected the weights that {checkpoint} was trained on "
-                             f"(sha256 {state[name][:12]}), got others; restore that folder")
-    setup = build(config, sources, device)
+    config = stored_config(checkpoint, **changes)
+    given = {part: changes.get(part) for part in ("t5", "vit", "init")}
+    setup = build(config, stored_sources(checkpoint, config, **given), device)
     load_trainables(setup.model, checkpoint)
     return setup
 
@@ -811,7 +839,7 @@ class Run:
         changed = [name for name, value in mine["config"].items()
                    if state["config"].get(name) != value]
         changed += [name for name in mine if name.endswith("_sha256")
-                    and state.get(name) != mine[name]]
+                    and state.get(name, mine[name]) != mine[name]]
         if changed:
             was = ", ".join(f"{name} {state['config'].get(name, state.get(name))} -> "
                             f"{mine['config'].get(name, mine.get(name))}" for name in changed)
@@ -1034,34 +1062,37 @@ def plan(config: Config, sources: Sources, world: World, resume: str) -> list[st
 
 
 def memory(run: Run) -> dict[str, float]:
-    """Bytes that training takes on its device, term by term, for the longest rows there are.
+    """Bytes that training takes, term by term, for a micro-batch of the longest rows there are.
 
-    Activations are what autograd keeps, per token and block: for each attention 10 D + 5 H K and
-    16 numbers per column of the experts (without a fused kernel also 3 H scores per key), for the
-    feed-forward 4 of its width; and three copies of the logits in fp32.  The factors are fitted to
-    counts of saved tensors; a frozen weight adds nothing.  Checkpoint files need no more of it.
+    Activations are what autograd keeps; a frozen weight adds nothing.  Of a token, each attention
+    keeps 3 D (5 with T5's dropout, 4 more with the experts'), 5 H K and 16 k numbers for k columns
+    of the experts, and the feed-forward 3 of its widths (4 with dropout); dropout on a CPU, where
+    no fused kernel has it, adds 3 H scores per key.  On top come three copies of the logits and
+    twice the experts, joined per task and for L_MIM.  Counted once, and within 10 % of measured.
     """
     config, t5 = run.config, run.model.t5.config
-    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    weights = sum(p.numel() * p.element_size() for p in run.model.parameters())
+    frozen, trained = (sum(p.numel() * p.element_size() for p in run.model.parameters()
+                           if p.requires_grad == learns) for learns in (False, True))
     S, T = (max(len(getattr(e, side)) for e in run.examples) for side in ("input_ids", "labels"))
     V = 1 + max(min(len(e.record.objects), config.max_objects) for e in run.examples)
-    dropped = t5.dropout_rate if config.backbone_dropout is None else config.backbone_dropout
-    fused, columns = run.world.device.type != "cpu" or not dropped, config.rank * 4 // 3
-    experts = {"full": 0, "loramoe": 2 * config.rank}.get(config.method, columns)
+    drop = (t5.dropout_rate if config.backbone_dropout is None else config.backbone_dropout) > 0
+    scores = 3 * t5.num_heads * (drop and run.world.device.type == "cpu")
+    experts = clorae.parameter_split(run.model)["experts"]
+    columns = sum(next(iter(clorae.expert_layers(run.model).values())).widths) if experts else 0
+    attention = ((3 + 2 * drop + 4 * (config.dropout > 0 and experts > 0)) * t5.d_model
+                 + 5 * t5.num_heads * t5.d_kv + 16 * columns)
 
     def block(attentions: int, tokens: int, keys: int) -> int:
-        each = 10 * t5.d_model + 5 * t5.num_heads * t5.d_kv + 16 * experts
-        return tokens * (attentions * each + 4 * t5.d_ff + (not fused) * 3 * t5.num_heads * keys)
+        return tokens * (attentions * attention + (3 + drop) * t5.d_ff + scores * keys)
 
     numbers = (t5.num_layers * block(1, S, S) + t5.num_decoder_layers * block(2, T, S + T)
                + 2 * block(1, V, V))
     rows = min(config.micro_batch, config.batch)
-    return {"weights": weights, "gradients": 4 * trained, "moments": 8 * trained,
-            f"activations of {rows} x ({S} + {T} + {V}) tokens":
-                rows * (numbers * (2 if config.precision == "bf16" else 4)
-                        + 12 * T * t5.vocab_size),
-            "process": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    kept = rows * numbers * (2 if config.precision == "bf16" else 4)
+    return {"frozen weights": frozen, "trained": trained, "gradients": trained,
+            "moments": 2 * trained, f"activations of {rows} rows of {S} + {T} + {V} tokens":
+                kept + 12 * rows * T * t5.vocab_size + 8 * experts,
+            "the process itself": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
 
 
 def hold_out(records: dict[str, list[data.Record]], datasets: dict[str, data.Dataset],
