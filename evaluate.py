@@ -1629,7 +1629,7 @@ def plain_lora(args: argparse.Namespace, world: "train.World") -> tuple[Callable
     return partial(write_peft, model, train.SIZES[config.size].t5), [
         f"{args.export}: LoRA of rank {rank} for {data.TASKS[task]} on the q and v of T5, sha256 "
         f"{train.folder_hash(setup.sources.t5)[:12]}",
-        *(f"F1 {name}: " + ", ".join(f"{unit} {f1:.2f}" for unit, f1 in unit_f1(total(rows)).items())
+        *(f"F1 {name}: " + ", ".join(f"{u} {f1:.2f}" for u, f1 in unit_f1(total(rows)).items())
           for name, rows in scores.items()),
         "the visual adapter, with its experts, is not part of it: in PEFT the model reads text "
         "alone, as in the last line, such as", prompt]
