@@ -115,7 +115,9 @@ class Routing:
         self.fixed_gates: tuple[float, float] | None = None  # replaces Eq. (6) in every layer
         self.impl = "auto"  # see `kernels`: whether layers run on clorae.cu
         self.mim_batch: int | None = None  # global batch size B while L_MIM is wanted, else None
-        self.codes: list[tuple["ExpertLinear", list[Tensor]]] = []  # z of each run, for L_MIM
+        # z of each run, for L_MIM; None once it is taken: recomputed layers report only once
+        self.codes: list[tuple["ExpertLinear", list[Tensor]]] | None = []
+        self.joined: dict[tuple, list[Tensor]] = {}  # see ExpertLinear.joined
         self._rows: list[int] | None = None
 
     def set(self, tasks: Tensor, memory: Tensor | None = None, target: Tensor | None = None,
@@ -134,7 +136,7 @@ class Routing:
                              "build the experts with every task that the data holds")
         self.tasks, self._rows = rows, rows
         self.masks = {"memory": memory, "target": target, "visual": visual}
-        self.codes = []
+        self.codes, self.joined = [], {}
 
     def rows(self, index: Tensor) -> None:
         """Follow the decoder: computed row k is row index[k] of the batch given to `set`."""
@@ -158,7 +160,7 @@ class Routing:
 
     def moments(self) -> list[Moments]:
         """What the layers saw since `set`, one report per token stream; then it is forgotten."""
-        codes, self.codes = self.codes, []
+        codes, self.codes = self.codes or [], None
         tasks = [task for task, _ in self.segments(len(self.tasks or []))]
         streams = {name: [(layer, z) for layer, z in codes if layer.stream == name]
                    for name in self.masks}
@@ -217,19 +219,26 @@ class LowRank(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, x: Tensor, gates: Tensor | None, scale: float,
                 widths: Sequence[int], runs: Sequence[slice], *factors: Tensor
                 ) -> tuple[Tensor, ...]:
-        """y [B,S,D_out] (overwritten), x [B,S,D_in], gates [B,S,E] or None, and for each run its
-        A [k,D_in] and B [D_out,k] -> y, then each run's z [b S,k]."""
-        A, B = ([f.to(y.dtype) for f in factors[side::2]] for side in (0, 1))
-        x, codes = x.to(y.dtype), []
-        for rows, A_n, B_n in zip(runs, A, B):
+        """The arguments of `product` -> y, then each run's z [b S,k]."""
+        factors = [f.to(y.dtype) for f in factors]
+        codes = LowRank.product(y, x, gates, scale, widths, runs, factors)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, gates, *factors[::2], *factors[1::2], *codes)
+        ctx.scale, ctx.widths, ctx.runs = scale, widths, runs
+        return y, *codes
+
+    @staticmethod
+    def product(y: Tensor, x: Tensor, gates: Tensor | None, scale: float, widths: Sequence[int],
+                runs: Sequence[slice], factors: Sequence[Tensor]) -> list[Tensor]:
+        """Add the experts' part to y [B,S,D_out]; x [B,S,D_in] and, for each run, A [k,D_in] and
+        B [D_out,k] are of its type; gates [B,S,E] or None -> each run's z [b S,k]."""
+        codes = []
+        for rows, A_n, B_n in zip(runs, factors[::2], factors[1::2]):
             z = x[rows].flatten(0, 1) @ A_n.T  # Eq. (3), Eq. (4) before B_U and B_n
             weights = LowRank.weights(gates, scale, widths, rows, y.dtype)
             y[rows].flatten(0, 1).addmm_(z * weights, B_n.T)  # Eq. (7), Eq. (8)
             codes.append(z)
-        ctx.mark_dirty(y)
-        ctx.save_for_backward(x, gates, *A, *B, *codes)
-        ctx.scale, ctx.widths, ctx.runs = scale, widths, runs
-        return y, *codes
+        return codes
 
     @staticmethod
     def weights(gates: Tensor | None, scale: float, widths: Sequence[int], rows: slice,
@@ -314,17 +323,22 @@ class ExpertLinear(nn.Module):
         if self.config.method == "loramoe":  # every expert for every row, each under its own mask
             every, R = [slice(0, len(x))], [self.config.rank]
             for g, A_e, B_e in zip(gates.split(1, dim=-1), self.A_E, self.B_E):
-                y, _ = LowRank.apply(y, self.dropped(x), g, self.scale, R, every, A_e, B_e)
+                dropped = self.dropped(x).to(y.dtype)
+                y, _ = LowRank.apply(y, dropped, g, self.scale, R, every, A_e, B_e)
             return y
         tasks, runs = zip(*self.segments(len(x)))
-        y, *codes = LowRank.apply(y, self.dropped(x), gates, self.scale, self.widths, runs,
-                                  *self.factors(tasks))
+        arguments = (y, self.dropped(x).to(y.dtype), gates, self.scale, self.widths, runs)
+        if x.shape[1] == 1 and not torch.is_grad_enabled():  # the next token of each row
+            LowRank.product(*arguments, self.joined(tasks, y.dtype))
+            return y
+        y, *codes = LowRank.apply(*arguments, *self.factors(tasks))
         self.remember(codes)
         return y
 
     def remember(self, codes: list[Tensor]) -> None:
         """Keep z of each run for L_MIM, while it is wanted."""
-        if self.training and self.routing.mim_batch is not None and hasattr(self, "rho"):
+        wanted = self.routing.mim_batch is not None and self.routing.codes is not None
+        if wanted and self.training and hasattr(self, "rho"):
             self.routing.codes.append((self, codes))
 
     def runs_on_kernels(self, x: Tensor) -> bool:
@@ -391,11 +405,19 @@ class ExpertLinear(nn.Module):
         """For each run of rows of one task its experts side by side: A [k,D_in], B [D_out,k]..."""
         if not self.config.has_tasks:
             return [self.A_U, self.B_U]  # Eq. (2): plain LoRA
-        pairs = list(zip(self.A_T.unbind(), self.B_T.unbind()))
-        if self.config.has_universal:
-            pairs = [(torch.cat([self.A_U, A_n]), torch.cat([self.B_U, B_n], dim=1))
-                     for A_n, B_n in pairs]
-        return [factor for task in tasks for factor in pairs[task]]
+        if not self.config.has_universal:
+            return [factor for n in tasks for factor in (self.A_T[n], self.B_T[n])]
+        pairs = {n: (torch.cat([self.A_U, self.A_T[n]]), torch.cat([self.B_U, self.B_T[n]], dim=1))
+                 for n in sorted(set(tasks))}
+        return [factor for n in tasks for factor in pairs[n]]
+
+    def joined(self, tasks: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+        """`factors` in one type, joined once for all the tokens that a batch is answered with."""
+        kept = {} if self.routing.tasks is None else self.routing.joined  # emptied by `set`
+        for n in set(tasks):
+            if (self, n) not in kept:
+                kept[self, n] = [f.to(dtype) for f in self.factors([n])]
+        return [factor for n in tasks for factor in kept[self, n]]
 
     @torch.no_grad()
     def stacked(self, task: int, gates: Sequence[float] | None = None) -> tuple[Tensor, Tensor]:

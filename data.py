@@ -85,7 +85,7 @@ UNIT_TASK = {"T15": "mner", "T17": "mner", "SNAP": "mner", "V1": "mre", "V2": "m
              "MED": "med", "MEAE": "meae"}
 UNITS = tuple(UNIT_TASK)
 SPLITS = ("train", "dev", "test")
-MAX_PROBLEMS = 20                                    # shown at once before the loader gives up
+MAX_PROBLEMS = 20                                    # shown at once, the others are counted
 
 Span = tuple[int, int]                               # [start, end) in tokens
 Box = tuple[float, float, float, float]              # x1, y1, x2, y2 in pixels
@@ -142,19 +142,21 @@ Rule = dict | list | str | Callable | None
 class Problems(list):
     """Collects "file:line: field: problem: what to do", so that many mistakes show at once."""
 
+    count = 0                                        # of all; the list keeps those that are shown
+
     def add(self, where: str, place: str, problem: str) -> None:
-        self.append(f"{where}: {place}: {problem}")
-        if len(self) >= MAX_PROBLEMS:
-            self.raise_if_any()
+        self.count += 1
+        if self.count <= MAX_PROBLEMS:
+            self.append(f"{where}: {place}: {problem}")
 
     def raise_if_any(self) -> None:
-        more = ", stopped there" if len(self) >= MAX_PROBLEMS else ""
+        first = f", the first {MAX_PROBLEMS}" if self.count > MAX_PROBLEMS else ""
         if self:
-            raise DataError(f"{len(self)} problem(s) in the data{more}:\n  " + "\n  ".join(self))
+            raise DataError(f"{self.count} problem(s) in the data{first}:\n  " + "\n  ".join(self))
 
     def check(self, value: object, rule: Rule, where: str, place: str) -> bool:
         """Whether `value` keeps the rule; every place where it does not is added."""
-        before = len(self)
+        before = self.count
         while callable(rule):
             rule = rule(value)
         if isinstance(rule, str):
@@ -173,7 +175,7 @@ class Problems(list):
                     self.check(value[key], inner, where, f"{place}.{key}".removeprefix("record."))
                 else:
                     self.add(where, place, f'key "{key}" is missing: add it, if only as null or []')
-        return len(self) == before
+        return self.count == before
 
 
 def show(value: object) -> str:
@@ -213,16 +215,18 @@ def get(mapping: object, key: object, default: object = None) -> object:
     return mapping.get(key, default) if known else default
 
 
-BLANK = re.compile("[\\s\ud800-\udfff]", re.ASCII)    # no token holds these
+BLANK = re.compile("[\0- \x7f\ud800-\udfff]")         # no token holds these
 string = must(lambda v: isinstance(v, str) and v and v.isprintable(),
               "is no non-empty printable string: correct it")
 token = must(lambda v: isinstance(v, str) and v and not BLANK.search(v),
-             "is no non-empty string without blanks and half surrogates: repair it, mind the spans")
+             "is no non-empty string without blanks, control characters and half surrogates: "
+             "repair it, mind the spans")
 word = must(lambda v: not string(v) and v == v.lower()
             and re.fullmatch("[^ ,:;<>%]+( [^ ,:;<>%]+)*", v),
             "is no lower-case word without , : ; < > %: rename the label")
 image_name = must(lambda v: v is None or not string(v)
-                  and not re.search(r"[\\:]|(^|/)\.{0,2}(/|$)", v),
+                  and not re.search(r"[\\:]|^~|(^|/)[ .]*(/|$)", v) and len(v) < 1000
+                  and all(len(part.encode()) < 256 for part in v.split("/")),
                   "is neither null nor a plain relative path: name a file below images/")
 image_size = must(lambda v: v is None or numbers(v, (int,), 2) and min(v) > 0,
                   "is neither null nor [width, height] in pixels: correct it")
@@ -231,8 +235,9 @@ image_size = must(lambda v: v is None or numbers(v, (int,), 2) and min(v) > 0,
 def record_rule(raw: object, dataset: Dataset) -> Rule:
     """The rule for one record; `raw` itself sets the bounds of its spans and boxes."""
     tokens, objects = get(raw, "tokens"), get(raw, "objects")
-    task, size, image = get(raw, "task"), get(raw, "size"), get(raw, "image")
-    labels, length = get(dataset.labels, task, ()), len(tokens) if isinstance(tokens, list) else 0
+    task, size, image = get(raw, "task"), get(raw, "size"), get(raw, "image", "(missing key)")
+    labels = get(dataset.labels, task, ())
+    length = len(tokens) if isinstance(tokens, list) else math.inf       # one problem is enough
     right, bottom = (math.inf, math.inf) if size is None or image_size(size) else size
     span = must(lambda v: numbers(v, (int,), 2) and 0 <= v[0] < v[1] <= length,
                 f"is no span 0 <= start < end <= {length} (tokens): correct the offsets")
@@ -248,16 +253,19 @@ def record_rule(raw: object, dataset: Dataset) -> Rule:
         return {"type": one_of(labels), "start": None, "end": lambda v: span(pair)}
 
     def event(value: object, in_text: bool = False) -> Rule:
-        roles, trigger = get(get(dataset.labels, "meae"), get(value, "type"), ()), span
+        kind, trigger = get(value, "type"), span
+        roles = one_of(get(get(dataset.labels, "meae"), kind, ()))
+        if one_of(labels)(kind):                     # one problem, not one more for each role
+            roles = None
         if not in_text and get(value, "trigger") is None:
             trigger = in_image(None)
         return {"type": one_of(labels), "trigger": trigger,
                 "arguments": [lambda a: argument(a, roles, in_text)]}
 
-    def argument(value: object, roles: Iterable[str], in_text: bool) -> Rule:
+    def argument(value: object, role: Rule, in_text: bool) -> Rule:
         if in_text or not isinstance(value, dict) or not value.keys() & {"box", "object"}:
-            return {"role": one_of(roles), "span": span}
-        return {"role": one_of(roles), "box": in_image(box),
+            return {"role": role, "span": span}
+        return {"role": role, "box": in_image(box),
                 "object": lambda k: None if k is None else shown(k, value.get("box"))}
 
     def shown(k: object, wanted: object) -> str | None:
@@ -291,13 +299,16 @@ def dataset_rule(raw: object, name: str) -> Rule:
     rules = {"mner": labels(False), "mre": labels(True), "med": labels(False), "meae": roles}
     units = get(raw, "units")
     tasks = [t for t in RECORD_TASKS if isinstance(units, dict) and t in units] or ["mner"]
-    return {"name": one_of([name]), **({} if get(raw, "note") is None else {"note": string}),
+    same = must(lambda v: v == name, f'is not "{name}", the name of its folder: rename one of them')
+    return {"name": same, **({} if get(raw, "note") is None else {"note": string}),
             "units": {t: one_of([u for u in UNITS if UNIT_TASK[u] == t]) for t in tasks},
             "labels": {t: rules[t] for t in tasks}}
 
 
 def read_bytes(path: Path) -> bytes:
     try:
+        if path.exists() and not path.is_file():     # a pipe or a device would never end
+            raise OSError(0, "no regular file")
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}): check the path") from None
@@ -337,8 +348,13 @@ def read_split(folder: Path, split: str, dataset: Dataset, problems: Problems) -
         where = f"{path}:{number}"
         try:
             raw = parse_json(line)
+            if not isinstance(raw, dict):
+                raise ValueError(f"a {type(raw).__name__}")
         except ValueError as error:
-            problems.add(where, "line", f"not JSON in UTF-8 ({error}): repair or delete it")
+            reason = re.sub(r": line 1 (column \d+) .*", r", \1", str(error))
+            text = show(line.decode("utf-8", "replace"))
+            problems.add(where, "line", f"{text} is no JSON object ({reason}): write each record "
+                         "as one object on one line, in UTF-8")
             continue
         if problems.check(raw, record_rule(raw, dataset), where, "record"):
             if seen.setdefault(raw["id"], number) != number:
@@ -356,11 +372,21 @@ def frozen(value: object) -> object:
 
 
 def load_datasets(corpus: str | os.PathLike) -> dict[str, Dataset]:
-    """name -> descriptor of every dataset below `corpus`, sorted by name."""
-    folders = sorted(path.parent for path in Path(corpus).glob("*/dataset.json"))
+    """name -> descriptor of every dataset below `corpus`, sorted by name.
+
+    A file that would be passed over in silence, *.jsonl of no split or no dataset, is an error.
+    """
+    corpus, files = Path(corpus), sorted(Path(corpus).glob("*/*.jsonl"))
+    folders = sorted({path.parent for path in [*files, *corpus.glob("*/dataset.json")]})
     if not folders:
-        raise DataError(f"{corpus}: expected folders with a dataset.json, found none: make them "
-                        "with `python data.py convert` or `python demo.py`")
+        found = "none" if corpus.is_dir() else "no folder"
+        if (corpus / "dataset.json").exists():
+            found = "a single dataset: give the folder above it"
+        raise DataError(f"{corpus}: expected folders with a dataset.json, found {found}; "
+                        "`python data.py convert` and `python demo.py` make a corpus")
+    for path in (path for path in files if path.stem not in SPLITS):
+        raise DataError(f'{path}: "{path.stem}" is no split: rename it to one of '
+                        f"{', '.join(SPLITS)}, or move it away")
     return {folder.name: read_dataset(folder) for folder in folders}
 
 
@@ -626,8 +652,9 @@ class Tokenizer:
 
     def __init__(self, path: str | os.PathLike):
         path = Path(path) / "spiece.model" if Path(path).is_dir() else Path(path)
+        self.pieces = sentencepiece.SentencePieceProcessor()
         try:
-            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=read_bytes(path))
+            self.pieces.LoadFromSerializedProto(read_bytes(path))
         except RuntimeError:
             raise DataError(f"{path}: expected a sentencepiece model: fetch the file again "
                             "(T5 calls it spiece.model)") from None
@@ -799,9 +826,25 @@ def global_batches(examples: list[Example], seed: int, epoch: int,
 
 
 def micro_batches(indices: list[int], examples: list[Example], rows: int) -> list[list[int]]:
-    """`indices` in slices of `rows` examples of similar length, so that little is padding."""
+    """`indices` in slices of `rows` examples on average, each of examples of similar length.
+
+    The slices of the sorted order whose computed tokens, squared, have the least sum: little of it
+    is padding, and processes that get a slice each finish together.  At most 2 * rows in a slice.
+    """
     order = sorted(indices, key=lambda i: (len(examples[i].input_ids), len(examples[i].labels), i))
-    return [order[i:i + rows] for i in range(0, len(order), rows)]
+    best = {0: (0, [])}  # examples placed -> least sum, its slices
+    for _ in range(math.ceil(len(order) / rows)):
+        found = {}
+        for stop in range(1, len(order) + 1):
+            target = 0
+            for start in range(stop - 1, max(-1, stop - 2 * rows - 1), -1):
+                target = max(target, len(examples[order[start]].labels))
+                width = len(examples[order[stop - 1]].input_ids) + target
+                cost = ((stop - start) * width) ** 2 + best.get(start, (math.inf,))[0]
+                if cost < found.get(stop, (math.inf,))[0]:
+                    found[stop] = cost, best[start][1] + [order[start:stop]]
+        best = found
+    return best[len(order)][1]
 
 
 # ---------------------------------------------------------------------------- converters, check
@@ -1289,7 +1332,11 @@ def check(corpus: Path, require_images: bool) -> None:
     problems, texts = Problems(), {}
     for name, dataset in load_datasets(corpus).items():
         images = corpus / name / "images"
-        for split in (s for s in SPLITS if (corpus / name / f"{s}.jsonl").exists()):
+        splits = [s for s in SPLITS if (corpus / name / f"{s}.jsonl").exists()]
+        if not splits:
+            problems.add(str(corpus / name), "files", f"none of {', '.join(SPLITS)}.jsonl is here: "
+                         "convert the dataset again")
+        for split in splits:
             records = read_split(corpus / name, split, dataset, problems)
             texts[name, split] = texts_of(records)
             for task in dataset.units:
@@ -1314,27 +1361,65 @@ def summary(records: list[Record], dataset: Dataset, folder: Path) -> str:
             f"longest target {targets} words")
 
 
+class Parser(argparse.ArgumentParser):
+    """The argparse of all four commands: no abbreviated flags, an unknown flag is answered with
+    the nearest known one, and the help names each default that is not "nothing" or "no"."""
+
+    class Help(argparse.ArgumentDefaultsHelpFormatter):
+        def _get_help_string(self, action: argparse.Action) -> str:
+            silent = action.default is None or action.default is False or "default" in action.help
+            return action.help if silent else super()._get_help_string(action)
+
+    def __init__(self, **options: object):
+        super().__init__(**{"allow_abbrev": False, "formatter_class": self.Help, **options})
+
+    def flags(self) -> list[str]:
+        """All flags, those of subcommands included."""
+        inner = [parser for action in self._actions if isinstance(action.choices, dict)
+                 for parser in action.choices.values() if isinstance(parser, Parser)]
+        own = [flag for action in self._actions for flag in action.option_strings]
+        return sum((parser.flags() for parser in inner), own)
+
+    def error(self, message: str) -> None:
+        flags = self.flags()
+        for word in message.split():
+            near = difflib.get_close_matches(word.split("=")[0], flags, n=1)
+            if word.startswith("--") and near and word not in flags:
+                message += f" (did you mean {near[0]}?)"
+        self.exit(2, f"error: {message}; see `{self.prog} --help`\n")
+
+
+def parser() -> Parser:
+    """The command line of data.py."""
+    result = Parser(prog="data.py", description="Convert published datasets, check a corpus "
+                    "(format: top of data.py).")
+    commands = result.add_subparsers(dest="command", required=True, title="commands")
+    command = commands.add_parser("convert", help="read a dataset's published files and write "
+                                  "DST/KIND", description="Read a dataset's published files, "
+                                  "write DST/KIND, print found and expected counts.")
+    what = command.add_argument_group("what to convert")
+    what.add_argument("kind", choices=KINDS, metavar="KIND", help=", ".join(KINDS))
+    what.add_argument("src", type=Path, metavar="SRC", help="folder of the published files")
+    what.add_argument("dst", type=Path, metavar="DST",
+                      help="corpus folder; the pictures belong into DST/KIND/images")
+    events = command.add_argument_group("events")
+    events.add_argument("--max-objects", type=int, default=16, metavar="K",
+                        help="m2e2, swig: objects of a picture")
+    events.add_argument("--event-types", choices=("m2e2", "all"), default="m2e2",
+                        help="ace2005, swig: M2E2's event types and roles, or all of their own")
+    command = commands.add_parser("check", help="validate a corpus; print counts, duplicates, "
+                                  "lengths", description="Validate every record of a corpus; "
+                                  "print counts, lengths and the texts that splits share.")
+    what = command.add_argument_group("what to check")
+    what.add_argument("dir", type=Path, metavar="DIR", help="corpus folder")
+    what.add_argument("--require-images", action="store_true",
+                      help="a missing picture is an error instead of a count")
+    return result
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """The command line of data.py; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="data.py", allow_abbrev=False, description="Convert "
-                                     "published datasets, check a corpus (format: top of data.py)")
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("convert", allow_abbrev=False,
-                                  help="read a dataset's published files and write DST/KIND")
-    command.add_argument("kind", choices=KINDS, metavar="KIND", help=", ".join(KINDS))
-    command.add_argument("src", type=Path, metavar="SRC", help="folder of the published files")
-    command.add_argument("dst", type=Path, metavar="DST",
-                         help="corpus folder; the pictures belong into DST/KIND/images")
-    command.add_argument("--max-objects", type=int, default=16, metavar="K",
-                         help="m2e2, swig: objects of a picture (default 16)")
-    command.add_argument("--event-types", choices=("m2e2", "all"), default="m2e2",
-                         help="ace2005, swig: M2E2's event types and roles (default), or all")
-    command = commands.add_parser("check", allow_abbrev=False,
-                                  help="validate a corpus; print counts, duplicates, lengths")
-    command.add_argument("dir", type=Path, metavar="DIR", help="corpus folder")
-    command.add_argument("--require-images", action="store_true",
-                         help="a missing picture is an error instead of a count")
-    args = parser.parse_args(arguments)
+    """Runs data.py's command line; returns the exit code."""
+    args = parser().parse_args(arguments)
     try:
         if args.command == "convert":
             convert(args.kind, args.src, args.dst, args.max_objects, args.event_types)

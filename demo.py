@@ -16,7 +16,6 @@ Letters: B batch, S source tokens, T target tokens, C vocabulary.
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import math
@@ -33,7 +32,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Tokenizer
+from data import Parser, Tokenizer
 from t5 import T5, Attention, T5Config
 from vision import ViT, ViTConfig, crop, preprocess
 
@@ -544,9 +543,10 @@ def make_backbone(dst: str | Path, texts: list[str], seed: int = 0, tiny: Tiny =
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the demo world.")
-    parser.add_argument("dst", help="folder of the corpus")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes")
+    parser = Parser(description="Write the demo world: seven small units with drawn pictures.")
+    world = parser.add_argument_group("the world")
+    world.add_argument("dst", metavar="DST", help="folder of the corpus")
+    world.add_argument("--seed", type=int, default=0, help="same seed, same bytes")
     arguments = parser.parse_args()
     for name, splits in make_world(arguments.dst, arguments.seed).items():
         print(f"{arguments.dst}/{name}: " + ", ".join(f"{n} {s}" for s, n in splits.items()))

@@ -3,7 +3,8 @@
     python evaluate.py runs/demo-tiny-clorae                    the test split, all seven columns
     torchrun --nproc_per_node=4 evaluate.py RUN --data DIR      the same, shared by four processes
     python evaluate.py runs/a runs/b runs/c --csv FILE          systems side by side, with intervals
-    python evaluate.py RUN --text "..." --image I --task mner   one example, as JSON
+    python evaluate.py RUN --plot DIR                           every picture of a run
+    python evaluate.py RUN --text "..." --image I --task mner --draw FILE.png     one example
 
 References: C-LoRAE (arXiv 2505.06303), Table 2 for the columns and Eq. (9) for `unit_f1`; entities
 as in UMT's ner_evaluate, relations as in HVPNeT's eval_result, events as in M2E2 (ACL 2020).
@@ -26,10 +27,14 @@ import json
 import math
 import operator
 import os
+import re
 import shutil
 import sys
+import textwrap
+import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -50,7 +55,7 @@ import data
 import losses
 from data import UNITS, DataError, Dataset, Example, Item, Record, Tokenizer
 from t5 import T5, Attention, FeedForward, RMSNorm, T5Config, WeightsError, hf_names
-from vision import UMIE, FeatureCache, ImageError, ViT
+from vision import UMIE, FeatureCache, ImageError, ViT, load_image, resolve_image
 
 if TYPE_CHECKING:
     import train  # imports this file; at run time only the functions that need it do the same
@@ -264,6 +269,7 @@ class Answer:
     text: str
     cut: bool = False  # it reached the length limit, so its last item may be incomplete
     missing: bool = False  # the record names an image, and the model was shown none
+    ids: tuple[int, ...] = field(default=(), compare=False, repr=False)  # the same, with eos
 
 
 @dataclass(frozen=True)
@@ -635,8 +641,14 @@ def generate_answers(model: nn.Module, examples: Sequence[Example],
     if world > 1:
         answers = answers.to(device)  # where the process group's backend expects it
         dist.all_reduce(answers)
-    return [Answer(tokenizer.decode(ids), cut=tokenizer.eos_id not in ids, missing=bool(missing))
-            for *ids, missing in answers.tolist()]
+    return [read_answer(ids, bool(missing), tokenizer) for *ids, missing in answers.tolist()]
+
+
+def read_answer(ids: list[int], missing: bool, tokenizer: Tokenizer) -> Answer:
+    """One row of `generate_ids` as text."""
+    cut = tokenizer.eos_id not in ids
+    ids = ids if cut else ids[:ids.index(tokenizer.eos_id) + 1]
+    return Answer(tokenizer.decode(ids), cut, missing, tuple(ids))
 
 
 def evaluate_split(model: nn.Module, examples: Sequence[Example], datasets: Mapping[str, Dataset],
@@ -684,6 +696,9 @@ class Job:
     def predictions(self) -> Path:
         return self.folder / f"predictions-{self.split}.jsonl"
 
+    def made_from(self) -> dict:
+        return made_from(self.checkpoint, self.config, self.split, self.decoding)
+
     def load(self, world: "train.World") -> tuple["train.Setup", list[Example]]:
         """The model and the examples of the split."""
         import train
@@ -730,12 +745,20 @@ def score_one(args: argparse.Namespace, world: "train.World") -> None:
         world.print("", type_table(total(rows)))
 
 
-def compare(args: argparse.Namespace, world: "train.World") -> None:
-    """Print several systems side by side, and what they differ by; --csv writes it, too.
+def refresh(jobs: Sequence[Job], wanted: Sequence[dict], world: "train.World") -> None:
+    """Decode and score those runs whose folders hold no scores, or not the `wanted` ones: of this
+    very checkpoint, split, data and decoding.  All processes look before any of them writes."""
+    stored = [still_true(job.scores, made) for job, made in zip(jobs, wanted)]
+    for job, known in zip(jobs, stored):
+        world.print(f"{job.checkpoint}: " + (f"scores of {job.scores}" if known else "decoding"))
+        if not known:
+            rows, _ = job.decode(world)
+            if world.main:
+                job.save(rows, job.predictions, job.scores)
 
-    Scores that lie in the run folders are taken if they were made from this very checkpoint,
-    split, data and decoding; all processes see to that before any of them writes.
-    """
+
+def compare(args: argparse.Namespace, world: "train.World") -> None:
+    """Print several systems side by side, and what they differ by; --csv writes it, too."""
     import train
     jobs = [Job.of(folder, args) for folder in args.checkpoint]
     names = system_names([job.config for job in jobs])
@@ -744,18 +767,12 @@ def compare(args: argparse.Namespace, world: "train.World") -> None:
     if twice:
         raise train.UsageError("checkpoints: expected runs that differ in a setting or the seed, "
                                f"got two of {twice[0]} with seed {twice[1]}; name one of them")
-    wanted = [made_from(job.checkpoint, job.config, job.split, job.decoding) for job in jobs]
+    wanted = [job.made_from() for job in jobs]
     if len({made["data"] for made in wanted}) > 1:
         raise train.UsageError("checkpoints: expected runs on one corpus, got "
                                f"{', '.join(str(corpus_of(job.config)) for job in jobs)}, which "
                                "differ; name one for all with --data DIR")
-    stored = [still_true(job.scores, made) for job, made in zip(jobs, wanted)]
-    for job, known in zip(jobs, stored):
-        world.print(f"{job.checkpoint}: " + (f"scores of {job.scores}" if known else "decoding"))
-        if not known:
-            rows, _ = job.decode(world)
-            if world.main:
-                job.save(rows, job.predictions, job.scores)
+    refresh(jobs, wanted, world)
     if world.main:
         systems = collect(jobs, names)
         lines = [comparison_line(system, systems[0]) for system in systems]
@@ -1154,6 +1171,36 @@ def cost_report(geometry: Geometry, paper: Mapping[str, tuple]) -> str:
     return "\n".join([title, "", *cost_tables(found, paper), "", *notes])
 
 
+@contextmanager
+def gates_logged(model: nn.Module,
+                 log: Callable[[int, nn.Module, Tensor], None]) -> Iterator[None]:
+    """In eval mode, call log(number, layer, gates [B,S,E]) whenever an expert layer runs."""
+    def hook(number: int, layer: nn.Module, inputs: tuple[Tensor]) -> None:
+        log(number, layer, layer.gates(inputs[0]))
+
+    hooks = [layer.register_forward_pre_hook(partial(hook, number)) for number, layer
+             in enumerate(clorae.expert_layers(model).values())]
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        for handle in hooks:
+            handle.remove()
+
+
+def lacks_gate(setup: "train.Setup") -> str | None:
+    """Why a model has no gate between a universal and a task expert; None if it has one."""
+    layers = clorae.expert_layers(setup.model).values()
+    if layers and all(hasattr(m, "W_g") and hasattr(m, "A_T") for m in layers):
+        return None
+    why = "which has none"
+    if setup.config.method == "loramoe":
+        why = "whose gate knows no task expert"
+    return f"method {setup.config.method}{'' if setup.config.egr else ' --no-egr'}, {why}"
+
+
 @torch.inference_mode()
 def gate_sums(model: nn.Module, examples: Sequence[Example], groups: Sequence[int],
               features: Features, device: torch.device, decoding: Decoding, rank: int = 0,
@@ -1167,25 +1214,20 @@ def gate_sums(model: nn.Module, examples: Sequence[Example], groups: Sequence[in
     group = {example.row: g for example, g in zip(examples, groups, strict=True)}
     rows = torch.zeros(0, dtype=torch.long)  # group of each row of the batch in progress
 
-    def log(place: int, layer: nn.Module, inputs: tuple[Tensor]) -> None:
-        g1, g2 = layer.gates(inputs[0]).double().unbind(dim=-1)
+    def log(place: int, layer: nn.Module, gates: Tensor) -> None:
+        g1, g2 = gates.double().unbind(dim=-1)
         entropy = -(g1.xlogy(g1) + g2.xlogy(g2))
         values = torch.stack([torch.ones_like(g2), g1, g2, g2 > 0.5, g2 * g2, entropy], dim=-1)
         valid = layer.routing.masks[layer.stream][..., None]
         sums[place].index_add_(0, rows, (values * valid).sum(dim=1))
 
-    hooks = [layer.register_forward_pre_hook(partial(log, i)) for i, layer in enumerate(layers)]
-    was_training = model.training
-    model.eval()
     batches = deal([len(e.input_ids) for e in examples], decoding.batch_size, rank, world)
-    for chosen in tqdm(batches, desc="routing", unit="batch", disable=rank > 0, leave=False):
-        batch = data.collate([examples[i] for i in chosen], features, features.width).to(device)
-        rows = torch.tensor([group[row] for row in batch.rows.tolist()], device=device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=decoding.precision == "bf16"):
-            model(batch)
-    for hook in hooks:
-        hook.remove()
-    model.train(was_training)
+    with gates_logged(model, log):
+        for chosen in tqdm(batches, desc="routing", unit="batch", disable=rank > 0, leave=False):
+            batch = data.collate([examples[i] for i in chosen], features, features.width).to(device)
+            rows = torch.tensor([group[row] for row in batch.rows.tolist()], device=device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=decoding.precision == "bf16"):
+                model(batch)
     if world > 1:
         dist.all_reduce(sums)
     return sums
@@ -1219,19 +1261,17 @@ def pooled(rows: Sequence[Mapping], stacks: Sequence[str]) -> dict[tuple[int, st
     return {key: total / n for key, (n, total) in sums.items()}
 
 
-def route(job: Job, setup: "train.Setup", examples: Sequence[Example], args: argparse.Namespace,
-          world: "train.World") -> str:
-    """Fig. 6: routing.csv over all layers, routing.png over --layers (D37)."""
+def route(job: Job, folder: Path, chosen: Sequence[int] | None, world: "train.World") -> list[Path]:
+    """Fig. 6: routing.csv over all layers, routing.png over the `chosen` ones (D37)."""
     import train
-    config, layers = setup.config, clorae.expert_layers(setup.model)
-    if not layers or not all(hasattr(m, "W_g") and hasattr(m, "A_T") for m in layers.values()):
-        why = "whose gate knows no task expert" if config.method == "loramoe" else "which has none"
-        raise train.UsageError("--routing: expected a run with a live gate between a universal and "
-                               f"a task expert, got method {config.method}, {why}; name a run of "
-                               "clorae with --egr")
-    if args.layers and not set(args.layers) & {int(path.split(".")[-3]) for path in layers}:
+    setup, examples = job.load(world)
+    layers = clorae.expert_layers(setup.model)
+    if why := lacks_gate(setup):
+        raise train.UsageError("expected a run with a live gate between a universal and a task "
+                               f"expert, got {why}; name a run of clorae with --egr")
+    if chosen and not set(chosen) & {int(path.split(".")[-3]) for path in layers}:
         raise train.UsageError(f"--layers: expected numbers of layers, counted from 0, got "
-                               f"{args.layers}; leave it out for all")
+                               f"{chosen}; leave it out for all")
     pairs = [(e.unit, e.record.task, e.record.dataset) for e in examples]
     groups = sorted(set(pairs))  # in the order of the table
     features = job.features(setup, examples, world)
@@ -1240,9 +1280,9 @@ def route(job: Job, setup: "train.Setup", examples: Sequence[Example], args: arg
                      job.decoding, world.rank, world.size)
     if world.main:
         rows = routing_rows(list(layers), [group[1:] for group in groups], sums.cpu())
-        save_csv(args.routing / "routing.csv", rows)
-        plot_routing(rows, args.layers, args.routing / "routing.png")
-    return f"tokens given to the task expert: {args.routing}/routing.csv and routing.png"
+        save_csv(folder / "routing.csv", rows)
+        plot_routing(rows, chosen, folder / "routing.png")
+    return [folder / "routing.csv", folder / "routing.png"]
 
 
 def save_csv(path: Path, rows: Sequence[Mapping]) -> None:
@@ -1268,7 +1308,7 @@ def replay_table(rows: Sequence[Mapping]) -> list[str]:
     return aligned(table)
 
 
-def replay_report(checkpoint: Path, out: Path) -> str:
+def replay(checkpoint: Path, out: Path) -> tuple[list[Path], str]:
     """Write aml.csv and aml.png; how much the weights of a run depend on what was assumed."""
     import train
     newest = train.newest_checkpoint(checkpoint) or train.find_checkpoint(checkpoint)
@@ -1290,12 +1330,13 @@ def replay_report(checkpoint: Path, out: Path) -> str:
     off = max(abs(row["weight"] - trained[row["after_epoch"], row["unit"]]) for row in rows
               if row["setting"] == "run")
     lines = [*replay_table(rows), f"first order: a p_m wrong by 10 % moves a weight by at most "
-             f"{steepest / 10:.3f}; written: {out}/aml.csv and aml.png"]
+             f"{steepest / 10:.3f}"]
     if off > 1e-9:
         lines.append(f"note: the run trained with other weights, up to {off:.3f} away: without AML")
-    return "\n".join(lines)
+    return [out / "aml.csv", out / "aml.png"], "\n".join(lines)
 
 
+DPI = 150
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 STYLES = {unit: {"color": colour, "marker": marker, "markersize": 4}
           for unit, colour, marker in zip(UNITS, COLOURS, "osD^vPX")}
@@ -1308,10 +1349,17 @@ def canvas(path: Path, width: float, height: float, rows: int = 1, columns: int 
            **options: object) -> tuple:
     """(axes in reading order, figure, function that writes it to `path`)."""
     from matplotlib.figure import Figure  # imported only where a picture is wanted
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure = Figure((width, height), layout="constrained", dpi=150)
+    figure = Figure((width, height), layout="constrained", dpi=DPI)
     axes = figure.subplots(rows, columns, squeeze=False, **options).flatten().tolist()
-    return axes, figure, partial(figure.savefig, path)
+    return axes, figure, partial(write_figure, figure, path)
+
+
+def write_figure(figure: object, path: Path) -> None:
+    """Save as PNG; a character that matplotlib's own font lacks is drawn as an empty box."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(path)
 
 
 def spread(values: Sequence[float]) -> float:
@@ -1407,27 +1455,45 @@ def plot_sweep(results: Results, name: str, path: Path) -> None:
 
 
 def plot_curves(run: Path, path: Path) -> None:
-    """Loss per step, dev F1 and AML weights per epoch, from a run's metrics.csv and eval.jsonl."""
-    with open(run / "metrics.csv", newline="", encoding="utf-8") as file:
-        loss = [float(row["loss"]) for row in csv.DictReader(file)]
-    lines = (run / "eval.jsonl").read_text(encoding="utf-8").splitlines()
-    f1, weights = zip(*[(past["f1"], past["weights"]) for past in map(json.loads, lines)])
-    used = [dict.fromkeys(f1[0], 1.0), *weights[:-1]]  # the last ones would be the next epoch's
-    (left, middle, right), figure, save = canvas(path, 14, 4, 1, 3)
-    window = max(1, len(loss) // 40)
-    sums = [0.0, *itertools.accumulate(loss)]
-    smooth = [(sums[i] - sums[max(0, i - window)]) / min(i, window) for i in range(1, len(sums))]
-    left.plot(range(1, len(loss) + 1), loss, color="#BBBBBB", linewidth=0.6)
-    left.plot(range(1, len(loss) + 1), smooth, color=COLOURS[0])
-    left.set(title=f"training loss, and mean of {window} steps", xlabel="step")
-    for ax, series, title in ((middle, f1, "dev F1, %"), (right, used, "AML weight")):
-        for unit in f1[0]:
-            ax.plot(range(1, len(f1) + 1), [values[unit] for values in series], **STYLES[unit],
-                    label=unit)
-        ax.set(title=title, xlabel="epoch", xlim=(0.5, len(f1) + 0.5))
+    """Losses per step, dev F1 and AML weights per epoch, from a run's metrics.csv and eval.jsonl;
+    the latter is not there before the first epoch has ended."""
+    metrics, evals = ((run / name).read_text(encoding="utf-8").split("\n")[:-1]  # may be torn
+                      if (run / name).exists() else [] for name in ("metrics.csv", "eval.jsonl"))
+    rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(metrics)]
+    history = list(map(json.loads, evals))
+    units = [unit for unit in UNITS if rows and f"CE_{unit}" in rows[0]]
+    window = max(1, len(rows) // 40)
+    (whole, each, dev, weights), figure, save = canvas(path, 12, 8, 2, 2)
+    steps = [row["step"] for row in rows]
+    whole.plot(steps, [row["loss"] for row in rows], color="#BBBBBB", linewidth=0.6)
+    whole.plot(steps, running_mean([row["loss"] for row in rows], window), color="black")
+    whole.set(title=f"training loss, and mean of {window} steps", xlabel="step")
+    for unit in units:
+        each.plot(steps, running_mean([row[f"CE_{unit}"] for row in rows], window), label=unit,
+                  markevery=max(1, len(rows) // 8), **STYLES[unit])
+    each.set(title=f"cross-entropy per token, mean of {window} steps", xlabel="step", yscale="log")
+    used = [dict.fromkeys(units, 1.0), *(past["weights"] for past in history[:-1])]
+    for ax, title, series in ((dev, "dev F1, %", [past["f1"] for past in history]),
+                              (weights, "AML weight in the epoch", used[:len(history)])):
+        for unit in units:
+            ax.plot(range(1, len(series) + 1), [values[unit] for values in series], **STYLES[unit])
+        ax.set(title=title, xlabel="epoch", xlim=(0.5, max(len(series), 1) + 0.5))
         ax.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(*middle.get_legend_handles_labels(), loc="outside right upper")
+    if not history:
+        dev.text(0.5, 0.5, "no epoch has ended yet", ha="center", transform=dev.transAxes)
+    figure.legend(*each.get_legend_handles_labels(), loc="outside right upper")
     save()
+
+
+def running_mean(values: Sequence[float], window: int) -> list[float]:
+    """Mean of the last `window` values at each place, without those that are NaN (no such rows)."""
+    values = numpy.asarray(values)
+    sums, numbers = (numpy.concatenate([[0], numpy.cumsum(part)]) for part in (
+        numpy.nan_to_num(values), ~numpy.isnan(values)))
+    stop = numpy.arange(1, len(values) + 1)
+    start = numpy.maximum(stop - window, 0)
+    with numpy.errstate(invalid="ignore"):
+        return ((sums[stop] - sums[start]) / (numbers[stop] - numbers[start])).tolist()
 
 
 def plot_errors(counts: Mapping[str, Mapping[str, float]], path: Path) -> None:
@@ -1437,8 +1503,10 @@ def plot_errors(counts: Mapping[str, Mapping[str, float]], path: Path) -> None:
     left = [0.0] * len(counts)
     for i, kind in enumerate(kinds):
         parts = [percent(c.get(kind, 0), sum(c.values())) for c in counts.values()]
-        ax.barh(range(len(counts)), parts, 0.7, left, label=kind, edgecolor="white",
-                color=COLOURS[i % len(COLOURS)], hatch="//" * (i // len(COLOURS)))
+        bars = ax.barh(range(len(counts)), parts, 0.7, left, label=kind, edgecolor="white",
+                       color=COLOURS[i % len(COLOURS)])
+        ax.bar_label(bars, [f"{c.get(kind, 0):.0f}" if part > 4 else "" for c, part
+                            in zip(counts.values(), parts)], label_type="center", color="white")
         left = [a + b for a, b in zip(left, parts)]
     ax.set_yticks(range(len(counts)), [f"{bar} ({sum(c.values()):.0f})"
                                        for bar, c in counts.items()])
@@ -1462,7 +1530,7 @@ def draw(out: Path, runs: Sequence[Path], results: Results, configs: Mapping[str
          errors: Mapping[str, Mapping[str, int]]) -> list[Path]:
     """All pictures that these runs, and the scores and settings of these systems, allow."""
     jobs = {f"curves-{run.name}.png": partial(plot_curves, run) for run in runs
-            if (run / "eval.jsonl").exists() and (run / "eval.jsonl").stat().st_size}
+            if (run / "metrics.csv").exists()}
     if len(results) > 1:
         jobs["systems.png"] = partial(plot_systems, results)
     if name := swept(configs):
@@ -1478,9 +1546,33 @@ def draw(out: Path, runs: Sequence[Path], results: Results, configs: Mapping[str
 ERRORS = ("wrong_type", "boundary", "missed", "spurious", "malformed")
 
 
-def pictures(args: argparse.Namespace) -> list[Path]:
-    """Draw what the scores of these runs allow: errors by unit, of several systems by system."""
+def pictures_of_one(job: Job, args: argparse.Namespace, world: "train.World") -> list[str]:
+    """Routing and AML weights of a run, where it has them; else why not."""
+    import train
+    lines, makers = [], {"routing.png": lambda: route(job, args.plot, args.layers, world)}
+    if job.config.aml and world.main:
+        makers["aml.png"] = lambda: replay(job.folder, args.plot)[0]
+    for name, make in makers.items():
+        try:
+            lines += map(str, make())
+        except train.UsageError as why:
+            lines.append(f"no {name}: {why}")
+    return lines + ["no aml.png: trained without achievement weights"] * (not job.config.aml)
+
+
+def pictures(args: argparse.Namespace, world: "train.World") -> list[str]:
+    """Draw what these runs allow: of a single one also its routing and its AML weights.
+
+    Needs fresh scores in every folder.  Returns what was made, and what was not and why.
+    """
     jobs = [Job.of(folder, args) for folder in args.checkpoint]
+    lines = pictures_of_one(jobs[0], args, world) if len(jobs) == 1 else []
+    if not world.main:
+        return []
+    runs = [job.folder if (job.folder / "metrics.csv").exists() else job.folder.parent
+            for job in jobs]
+    lines += [f"no curves of {job.folder}: it has no metrics.csv" for job, run in zip(jobs, runs)
+              if not (run / "metrics.csv").exists()]
     systems = collect(jobs, system_names([job.config for job in jobs]))
     results = {system.name: {unit: f1 for unit, f1 in system.columns().items() if unit in UNITS}
                for system in systems}
@@ -1491,8 +1583,544 @@ def pictures(args: argparse.Namespace) -> list[Path]:
             number = report["scores"].get(unit, {}).get(kind, 0) / len(system.reports)
             bar[kind.replace("_", " ")] = bar.get(kind.replace("_", " "), 0) + number
     errors = {bar: classes for bar, classes in errors.items() if sum(classes.values())}
-    return draw(args.plot, args.checkpoint, results,
+    made = draw(args.plot, runs, results,
                 {system.name: dataclasses.asdict(system.config) for system in systems}, errors)
+    return lines + list(map(str, made))
+
+
+# --------------------------------------------------------------------------- answering examples
+# Texts with their images, from the command line, a file or a folder, go the way of test records.
+
+GOLDLESS = {"mner": {"entities": []}, "mre": {"relation": "none"}, "med": {"events": []},
+            "meae": {"events": []}}
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
+Given = list[tuple[str, Path, bytes | dict]]  # where a row stands, folder of its image, the row
+
+
+def given_rows(args: argparse.Namespace) -> Given:
+    """The examples that the command line asks for, not yet looked at."""
+    path, image = args.examples, args.image
+    if image and image.is_symlink():
+        image = image.resolve()  # a row may not follow links, the user may
+    if path is None:
+        row = {"text": args.text, "image": image and image.name,
+               "objects": parse_boxes(args.objects)}
+        if args.task == "mre" or args.head or args.tail:
+            row |= {"head": args.head or "", "tail": args.tail or ""}
+        return [("--text", image.parent if image else Path(), row)]
+    if path.is_dir():
+        files = sorted(path.glob("*.jsonl"))
+        if len(files) > 1:
+            raise DataError(f"{path}: expected one .jsonl file, got {len(files)}; name one of: "
+                            f"{', '.join(map(str, files))}")
+        if not files:
+            return folder_rows(path)
+        path, = files
+    lines = data.read_bytes(path).removesuffix(b"\n").split(b"\n")
+    return [(f"{path}:{number}", path.parent, line) for number, line in enumerate(lines, 1)]
+
+
+def folder_rows(folder: Path) -> Given:
+    """A row per name in the folder: NAME.txt is its text, NAME.png or the like its image."""
+    found: dict[str, dict[str, Path]] = {}
+    for file in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
+        part = "text" if file.suffix == ".txt" else "image"
+        files = found.setdefault(file.stem, {})
+        if part in files or file.suffix.lower() not in (".txt", *IMAGE_SUFFIXES):
+            raise DataError(f"{file}: expected one .txt and at most one image ("
+                            f"{' '.join(IMAGE_SUFFIXES)}) of each name, got another file; move it "
+                            "away, or list the examples in a .jsonl file")
+        files[part] = file
+    if not found:
+        raise DataError(f"{folder}: expected a .jsonl file, or .txt and image files, found none; "
+                        "name the folder that holds them")
+    return [(str(files.get("text", files.get("image"))), folder, {
+        "id": name, "image": files["image"].name if "image" in files else None,
+        "text": data.read_bytes(files["text"]).decode("utf-8", "surrogateescape")
+        if "text" in files else ""}) for name, files in found.items()]
+
+
+def parse_boxes(words: Sequence[str]) -> list:
+    """--objects: boxes as x1,y1,x2,y2, or .json files that hold a list of [x1,y1,x2,y2]."""
+    boxes = []
+    for word in words:
+        try:
+            file = word.endswith(".json")
+            found = data.parse_json(data.read_bytes(Path(word)) if file else f"[{word}]".encode())
+            boxes += found if file else [found]
+        except (ValueError, TypeError) as error:
+            raise DataError(f"--objects {word}: expected x1,y1,x2,y2 in pixels, or a .json file "
+                            f"with a list of such boxes, got something else ({error}); correct "
+                            "it") from None
+    return boxes
+
+
+def find_words(tokens: Sequence[str], words: str, name: str) -> tuple[int, int]:
+    """The first span of `tokens` that reads `words`; DataError if there is none."""
+    spans = data.occurrences([data.canon(token) for token in tokens], data.canon(words))
+    if not spans:
+        raise DataError(f"{name}: expected words of the text, got {words!r}, which is not in "
+                        f"{' '.join(tokens)!r}; give whole tokens as they stand there")
+    return spans[0]
+
+
+def image_path(folder: Path, name: str) -> Path:
+    """The file of an image that a row names: in the row's folder, or in images/ below it."""
+    roots = (folder, folder / "images")
+    for root in roots:
+        resolve_image(root, name)  # refuses names that lead elsewhere
+    return next((root / name for root in roots if (root / name).is_file()), folder / name)
+
+
+def completed(row: bytes | dict, folder: Path, name: str, args: argparse.Namespace,
+              datasets: Mapping[str, Dataset]) -> dict:
+    """A row as the JSON of a record: what it leaves out is filled in, words are looked up.
+
+    Raises ValueError "field: problem; what to do".
+    """
+    try:
+        row = data.parse_json(row) if isinstance(row, bytes) else row
+    except ValueError as error:
+        raise DataError(f"row: not JSON in UTF-8 ({error}): repair or delete it") from None
+    if not isinstance(row, dict):
+        raise DataError(f"row: {data.show(row)} is no JSON object: write one per line")
+    raw = {"id": name, "task": args.task, "image": None, "size": None, "objects": [], **row}
+    able = [key for key, dataset in datasets.items() if raw["task"] in tuple(dataset.units)]
+    raw = {"dataset": args.dataset or (able or [None])[0],
+           **(data.get(GOLDLESS, raw["task"]) or {}), **raw}
+    if raw["dataset"] not in able:
+        raise DataError(f"dataset: expected one with the task {raw['task']}, got "
+                        f"{raw['dataset']!r}; use one of: "
+                        f"{', '.join(able) or 'none in this corpus'}, or another task")
+    if isinstance(raw.get("text"), str) and "tokens" not in raw:
+        raw["tokens"] = raw.pop("text").split()
+    for end in ("head", "tail"):
+        if isinstance(raw.get(end), str):
+            tokens = raw.get("tokens") if isinstance(raw.get("tokens"), list) else []
+            raw[end] = list(find_words(list(map(str, tokens)), raw[end], end))
+    if isinstance(raw["image"], str):
+        path = image_path(folder, raw["image"])
+        if path.is_file() or args.missing_images != "mask":
+            size = list(load_image(path).size)
+            if raw["size"] not in (None, size):
+                raise DataError(f"size: {raw['size']} is not that of {path}, {size}: correct it, "
+                                "or leave it out")
+            raw["size"] = size
+    return raw
+
+
+def example_records(args: argparse.Namespace, datasets: Mapping[str, Dataset]) -> list[Record]:
+    """The examples as records, checked as those of a corpus; `image` is the path of the file.
+
+    Raises DataError that names every faulty row (the first 20).
+    """
+    problems, records, seen = data.Problems(), [], {}
+    for number, (where, folder, row) in enumerate(given_rows(args), 1):
+        try:
+            raw = completed(row, folder, str(number), args, datasets)
+        except ValueError as error:
+            field, _, problem = str(error).partition(": ")
+            problems.add(where, field, problem)
+            continue
+        if problems.check(raw, data.record_rule(raw, datasets[raw["dataset"]]), where, "record"):
+            if seen.setdefault(raw["id"], where) != where:
+                problems.add(where, "id", f'"{raw["id"]}" is the id of {seen[raw["id"]]} too: make '
+                             "ids unique")
+            path = raw["image"] and str(image_path(folder, raw["image"]))
+            raw = {key: data.frozen(value) for key, value in raw.items()}
+            records.append(Record(**{**raw, "image": path}, source=where))
+    problems.raise_if_any()
+    return records
+
+
+class GivenImages:
+    """Image features of examples, as train.Features for a corpus; kept while this object lives."""
+
+    def __init__(self, tower: Path, records: Sequence[Record], most: int, device: torch.device):
+        self.width, self.most = ViT.feature_width(tower), most
+        if named := [record for record in records if has_image(record)]:
+            self.folder = TemporaryDirectory()
+            vit = ViT.from_pretrained(tower).to(device).eval()
+            self.cache = FeatureCache(vit, "once", self.folder.name)
+            self.cache.prepare(map(self.key, named))
+
+    def key(self, record: Record) -> tuple:
+        return record.image, record.objects[:self.most], record.size
+
+    def __call__(self, record: Record) -> tuple[Tensor, Tensor] | None:
+        return self.cache.get(*self.key(record)) if has_image(record) else None
+
+
+def has_image(record: Record) -> bool:
+    return record.image is not None and Path(record.image).is_file()
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A place in the text or the image, and what the answer says of it."""
+
+    item: Item
+    label: str
+    colour: int  # of SPOKEN, the same in every text of a dataset
+
+
+def marks(row: Row, dataset: Dataset) -> list[Mark]:
+    """Everything that an answer finds; of a relation its ends.  Where there is one event type, an
+    argument is called by its role alone."""
+    record, labels = row.record, dataset.labels[row.record.task]
+    if record.task == "mre":
+        return [Mark(Item(end, span=getattr(record, end)), end, colour)
+                for colour, end in enumerate(("head", "tail"))]
+    names = sorted(labels)
+    if record.task == "meae":
+        names = [f"{event}:{role}" for event in names for role in labels[event]]
+    one = len({item.label for item in row.predicted}) == 1
+    return [Mark(item, one and item.role or kind(item), names.index(kind(item)) % len(SPOKEN))
+            for item in row.predicted]
+
+
+def place(item: Item) -> str:
+    """Where an item lies, in words."""
+    if item.span:
+        return item.text
+    if item.object is None:
+        return f"{item.text} (not in the text)"
+    box = f"[{', '.join(f'{x:g}' for x in item.box)}]" if item.box else "(no such object)"
+    return "O0, the whole image" if item.whole_image else f"O{item.object} {box}"
+
+
+def answer_lines(row: Row) -> list[str]:
+    """An answer in words: a line per item, then what could not be used, or was not there."""
+    record, answer = row.record, row.answer
+    if record.task == "mre":
+        head, tail = (data.words(record, span) for span in (record.head, record.tail))
+        lines = [f"{head} -- {row.predicted[0].label} -- {tail}"]
+    else:
+        lines = [f"{kind(item).replace(':', ', ')}: {place(item)}" for item in row.predicted]
+    notes = [f"unreadable in the output, {row.counts.malformed} piece(s): {answer.text!r}"
+             ] * bool(row.counts.malformed)
+    notes += ["cut at the length limit"] * answer.cut
+    notes += [f"answered without {record.image}, which is not there"] * answer.missing
+    return (lines or ["nothing found"]) + [f"note: {note}" for note in notes]
+
+
+HARMLESS = str.maketrans(dict.fromkeys((*range(32), *range(127, 160)), "?"))  # on a terminal
+
+
+def coloured(row: Row, dataset: Dataset) -> str:
+    """The text for a terminal, the words of each item in a colour."""
+    words = [token.translate(HARMLESS) for token in row.record.tokens]
+    for mark in marks(row, dataset):
+        if mark.item.span:
+            start, end = mark.item.span
+            words[start] = f"\033[1;{(34, 33, 32, 35, 36, 31)[mark.colour]}m{words[start]}"
+            words[end - 1] += "\033[0m"
+    return " ".join(words)
+
+
+def answer_json(row: Row) -> str:
+    """An answer as one line of JSON; spans count the tokens."""
+    record, answer = row.record, row.answer
+    return json.dumps({"id": record.id, "dataset": record.dataset, "task": record.task,
+                       "tokens": record.tokens, "image": record.image, "answer": answer.text,
+                       "items": items_json(row.predicted), "malformed": row.counts.malformed,
+                       "cut": answer.cut, "missing_image": answer.missing}, ensure_ascii=False)
+
+
+def answer_examples(args: argparse.Namespace, world: "train.World") -> None:
+    """Answer the examples of the command line: in words, as JSON, as pictures."""
+    import train
+    setup = train.load_model(train.find_checkpoint(args.checkpoint[0]), world.device,
+                             **changed(args))
+    config, datasets = setup.config, setup.datasets
+    records = example_records(args, datasets)
+    examples = data.encode_records(records, datasets, setup.tokenizer, config.max_source,
+                                   config.max_target, partial(print, file=sys.stderr))
+    crowded = [record.source for record in records if len(record.objects) > config.max_objects]
+    if crowded:
+        print(f"note: {len(crowded)} example(s), first {crowded[0]}, have more than "
+              f"{config.max_objects} objects; the model sees the first {config.max_objects}",
+              file=sys.stderr)
+    features = GivenImages(setup.sources.vit, records, config.max_objects, world.device)
+    decoding = Decoding.of(config, args.batch_size, args.beams)
+    world.join()
+    rows = evaluate_split(setup.model, examples, datasets, features, setup.tokenizer, world.device,
+                          decoding, world.rank, world.size)
+    if not world.main:
+        return
+    tell(rows, datasets, args)
+    why = lacks_gate(setup)
+    for number, (row, example) in enumerate(zip(rows, examples) if args.draw else (), 1):
+        name = f"{number:04d}-{re.sub(r'[^A-Za-z0-9.]+', '-', row.record.id)[:80]}.png"
+        path = args.draw / name if args.examples else args.draw
+        strips = [] if why else token_strips(setup, example, row, features, world.device, decoding)
+        draw_example(row, datasets[row.record.dataset], strips or why, path)
+        if not args.json:
+            print(f"picture: {path}")
+
+
+def tell(rows: Sequence[Row], datasets: Mapping[str, Dataset], args: argparse.Namespace) -> None:
+    """Print the answers, in words unless --json, and as JSON here or in --out."""
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    for row in rows if not args.json else ():
+        text = " ".join(row.record.tokens).translate(HARMLESS)
+        text = coloured(row, datasets[row.record.dataset]) if colour else text
+        lines = [line.translate(HARMLESS) for line in answer_lines(row)]
+        print(text or "(no text)", *lines, sep="\n  ")
+        if not args.out:
+            print(answer_json(row))
+    if args.out:
+        write_whole(args.out, "".join(answer_json(row) + "\n" for row in rows))
+    elif args.json:
+        print(*map(answer_json, rows), sep="\n")
+
+
+# ------------------------------------------------------------------------- picture of one example
+# A page in inches: the image and its boxes, the text and its spans, the gates token by token.
+
+PAGE, SIDE, MARGIN = 11.0, 3.6, 0.35  # width, side of the image, margins and gaps
+CHAR, LINE = 13 / DPI, 0.21  # of matplotlib's monospaced font at 10 points, hinted at 150 DPI
+BAR, BARS = 0.24, 0.65  # width of a bar, height of a row of bars
+UNIVERSAL, TASK = COLOURS[:2]
+SPOKEN = COLOURS[:6]  # of marks
+
+
+@dataclass(frozen=True)
+class Strip:
+    """The task expert's gate at each token of one stream, mean over the layers that see it."""
+
+    title: str
+    names: list[str]  # of the tokens; one that begins a word begins with a blank
+    gates: list[float]
+
+
+@torch.inference_mode()
+def token_gates(model: nn.Module, example: Example, ids: Sequence[int], features: Features,
+                device: torch.device, decoding: Decoding) -> dict[str, list[float]]:
+    """{stream: gate of the task expert at each token, mean over the stream's layers}, while the
+    model reads the example and writes `ids`; the gates of a target token are those that wrote it.
+    """
+    found: dict[str, list[Tensor]] = {}
+
+    def log(place: int, layer: nn.Module, gates: Tensor) -> None:
+        found.setdefault(layer.stream, []).append(gates[0, :, 1].double())
+
+    batch = data.collate([dataclasses.replace(example, labels=list(ids))], features, features.width)
+    with gates_logged(model, log), torch.autocast(device.type, torch.bfloat16,
+                                                  enabled=decoding.precision == "bf16"):
+        model(batch.to(device))
+    return {stream: torch.stack(some).mean(dim=0).tolist() for stream, some in found.items()}
+
+
+def token_strips(setup: "train.Setup", example: Example, row: Row, features: Features,
+                 device: torch.device, decoding: Decoding) -> list[Strip]:
+    """Reading, looking, writing; the tokens of the prompt before the text are one mean."""
+    tokenizer, ids, record = setup.tokenizer, example.input_ids, example.record
+    found = token_gates(setup.model, example, row.answer.ids, features, device, decoding)
+    prefix, _ = data.prompt(record, setup.datasets[record.dataset])
+    n = len(os.path.commonprefix([ids, tokenizer.encode(prefix)]))
+    source = found["memory"][-len(ids):]  # visual tokens may come first
+    strips = [Strip(f"reading the text (prompt: mean of {n} tokens)", ["prompt", *(
+        piece(tokenizer, i) for i in ids[n:])], [fmean(source[:n]), *source[n:]])]
+    if "visual" in found:
+        strips.append(Strip("looking at the picture", ["image", *(
+            f" O{k}" for k in range(1, len(found["visual"])))], found["visual"]))
+    return [*strips, Strip("writing the answer", [piece(tokenizer, i) for i in row.answer.ids],
+                           found["target"])]
+
+
+def lay_out(tokens: Sequence[str], spans: Sequence[Mark],
+            width: int) -> list[list[tuple[int, str, str, list[int]]]]:
+    """Words in lines of `width` characters: (column, word, label below, spans that it is in).
+
+    A label stands below the first word of its span; where it is longer than the words above it,
+    the next labelled word moves to its right.
+    """
+    lines, column, free = [[]], 0, 0  # free: first column of the line without a label
+    for i, token in enumerate(tokens):
+        label = " + ".join(mark.label for mark in spans if mark.item.span[0] == i)
+        inside = [k for k, mark in enumerate(spans) if i in range(*mark.item.span)]
+        for part in range(0, len(token), width):
+            word, below = token[part:part + width], "" if part else label
+            column = max(column, free) if below else column
+            if column + max(len(word), len(below)) > width and lines[-1]:
+                lines, column, free = [*lines, []], 0, 0
+            lines[-1].append((column, word, below, inside))
+            free = column + len(below) + 1 if below else free
+            column += len(word) + 1
+    return lines
+
+
+def draw_words(ax: object, lines: Sequence[list], below: Sequence[str], spans: Sequence[Mark],
+               start: float) -> None:
+    """Lines of text from `lay_out`, from y = start down, and plain lines below; x in characters,
+    y in lines."""
+    from matplotlib.patches import Rectangle
+    font, y = {"family": "monospace", "va": "center"}, start
+    for line in lines:
+        for k in sorted({k for *_, inside in line for k in inside}):
+            ends = [(x, x + len(word)) for x, word, _, inside in line if k in inside]
+            ax.add_patch(Rectangle((ends[0][0], y), ends[-1][1] - ends[0][0], 1, alpha=0.35,
+                                   linewidth=0, facecolor=SPOKEN[spans[k].colour]))
+        for x, word, label, inside in line:
+            ax.text(x, y + 0.5, word, fontsize=10, **font)
+            ax.text(x, y + 1.4, label, fontsize=8, color="#444444", **font)
+        y += line_height(line)
+    for i, text in enumerate(below):
+        ax.text(0, y + 1.2 + i, text, fontsize=9, **font)
+
+
+def line_height(line: Sequence[tuple]) -> float:
+    return 2.1 if any(label for _, _, label, _ in line) else 1.2
+
+
+def draw_image(ax: object, record: Record, found: Sequence[Mark], image: object) -> None:
+    """The image with its numbered boxes and what the answer says of them, those that it names
+    first: each label stands where it covers no earlier one, if there is such a corner."""
+    from matplotlib.patches import Rectangle
+    ax.imshow(image)
+    ax.set(xticks=[], yticks=[], anchor="NW")
+    ax.apply_aspect()  # now, as texts are measured below
+    whole = [mark for mark in found if mark.item.whole_image]
+    if whole:
+        ax.spines[:].set(linewidth=5, color=SPOKEN[whole[0].colour])
+        ax.set_xlabel(f"O0, the whole image: {', '.join(mark.label for mark in whole)}", loc="left")
+    taken: list = []
+    said = {k: [mark for mark in found if mark.item.object == k and mark.item.box]
+            for k in range(1, len(record.objects) + 1)}
+    for k in sorted(said, key=lambda k: not said[k]):
+        x1, y1, x2, y2 = record.objects[k - 1]
+        colour, width, above = (SPOKEN[said[k][0].colour], 2.5, 3) if said[k] else ("#777777", 1, 2)
+        ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour,
+                               linewidth=width, zorder=above))
+        label = ax.text(x1, y1, "\n".join([f"O{k}", *(mark.label for mark in said[k])]), fontsize=8,
+                        color="white", zorder=above + 2, bbox={"facecolor": colour, "pad": 1.5,
+                                                               "edgecolor": "none"})
+        taken.append(best_place(label, (x1, y1, x2, y2), taken, ax))
+
+
+def best_place(label: object, box: Sequence[float], taken: Sequence, ax: object) -> object:
+    """Move a box' label to a corner of the box where it lies in the axes and on no other label,
+    else to the nearest such place, with a line to the box; returns the label's extent."""
+    x1, y1, x2, y2 = box
+    sides = ((y1, "bottom"), (y2, "top"), (y1, "top"), (y2, "bottom"))
+    corners = [(x, y, ha, va) for y, va in sides for x, ha in ((x1, "left"), (x2, "right"))]
+    grid = [(x, y, "left", "top") for x in numpy.linspace(*ax.get_xlim(), 16)
+            for y in numpy.linspace(*ax.get_ylim(), 25)]
+
+    def extent(spot: tuple) -> object:
+        label.set(**dict(zip(("x", "y", "ha", "va"), spot)))
+        return label.get_window_extent().padded(3)
+
+    def covered(spot: tuple) -> float:
+        mine = extent(spot)
+        inside = mine.intersection(mine, ax.bbox)
+        lost = mine.width * mine.height - (inside.width * inside.height if inside else 0)
+        return round(lost + sum(both.width * both.height for other in taken
+                                if (both := mine.intersection(mine, other))))
+
+    best = min(corners, key=covered)
+    if covered(best):
+        best = min(grid, key=lambda spot: (covered(spot), math.dist(spot[:2], (x1, y1))))
+        ax.plot([best[0], x1], [best[1], y1], color=label.get_bbox_patch().get_facecolor(),
+                linewidth=1, scalex=False, scaley=False)
+    return extent(best)
+
+
+def strip_rows(strips: Sequence[Strip]) -> list[tuple[str, list[tuple[float, str, float]]]]:
+    """(title, bars (x, name, gate)) of every row of bars; words stand apart, long rows wrap."""
+    rows = []
+    for strip in strips:
+        ahead = sum(gate > 0.5 for gate in strip.gates)
+        rows.append((f"{strip.title}: task expert {fmean(strip.gates):.2f} on average, ahead at "
+                     f"{ahead} of {len(strip.gates)} tokens", []))
+        x = 0.0
+        for name, gate in zip(strip.names, strip.gates):
+            x += 0.35 * (name[0] in " <" and x > 0)
+            if x > (PAGE - 2 * MARGIN - 0.3) / BAR - 1:
+                rows.append(("", []))
+                x = 0.0
+            rows[-1][1].append((x, name.strip(), gate))
+            x += 1
+    return rows
+
+
+def draw_strip(ax: object, title: str, bars: Sequence[tuple[float, str, float]]) -> None:
+    """A bar per token: below the task expert's share, above it the universal expert's."""
+    at, names, gates = zip(*bars)
+    ax.bar(at, gates, 0.92, color=TASK)
+    ax.bar(at, [1 - gate for gate in gates], 0.92, gates, color=UNIVERSAL)
+    for x, gate in zip(at, gates):
+        ax.text(x, 0.04, f"{gate:.2f}".removeprefix("0"), fontsize=6.5, ha="center", va="bottom",
+                color="black" if gate > 0.2 else "white")
+    ax.plot([-0.5, at[-1] + 0.5], [0.5, 0.5], color="black", linewidth=0.8, linestyle=":")
+    ax.set_xlim(-0.6, (PAGE - 2 * MARGIN - 0.3) / BAR - 0.4)
+    ax.set_ylim(0, 1)
+    ax.set_xticks(at, names, rotation=90, fontsize=8, family="monospace")
+    ax.set_yticks([0, 0.5, 1], ["0", ".5", "1"], fontsize=7)
+    ax.tick_params(axis="x", length=0, pad=2)
+    ax.spines[:].set_visible(False)
+    ax.set_title(title, fontsize=9, loc="left", pad=3)
+
+
+def draw_example(row: Row, dataset: Dataset, strips: Sequence[Strip] | str, path: Path) -> None:
+    """One page: the image and its boxes, the text and what was found, the gates or why none."""
+    from matplotlib import rc_context
+    with rc_context({"text.parse_math": False}):  # a $ in a text is a $
+        write_figure(example_figure(row, dataset, strips), path)
+
+
+def example_figure(row: Row, dataset: Dataset, strips: Sequence[Strip] | str) -> object:
+    """The page of `draw_example`: its parts are measured first, then set from the top down."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+    record, found = row.record, marks(row, dataset)
+    spans = [mark for mark in found if mark.item.span]
+    image = load_image(record.image) if has_image(record) else None
+    left = MARGIN + (SIDE + MARGIN if image else 0)
+    width = int((PAGE - MARGIN - left) / CHAR)
+    lines = lay_out(record.tokens or ("(no text)",), spans, width)
+    below = [line for text in answer_lines(row) for line in
+             textwrap.wrap(text, width, subsequent_indent="  ")]
+    tall = max(LINE * (sum(map(line_height, lines)) + len(below) + 3), SIDE * bool(image) + 0.3)
+    bars = strip_rows(strips) if not isinstance(strips, str) else []
+    feet = [0.1 + 0.068 * max(len(name) for _, name, _ in some) for _, some in bars]
+    height = MARGIN + tall + 0.5 + sum(0.4 + BARS + foot for foot in feet)
+    figure = Figure((PAGE, height), dpi=DPI)
+    FigureCanvasAgg(figure)
+
+    def panel(x: float, y: float, w: float, h: float) -> object:
+        return figure.add_axes((x / PAGE, 1 - (y + h) / height, w / PAGE, h / height))
+
+    if image:
+        draw_image(panel(MARGIN, MARGIN, SIDE, SIDE), record, found, image)
+    text = panel(left, MARGIN, width * CHAR, tall)
+    text.set(xlim=(0, width), ylim=(tall / LINE, 0))
+    text.axis("off")
+    text.text(0, 0.3, f"{record.task} by the labels of {dataset.name}", fontsize=10, weight="bold")
+    draw_words(text, lines, below, spans, 1.2)
+    y = MARGIN + tall + 0.2
+    if isinstance(strips, str):
+        figure.text(MARGIN / PAGE, 1 - y / height, f"no gates to draw: {strips}", fontsize=9)
+    else:
+        task = record.task if record.task in data.TASKS else "mee"
+        figure.legend(handles=[Patch(color=UNIVERSAL, label="universal expert"),
+                               Patch(color=TASK, label=f"task expert {task}")], ncols=2,
+                      frameon=False, fontsize=9, loc="upper right",
+                      bbox_to_anchor=(1 - MARGIN / PAGE, 1 - y / height))
+    for (title, some), foot in zip(bars, feet):
+        draw_strip(panel(MARGIN + 0.3, y + 0.4, PAGE - 2 * MARGIN - 0.3, BARS), title, some)
+        y += 0.4 + BARS + foot
+    return figure
+
+
+
+def piece(tokenizer: Tokenizer, i: int) -> str:
+    """A token as it is drawn; a blank in front begins a word."""
+    if i >= tokenizer.vocab_size:
+        return tokenizer.decode([i])
+    return tokenizer.pieces.id_to_piece(i).replace("\u2581", " ")
 
 
 def analyse(args: argparse.Namespace, world: "train.World") -> str | None:
@@ -1502,14 +2130,14 @@ def analyse(args: argparse.Namespace, world: "train.World") -> str | None:
         geometry = Geometry.of_size(args.size, train.SIZES[args.size].rank, args.lengths)
         return cost_report(geometry, PAPER_COSTS.get(args.size, {}))
     if args.aml_replay:
-        return replay_report(args.checkpoint[0], args.aml_replay) if world.main else ""
-    if not args.costs and not args.routing:
-        return None
-    job = Job.of(args.checkpoint[0], args)
-    setup, examples = job.load(world)
+        made, report = replay(args.checkpoint[0], args.aml_replay) if world.main else ([], "")
+        return "\n".join([report, *map(str, made)])
     if args.costs:
-        return cost_report(Geometry.of_run(setup, examples), {})
-    return route(job, setup, examples, args, world)
+        return cost_report(Geometry.of_run(*Job.of(args.checkpoint[0], args).load(world)), {})
+    if args.routing:
+        made = route(Job.of(args.checkpoint[0], args), args.routing, args.layers, world)
+        return "\n".join(["tokens given to the task expert:", *map(str, made)])
+    return None
 
 
 # ---------------------------------------------------------------------------------------- export
@@ -1594,6 +2222,16 @@ def write_peft(model: nn.Module, base: str | None, folder: Path) -> None:
         indent=1) + "\n")
 
 
+@dataclass(frozen=True)
+class NoImages:
+    """Features of records as a model sees them that was given their text alone."""
+
+    width: int
+
+    def __call__(self, record: Record) -> None:
+        return None
+
+
 def plain_lora(args: argparse.Namespace, world: "train.World") -> tuple[Callable, list[str]]:
     """How to write one task's experts as a LoRA, and the report of what fixing the gates costs.
 
@@ -1622,7 +2260,7 @@ def plain_lora(args: argparse.Namespace, world: "train.World") -> tuple[Callable
     before = score(model, examples, features=features)
     fix_gates(model, task, gates)
     after = score(model, examples, features=features)
-    alone = score(model, examples, features=OneImage(features.width))
+    alone = score(model, examples, features=NoImages(features.width))
     scores = {"before": before, "after, gates fixed": after, "after, without images": alone}
     rank = next(iter(clorae.expert_layers(model.t5).values())).config.rank
     prompt = "".join(data.prompt(examples[0].record, setup.datasets[examples[0].record.dataset]))
@@ -1637,179 +2275,172 @@ def plain_lora(args: argparse.Namespace, world: "train.World") -> tuple[Callable
 
 # ------------------------------------------------------------------------------------ the command
 
-def add_analyses(result: argparse.ArgumentParser) -> None:
-    """The options that ask for something else than scores."""
-    analysis = result.add_argument_group("analyses (instead of scoring)")
-    analysis.add_argument("--costs", action="store_true",
-                          help="parameters and FLOPs of every method, as Table 5: of flan-t5-SIZE, "
-                               "or with CKPT of its backbone at its rows' mean lengths")
-    analysis.add_argument("--size", choices=tuple(GEOMETRY), default="base")
-    analysis.add_argument("--lengths", nargs=3, type=int, default=PAPER_LENGTHS,
-                          metavar=("N_E", "N_D", "N_V"), help="source, target, visual tokens of a "
-                          "row; default: 95 1 21, which give the paper's figures")
-    analysis.add_argument("--routing", type=Path, metavar="DIR",
-                          help="share of tokens that the gates give the task experts, as Fig. 6")
-    analysis.add_argument("--layers", nargs="+", type=int, metavar="N",
-                          help="layers that the picture shows; default: all")
-    analysis.add_argument("--aml-replay", type=Path, metavar="DIR",
-                          help="AML weights of the run's history under other references p_m, "
-                               "margins, exponents and temperatures; nothing is trained")
-    analysis.add_argument("--plot", type=Path, metavar="DIR",
-                          help="after scoring, every picture that the runs allow")
+def add_pictures(result: data.Parser) -> None:
+    """The options that ask for analyses and pictures of runs."""
+    group = result.add_argument_group("pictures of runs")
+    group.add_argument("--plot", type=Path, metavar="DIR",
+                       help="of one CKPT its losses, dev F1, AML weights (and under other "
+                            "assumptions), routing and classes of errors; of several the systems "
+                            "side by side and the setting in which they differ; scores that still "
+                            "hold are not made again")
+    group.add_argument("--layers", nargs="+", type=int, metavar="N",
+                       help="layers that the routing picture shows; default: all")
+    group = result.add_argument_group("analyses (instead of scoring)")
+    group.add_argument("--routing", type=Path, metavar="DIR",
+                       help="share of tokens that the gates give the task experts, as Fig. 6")
+    group.add_argument("--aml-replay", type=Path, metavar="DIR",
+                       help="AML weights of the run's history under other references p_m, margins, "
+                            "exponents and temperatures; nothing is trained")
+    group.add_argument("--costs", action="store_true",
+                       help="parameters and FLOPs of every method, as Table 5: of flan-t5-SIZE, or "
+                            "with CKPT of its backbone at its rows' mean lengths")
+    group.add_argument("--size", choices=tuple(GEOMETRY), default="base",
+                       help="--costs without CKPT: the backbone")
+    group.add_argument("--lengths", nargs=3, type=int, default=PAPER_LENGTHS,
+                       metavar=("N_E", "N_D", "N_V"), help="--costs without CKPT: source, target, "
+                       "visual tokens of a row; default: 95 1 21, which give the paper's figures")
 
 
-def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
-        description="Score a trained model on a split, compare several, or let one answer an "
-                    "example.",
+def add_examples(result: data.Parser) -> None:
+    """The options that describe examples to be answered."""
+    group = result.add_argument_group(
+        "answering examples (instead of scoring)", "Printed are the text, in colours on a terminal "
+        "unless NO_COLOR is set, what was found, and a line of JSON.")
+    group.add_argument("--text", metavar="T", help="the sentence, tokens separated by spaces")
+    group.add_argument("--image", type=Path, metavar="FILE", help="its image, if it has one")
+    group.add_argument("--task", choices=data.RECORD_TASKS, help="what to extract")
+    group.add_argument("--objects", nargs="+", metavar="BOX", default=(),
+                       help="boxes O1, O2 ... in the image, each x1,y1,x2,y2 in pixels, or .json "
+                            "files with lists of [x1,y1,x2,y2]; default: none")
+    group.add_argument("--head", metavar="WORDS", help="mre: the head entity, as in the text")
+    group.add_argument("--tail", metavar="WORDS", help="mre: the tail entity, as in the text")
+    group.add_argument("--examples", type=Path, metavar="PATH",
+                       help="many examples: a .jsonl file with records as at the top of data.py "
+                            "(gold may lack), or rows {\"text\", \"image\", \"objects\", \"head\", "
+                            "\"tail\", \"task\", \"dataset\"}, all but the text optional; or a "
+                            "folder with one such file, or with NAME.txt and NAME.png (jpg, webp, "
+                            "gif). Images are looked for beside the file and in images/ there")
+    group.add_argument("--dataset", metavar="NAME", help="whose labels to offer where a row does "
+                       "not say; default: the first dataset with the task")
+    group.add_argument("--json", action="store_true", help="print the JSON alone")
+    group.add_argument("--draw", type=Path, metavar="FILE", help="a picture (.png) of the image "
+                       "with its boxes, the text with its spans and the gates token by token; with "
+                       "--examples a folder for one picture each")
+
+
+def parser() -> data.Parser:
+    result = data.Parser(
+        description="Score a trained model on a split, compare several, draw them, or let one "
+                    "answer examples.",
         epilog="The model is rebuilt from what its checkpoint stores; no training flag is "
                "repeated.  Under torchrun the processes share the decoding; the result is equal.",
-        allow_abbrev=False)
-    result.add_argument("checkpoint", type=Path, metavar="CKPT", nargs="*",
-                        help="run folder (its best checkpoint is used) or checkpoint folder; "
-                             "several are printed side by side")
+        usage="%(prog)s [CKPT ...] [options]")
+    what = result.add_argument_group("what to evaluate")
+    what.add_argument("checkpoint", type=Path, metavar="CKPT", nargs="*",
+                      help="run folder (its best checkpoint is used) or checkpoint folder; several "
+                           "are printed side by side, a row per system, which is the runs that "
+                           "differ in nothing but their seed")
     split = result.add_argument_group("scoring a split")
     split.add_argument("--split", choices=("test", "dev", "train"), default="test",
-                       help="default: test")
+                       help="which records")
     split.add_argument("--data", metavar="DIR", help="corpus folder; default: the one trained on")
-    for part, what in (("t5", "T5"), ("vit", "ViT"), ("init", "full run below the experts")):
-        split.add_argument(f"--{part}", metavar="DIR", help=f"folder of the {what} that CKPT was "
+    for part, name in (("t5", "T5"), ("vit", "ViT"), ("init", "full run below the experts")):
+        split.add_argument(f"--{part}", metavar="DIR", help=f"folder of the {name} that CKPT was "
                            "trained on, where it is no longer at its place; sha256 must agree")
     split.add_argument("--units", nargs="+", choices=UNITS, metavar="UNIT",
                        help=f"only these columns ({' '.join(UNITS)}); default: all in the corpus")
     split.add_argument("--missing-images", choices=("error", "mask"),
                        help="mask: rows whose image file is missing are answered without it, and "
-                            "counted; default: as in training")
+                            "counted; default: as in training, for examples error")
     split.add_argument("--out", type=Path, metavar="FILE",
                        help="predictions, one JSON object a row; scores go beside them; default: "
-                            "CKPT/predictions-SPLIT.jsonl and CKPT/scores-SPLIT.json")
+                            "CKPT/predictions-SPLIT.jsonl and CKPT/scores-SPLIT.json, for examples "
+                            "they are printed")
     split.add_argument("--details", action="store_true",
                        help="print P, R, F1 and counts of every type, too")
-    several = result.add_argument_group(
-        "comparing several CKPT", "A row per system, which is the runs that differ in nothing but "
-        "their seed.  Scores of CKPT/scores-SPLIT.json are used where they still hold.")
-    several.add_argument("--csv", type=Path, metavar="FILE", help="write the rows there, too")
+    split.add_argument("--csv", type=Path, metavar="FILE", help="several CKPT: write the rows of "
+                       "the comparison there, too")
     decoding = result.add_argument_group("decoding")
     decoding.add_argument("--beams", type=int, default=1, metavar="N",
-                          help="beam search over N beams; default: 1, greedy")
+                          help="beam search over N beams; 1 is greedy")
     decoding.add_argument("--batch-size", type=int, default=32, metavar="N",
-                          help="rows decoded together; default: 32")
+                          help="rows decoded together")
     decoding.add_argument("--impl", choices=("auto", "reference", "cuda"),
                           help="expert layers on PyTorch (reference) or on clorae.cu (cuda); "
                                "default: auto, on clorae.cu where it can be built")
-    add_analyses(result)
-    travel = result.add_argument_group("export (instead of scoring)")
-    travel.add_argument("--export", type=Path, metavar="DIR", help="what was trained, without the "
-                        "backbone: a CKPT for any machine that has it; with --task, the LoRA for "
-                        "T5, in PEFT's format, that the task's experts are under their mean gates")
-    example = result.add_argument_group("answering one example (instead of scoring)")
-    example.add_argument("--text", metavar="T", help="the sentence, tokens separated by spaces")
-    example.add_argument("--image", type=Path, metavar="FILE", help="its image, if it has one")
-    example.add_argument("--task", choices=("mner", "mre", "med", "meae"), help="what to extract")
-    example.add_argument("--dataset", metavar="NAME",
-                         help="whose labels to offer; default: the first dataset with the task")
-    example.add_argument("--head", metavar="WORDS", help="mre: the head entity, as in the text")
-    example.add_argument("--tail", metavar="WORDS", help="mre: the tail entity, as in the text")
+    add_examples(result)
+    add_pictures(result)
+    group = result.add_argument_group("export (instead of scoring)")
+    group.add_argument("--export", type=Path, metavar="DIR", help="what was trained, without the "
+                       "backbone: a CKPT for any machine that has it; with --task, the LoRA for "
+                       "T5, in PEFT's format, that the task's experts are under their mean gates")
     return result
 
 
-@dataclass
-class OneImage:
-    """Features of a single example: the whole image, or nothing."""
-
-    width: int
-    visual: tuple[Tensor, Tensor] | None = None
-
-    @classmethod
-    def load(cls, tower: Path, image: Path | None) -> "OneImage":
-        """The image through the ViT in the folder `tower`."""
-        if image is None:
-            return cls(ViT.feature_width(tower))
-        with TemporaryDirectory() as folder:
-            cache = FeatureCache(ViT.from_pretrained(tower).eval(), "once", folder)
-            return cls(ViT.feature_width(tower), cache.get(image, [], None))
-
-    def __call__(self, record: Record) -> tuple[Tensor, Tensor] | None:
-        return self.visual
-
-
-def find_words(tokens: Sequence[str], words: str | None, flag: str) -> tuple[int, int]:
-    """The first span of `tokens` that reads `words`; DataError if there is none."""
-    spans = data.occurrences([data.canon(token) for token in tokens], data.canon(words or ""))
-    if not spans:
-        raise DataError(f"{flag}: expected words of the text, got {words!r}, which is not in "
-                        f"{' '.join(tokens)!r}; give whole tokens as they stand there")
-    return spans[0]
-
-
-def example_record(args: argparse.Namespace, datasets: Mapping[str, Dataset]) -> Record:
-    """The record that --text, --image, --task, --dataset, --head and --tail describe."""
-    able = [name for name, dataset in datasets.items() if args.task in dataset.units]
-    name = args.dataset or (able[0] if able else None)
-    if name not in able:
-        raise DataError(f"--dataset: expected one with the task {args.task}, got {name!r}; "
-                        f"use one of: {', '.join(able) or 'none in this corpus'}")
-    tokens = tuple(args.text.split())
-    pair = {}
-    if args.task == "mre":
-        pair = {"head": find_words(tokens, args.head, "--head"), "relation": "none",
-                "tail": find_words(tokens, args.tail, "--tail")}
-    image = None if args.image is None else str(args.image)
-    return Record("example", name, args.task, tokens, image, source="--text", **pair)
-
-
-def answer_example(args: argparse.Namespace, setup: "train.Setup", device: torch.device) -> dict:
-    """The model's raw answer to one example and the items read from it, as JSON values."""
-    record, config = example_record(args, setup.datasets), setup.config
-    examples = data.encode_records([record], setup.datasets, setup.tokenizer, config.max_source,
-                                   config.max_target)
-    features = OneImage.load(setup.sources.vit, args.image)
-    decoding = Decoding(1, args.beams, config.max_target, config.precision)
-    row = evaluate_split(setup.model, examples, setup.datasets, features, setup.tokenizer, device,
-                         decoding)[0]
-    return {"text": row.answer.text, "items": items_json(row.predicted),
-            "malformed": row.counts.malformed}
+def misuse(args: argparse.Namespace) -> str | None:
+    """What is wrong with a combination of options, if anything is."""
+    one, many = args.text is not None, args.examples is not None
+    examples, several = one or many, len(args.checkpoint) > 1
+    analysis = args.costs or args.routing or args.aml_replay
+    given = [flag for flag, value in (
+        ("--image", args.image), ("--head", args.head), ("--tail", args.tail),
+        ("--objects", args.objects)) if value]
+    return next((message for wrong, message in (
+        (not args.checkpoint and not args.costs,
+         "give a run folder or a checkpoint folder; only --costs works without"),
+        (one and many, "give one --text, or --examples, not both"),
+        (one and args.task is None, "--text needs --task mner, mre, med or meae"),
+        (given and not one, f"{', '.join(given)} go with one example; give its --text too"),
+        (not examples and (args.task and not args.export or args.json or args.draw
+                           or args.dataset),
+         "--task, --dataset, --json and --draw go with --text or --examples"),
+        (args.objects and not args.image, "--objects are boxes in the --image; name it"),
+        (one and args.draw and (args.draw.suffix != ".png" or args.draw.is_dir()),
+         f"--draw {args.draw}: name a .png file"),
+        (many and args.draw and args.draw.is_file(),
+         f"--draw {args.draw}: with --examples name a folder"),
+        (several and (args.out or args.details or examples or analysis or args.export),
+         "--out, --details, --text, --examples, --costs, --routing, --aml-replay and --export go "
+         "with a single CKPT"),
+        (args.export and (args.out or args.details or args.plot or args.csv or examples
+                          or analysis),
+         "--export goes without other things to do; give those a command of their own"),
+        (examples and (args.plot or args.csv or args.details or analysis),
+         "--text and --examples go without --plot, --csv, --details and analyses"),
+        (args.plot and (args.out or args.details or analysis),
+         "--plot uses the scores in the run folders and makes the other pictures, too; leave out "
+         "--out, --details and analyses"),
+        (min(args.beams, args.batch_size) < 1, "--beams and --batch-size must be at least 1"),
+    ) if wrong), None)
 
 
 def run(args: argparse.Namespace) -> None:
     """Do what the command line asks."""
     import train
     world = train.World()
-    if (report := analyse(args, world)) is not None:
+    if args.text is not None or args.examples:
+        answer_examples(args, world)
+    elif (report := analyse(args, world)) is not None:
         world.print(report)
     elif args.export:
         world.print(*export(args, world))
-    elif args.text is not None:
-        setup = train.load_model(train.find_checkpoint(args.checkpoint[0]), world.device,
-                                 **changed(args))
-        world.print(json.dumps(answer_example(args, setup, world.device), ensure_ascii=False))
     elif len(args.checkpoint) > 1 or args.csv:
         compare(args, world)
+    elif args.plot:
+        job = Job.of(args.checkpoint[0], args)
+        refresh([job], [job.made_from()], world)
     else:
         score_one(args, world)
-    if args.plot and world.main:
-        world.print("pictures:", *map(str, pictures(args)))
+    if args.plot:
+        world.print("pictures:", *pictures(args, world))
     world.leave()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     command = parser()
     args = command.parse_args(argv)
-    if not args.checkpoint and not args.costs:
-        command.error("give a run folder or a checkpoint folder; only --costs works without")
-    if args.text is not None and (args.task is None or not args.text.split()):
-        command.error("--text needs some words and --task mner, mre, med or meae")
-    if args.text is None and (args.image or args.task and not args.export):
-        command.error("--task and --image describe a single example; give its --text too")
-    if len(args.checkpoint) > 1 and (args.out or args.details or args.text is not None
-                                     or args.costs or args.routing or args.aml_replay
-                                     or args.export):
-        command.error("--out, --details, --text, --costs, --routing, --aml-replay and --export go "
-                      "with a single CKPT")
-    if args.plot and (args.out or args.text is not None):
-        command.error("--plot reads the scores in the run folders; leave out --out and --text")
-    if args.beams < 1 or args.batch_size < 1:
-        command.error("--beams and --batch-size must be at least 1")
+    if wrong := misuse(args):
+        command.error(wrong)
     import train
     try:
         run(args)

@@ -12,18 +12,19 @@ variational bound follows Ahn et al., CVPR 2019.  README lists where the paper i
     U, D              (never formed)   outputs of the universal and the task expert
     sigma^2           variance         one per output channel of a wrapped linear
 
-Shapes: B rows, T target tokens, C vocabulary, D_out width of a wrapped linear, k = R + r its
-rank-space columns.  A unit is a column of Table 2: T15 T17 SNAP V1 V2 MED MEAE.
+Shapes: B rows, T target tokens, D model width, C vocabulary, D_out width of a wrapped linear,
+k = R + r its rank-space columns.  A unit is a column of Table 2: T15 T17 SNAP V1 V2 MED MEAE.
 """
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100  # label of padding
 
@@ -35,16 +36,26 @@ SOTA_F1 = {"T15": 78.9, "T17": 91.4, "SNAP": 91.0, "V1": 86.4, "V2": 82.0, "MED"
            "MEAE": 24.5}
 
 
-def token_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def token_cross_entropy(hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor],
+                        piece: int = 1024) -> Tensor:
     """sum_j CE_ij of each row, [B], in fp32.
 
-    logits [B,T,C]; labels [B,T] with IGNORE for padding, which adds nothing.  Weighed by the rows'
-    units and divided by the target tokens of the global batch it is L_MT of Eq. (10); with all
-    weights 1 that is the plain token mean.
+    hidden [B,T,D]; labels [B,T] with IGNORE for padding, which adds nothing; head: [n,D] -> logits
+    [n,C].  Weighed by the rows' units and divided by the target tokens of the global batch it is
+    L_MT of Eq. (10); with all weights 1 that is the plain token mean.  The head runs on the real
+    tokens alone and, past `piece` of them, on one piece at a time, which the backward pass makes
+    again: the logits [B,T,C] are the largest tensor that a step would keep.
     """
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE,
-                             reduction="none")
-    return losses.view_as(labels).sum(dim=1)
+    real = labels != IGNORE
+    pieces = list(zip(hidden[real].split(piece), labels[real].split(piece)))
+
+    def loss(states: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(head(states).float(), targets, reduction="none")
+
+    found = [checkpoint(loss, *some, use_reentrant=False) if len(pieces) > 1 else loss(*some)
+             for some in pieces]
+    rows = real.nonzero()[:, 0]
+    return hidden.new_zeros(len(labels), dtype=torch.float32).index_add(0, rows, torch.cat(found))
 
 
 def achievement_weights(f1: Mapping[str, float], reference: Mapping[str, float],

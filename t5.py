@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 FIRST_UNUSED_ID = 32100  # where T5's vocabulary ends; hub files add untrained rows behind it
 POLL = {"cpu": 1, "cuda": 8}  # steps between two looks at which rows ended: a look stalls a GPU
@@ -36,6 +37,23 @@ NEVER = -1e9  # score that loses against any real one
 
 class WeightsError(ValueError):
     """A checkpoint, its configuration or the requested type cannot be used."""
+
+
+def odd_fields(config: Any, **bounds: tuple[int, int]) -> list[str]:
+    """"name = value" of every field of a config that is not of its type or out of all bounds.
+
+    Whole numbers lie in 1..2^18, in 1..1000 if they count layers, unless `bounds` says otherwise:
+    nothing may be allocated for a size that nobody meant. Other numbers are shares, in [0, 1).
+    """
+    odd = []
+    for name, kind in ((name, field.type) for name, field in config.__dataclass_fields__.items()):
+        value = getattr(config, name)
+        low, high = bounds.get(name, (1, 1000 if "layers" in name else 1 << 18))
+        whole = type(value) is int and low <= value <= high
+        right = {int: whole, int | None: whole, bool: type(value) is bool,
+                 float: type(value) in (int, float) and 0 <= value < 1}
+        odd += [] if right.get(kind, True) else [f"{name} = {value!r}"]
+    return odd
 
 
 @dataclass
@@ -61,11 +79,18 @@ class T5Config:
     scale_logits: bool = True  # hidden states are multiplied by D^-0.5 before the head
 
     def __post_init__(self) -> None:
-        self.num_decoder_layers = self.num_decoder_layers or self.num_layers
+        if self.num_decoder_layers is None:
+            self.num_decoder_layers = self.num_layers
         self.gated = self.feed_forward_proj == "gated-gelu"
+        ids = "pad_token_id", "eos_token_id", "decoder_start_token_id"
+        odd = odd_fields(self, **dict.fromkeys(ids, (0, 1 << 18)))
+        odd = odd or [f"{name} = {getattr(self, name)}" for name in ids
+                      if getattr(self, name) >= self.vocab_size]
         if self.feed_forward_proj not in ("relu", "gated-gelu"):
-            raise WeightsError("feed_forward_proj must be 'relu' or 'gated-gelu', T5's own; the "
-                               f"config has {self.feed_forward_proj!r}; use a T5 or flan-T5")
+            odd.append(f"feed_forward_proj = {self.feed_forward_proj!r}")
+        if odd:
+            raise WeightsError("expected the numbers of a T5, ids below vocab_size and 'relu' or "
+                               f"'gated-gelu', got {', '.join(odd)}; use a T5's or flan-T5's own")
 
     @classmethod
     def from_hf(cls, raw: dict, path: Path, tie_head: bool) -> "T5Config":
@@ -76,11 +101,14 @@ class T5Config:
         scale = raw.get("scale_decoder_outputs")
         scale = raw.get("tie_word_embeddings", True) if scale is None else scale
         missing = [f for f in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
-                   if type(raw.get(f)) is not int]
+                   if f not in fields]
         if missing or raw.get("model_type", "t5") != "t5":
             raise WeightsError(f"{path}: expected the config of a T5; model_type is "
-                               f"{raw.get('model_type')!r}, not integers are {missing}; give a T5")
-        return cls(**fields | {"tie_head": tie_head, "scale_logits": bool(scale)})
+                               f"{raw.get('model_type')!r}, missing are {missing}; give a T5")
+        try:
+            return cls(**fields | {"tie_head": tie_head, "scale_logits": scale})
+        except WeightsError as error:
+            raise WeightsError(f"{path}: {error}") from None
 
 
 # ------------------------------------------------------------ positions, masks, types
@@ -148,27 +176,25 @@ def onednn_product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class PackedWeight:
-    """A copy of a weight [out,in] in the order in which a CPU multiplies few rows by it fastest.
+    """A copy of a weight [out,in] in the blocks in which a CPU multiplies few rows by it fastest.
 
-    F.linear reads a weight at a third of the memory's speed there; oneDNN's blocks take half the
-    time, and for a single row in float32 the transposed weight is faster still.
+    F.linear reads a weight at less than half of the memory's speed there, oneDNN's blocks at most
+    of it.
     """
 
-    def __init__(self, weight: Tensor, single: bool, dtype: torch.dtype) -> None:
-        self.key = self.key_of(weight, single, dtype)
-        weight, self.transposed = weight.detach().to(dtype), single and dtype == torch.float32
-        self.copy = (weight.T.contiguous() if self.transposed
-                     else torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 32))
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        self.key = self.key_of(weight, dtype)
+        copy = weight.detach().to(dtype).contiguous()
+        self.copy = torch.ops.mkldnn._reorder_linear_weight(copy, 32)
 
     @staticmethod
-    def key_of(weight: Tensor, single: bool, dtype: torch.dtype) -> tuple:
+    def key_of(weight: Tensor, dtype: torch.dtype) -> tuple:
         """Equal for as long as the copy is what it should be: nobody wrote to the weight."""
-        return weight.data_ptr(), weight._version, single and dtype == torch.float32, dtype
+        return weight.data_ptr(), weight._version, dtype
 
     def product(self, x: Tensor) -> Tensor:
         """x [...,in] -> [...,out]."""
-        x = x.to(self.copy.dtype)
-        return x @ self.copy if self.transposed else onednn_product(x, self.copy)
+        return onednn_product(x.to(self.copy.dtype), self.copy)
 
 
 class FrozenProduct(torch.autograd.Function):
@@ -195,7 +221,7 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
     packed = getattr(weight, "packed", None)
     if packed and x.shape[-2] == 1 and not torch.is_grad_enabled():  # the next token of each row
-        if packed.key == packed.key_of(weight, packed.transposed, dtype):
+        if packed.key == packed.key_of(weight, dtype):
             return packed.product(x)
     frozen = not (weight.requires_grad and torch.is_grad_enabled())
     if frozen and x.dtype == weight.dtype == dtype == torch.float32 and x.numel() > 0:
@@ -334,6 +360,7 @@ class Stack(nn.Module):
     def __init__(self, config: T5Config, num_layers: int, decoder: bool) -> None:
         super().__init__()
         self.decoder, self.furthest = decoder, config.relative_attention_max_distance
+        self.recompute = False  # in training, keep only what enters a block; the rest is made again
         self.relative_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
         nn.init.normal_(self.relative_bias.weight, std=config.d_model ** -0.5)
         self.blocks = nn.ModuleList(Block(config, decoder) for _ in range(num_layers))
@@ -370,7 +397,9 @@ class Stack(nn.Module):
             bias, memory_bias = cache.step()
         x = self.dropout(hidden)
         for layer, block in enumerate(self.blocks):
-            x = block(x, bias, memory, memory_bias, cache, layer)
+            arguments = (x, bias, memory, memory_bias, cache, layer)
+            again = self.recompute and self.training and torch.is_grad_enabled()
+            x = checkpoint(block, *arguments, use_reentrant=False) if again else block(*arguments)
         return self.dropout(self.final_norm(x))
 
 
@@ -490,12 +519,17 @@ class T5(nn.Module):
             hidden = hidden * self.config.d_model ** -0.5
         return project(hidden, self.head_weight)
 
-    def decode(self, decoder_input_ids: Tensor, memory: Tensor,
-               memory_mask: Tensor | None = None) -> Tensor:
-        """ids [B,T], memory [B,M,D], its mask [B,M] (None: all real) -> logits [B,T,C].
+    def decode_hidden(self, decoder_input_ids: Tensor, memory: Tensor,
+                      memory_mask: Tensor | None = None) -> Tensor:
+        """ids [B,T], memory [B,M,D], its mask [B,M] (None: all real) -> [B,T,D] before the head.
         The target needs no mask: its padding comes last, out of sight of the real tokens."""
         mask = None if memory_mask is None else memory_mask.bool()
-        return self.head(self.decoder(self.embed(decoder_input_ids), None, memory, mask))
+        return self.decoder(self.embed(decoder_input_ids), None, memory, mask)
+
+    def decode(self, decoder_input_ids: Tensor, memory: Tensor,
+               memory_mask: Tensor | None = None) -> Tensor:
+        """The same -> logits [B,T,C]."""
+        return self.head(self.decode_hidden(decoder_input_ids, memory, memory_mask))
 
     def train(self, mode: bool = True) -> "T5":
         """Training does without the packed copies, which it would make outdated."""
@@ -504,15 +538,14 @@ class T5(nn.Module):
                 vars(parameter).pop("packed", None)
         return super().train(mode)
 
-    def pack(self, rows: int, dtype: torch.dtype) -> None:
+    def pack(self, dtype: torch.dtype) -> None:
         """On a CPU, give every weight that a decoding step uses its packed copy, once."""
         layers = [layer for path, layer in self.decoder.named_modules() if isinstance(layer, Linear)
                   and not re.search(r"cross_attention\.[kv]", path)]  # those see the memory, once
         for weight in [self.head_weight, *(layer.weight for layer in layers)]:
-            old, single = getattr(weight, "packed", None), rows == 1
-            if onednn_computes(weight, dtype) and (
-                    old is None or old.key != PackedWeight.key_of(weight, single, dtype)):
-                weight.packed = PackedWeight(weight, single, dtype)
+            old, key = getattr(weight, "packed", None), PackedWeight.key_of(weight, dtype)
+            if onednn_computes(weight, dtype) and (old is None or old.key != key):
+                weight.packed = PackedWeight(weight, dtype)
 
     def shift_right(self, labels: Tensor) -> Tensor:
         """labels [B,T] -> decoder inputs [B,T]: start token first, -100 becomes padding."""
@@ -545,7 +578,7 @@ class T5(nn.Module):
         memory = self.encode(input_ids, attention_mask) if memory is None else memory
         mask = memory.new_ones(memory.shape[:2]) if attention_mask is None else attention_mask
         cache = Cache(self.decoder, memory, mask.bool(), num_beams, max_new_tokens)
-        self.pack(len(memory) * num_beams, cache.dtype)
+        self.pack(cache.dtype)
         search = Search(len(memory), num_beams, max_new_tokens, self.config, memory.device)
         banned = torch.arange(self.config.vocab_size, device=memory.device) >= FIRST_UNUSED_ID
         banned[banned_ids or []] = True
@@ -631,6 +664,7 @@ WEIGHT_MAP = {
 }
 # Never loaded: copies, if they equal shared; a bias in v1.0's files that no T5 ever used.
 COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
 
@@ -649,12 +683,17 @@ def hf_names(config: T5Config) -> dict[str, str]:
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in a file."""
+    """The JSON object in a file; a key that stands twice is an error."""
+    def once(pairs: list[tuple[str, Any]]) -> dict:
+        if twice := [key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i])]:
+            raise ValueError(f"{twice[0]!r} stands twice")
+        return dict(pairs)
+
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path}: expected JSON, got: {error}; give a Hugging Face model "
-                           "directory, complete and unmodified") from None
+        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{path}: expected JSON, got: {getattr(error, 'strerror', error)}; give "
+                           "a Hugging Face model directory, complete and unmodified") from None
     if not isinstance(raw, dict):
         raise WeightsError(f"{path}: expected a JSON object, got {type(raw)}; fetch it anew")
     return raw
@@ -670,11 +709,10 @@ def open_weights(folder: Path) -> dict[str, safe_open]:
     lost = [n for n in names if Path(n).name != n or not n.endswith(".safetensors")
             or not (folder / n).is_file()]
     if lost or not names:
-        pickles = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth"))
         raise WeightsError(f"{folder}: expected {lost or 'a weight_map in ' + index.name}, in this "
-                           f"folder and as .safetensors; found pickles {pickles} (never read: they "
-                           "can run code); fetch the safetensors files")
-    stored = {}
+                           f"folder and as .safetensors; {pickles(folder)}fetch the safetensors "
+                           "files of this checkpoint")
+    stored, places = {}, []
     for path in (folder / name for name in names):
         try:
             file = safe_open(path, "pt")
@@ -682,10 +720,18 @@ def open_weights(folder: Path) -> dict[str, safe_open]:
             raise WeightsError(f"{path}: expected a whole safetensors file, got: {error}; "
                                "fetch it anew") from None
         stored |= dict.fromkeys(file.keys(), file)
-    if listed is not None and listed.keys() != stored.keys():
-        raise WeightsError(f"{index}: expected the keys of the shards; they differ in "
-                           f"{sorted(listed.keys() ^ stored.keys())[:4]}; fetch all of them anew")
+        places += [(key, path.name) for key in file.keys()]
+    if listed is not None and (wrong := set(places) ^ set(listed.items())):
+        raise WeightsError(f"{index}: expected each key of the shards in the one that it names; "
+                           f"they differ in {sorted(map(str, wrong))[:4]}; fetch all of them anew")
     return stored
+
+
+def pickles(folder: Path) -> str:
+    """What to say about pickled weights in a folder, if there are any."""
+    found = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLES)
+    return found and (f"{', '.join(found)} is never read, as a pickle can run code: have it "
+                      "converted to safetensors where it comes from; ") or ""
 
 
 def read_weights(folder: Path, stored: dict[str, safe_open], model: nn.Module,

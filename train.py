@@ -18,7 +18,6 @@ Shapes: B rows, T target tokens, V visual tokens, F image-feature width.
 import argparse
 import csv
 import dataclasses
-import difflib
 import fcntl
 import hashlib
 import json
@@ -47,7 +46,7 @@ import evaluate
 import losses
 from clorae import METHODS
 from data import TASKS, UNITS
-from t5 import T5, T5Config, WeightsError, open_weights, read_json
+from t5 import T5, Stack, T5Config, WeightsError, open_weights, pickles, read_json
 from vision import UMIE, FeatureCache, ImageError, ViT, resolve_image
 
 VIT = "google/vit-base-patch16-224-in21k"
@@ -96,55 +95,62 @@ class Config:
     """Everything that decides what a run computes; stored in its checkpoints."""
 
     size: str = option("tiny", "backbone size", choices=tuple(SIZES))
-    data: str | None = option(None, "corpus folder (see data.py convert); default: the demo world")
-    units: tuple[str, ...] | None = option(None, "train on these units only", nargs="+",
-                                           choices=UNITS)
-    hold_out: str = option("none", "Table 4: never train on T17 and V2; 'clean' leaves out SNAP "
-                           "and every training text of their test splits as well",
-                           choices=("none", "paper", "clean"))
-    t5: str | None = option(None, "T5 folder instead of the size's own")
-    vit: str | None = option(None, "ViT or CLIP folder instead of the size's own")
-    backbone_steps: int | None = option(None, "steps to make the tiny T5 with; default: enough",
-                                        int)
-    out: str | None = option(None, "run folder; default: runs/DATA-SIZE-METHOD")
     method: str = option("clorae", "what is trained", choices=METHODS)
     egr: bool = option(True, "gate router between the experts, Eq. (6)", bool)
     mim: bool = option(True, "mutual-information loss, Eq. (5)", bool)
-    aml: bool | None = option(None, "achievement weights, Eq. (9); default: clorae only", bool)
-    rank: int | None = option(None, "universal rank R; default by size", int)
-    alpha: float | None = option(None, "numerator of the expert scale, Eq. (8); default 2 R", float)
-    dropout: float | None = option(None, "dropout on the experts' input; default by size", float)
+    data: str | None = option(None, "corpus folder (see data.py convert); default: the demo world",
+                             metavar="DIR")
+    units: tuple[str, ...] | None = option(None, "train on these units only (" + ", ".join(UNITS)
+                                           + "); default: all", nargs="+", choices=UNITS,
+                                           metavar="UNIT")
+    hold_out: str = option("none", "Table 4: never train on T17 and V2; 'clean' leaves out SNAP "
+                           "and every training text of their test splits as well",
+                           choices=("none", "paper", "clean"))
+    missing_images: str = option("error", "'mask': rows whose image is missing train without one",
+                                 choices=("error", "mask"))
+    max_source: int = option(256, "source tokens; only the text part is cut", int)
+    max_target: int | None = option(None, "target tokens; default: by size", int)
+    max_objects: int = option(16, "object crops used per image", int)
+    t5: str | None = option(None, "T5 folder; default: the size's own", metavar="DIR")
+    vit: str | None = option(None, "ViT or CLIP folder; default: the size's own", metavar="DIR")
+    backbone_steps: int | None = option(None, "steps to make the tiny T5 with; default: enough",
+                                        int)
+    rank: int | None = option(None, "universal rank R; default: by size", int)
+    alpha: float | None = option(None, "numerator of the expert scale, Eq. (8); default: 2 R",
+                                 float)
+    dropout: float | None = option(None, "dropout on the experts' input; default: by size", float)
     visual_policy: str = option("train", "'train' the visual adapter in full; 'paper': of it only "
                                 "the visual embedding; 'frozen': nothing of it (both need --init)",
                                 choices=("train", "paper", "frozen"))
     init: str | None = option(None, "begin with the weights of this run of method full, which "
-                              "holds a trained visual adapter")
+                              "holds a trained visual adapter; default: fresh ones", metavar="RUN")
     backbone_dropout: float | None = option(None, "dropout of T5 and the visual adapter; "
                                             "default: T5's own", float)
     fusion: str = option("gate", "how visual tokens meet the text", choices=("gate", "concat"))
-    max_objects: int = option(16, "object crops used per image", int)
-    max_source: int = option(256, "source tokens; only the text part is cut", int)
-    max_target: int | None = option(None, "target tokens; default by size", int)
-    epochs: int | None = option(None, "epochs; default by size", int)
-    steps: int | None = option(None, "stop after this many optimizer steps", int)
-    batch: int | None = option(None, "global batch size; default by size", int)
-    micro_batch: int | None = option(None, "rows per forward pass; default by size", int)
-    lr: float | None = option(None, "Adam's learning rate; default by size", float)
-    lr_epochs: int | None = option(None, "halve the rate every so many epochs", int)
+    epochs: int | None = option(None, "epochs; default: by size", int)
+    steps: int | None = option(None, "optimizer steps to stop after; default: by --epochs", int)
+    batch: int | None = option(None, "global batch size; default: by size", int)
+    micro_batch: int | None = option(None, "rows per forward pass; default: by size", int)
+    lr: float | None = option(None, "Adam's learning rate; default: by size", float)
+    lr_epochs: int | None = option(None, "halve the rate every so many epochs; default: by size",
+                                   int)
     clip: float = option(1.0, "largest gradient norm", float)
+    aml: bool | None = option(None, "achievement weights, Eq. (9); default: clorae only", bool)
     beta: float = option(0.01, "weight of the mutual-information loss, Eq. (10)", float)
     aml_margin: float = option(1.05, "margin above the reference F1, Eq. (9)", float)
     aml_gamma: float = option(2.0, "exponent, Eq. (9)", float)
-    aml_reference: str | None = option(None, "JSON file {unit: reference F1}, p_m of Eq. (9)")
-    missing_images: str = option("error", "'mask': rows whose image is missing train without one",
-                                 choices=("error", "mask"))
-    precision: str | None = option(None, "default: bf16 on CUDA, fp32 elsewhere",
+    aml_reference: str | None = option(None, "JSON file {unit: reference F1}, p_m of Eq. (9); "
+                                       "default: the demo's own, or the paper's", metavar="FILE")
+    out: str | None = option(None, "run folder; default: runs/DATA-SIZE-METHOD", metavar="DIR")
+    save_every: int = option(200, "optimizer steps between checkpoints", int)
+    seed: int = option(0, "seed of initialisation, order and dropout", int)
+    precision: str | None = option(None, "computation; default: bf16 on CUDA, fp32 elsewhere",
                                    choices=("fp32", "bf16"))
     impl: str = option("auto", "expert layers on PyTorch ('reference') or on clorae.cu ('cuda'); "
                        "'auto': on clorae.cu where it can be built",
                        choices=("auto", "reference", "cuda"))
-    save_every: int = option(200, "optimizer steps between checkpoints", int)
-    seed: int = option(0, "seed of initialisation, order and dropout", int)
+    checkpoint_activations: bool = option(False, "keep only each block's input and compute the "
+                                          "rest again: less memory, about a third more time", bool)
 
     def resolved(self) -> "Config":
         """The same with every default that depends on another field filled in."""
@@ -181,35 +187,29 @@ class Config:
         return self.method == "clorae" and self.mim and self.beta > 0
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse that rejects unknown flags by naming the nearest known one."""
-
-    def error(self, message: str) -> None:
-        flags = [flag for action in self._actions for flag in action.option_strings]
-        for word in message.split():
-            near = difflib.get_close_matches(word.split("=")[0], flags, n=1)
-            if word.startswith("--") and near and word not in flags:
-                message += f"; did you mean {near[0]}?"
-        super().error(message)
+# The option groups of --help: each begins with the field named here.
+GROUPS = {"size": "what to train", "data": "data", "t5": "model", "epochs": "optimisation",
+          "aml": "losses", "out": "run"}
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[Config, str, bool]:
     """The command line as (Config, resume, dry run), one option per Config field."""
-    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = data.Parser(description=__doc__.split("\n\n")[0], usage="%(prog)s [options]")
     for spec in dataclasses.fields(Config):
+        if spec.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[spec.name])
         more = dict(spec.metadata)
         kind, flag = more.pop("type"), "--" + spec.name.replace("_", "-")
         if kind is bool:
-            parser.add_argument(flag, default=spec.default, help=more["help"],
-                                action=argparse.BooleanOptionalAction)
+            group.add_argument(flag, default=spec.default, help=more["help"],
+                               action=argparse.BooleanOptionalAction)
         else:
-            parser.add_argument(flag, type=kind, default=spec.default, **more)
-    parser.add_argument("--resume", default="auto", help="'auto' goes on with the newest "
-                        "checkpoint of --out, 'none' starts over, a path names a checkpoint")
-    parser.add_argument("--dry-run", action="store_true", help="find, make or fetch corpus and "
-                        "backbone, print files, parameters, rows, steps and memory, and stop: "
-                        "no weight is loaded, nothing is written to --out")
+            group.add_argument(flag, type=kind, default=spec.default, **more)
+    group.add_argument("--resume", default="auto", help="'auto' goes on with the newest "
+                       "checkpoint of --out, 'none' starts over, a path names a checkpoint")
+    group.add_argument("--dry-run", action="store_true", help="find, make or fetch corpus and "
+                       "backbone, print files, parameters, rows, steps and memory, and stop: no "
+                       "weight is loaded, nothing is written to --out")
     values = vars(parser.parse_args(argv))
     resume, dry_run = values.pop("resume"), values.pop("dry_run")
     if values["units"] is not None:
@@ -430,11 +430,27 @@ class Features:
             folder = sources.corpus / ".features"
             with locked(folder / ".lock"):
                 self.cache = FeatureCache(vit, folder_hash(sources.vit), folder)
-                self.cache.prepare([self.key(record) for record in named
-                                    if self.path(record) not in self.missing])
+                self.compute([r for r in named if self.path(r) not in self.missing])
+
+    def compute(self, records: Sequence[data.Record]) -> None:
+        """Features of all these records' images; if one cannot be used, all such are named."""
+        try:
+            self.cache.prepare(map(self.key, records))
+        except ImageError:
+            problems = data.Problems()
+            for record in records:
+                try:
+                    self.cache.pixels(self.key(record))
+                except ImageError as problem:
+                    problems.add(record.source, "image", str(problem))
+            problems.raise_if_any()
+            raise
 
     def path(self, record: data.Record) -> Path:
-        return resolve_image(self.corpus / record.dataset / "images", record.image)
+        try:
+            return resolve_image(self.corpus / record.dataset / "images", record.image)
+        except ImageError as problem:
+            raise ImageError(f"{record.source}: {problem}") from None
 
     def key(self, record: data.Record) -> tuple:
         return self.path(record), record.objects[:self.max_objects], record.size
@@ -466,6 +482,11 @@ def build(config: Config, sources: Sources, device: torch.device) -> Setup:
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     dtype, meta = torch.float32 if config.method == "full" else dtype, device.type == "meta"
     t5 = outline(sources.t5, dtype) if meta else T5.from_pretrained(sources.t5, dtype=dtype)
+    tokenizer, ids = data.Tokenizer(sources.t5), t5.config.vocab_size
+    if tokenizer.sentinel(0) >= ids:
+        raise WeightsError(f"{sources.t5}: expected a spiece.model of at most {ids - 100} pieces "
+                           f"for a T5 of {ids} ids, got {tokenizer.vocab_size} pieces; use the "
+                           "files of one checkpoint")
     torch.manual_seed(config.seed)
     with device if meta else nullcontext():
         model = UMIE(t5, ViT.feature_width(sources.vit), config.max_objects, config.fusion)
@@ -480,8 +501,9 @@ def build(config: Config, sources: Sources, device: torch.device) -> Setup:
     for module in model.modules():
         if isinstance(module, nn.Dropout) and config.backbone_dropout is not None:
             module.p = config.backbone_dropout
-    return Setup(config, sources, data.load_datasets(sources.corpus),
-                 data.Tokenizer(sources.t5), model.to(device))
+        if isinstance(module, Stack):
+            module.recompute = config.checkpoint_activations
+    return Setup(config, sources, data.load_datasets(sources.corpus), tokenizer, model.to(device))
 
 
 def outline(folder: Path, dtype: torch.dtype) -> T5:
@@ -708,8 +730,10 @@ def find_checkpoint(path: Path) -> Path:
         return path
     best = newest_checkpoint(path, "best") or newest_checkpoint(path)
     if best is None:
-        raise UsageError(f"{path}: expected a run folder or a checkpoint folder, found no "
-                         "checkpoint in it; train first, or name a folder below runs/")
+        other = pickles(path.parent if path.is_file() else path)
+        found = "no checkpoint in it" if path.exists() else "nothing there"
+        raise UsageError(f"{path}: expected a run folder or a checkpoint folder, found {found}; "
+                         f"{other}train first, or name a folder below runs/")
     return best
 
 
@@ -876,8 +900,8 @@ class Run:
             torch.manual_seed(hash((config.seed, progress.step, part)))  # of integers: always equal
             batch = self.collate(rows)
             with self.autocast():
-                logits = self.model(batch)
-            ce = losses.token_cross_entropy(logits, batch.labels)  # [B]
+                hidden = self.model.hidden(batch)
+                ce = losses.token_cross_entropy(hidden, batch.labels, self.model.t5.head)  # [B]
             L_MT = (w[batch.units] * ce).sum() / tokens
             L_MIM = losses.mutual_information(self.routing.moments() if config.uses_mim else [],
                                               max(self.layers, 1)).to(device)
@@ -1068,7 +1092,7 @@ def memory(run: Run) -> dict[str, float]:
     keeps 3 D (5 with T5's dropout, 4 more with the experts'), 5 H K and 16 k numbers for k columns
     of the experts, and the feed-forward 3 of its widths (4 with dropout); dropout on a CPU, where
     no fused kernel has it, adds 3 H scores per key.  On top come three copies of the logits and
-    twice the experts, joined per task and for L_MIM.  Counted once, and within 10 % of measured.
+    twice the experts, joined per task and for L_MIM.  Within about 10 % of measured.
     """
     config, t5 = run.config, run.model.t5.config
     frozen, trained = (sum(p.numel() * p.element_size() for p in run.model.parameters()
@@ -1085,9 +1109,11 @@ def memory(run: Run) -> dict[str, float]:
     def block(attentions: int, tokens: int, keys: int) -> int:
         return tokens * (attentions * attention + (3 + drop) * t5.d_ff + scores * keys)
 
-    numbers = (t5.num_layers * block(1, S, S) + t5.num_decoder_layers * block(2, T, S + T)
-               + 2 * block(1, V, V))
-    rows = min(config.micro_batch, config.batch)
+    layers, rows = t5.num_decoder_layers, min(config.micro_batch, config.batch)
+    blocks = [block(1, S, S)] * t5.num_layers + [block(2, T, S + T)] * layers + 2 * [block(1, V, V)]
+    numbers = sum(blocks)
+    if config.checkpoint_activations:  # what enters each block, and all of one of them
+        numbers = max(blocks) + (t5.num_layers * S + layers * T + 2 * V) * t5.d_model
     kept = rows * numbers * (2 if config.precision == "bf16" else 4)
     return {"frozen weights": frozen, "trained": trained, "gradients": trained,
             "moments": 2 * trained, f"activations of {rows} rows of {S} + {T} + {V} tokens":

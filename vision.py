@@ -20,21 +20,21 @@ import re
 import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from t5 import (T5, Attention, FeedForward, Linear, RMSNorm, Stack, T5Config, WeightsError,
-                compute_dtype, open_weights, prepare_memory, read_json, read_weights)
+                compute_dtype, odd_fields, open_weights, prepare_memory, read_json, read_weights)
 
 # ------------------------------------------------------------------------------ pictures to pixels
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")  # Pillow's many other readers are attack surface
@@ -42,7 +42,7 @@ MAX_PIXELS = 32_000_000
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 PathLike = str | os.PathLike
 Boxes = Sequence[Sequence[float]]  # of one picture, each x1, y1, x2, y2 in pixels
-Request = tuple[str, tuple, tuple[int, int]]  # path, boxes, size as (w, h)
+Request = tuple[str, tuple, tuple[int, int] | None]  # path, boxes, size as (w, h) if known
 
 
 class ImageError(ValueError):
@@ -59,6 +59,7 @@ def resolve_image(root: PathLike, name: str) -> Path:
         path = os.path.realpath(os.path.join(inside, name))
         bad = (re.search(r"[\\\0]|^~|^[A-Za-z]:", name)
                or any(not part.strip(" .") for part in parts)  # "", ".", ".." and look-alikes
+               or len(name) > 999 or any(len(part.encode()) > 255 for part in parts)
                or os.path.commonpath([inside, path]) != inside)  # by parts: img is not img_x
     except (AttributeError, OSError, ValueError):  # no text, too long, not encodable
         bad = True
@@ -80,18 +81,25 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def regular(path: PathLike) -> PathLike:
+    """The path itself, if a file lies there; a pipe or a device would never end."""
+    if not os.path.isfile(path):
+        raise OSError("no regular file" if os.path.lexists(path) else "no such file")
+    return path
+
+
 def load_image(path: PathLike) -> Image.Image:
     """File -> upright RGB picture: EXIF's rotation comes first. ImageError names the path."""
     try:
-        if not os.path.isfile(path):  # Pillow would wait for ever on a pipe
-            raise FileNotFoundError("no such file")
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(regular(path), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ImageError(f"{image.size}, more than {MAX_PIXELS} pixels")
             return to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # damaged files raise nearly every built-in exception in Pillow
-        raise ImageError(f"{path}: expected a whole {', '.join(FORMATS)} picture, got "
-                         f"{type(error).__name__}: {error}; replace the file") from error
+        got = ("a file that begins like none of them" if isinstance(error, UnidentifiedImageError)
+               else f"{type(error).__name__}: {error}")
+        raise ImageError(f"{path}: expected a whole {', '.join(FORMATS)} picture, got {got}; "
+                         "replace the file") from error
 
 
 def preprocess(image: Image.Image, size: int = 224, mean: float | Sequence[float] = 0.5,
@@ -137,25 +145,42 @@ class ViTConfig:
     resample: int = 2  # Pillow's number for bilinear
 
     def __post_init__(self) -> None:
-        if (self.model_type not in FAMILIES or self.hidden_act not in ACTIVATIONS
-                or any(type(n) is not int or n < 1 for n in astuple(self)[1:7])
-                or self.hidden_size % self.num_attention_heads):
+        def triple(value: object, least: float) -> bool:
+            return (isinstance(value, (list, tuple)) and len(value) == 3
+                    and all(type(x) in (int, float) and least <= x < 10 for x in value))
+
+        odd = odd_fields(self, resample=(0, 5))
+        right = {"model_type": self.model_type in FAMILIES,
+                 "hidden_act": self.hidden_act in list(ACTIVATIONS),
+                 "image_mean": triple(self.image_mean, -10),
+                 "image_std": triple(self.image_std, 1e-6),
+                 "num_attention_heads": odd or self.hidden_size % self.num_attention_heads == 0,
+                 "patch_size": odd or self.patch_size <= self.image_size}
+        odd += [f"{name} = {getattr(self, name)!r}" for name, fits in right.items() if not fits]
+        if odd:
             raise WeightsError(f"expected model_type of {FAMILIES}, hidden_act of "
-                               f"{[*ACTIVATIONS]}, sizes above 0, heads that divide hidden_size; "
-                               f"got {self}; use a ViT or CLIP vision checkpoint")
+                               f"{[*ACTIVATIONS]}, sane sizes, 3 means and spreads; got "
+                               f"{', '.join(odd)}; use a ViT or CLIP vision checkpoint's own")
 
     @classmethod
     def from_pretrained(cls, folder: PathLike) -> "ViTConfig":
         """Read config.json (of a whole CLIP its vision part) and any preprocessor_config.json."""
-        raw, pictures = read_json(Path(folder) / "config.json"), {}
+        path, pictures = Path(folder) / "config.json", {}
+        raw = read_json(path)
         if "vision_config" in raw:
+            if not isinstance(raw["vision_config"], dict):
+                raise WeightsError(f"{path}: expected vision_config as an object, got "
+                                   f"{raw['vision_config']!r}; fetch the file anew")
             raw = raw["vision_config"] | {"model_type": "clip_vision_model"}
         if (path := Path(folder) / "preprocessor_config.json").is_file():
             pictures = read_json(path)
         raw = raw | {own: pictures[own] for own in ("image_mean", "image_std", "resample")
                      if pictures.get(own) is not None}
         silent = CLIP_DEFAULTS if raw.get("model_type") == FAMILIES[1] else {"model_type": None}
-        config = cls(**silent | {k: v for k, v in raw.items() if k in cls.__dataclass_fields__})
+        try:
+            config = cls(**silent | {k: v for k, v in raw.items() if k in cls.__dataclass_fields__})
+        except WeightsError as error:
+            raise WeightsError(f"{folder}: {error}") from None
         size = pictures.get("crop_size") or pictures.get("size") or config.image_size
         if isinstance(size, dict):  # in old files a number
             size = size.get("height", size.get("shortest_edge"))
@@ -338,9 +363,10 @@ def crop(image: Image.Image, box: Sequence[float]) -> Image.Image:
 class FeatureCache:
     """Features [V,F] of pictures and their boxes, computed once by a frozen tower and kept on disk.
 
-    `folder`/<vit_hash>/<shard>.safetensors holds one float32 tensor per picture and boxes, named by
-    the sha256 of the file's bytes, boxes, size and preprocessing; `vit_hash` names the tower's
-    weights. Shards are only added, each renamed when whole, so processes may share a folder.
+    `folder`/<vit_hash>/<shard>.safetensors holds, for each picture and its boxes, their features
+    under the sha256 of the file's bytes, boxes, size and preprocessing, and beside them, as
+    NAME.boxes, what normalise_boxes makes of the boxes; `vit_hash` names the tower's weights.
+    Shards are only added, each renamed when whole, so processes may share a folder.
     Token 0 is the picture, token k its box k: the tower's first token of `last_hidden_state`.
     """
 
@@ -359,13 +385,14 @@ class FeatureCache:
 
         `size`: the record's [w, h], which must be the upright picture's; None takes the picture's.
         """
-        size = load_image(path).size if size is None else size
         (name,) = self.prepare([(path, boxes, size)])
-        return self.shards[self.index[name]].get_tensor(name), normalise_boxes(boxes, size)
+        shard = self.shards[self.index[name]]
+        return shard.get_tensor(name), shard.get_tensor(f"{name}.boxes")
 
-    def prepare(self, requests: Iterable[tuple[PathLike, Boxes, Sequence[int]]]) -> list[str]:
+    def prepare(self,
+                requests: Iterable[tuple[PathLike, Boxes, Sequence[int] | None]]) -> list[str]:
         """Compute what is not stored of these (path, boxes, size); returns their tensor names."""
-        requests = [(os.fspath(path), tuple(map(tuple, boxes)), tuple(size))
+        requests = [(os.fspath(path), tuple(map(tuple, boxes)), size and tuple(size))
                     for path, boxes, size in requests]
         wanted = {self.name(request): request for request in requests}
         if any(name not in self.index for name in wanted):
@@ -383,12 +410,12 @@ class FeatureCache:
         if request not in self.names:
             (path, boxes, size), vit = request, self.vit
             try:
-                normalise_boxes(boxes, size)
-                content = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-            except (ImageError, OSError) as error:
-                raise ImageError(f"{path}: expected an image and boxes inside it: {error}; "
-                                 "correct the record or add the file") from error
-            parts = [content, boxes, size, vit.size, vit.mean, vit.std, vit.resample]
+                with open(regular(path), "rb") as file:
+                    content = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise ImageError(f"{path}: expected a picture, got: {error}; correct the record or "
+                                 "add the file") from error
+            parts = [content, boxes, size, vit.size, vit.mean, vit.std, vit.resample, "and boxes"]
             self.names[request] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         return self.names[request]
 
@@ -402,15 +429,19 @@ class FeatureCache:
                                  "delete it, and its features are computed again") from error
             self.index |= dict.fromkeys(self.shards[path].keys(), path)
 
-    def pixels(self, request: Request) -> Tensor:
-        """Read a picture -> [V,3,size,size], itself and its crops."""
+    def pixels(self, request: Request) -> tuple[Tensor, Tensor]:
+        """Read a picture -> itself and its crops [V,3,size,size], their boxes [V,5]."""
         (path, boxes, size), vit = request, self.vit
         image = load_image(path)
-        if image.size != size:
+        if size and image.size != size:
             raise ImageError(f"{path}: expected {size[0]} x {size[1]} pixels as in the record, got "
                              f"{image.width} x {image.height} (upright); correct the record")
+        try:
+            shares = normalise_boxes(boxes, image.size)
+        except ImageError as error:
+            raise ImageError(f"{path}: {error}") from None
         return torch.stack([preprocess(view, vit.size, vit.mean, vit.std, vit.resample)
-                            for view in (image, *(crop(image, box) for box in boxes))])
+                            for view in (image, *(crop(image, box) for box in boxes))]), shares
 
     @torch.no_grad()
     def store(self, items: list[tuple[str, Request]], pool: ThreadPoolExecutor, bar: tqdm) -> None:
@@ -418,11 +449,12 @@ class FeatureCache:
         features, device = {}, self.vit.class_token.device
         for start in range(0, len(items), self.AHEAD):
             names, requests = zip(*items[start:start + self.AHEAD])
-            pixels = list(pool.map(self.pixels, requests))
+            pixels, boxes = zip(*pool.map(self.pixels, requests))
             tokens = torch.cat([self.vit(some.to(device))[:, 0].float().cpu()
                                 for some in torch.cat(pixels).split(self.CROPS)])
             rows = tokens.split([len(views) for views in pixels])
             features |= {name: row.clone() for name, row in zip(names, rows)}
+            features |= {f"{name}.boxes": some for name, some in zip(names, boxes)}
             bar.update(len(names))
         shard = hashlib.sha256("".join(sorted(features)).encode()).hexdigest()[:32]
         write_whole(self.folder / f"{shard}.safetensors", save(features))
@@ -555,10 +587,14 @@ class UMIE(nn.Module):
         if inputs and self.fusion.cosine(*inputs[0])[inputs[0][3].any(1)].sum() < 0:
             self.fusion.proj_visual[1].weight.neg_()
 
+    def hidden(self, batch: Any) -> Tensor:
+        """-> [B,T,D] for batch.labels, before the head; a loss needs it at real tokens only."""
+        memory, mask = self.encode(batch)
+        return self.t5.decode_hidden(self.t5.shift_right(batch.labels), memory, mask)
+
     def forward(self, batch: Any) -> Tensor:
         """-> logits [B,T,C] for batch.labels."""
-        memory, mask = self.encode(batch)
-        return self.t5.decode(self.t5.shift_right(batch.labels), memory, mask)
+        return self.t5.head(self.hidden(batch))
 
     def generate(self, batch: Any, max_new_tokens: int, num_beams: int = 1,
                  banned_ids: list[int] | None = None) -> Tensor:

@@ -1,16 +1,22 @@
 """Time layer, training step and decoding as ratios within one run; a command, never a timed test.
 
-    python tests/benchmark.py [layer] [step] [decode] [--size base] [--threads 2] [--repeats 9]
+    python tests/benchmark.py [layer] [step] [decode] [memory] [--size base] [--device cuda] ...
+    python tests/benchmark.py padding --data CORPUS --t5 FOLDER
 
 Random weights at flan-t5's geometry, text only.  The layer is set beside its frozen linear and the
 floor of its arithmetic, 1 + 3 (R + r + 1) / D; step and decoding beside transformers with peft's
 LoRA (R on q and v), if this environment has them: they belong into one of their own.  All variants
 take turns; printed are medians over the repeats, after warm-up, and their ratio to the first.
+tokens/s: source and target of a step, new tokens of a decoding; share: of the arithmetic rate that
+a large matrix product reaches here in the same type.  memory: peak of a process that does five
+steps (of the allocator on a GPU).  padding: how many of the tokens that training computes are real.
 """
 
 import argparse
 import importlib.util
+import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,31 +29,59 @@ import torch
 from torch import Tensor, nn
 
 import clorae
+import data
 import evaluate
 import losses
 import train
-from t5 import T5, T5Config
+from t5 import Linear, T5, T5Config
 from vision import UMIE
 
 PEER = all(importlib.util.find_spec(name) for name in ("transformers", "peft"))
-TASKS = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
+TASKS = [0, 0, 0, 1, 1, 1, 2, 2]
+SOURCE, TARGET, NEW = 95, 16, 32  # tokens of a row of the step; new tokens of a decoding
 
 
-def take_turns(title: str, variants: dict[str, Callable[[], object]], repeats: int) -> None:
-    """Print the median wall time of every variant and its ratio to the first."""
+def wait() -> None:
+    """Until the device has done what it was given."""
+    if torch.get_default_device().type == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(run: Callable[[], object]) -> float:
+    wait()
+    started = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - started
+
+
+def peak_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of a product of two square matrices."""
+    n = 8192 if torch.get_default_device().type == "cuda" else 1536
+    a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
+    return 2 * n ** 3 / min(timed(lambda: a @ b) for _ in range(9))
+
+
+def take_turns(title: str, variants: dict[str, Callable[[], object]], repeats: int,
+               tokens: int = 0, work: dict[str, tuple[float, torch.dtype]] | None = None) -> None:
+    """Print the median wall time of every variant and its ratio to the first; the tokens of a run
+    and work, {variant: (FLOPs, type)}, add its rate and the share of the device's own."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(repeats + 2):
         for name, run in variants.items():
-            started = time.perf_counter()
-            run()
+            seconds = timed(run)
             if turn >= 2:
-                times[name].append(time.perf_counter() - started)
+                times[name].append(seconds)
     first = statistics.median(next(iter(times.values())))
     print(f"\n{title}")
     for name, some in times.items():
         middle = statistics.median(some)
+        rate = f"{tokens / middle:9.0f} tokens/s" if tokens else ""
+        if work and name in work:
+            flops, dtype = work[name]
+            rate += f"{100 * flops / middle / peak_rate(dtype):4.0f} % of peak"
         print(f"  {name:28}{1e3 * middle:10.1f} ms {middle / first:8.2f}x   "
-              f"({1e3 * min(some):.1f} .. {1e3 * max(some):.1f})", flush=True)
+              f"({1e3 * min(some):.1f} .. {1e3 * max(some):.1f}) {rate}", flush=True)
 
 
 def geometry(size: str) -> T5Config:
@@ -61,7 +95,8 @@ def layer(size: str, repeats: int) -> None:
     D, R = evaluate.GEOMETRY[size][0], train.SIZES[size].rank
     rows = torch.arange(3).repeat_interleave(6)[:16]
     for dtype, dropout in ((t, p) for t in (torch.float32, torch.bfloat16) for p in (0.0, 0.1)):
-        base = nn.Linear(D, D, bias=False).to(dtype).requires_grad_(False)
+        base = Linear(D, D, 0.02).to(dtype).requires_grad_(False)
+        plain = nn.Linear(D, D, bias=False).to(dtype).requires_grad_(False)
         routing = clorae.Routing(("mner", "mre", "mee"))
         module = clorae.ExpertLinear(base, clorae.ExpertConfig(rank=R, dropout=dropout), routing,
                                      "memory").train()
@@ -77,7 +112,8 @@ def layer(size: str, repeats: int) -> None:
 
         floor = 1 + 3 * (R + R // 3 + 1) / D
         take_turns(f"layer, {size}, {dtype}, dropout {dropout}, floor {floor:.2f}x", {
-            "frozen linear": lambda: base(x).backward(dy), "experts": lambda: experts(False),
+            "frozen nn.Linear": lambda: plain(x).backward(dy),
+            "frozen t5.Linear": lambda: base(x).backward(dy), "experts": lambda: experts(False),
             "experts with L_MIM": lambda: experts(True)}, repeats)
 
 
@@ -101,24 +137,30 @@ def peer(size: str, lora: bool) -> nn.Module:
 
 
 def batch(rows: int) -> SimpleNamespace:
-    """8 samples of 95 text and 16 target tokens, or the first of them."""
+    """8 samples, or the first of them."""
     def ids(width: int) -> Tensor:
         return torch.randint(3, 32000, (8, width))[:rows]
 
     return SimpleNamespace(
-        input_ids=ids(95), attention_mask=torch.ones(rows, 95, dtype=torch.bool), labels=ids(16),
-        tasks=TASKS[:rows], features=torch.zeros(rows, 0, 768), boxes=torch.zeros(rows, 0, 5),
+        input_ids=ids(SOURCE), attention_mask=torch.ones(rows, SOURCE, dtype=torch.bool),
+        labels=ids(TARGET), tasks=torch.tensor(TASKS)[:rows],
+        features=torch.zeros(rows, 0, 768), boxes=torch.zeros(rows, 0, 5),
         visual_mask=torch.zeros(rows, 0, dtype=torch.bool))
 
 
-def step(size: str, repeats: int) -> None:
+def steps(size: str, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """Forward and backward of a training step, dropout on; ours with and without L_MIM."""
     model, b = ours(size).train(), batch(8)
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    for parameter in frozen:
+        parameter.data = parameter.data.to(dtype)
     layers = len(clorae.expert_layers(model))
 
     def mine(mim: bool) -> None:
         model.routing.mim_batch = 8 if mim else None
-        loss = losses.token_cross_entropy(model(b), b.labels).sum() / b.labels.numel()
+        with torch.autocast(b.labels.device.type, torch.bfloat16, dtype == torch.bfloat16):
+            ce = losses.token_cross_entropy(model.hidden(b), b.labels, model.t5.head)
+        loss = ce.sum() / b.labels.numel()
         if mim:
             loss = loss + 0.01 * losses.mutual_information(model.routing.moments(), layers)
         loss.backward()
@@ -126,42 +168,116 @@ def step(size: str, repeats: int) -> None:
     variants = {"C-LoRAE": lambda: mine(True), "C-LoRAE without L_MIM": lambda: mine(False)}
     if PEER:
         theirs = peer(size, lora=True).train()
-        variants = {"transformers + peft LoRA": lambda: theirs(
-            input_ids=b.input_ids, attention_mask=b.attention_mask.long(),
-            labels=b.labels).loss.backward(), **variants}
-    take_turns(f"training step, {size}, fp32, 8 x (95 + 16) tokens", variants, repeats)
+        for parameter in theirs.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+
+        def plain() -> None:
+            with torch.autocast(b.labels.device.type, torch.bfloat16, dtype == torch.bfloat16):
+                loss = theirs(input_ids=b.input_ids, attention_mask=b.attention_mask.long(),
+                              labels=b.labels).loss
+            loss.backward()
+        variants = {"transformers + peft LoRA": plain, **variants}
+    return variants
+
+
+def types() -> list[torch.dtype]:
+    """fp32; on a GPU bf16 before it."""
+    cuda = torch.get_default_device().type == "cuda"
+    return [torch.bfloat16] * cuda + [torch.float32]
+
+
+def step(size: str, repeats: int) -> None:
+    with torch.device("meta"):
+        counter = evaluate.FlopCounter(ours(size), SOURCE, TARGET, 0)
+    for dtype in types():
+        take_turns(f"training step, {size}, {dtype}, 8 x ({SOURCE} + {TARGET}) tokens",
+                   steps(size, dtype), repeats, 8 * (SOURCE + TARGET),
+                   {"C-LoRAE without L_MIM": (8 * (counter.forward + counter.backward), dtype)})
+
+
+def memory(size: str, repeats: int) -> None:
+    """Each variant in a process of its own."""
+    print(f"\npeak memory of five training steps, {size}")
+    for name in (*(["transformers + peft LoRA"] if PEER else []), "C-LoRAE"):
+        subprocess.run([sys.executable, __file__, "--size", size, "--peak-of", name, "--device",
+                        torch.get_default_device().type], check=True)
+
+
+def peak_of(name: str, size: str) -> None:
+    """Five steps of one variant, with Adam's update as every run has it, then the peak."""
+    global PEER
+    PEER = PEER and name != "C-LoRAE"
+    dtype = types()[0]
+    run = steps(size, dtype)[name]
+    for _ in range(5):
+        run()
+    wait()
+    cuda = torch.get_default_device().type == "cuda"
+    peak = (torch.cuda.max_memory_allocated() if cuda else
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    print(f"  {name:28}{peak / 2 ** 20:10.0f} MiB", flush=True)
 
 
 def decode(size: str, repeats: int) -> None:
-    """32 greedy tokens of T5 alone, for one sequence and for eight."""
+    """Greedy tokens of T5 alone and through experts, for one sequence and for eight."""
     single, half = T5(geometry(size)).eval(), T5(geometry(size)).to(torch.bfloat16).eval()
     adapted, theirs = ours(size).eval(), peer(size, lora=False).eval() if PEER else None
     for rows in (1, 8):
         b = batch(rows)
         variants = {f"T5, {name}": lambda model=model: model.generate(
-            b.input_ids, b.attention_mask, 32, banned_ids=[1])
+            b.input_ids, b.attention_mask, NEW, banned_ids=[1])
             for name, model in (("fp32", single), ("bf16", half))}
-        variants["C-LoRAE, fp32"] = lambda: adapted.generate(b, 32, banned_ids=[1])
+        variants["C-LoRAE, fp32"] = lambda: adapted.generate(b, NEW, banned_ids=[1])
         if PEER:
             variants = {"transformers, fp32": lambda: theirs.generate(
-                input_ids=b.input_ids, attention_mask=b.attention_mask.long(), max_new_tokens=32,
-                min_new_tokens=32, do_sample=False), **variants}
-        take_turns(f"32 greedy tokens, {size}, {rows} sequence(s)", variants, repeats)
+                input_ids=b.input_ids, attention_mask=b.attention_mask.long(), max_new_tokens=NEW,
+                min_new_tokens=NEW, do_sample=False), **variants}
+        take_turns(f"{NEW} greedy tokens, {size}, {rows} sequence(s)", variants, repeats,
+                   rows * NEW)
+
+
+def padding(corpus: str, tokenizer: str) -> None:
+    """Real over computed tokens of the first epoch of a corpus' training split, by size."""
+    records = data.load_corpus(corpus, "train")
+    examples = data.encode_records(records, data.load_datasets(corpus), data.Tokenizer(tokenizer),
+                                   256, 192)
+    print(f"\n{len(examples)} training examples: real of computed tokens")
+    for name, size in train.SIZES.items():
+        parts = [part for indices in data.global_batches(examples, 0, 0, size.batch)
+                 for part in data.micro_batches(indices, examples, size.micro_batch)]
+        shares = []
+        for side in ("input_ids", "labels"):
+            widths = [[len(getattr(examples[i], side)) for i in part] for part in parts]
+            shares.append(sum(map(sum, widths)) / sum(len(w) * max(w) for w in widths))
+        print(f"  {name:6} batch {size.batch}, micro-batch {size.micro_batch}: "
+              f"source {shares[0]:.3f}, target {shares[1]:.3f} (the head computes real ones only)")
 
 
 def main() -> None:
+    sections = {"layer": layer, "step": step, "decode": decode, "memory": memory}
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", nargs="*", choices=("layer", "step", "decode", []), default=[])
+    parser.add_argument("what", nargs="*", choices=(*sections, "padding", []), default=[])
     parser.add_argument("--size", choices=tuple(evaluate.GEOMETRY), default="base")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--data", help="corpus folder, for padding")
+    parser.add_argument("--t5", help="folder with spiece.model, for padding")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    torch.set_default_device(args.device)
     torch.manual_seed(0)
-    print(f"torch {torch.__version__}, {args.threads} threads, peer "
-          + ("at hand" if PEER else "not installed here"))
-    for name in args.what or ("layer", "step", "decode"):
-        {"layer": layer, "step": step, "decode": decode}[name](args.size, args.repeats)
+    if args.peak_of:
+        return peak_of(args.peak_of, args.size)
+    name = torch.cuda.get_device_name() if args.device == "cuda" else f"{args.threads} CPU threads"
+    print(f"torch {torch.__version__}, {name}, peer {'at hand' if PEER else 'not installed here'}")
+    for what in args.what or sections:
+        if what == "padding":
+            padding(args.data, args.t5)
+        else:
+            sections[what](args.size, args.repeats)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 Builds the extension, runs tests/test_cuda.py on the GPU, then compute-sanitizer (memcheck and
 racecheck) where it is installed, then times one layer: the frozen linear, peft's LoRA where it is
 installed, and the forms of C-LoRAE's layer, in bf16, forward and backward, eagerly and inside a
-CUDA graph. Prints markdown; takes a few minutes. Exit code 1 if anything was wrong.
+CUDA graph; last tests/benchmark.py's step, decoding and memory. Prints markdown; takes a few
+minutes. Exit code 1 if anything was wrong.
 
     reference   PyTorch in rank space, segment by segment (clorae.py without the extension)
     fused       clorae.cu's shrink and expand (clorae.expert_linear)
@@ -293,6 +294,10 @@ def main() -> int:
     for tasks in (3, 16):
         rows = [(f"T = {T}", Problem("base", T, tasks)) for T in (16, 64, 256, 2048)]
         table(f"base, {tasks} tasks in one batch: forward alone", rows, False)
+    print("\n## Training step, decoding, memory", flush=True)
+    for size in ("base", "large"):
+        subprocess.run([sys.executable, str(ROOT / "tests/benchmark.py"), "step", "decode",
+                        "memory", "--size", size, "--repeats", "5"], check=True)
     print(f"\n{'Everything was right' if fine else '**Something was wrong**'}; "
           f"{time.monotonic() - start:.0f} s in all.")
     return 0 if fine else 1

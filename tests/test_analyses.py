@@ -246,8 +246,9 @@ def test_fresh_gates_are_half_and_half_and_no_token_is_beyond(world, small):
                                             ("loramoe", "knows no task expert")])
 def test_a_method_without_a_gate_to_a_task_expert_is_refused(method, reason):
     setup = SimpleNamespace(model=tiny(method, "train"), config=train.Config(method=method))
+    job = SimpleNamespace(load=lambda world: (setup, []))
     with pytest.raises(train.UsageError, match=reason):
-        evaluate.route(None, setup, [], SimpleNamespace(), None)
+        evaluate.route(job, Path(), None, None)
 
 
 def test_layers_pool_their_linears_by_tokens_and_are_drawn(world, tmp_path):
@@ -343,7 +344,8 @@ def test_everything_that_some_runs_allow_is_drawn(tmp_path):
     """Learning curves of a run, systems side by side, the sweep in which they differ, errors."""
     run = tmp_path / "run"
     run.mkdir()
-    (run / "metrics.csv").write_text("step,loss\n" + "".join(f"{i},{1 / i}\n" for i in range(1, 9)))
+    (run / "metrics.csv").write_text("step,loss,CE_T15,CE_V1\n" + "".join(
+        f"{i},{1 / i},nan,{1 / i}\n" for i in range(1, 9)))
     (run / "eval.jsonl").write_text("".join(json.dumps(past) + "\n" for past in HISTORY))
     results = {"r8": {u: [f1, f1 + 1] for u, f1 in LATE.items()}, "r16": {"T15": [70.0]}}
     configs = {name: {"rank": rank, "dropout": 0.1, "seed": rank}

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import clorae
 import losses
 from clorae import ExpertConfig, ExpertLinear, Routing
-from t5 import T5, T5Config
+from t5 import T5, Stack, T5Config
 from vision import UMIE
 
 TASKS = ("mner", "mre", "mee")
@@ -390,6 +390,19 @@ def test_beams_and_dropped_rows_keep_their_tasks():
     assert torch.equal(followed, expected)
 
 
+@pytest.mark.parametrize("method", ["clorae", "tlora", "lora"])
+def test_experts_joined_for_decoding_are_those_of_the_batch_announced_last(method):
+    """One token at a time, without gradient, gives what the whole gives, also after a change."""
+    m, (x, tasks, _) = layer(method), inputs()
+    for _ in range(2):
+        whole = run(m, x, tasks)
+        with torch.no_grad():
+            steps = [m(x[:, t:t + 1]) for t in range(S)]
+            assert torch.allclose(torch.cat(steps, dim=1), whole, atol=1e-6)
+            for parameter in m.parameters():
+                parameter.data.mul_(1.5)  # as the optimizer does: nobody is told
+
+
 def test_unknown_tasks_and_forgotten_rows_are_errors():
     """A task without expert, or a batch that was never announced, names itself."""
     m, (x, _, _) = layer(), inputs()
@@ -539,3 +552,41 @@ def test_tasks_survive_beams_and_dropped_rows_in_a_whole_model(beams):
     assert together == [generate(slice(i, i + 1))[0] for i in range(6)]
     assert together[0] != together[2] or together[0] != together[4]  # same input, other task
     assert len({len(row) for row in together}) > 1  # some rows ended earlier than others
+
+
+@pytest.mark.parametrize("method", ["clorae", "lora"])
+def test_recomputed_activations_change_no_gradient_and_keep_less(method):
+    """Bit for bit the same loss, L_MIM and gradients, dropout on, with fewer numbers kept."""
+    model, ids = clorae.adapt(tiny_umie(), method, rank=6), torch.randint(3, 40, (3, 7))
+    stacks = [module for module in model.modules() if isinstance(module, Stack)]
+    batch = SimpleNamespace(
+        input_ids=ids, attention_mask=torch.ones(3, 7, dtype=torch.bool), labels=ids[:, :5],
+        tasks=torch.tensor([0, 1, 2]), features=torch.randn(3, 4, 12), boxes=torch.rand(3, 4, 5),
+        visual_mask=torch.ones(3, 4, dtype=torch.bool))
+    for layer in clorae.expert_layers(model).values():
+        nn.init.normal_(layer.B_U, std=0.3)
+        if hasattr(layer, "rho"):
+            nn.init.normal_(layer.B_T, std=0.3)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(x: Tensor) -> Tensor:
+        numbers.append(x.numel() * (x.untyped_storage().data_ptr() not in weights))
+        return x
+
+    found, kept = [], []
+    for recompute in (False, True):
+        for stack in stacks:
+            stack.recompute = recompute
+        model.zero_grad()
+        model.routing.mim_batch, numbers = 3, []
+        torch.manual_seed(7)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            ce = losses.token_cross_entropy(
+                model.train().hidden(batch), batch.labels, model.t5.head).sum()
+        L_MIM = losses.mutual_information(model.routing.moments(), 1)
+        (ce + L_MIM).backward()
+        assert not model.routing.codes
+        found.append([ce, L_MIM, *(p.grad for p in model.parameters() if p.requires_grad)])
+        kept.append(sum(numbers))
+    assert all(torch.equal(a, b) for a, b in zip(*found) if a is not None)
+    assert kept[1] < 0.5 * kept[0]

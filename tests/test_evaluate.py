@@ -801,7 +801,7 @@ def make_run(tmp_path: Path, corpus: Path, tokenizer: data.Tokenizer,
     make.decoded = []
     monkeypatch.setattr(train, "load_model", load)
     monkeypatch.setattr(train, "Features", lambda *given: NoImages())
-    monkeypatch.setattr(evaluate.OneImage, "load", classmethod(lambda cls, *given: cls(8)))
+    monkeypatch.setattr(evaluate, "GivenImages", lambda *given: NoImages())
     return make
 
 
@@ -979,8 +979,9 @@ def test_the_interval_covers_what_a_slow_bootstrap_covers() -> None:
 def test_the_command_answers_one_example_as_json(run_folder: Path,
                                                  capsys: pytest.CaptureFixture) -> None:
     """The parrot repeats the target of a record without gold, which is "none"."""
-    evaluate.main([str(run_folder), "--text", "hi Bob", "--task", "mner"])
-    assert json.loads(capsys.readouterr().out) == {"text": "none", "items": [], "malformed": 0}
+    evaluate.main([str(run_folder), "--text", "hi Bob", "--task", "mner", "--json"])
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["tokens"], answer["answer"], answer["items"]) == (["hi", "Bob"], "none", [])
 
 
 @pytest.mark.parametrize("words, reason", [

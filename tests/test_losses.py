@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 import losses
@@ -13,23 +14,42 @@ UNITS = ("T15", "T17", "SNAP", "V1", "V2", "MED", "MEAE")
 SINGLE = dict(zip(UNITS, (78.9, 89.8, 90.2, 81.8, 82.0, 57.6, 23.4)))
 
 
-def test_cross_entropy_per_row_sums_to_the_token_mean():
-    """D30, invariant 11: with all weights 1, sum_i CE_i / tokens is plain token-mean CE."""
-    logits = torch.randn(4, 6, 11)
+@pytest.mark.parametrize("piece", [1024, 20, 5, 1])
+def test_cross_entropy_per_row_sums_to_the_token_mean(piece):
+    """D30, invariant 11: with all weights 1, sum_i CE_i / tokens is plain token-mean CE, with every
+    gradient, in one piece or in many."""
+    head, hidden = nn.Linear(7, 11), torch.randn(4, 6, 7, requires_grad=True)
     labels = torch.randint(0, 11, (4, 6))
     labels[1, 3:] = labels[2] = losses.IGNORE
-    rows = losses.token_cross_entropy(logits, labels)
+    rows = losses.token_cross_entropy(hidden, labels, head, piece)
     tokens = (labels != losses.IGNORE).sum()
-    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+    expected = F.cross_entropy(head(hidden).flatten(0, 1), labels.flatten(), ignore_index=-100)
     torch.testing.assert_close(rows.sum() / tokens, expected)
     assert rows[2] == 0
+    wanted = [hidden, *head.parameters()]
+    for ours, own in zip(torch.autograd.grad(rows.sum() / tokens, wanted),
+                         torch.autograd.grad(expected, wanted)):
+        torch.testing.assert_close(ours, own)
+
+
+def test_the_head_sees_real_tokens_only_and_never_more_than_a_piece_of_them():
+    """[B,T,C] would be the largest tensor of a step; padding needs no logits at all."""
+    seen, labels = [], torch.randint(0, 11, (4, 6))
+    labels[1, 3:] = labels[2] = losses.IGNORE
+
+    def head(states: torch.Tensor) -> torch.Tensor:
+        seen.append(len(states))
+        return states
+
+    losses.token_cross_entropy(torch.randn(4, 6, 11), labels, head, 6)
+    assert seen == [6, 6, 3]
 
 
 def test_cross_entropy_of_bf16_logits_is_computed_in_fp32():
     """D35: cross-entropy is an fp32 island."""
     logits = torch.randn(2, 3, 50, dtype=torch.bfloat16)
     labels = torch.randint(0, 50, (2, 3))
-    rows = losses.token_cross_entropy(logits, labels)
+    rows = losses.token_cross_entropy(logits, labels, nn.Identity())
     assert rows.dtype == torch.float32
     exact = F.cross_entropy(logits.double().flatten(0, 1), labels.flatten(), reduction="sum")
     torch.testing.assert_close(rows.sum().double(), exact, rtol=1e-6, atol=1e-6)

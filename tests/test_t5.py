@@ -431,7 +431,7 @@ def test_a_step_with_cache_gives_the_logits_of_the_whole_prefix(config):
 def test_a_packed_weight_multiplies_like_the_weight_until_that_is_written_to(rows, dtype):
     layer = t5.Linear(11, 13, 1.0).to(dtype)
     x, weight = torch.randn(rows, 1, 11).to(dtype), layer.weight
-    weight.packed = t5.PackedWeight(weight, rows == 1, dtype)
+    weight.packed = t5.PackedWeight(weight, dtype)
     tolerance = 1e-6 if dtype == torch.float32 else 1e-2
     assert largest_error(weight.packed.product(x), F.linear(x, weight)) < tolerance
     weight.mul_(3)
@@ -645,28 +645,6 @@ def test_a_missing_shard_is_named_before_anything_is_read(saved):
     assert "model-00002-of-00002.safetensors" in refusal(saved)
 
 
-def test_an_index_that_lies_or_leaves_its_folder_is_refused(saved):
-    shards = shard(saved)
-    index = saved / "model.safetensors.index.json"
-    key = sorted(shards)[0]
-    lacking = {k: shards[k] for k in shards if k != key}
-    for broken in (shards | {"ghost.weight": shards[key]}, lacking):
-        index.write_text(json.dumps({"weight_map": broken}))
-        assert "ghost.weight" in (message := refusal(saved)) or key in message
-    for broken in ("../other.safetensors", "weights.bin", "/etc/passwd"):
-        index.write_text(json.dumps({"weight_map": shards | {key: broken}}))
-        assert broken in refusal(saved)
-    for text in ("{}", "[]", '{"weight_map": [1]}', "{", "\xff"):
-        index.write_text(text, encoding="latin-1")
-        assert "model.safetensors.index.json" in refusal(saved)
-
-
-def test_pickled_weights_are_never_read(saved):
-    (saved / "model.safetensors").rename(saved / "pytorch_model.bin")
-    message = refusal(saved)
-    assert "pytorch_model.bin" in message and "never read" in message
-
-
 def test_an_empty_folder_and_a_broken_config_are_refused_with_the_path(saved, tmp_path):
     assert "config.json" in refusal(tmp_path / "nowhere")
     edit_config(saved, d_model=None)
@@ -706,25 +684,6 @@ def test_head_and_scaling_follow_the_decision_table(saved, head, tie, scale):
     model = T5.from_pretrained(saved)
     assert (model.lm_head is None) == model.config.tie_head == (head != "different")
     assert model.config.scale_logits == (scale if scale is not None else tie is not False)
-
-
-def test_a_damaged_header_gives_equal_tensors_or_a_clear_error(saved):
-    """safetensors checks structure, not names: 150 headers with one changed byte."""
-    path = saved / "model.safetensors"
-    good, whole = T5.from_pretrained(saved).state_dict(), path.read_bytes()
-    header = 8 + int.from_bytes(whole[:8], "little")
-    refused = 0
-    for place, byte in zip(torch.randint(header, (150,)), torch.randint(256, (150,))):
-        damaged = bytearray(whole)
-        damaged[int(place)] = int(byte)
-        path.write_bytes(damaged)
-        try:
-            loaded = T5.from_pretrained(saved).state_dict()
-        except WeightsError:
-            refused += 1
-        else:
-            assert all(torch.equal(loaded[name], good[name]) for name in good)
-    assert refused > 100
 
 
 def test_loaded_weights_do_not_depend_on_the_file_any_more(saved):

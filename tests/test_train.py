@@ -450,7 +450,7 @@ def test_base_geometry_takes_a_step_and_decodes_on_a_cpu(capsys):
         boxes=torch.rand(6, 5, 5), visual_mask=torch.ones(6, 5).bool(), rows=torch.arange(6))
     model.routing.mim_batch = 6
     started = time.perf_counter()
-    ce = losses.token_cross_entropy(model.train()(batch), batch.labels)
+    ce = losses.token_cross_entropy(model.train().hidden(batch), batch.labels, model.t5.head)
     loss = ce.sum() / batch.labels.numel() \
         + 0.01 * losses.mutual_information(model.routing.moments(), 76)
     loss.backward()

@@ -1,0 +1,454 @@
+"""Using the commands: their help, examples answered in words, JSON and pictures, pictures of a run.
+
+The model is random and told what to write, where a test looks at what is made of an answer.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+import clorae
+import data
+import demo
+import evaluate
+import train
+from data import Dataset, Item, Record
+from evaluate import Answer, Counts, Row, Strip
+from t5 import T5
+from vision import UMIE
+
+CPU = torch.device("cpu")
+
+
+# ------------------------------------------------------------------------------------------- help
+
+class Seen(Exception):
+    """Carries a parser out of the command that built it."""
+
+
+COMMANDS = {"train.py": lambda: train.main([]), "evaluate.py": lambda: evaluate.main([]),
+            "data.py": lambda: data.main([]), "demo.py": demo.main}
+
+
+def options(name: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[data.Parser, str, object]]:
+    """(parser, title of the group, action) of all that a command and its subcommands accept."""
+    def caught(self: data.Parser, argv: object = None) -> None:
+        raise Seen(self)
+
+    monkeypatch.setattr(data.Parser, "parse_args", caught)
+    with pytest.raises(Seen) as seen:
+        COMMANDS[name]()
+    parsers = [seen.value.args[0]]
+    parsers += [inner for action in parsers[0]._actions if isinstance(action.choices, dict)
+                for inner in action.choices.values() if isinstance(inner, data.Parser)]
+    return [(parser, group.title, action) for parser in parsers
+            for group in parser._action_groups for action in group._group_actions]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_a_command_has_every_option_in_a_group_with_its_default(name, monkeypatch):
+    """argparse's own groups, "options" and "positional arguments", hold nothing but -h."""
+    for parser, title, action in options(name, monkeypatch):
+        if action.dest == "help":
+            continue
+        assert title not in ("options", "positional arguments"), action.dest
+        if isinstance(action, argparse._SubParsersAction):
+            continue
+        assert action.help, action.dest
+        told = parser._get_formatter()._expand_help(action)
+        if action.option_strings and not isinstance(action.default, (bool, tuple)):
+            assert action.default is None or f"default: {action.default}" in told, told
+        assert " ".join(told.split()) in " ".join(parser.format_help().split())
+
+
+def test_train_has_its_options_in_the_order_of_a_decision(monkeypatch):
+    titles = [title for _, title, _ in options("train.py", monkeypatch)]
+    assert list(dict.fromkeys(titles)) == ["options", "what to train", "data", "model",
+                                           "optimisation", "losses", "run"]
+
+
+@pytest.mark.parametrize("main, words, near", [
+    (train.main, ["--epoch", "1"], "--epochs"),
+    (evaluate.main, ["run", "--beam", "2"], "--beams"),
+    (data.main, ["check", "x", "--require-image"], "--require-images"),
+    (data.main, ["convert", "swig", "x", "y", "--max-object=3"], "--max-objects"),
+    (lambda words: demo.main(), ["x", "--sed", "1"], "--seed")])
+def test_an_unknown_flag_is_answered_with_the_nearest_one(main, words, near, monkeypatch, capsys):
+    """In all four commands; nothing is abbreviated, exit status 2, one line."""
+    monkeypatch.setattr(sys, "argv", ["x.py", *words])
+    with pytest.raises(SystemExit) as exit:
+        main(words)
+    told = capsys.readouterr().err
+    assert exit.value.code == 2 and f"did you mean {near}?" in told and told.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------ a run
+
+@pytest.fixture(scope="module")
+def finished(small: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps on the small world."""
+    out = tmp_path_factory.mktemp("use") / "run"
+    files = [word for name, folder in small.items() for word in (f"--{name}", folder)]
+    train.main([*files, "--max-target", "24", "--rank", "6", "--batch", "12", "--steps", "2",
+                "--epochs", "1", "--out", str(out)])
+    torch.use_deterministic_algorithms(False)
+    return out
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return image.size
+
+
+def test_one_command_makes_every_picture_of_a_run(finished, tmp_path, capsys):
+    """Curves, errors, routing and AML from what the run wrote; nothing is decoded again."""
+    before = (finished / "scores-test.json").stat().st_mtime_ns
+    evaluate.main([str(finished), "--plot", str(tmp_path)])
+    told = capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path)) == ["aml.csv", "aml.png", "curves-run.png", "errors.png",
+                                            "routing.csv", "routing.png"]
+    for path in tmp_path.iterdir():
+        assert str(path) in told
+        assert path.suffix == ".csv" or 500 <= min(size_of(path)) <= max(size_of(path)) <= 4000
+    assert (finished / "scores-test.json").stat().st_mtime_ns == before
+
+
+def test_the_curves_of_a_run_are_drawn_before_its_first_epoch_has_ended(finished, tmp_path):
+    """And while the last row is being written."""
+    (tmp_path / "metrics.csv").write_text((finished / "metrics.csv").read_text() + "3,1,0.")
+    evaluate.plot_curves(tmp_path, tmp_path / "curves.png")
+    assert size_of(tmp_path / "curves.png") == (1800, 1200)
+
+
+def test_a_running_mean_leaves_out_steps_without_rows():
+    nan = float("nan")
+    assert evaluate.running_mean([1, nan, 3, 5], 2) == [1, 1, 3, 4]
+    assert evaluate.running_mean([nan, 2], 1)[1] == 2
+
+
+# ---------------------------------------------------------------------------- examples as records
+
+ROWS = [{"text": "Kim met Bo", "task": "mner"},
+        {"text": "Kim met Bo", "task": "mre", "head": "Kim", "tail": "Bo"},
+        {"text": "Kim met Bo", "task": "med", "image": "a.png"},
+        {"text": "", "task": "meae", "image": "a.png", "objects": [[1, 2, 9, 9]]}]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """rows.jsonl and images/a.png, 20 x 10 pixels."""
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (20, 10), "red").save(tmp_path / "images" / "a.png")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return tmp_path
+
+
+def records_of(small: dict[str, str], *words: object) -> list[Record]:
+    args = evaluate.parser().parse_args(["run", *map(str, words)])
+    return evaluate.example_records(args, data.load_datasets(small["data"]))
+
+
+def test_rows_of_a_file_become_records_without_gold(small, folder):
+    """What a row leaves out is filled in: dataset, size, no objects; words are looked up."""
+    records = records_of(small, "--examples", folder / "rows.jsonl")
+    assert [r.task for r in records] == ["mner", "mre", "med", "meae"]
+    assert (records[1].head, records[1].tail) == ((0, 1), (2, 3))
+    assert records[2].dataset == "demo_mee" and records[2].size == (20, 10)
+    assert records[2].image == str(folder / "images" / "a.png")
+    assert records[3].tokens == () and records[3].objects == ((1, 2, 9, 9),)
+    assert [data.gold_items(r) for r in records] == [[], [Item("none")], [], []]
+    assert records[0].source == f"{folder}/rows.jsonl:1"
+    assert records == records_of(small, "--examples", folder)  # the only .jsonl of a folder
+
+
+def test_one_example_is_described_by_flags(small, folder):
+    """Boxes come as words and from files; the image may lie anywhere."""
+    (folder / "boxes.json").write_text("[[0, 0, 5, 5]]")
+    record, = records_of(small, "--text", "Kim", "--task", "meae", "--image",
+                         folder / "images" / "a.png", "--objects", "1,2,9,9.5",
+                         folder / "boxes.json")
+    assert record.objects == ((1, 2, 9, 9.5), (0, 0, 5, 5))
+    (folder / "link.png").symlink_to(folder / "images" / "a.png")
+    record, = records_of(small, "--text", "Kim", "--task", "med", "--image", folder / "link.png")
+    assert record.size == (20, 10)
+    record, = records_of(small, "--text", "Kim met Bo", "--task", "mre", "--head", "Kim",
+                         "--tail", "Bo", "--dataset", "demo_v2")
+    assert (record.dataset, record.tail) == ("demo_v2", (2, 3))
+
+
+def test_a_folder_of_texts_and_images_pairs_them_by_name(small, folder):
+    """An image without text is an example of its own, where the task allows it."""
+    (folder / "rows.jsonl").unlink()
+    (folder / "images" / "b.txt").write_text("Kim met\nBo ")
+    (folder / "images" / "a.txt").write_text("Bo")
+    records = records_of(small, "--examples", folder / "images", "--task", "med")
+    assert [(r.id, r.tokens, r.size) for r in records] == [
+        ("a", ("Bo",), (20, 10)), ("b", ("Kim", "met", "Bo"), None)]
+    (folder / "images" / "a.txt").unlink()
+    assert records_of(small, "--examples", folder / "images", "--task", "med")[0].tokens == ()
+    with pytest.raises(data.DataError, match="a.png: tokens: .*only med and meae"):
+        records_of(small, "--examples", folder / "images", "--task", "mner")
+    (folder / "images" / "a.webp").touch()
+    with pytest.raises(data.DataError, match="a.webp: expected one .txt and at most one image"):
+        records_of(small, "--examples", folder / "images", "--task", "med")
+
+
+@pytest.mark.parametrize("line, problem", [
+    ("{", "row: not JSON in UTF-8"), ("[1]", "row: .* is no JSON object"),
+    ('{"text": "Kim"}', "dataset: expected one with the task None"),
+    ('{"text": "Kim", "task": "mner", "dataset": "x"}', "'x'; use one of: demo_snap, demo_t15"),
+    ('{"text": "Kim", "task": "mre", "head": "Bo", "tail": "Kim"}', "head: .*'Bo'.* not in 'Kim'"),
+    ('{"text": "Kim", "task": "mre", "head": "Kim"}', 'key "tail" is missing'),
+    ('{"tokens": 5, "task": "mre", "head": "Kim", "tail": "Bo"}', "head: .*not in ''"),
+    ('{"text": "Kim", "task": "mner", "imge": null}', 'key "imge" is unknown: .*"image"'),
+    ('{"text": "Kim", "task": "mner", "image": "b.png"}', "b.png: expected a whole .* picture"),
+    ('{"text": "Kim", "task": "mner", "image": "../b.png"}', "expected a relative path"),
+    ('{"text": "Kim", "task": "mner", "image": "a.png", "size": [1, 1]}', "size: .*not that of"),
+    ('{"text": "Kim", "task": "med", "image": "a.png", "objects": [[0, 0, 30, 5]]}',
+     r"objects\[0\]: .*0 <= x1 < x2 <= 20"),
+    ('{"text": "Kim", "task": "mner", "id": "1"}', 'id: "1" is the id of .*rows.jsonl:1 too')])
+def test_a_bad_row_is_named_by_file_and_line_and_none_is_skipped(small, folder, line, problem):
+    """All of them at once, as in a corpus."""
+    (folder / "rows.jsonl").write_text(f'{json.dumps(ROWS[0])}\n{line}\n{{"text": 3}}\n')
+    with pytest.raises(data.DataError, match=f"(?s)2 problem.*rows.jsonl:2: .*{problem}") as error:
+        records_of(small, "--examples", folder / "rows.jsonl")
+    assert f"{folder}/rows.jsonl:3: " in str(error.value)
+
+
+def test_an_image_that_is_not_there_may_be_masked_and_is_then_named(small, folder):
+    (folder / "images" / "a.png").unlink()
+    record = records_of(small, "--examples", folder, "--missing-images", "mask")[2]
+    row = Row(record, "MED", Answer("none", missing=True), [], [], Counts())
+    assert evaluate.answer_lines(row) == [
+        "nothing found", f"note: answered without {folder}/a.png, which is not there"]
+
+
+# ------------------------------------------------------------------------------ the whole command
+
+def test_the_records_of_a_corpus_get_the_answers_that_scoring_gives_them(finished, small, tmp_path):
+    """--examples reads the unified schema, gold or not, and finds the images beside it."""
+    wanted = {line["id"]: line["text"] for line in map(json.loads, (
+        finished / "predictions-test.jsonl").read_text().splitlines()) if line["unit"] == "V1"}
+    evaluate.main([str(finished), "--json", "--out", str(tmp_path / "a.jsonl"), "--examples",
+                   str(Path(small["data"]) / "demo_v1" / "test.jsonl")])
+    answers = list(map(json.loads, (tmp_path / "a.jsonl").read_text().splitlines()))
+    assert {answer["id"]: answer["answer"] for answer in answers} == wanted
+
+
+def test_examples_are_answered_in_words_as_json_and_as_pictures(finished, folder, capsys):
+    """One picture per row in --draw; --json leaves only JSON, --out moves it to a file."""
+    evaluate.main([str(finished), "--examples", str(folder), "--draw", str(folder / "drawn")])
+    told = capsys.readouterr().out
+    assert told.startswith("Kim met Bo\n  ") and "\n  Kim -- none -- Bo\n" in told
+    assert len(list(map(json.loads, re.findall("(?m)^{.*", told)))) == 4
+    pictures = sorted((folder / "drawn").iterdir())
+    assert [path.name for path in pictures] == [f"000{i}-{i}.png" for i in range(1, 5)]
+    assert all(size_of(path)[0] == 1650 for path in pictures)
+    evaluate.main([str(finished), "--text", "Kim", "--task", "mner", "--json"])
+    assert json.loads(capsys.readouterr().out)["tokens"] == ["Kim"]
+
+
+@pytest.mark.parametrize("words, reason", [
+    (["--text", "hi", "--examples", "x", "--task", "mner"], "not both"),
+    (["--examples", "x", "--head", "Bo"], "--head go with one example"),
+    (["--text", "hi", "--task", "med", "--objects", "1,2,3,4"], "boxes in the --image"),
+    (["--text", "hi", "--task", "mner", "--draw", "a.jpg"], "name a .png file"),
+    (["--text", "hi", "--task", "mner", "--plot", "d"], "without --plot"),
+    (["--draw", "a.png"], "go with --text or --examples"),
+    (["--examples", "tests/golden", "--task", "mner"], "expected one .txt and at most one image"),
+    (["--plot", "d", "--routing", "d"], "leave out"),
+    (["--text", "hi", "--task", "med", "--image", "nowhere.png"], "nowhere.png: expected a whole"),
+    (["--text", "hi", "--task", "mre"], "head: expected words of the text"),
+    (["--examples", "nowhere.jsonl"], "nowhere.jsonl: cannot be read")])
+def test_what_cannot_be_answered_is_refused_with_the_reason(finished, capsys, words, reason):
+    with pytest.raises(SystemExit) as exit:
+        evaluate.main([str(finished), *words])
+    assert exit.value.code == 2 and reason in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------- words, colours
+
+MEE = Dataset("mee", {"meae": "MEAE", "med": "MED"}, {
+    "med": ["attack", "meet"], "meae": {"attack": ["attacker", "target"], "meet": ["who"]}})
+TOKENS = ("Kim", "Lee", "paid", "$5", "to", "Bo", "for", "$6", "today")
+BOXES = ((0, 0, 10, 5), (0, 0, 9, 5), (1, 1, 19, 9))
+
+
+def row_of(*items: Item, task: str = "meae", image: str | None = None,
+           tokens: tuple[str, ...] = TOKENS, boxes: tuple = BOXES, **more: object) -> Row:
+    record = Record("x", "mee", task, tokens, image, (20, 10) if image else None,
+                    boxes if image else ())
+    return Row(record, "MEAE", Answer("...", **more), [], list(items), Counts())
+
+
+FOUND = (Item("attack", "attacker", (0, 2), text="Kim Lee"),
+         Item("attack", "target", (5, 6), text="Bo"),
+         Item("attack", "target", box=BOXES[0], text="O1", object=1),
+         Item("attack", "target", box=BOXES[1], text="O2", object=2),
+         Item("attack", "target", text="Al"), Item("attack", "target", text="O7", object=7))
+
+
+def test_an_answer_is_told_in_a_line_per_item():
+    """With its place, or with the reason why it has none."""
+    assert evaluate.answer_lines(row_of(*FOUND, cut=True)) == [
+        "attack, attacker: Kim Lee", "attack, target: Bo", "attack, target: O1 [0, 0, 10, 5]",
+        "attack, target: O2 [0, 0, 9, 5]", "attack, target: Al (not in the text)",
+        "attack, target: O7 (no such object)", "note: cut at the length limit"]
+    whole = Item("meet", whole_image=True, text="O0", object=0)
+    assert evaluate.answer_lines(row_of(whole, task="med")) == ["meet: O0, the whole image"]
+
+
+def test_spans_are_coloured_on_a_terminal_only(finished, monkeypatch, capsys):
+    """And not there either, where NO_COLOR is set."""
+    assert evaluate.coloured(row_of(tokens=("a\033[2J",)), MEE) == "a?[2J"
+    text = evaluate.coloured(row_of(*FOUND), MEE)
+    assert text.startswith("\033[1;34mKim Lee\033[0m paid") and "\033[1;33mBo\033[0m" in text
+    monkeypatch.setattr(evaluate, "coloured", lambda row, dataset: "COLOURS")
+    for tty, quiet, expected in ((True, "", True), (True, "1", False), (False, "", False)):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: tty, raising=False)
+        monkeypatch.setenv("NO_COLOR", quiet)
+        evaluate.main([str(finished), "--text", "Kim", "--task", "mner"])
+        assert ("COLOURS" in capsys.readouterr().out) == expected
+
+
+# ------------------------------------------------------------------------------------- the picture
+
+STRIPS = [Strip("reading", ["prompt", *(f" {word}" for word in TOKENS * 6)],
+                [i / 60 for i in range(55)])]
+
+
+def texts_of(figure: object) -> list[tuple[str, object]]:
+    """(text, its extent in pixels) of everything written on a page, axis labels included."""
+    from matplotlib.text import Text
+    figure.canvas.draw()
+    return [(text.get_text(), text.get_window_extent()) for text in figure.findobj(Text)
+            if text.get_text() and text.get_visible()]
+
+
+CROWD = tuple((x, y, x + 4, y + 2) for x in (2, 3, 8, 9) for y in (1, 2, 3))
+
+
+@pytest.mark.parametrize("tokens, items, boxes", [
+    (TOKENS, FOUND, BOXES), (("word", "x" * 300, *TOKENS * 12), (), CROWD),
+    (TOKENS, [Item("meet", "who", (i, i + 1), text="Bo") for i in range(9)] + [
+        Item("attack", "target", box=CROWD[k - 1], text="O1", object=k) for k in (1, 2, 5, 9)],
+     CROWD)])
+def test_nothing_on_a_page_covers_another_text_or_leaves_the_page(folder, tokens, items, boxes):
+    """Long texts and long words wrap, labels make room, bars stand in rows."""
+    row = row_of(*items, tokens=tokens, boxes=boxes, image=str(folder / "images" / "a.png"))
+    figure = evaluate.example_figure(row, MEE, STRIPS)
+    written = texts_of(figure)
+    for (name, a), (other, b) in itertools.combinations(written, 2):
+        both = a.intersection(a, b)
+        assert both is None or min(both.width, both.height) < 4, (name, other)
+    page = figure.bbox.padded(1)
+    assert all(page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
+               for _, box in written)
+    assert "".join(tokens) in "".join(name for name, _ in written)
+
+
+def test_a_page_shows_every_box_label_and_dollar(folder):
+    """Boxes are numbered in the order of the record, named ones say their role; "$5 ... $6" is no
+    formula, as long as the page is drawn by `draw_example`."""
+    row = row_of(*FOUND, image=str(folder / "images" / "a.png"))
+    figure = evaluate.example_figure(row, MEE, STRIPS)
+    written = [name for name, _ in texts_of(figure)]
+    assert {"O1\ntarget", "O2\ntarget", "O3", "attacker", "$5", "$6"} <= set(written)
+    evaluate.draw_example(row, MEE, STRIPS, folder / "page.png")
+    assert size_of(folder / "page.png")[0] == 1650
+    whole = row_of(Item("meet", whole_image=True, text="O0", object=0), task="med",
+                   image=row.record.image)
+    written = [name for name, _ in texts_of(evaluate.example_figure(whole, MEE, STRIPS))]
+    assert "O0, the whole image: meet" in written
+
+
+def test_without_image_there_is_no_image_and_without_gate_no_strip():
+    figure = evaluate.example_figure(row_of(*FOUND), MEE, "method lora, which has none")
+    assert not any(ax.images or ax.containers for ax in figure.axes)
+    assert "no gates to draw: method lora, which has none" in [n for n, _ in texts_of(figure)]
+    figure = evaluate.example_figure(row_of(*FOUND), MEE, STRIPS)
+    assert sum(bool(ax.containers) for ax in figure.axes) == 2  # two rows of bars
+
+
+@pytest.fixture(scope="module", params=["gate", "concat"])
+def setup(request: pytest.FixtureRequest, small: dict[str, str]) -> SimpleNamespace:
+    """A model whose gates and experts are not zero."""
+    torch.manual_seed(1)
+    model = clorae.adapt(UMIE(T5.from_pretrained(small["t5"]), 16, fusion=request.param), rank=6)
+    for layer in clorae.expert_layers(model).values():
+        for weight in (layer.W_g, layer.B_U, layer.B_T):
+            nn.init.normal_(weight)
+    return SimpleNamespace(model=model, tokenizer=data.Tokenizer(small["t5"]),
+                           datasets=data.load_datasets(small["data"]), config=train.Config())
+
+
+class Three:
+    """Three visual tokens for every record."""
+
+    width = 16
+
+    def __call__(self, record: Record) -> tuple[torch.Tensor, torch.Tensor]:
+        draw = torch.Generator().manual_seed(3)
+        return torch.randn(3, 16, generator=draw), torch.rand(3, 5, generator=draw)
+
+
+def test_the_strips_are_the_gates_of_the_tokens_read_seen_and_written(setup, small):
+    """Eq. (6) once more, by hand from every layer's input while the answer is written greedily,
+    token by token; layers are told apart by their paths, visual tokens of concat come first."""
+    records = data.load_corpus(small["data"], "test", ["T15"])[:1]
+    example, = data.encode_records(records, setup.datasets, setup.tokenizer, 256, 24)
+    row, = evaluate.evaluate_split(setup.model, [example], setup.datasets, Three(),
+                                   setup.tokenizer, CPU, evaluate.Decoding(1, 1, 9))
+    seen: dict[str, list[torch.Tensor]] = {}
+    for path, layer in clorae.expert_layers(setup.model).items():
+        layer.register_forward_pre_hook(lambda layer, inputs, path=path: seen.setdefault(
+            path, []).append(F.linear(inputs[0], layer.W_g).softmax(-1)[0, :, 1]))
+    strips = evaluate.token_strips(setup, example, row, Three(), CPU, evaluate.Decoding())
+    seen.clear()
+    evaluate.generate_ids(setup.model, [example], Three(), setup.tokenizer, CPU,
+                          evaluate.Decoding(1, 1, 9))
+    for layer in clorae.expert_layers(setup.model).values():
+        layer._forward_pre_hooks.clear()
+
+    def mean(*wanted: str, last: int) -> list[float]:
+        some = [torch.cat(gates)[-last:] for path, gates in seen.items()
+                if re.search("|".join(wanted), path)]
+        return torch.stack(some).mean(dim=0).tolist()
+
+    S, T = len(example.input_ids), len(row.answer.ids)
+    read = mean(r"encoder\.blocks", r"cross_attention\.v", last=S)
+    n = S - len(strips[0].gates) + 1
+    assert strips[0].gates == pytest.approx([sum(read[:n]) / n, *read[n:]], abs=1e-5)
+    assert strips[0].names[0] == "prompt" and strips[0].names[-1] == "</s>"
+    assert "".join(strips[0].names[1:-1]).split() == list(records[0].tokens)
+    assert strips[1].gates == pytest.approx(mean("vstack", last=3), abs=1e-5)
+    assert strips[1].names == ["image", " O1", " O2"]
+    wrote = mean(r"decoder\S*(self_attention|cross_attention\.q)", last=T)
+    assert strips[2].gates == pytest.approx(wrote, abs=1e-5) and T == len(strips[2].names)
+    figure = evaluate.example_figure(row, setup.datasets["demo_t15"], strips)
+    bars = [patch.get_height() for ax in figure.axes for patch in
+            (ax.containers[0] if ax.containers else ())]
+    assert bars == sum((strip.gates for strip in strips), [])
+
+
+@pytest.mark.parametrize("method, egr, reason", [
+    ("lora", True, "method lora, which has none"), ("full", True, "method full, which has none"),
+    ("clorae", False, "method clorae --no-egr, which has none"),
+    ("loramoe", True, "whose gate knows no task expert"), ("clorae", True, None)])
+def test_a_method_without_gate_says_so(small, method, egr, reason):
+    model = clorae.adapt(UMIE(T5.from_pretrained(small["t5"]), 16), method, rank=6, egr=egr)
+    found = evaluate.lacks_gate(SimpleNamespace(model=model,
+                                                config=train.Config(method=method, egr=egr)))
+    assert found == reason or reason in found
