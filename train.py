@@ -297,7 +297,8 @@ def fault(folder: Path, part: str) -> str | None:
     names = ["config.json"] + ["spiece.model"] * (part == "t5")
     lost = [name for name in names if not (folder / name).is_file()]
     if lost and folder.is_dir():
-        return f"{folder}: expected a whole model folder, it lacks {', '.join(lost)}; fetch them"
+        return (f"{folder}: expected a whole model folder in Hugging Face's layout, it lacks "
+                f"{', '.join(lost)}; fetch what is missing, or name another folder")
     try:
         open_weights(folder)  # headers only
     except WeightsError as problem:
