@@ -280,7 +280,7 @@ class ExpertLinear(nn.Module):
     def __init__(self, base: nn.Linear, config: ExpertConfig, routing: Routing, stream: str):
         super().__init__()
         N, R = len(routing.names), config.rank
-        if R < N:
+        if config.has_tasks and R < N:
             raise ValueError(f"rank: expected at least one column per task ({N} tasks), got {R}; "
                              f"choose --rank {N} or more")
         d_out, d_in = base.weight.shape
@@ -420,8 +420,9 @@ class ExpertLinear(nn.Module):
         return [factor for n in tasks for factor in kept[self, n]]
 
     @torch.no_grad()
-    def merged_weight(self, task: int, gates: tuple[float, ...] | None = None) -> Tensor:
-        """W_0 + (alpha / r) (g^1 B_U A_U + g^2 B_n A_n) [D_out,D_in] for one task, fixed gates.
+    def stacked(self, task: int, gates: Sequence[float] | None = None) -> tuple[Tensor, Tensor]:
+        """The experts of one task under fixed gates as one LoRA: A [k,D_in] = [A_U ; A_n] and
+        B [D_out,k] = [g^1 B_U, g^2 B_n], at the layer's own scale.
 
         Raises ValueError for a live gate: its weights depend on the token, so that no single
         matrix equals the layer.
@@ -435,8 +436,22 @@ class ExpertLinear(nn.Module):
         else:
             (A, B), widths = self.factors([task]), self.widths
             B = B @ self.M_U if self.config.method == "moslora" else B
-        weights = 1.0 if gates is None else spread(A.new_tensor(gates), widths)
-        return self.base.weight + self.scale * (B * weights) @ A
+        return A, B if gates is None else B * spread(A.new_tensor(gates), widths)
+
+    def merged_weight(self, task: int, gates: Sequence[float] | None = None) -> Tensor:
+        """W_0 + (alpha / r) (g^1 B_U A_U + g^2 B_n A_n) [D_out,D_in] for one task, fixed gates."""
+        A, B = self.stacked(task, gates)
+        return self.base.weight.detach() + self.scale * B @ A
+
+    @torch.no_grad()
+    def as_lora(self, task: int, gates: Sequence[float] | None = None) -> "ExpertLinear":
+        """The layer of method lora that computes the same, whatever task its rows have."""
+        A, B = self.stacked(task, gates)
+        config = ExpertConfig("lora", rank=len(A), alpha=self.scale * len(A), dropout=0.0)
+        layer = ExpertLinear(self.base, config, self.routing, self.stream)
+        layer.A_U.copy_(A)
+        layer.B_U.copy_(B)
+        return layer
 
     def extra_repr(self) -> str:
         return f"method={self.config.method}, rank={self.config.rank}, stream={self.stream}"

@@ -28,6 +28,7 @@ import math
 import operator
 import os
 import re
+import shutil
 import sys
 import textwrap
 import warnings
@@ -45,6 +46,7 @@ import numpy
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -52,7 +54,7 @@ import clorae
 import data
 import losses
 from data import UNITS, DataError, Dataset, Example, Item, Record, Tokenizer
-from t5 import T5, Attention, FeedForward, RMSNorm, T5Config, WeightsError
+from t5 import T5, Attention, FeedForward, RMSNorm, T5Config, WeightsError, hf_names
 from vision import UMIE, FeatureCache, ImageError, ViT, load_image, resolve_image
 
 if TYPE_CHECKING:
@@ -662,7 +664,8 @@ def evaluate_split(model: nn.Module, examples: Sequence[Example], datasets: Mapp
 
 def changed(args: argparse.Namespace) -> dict:
     """The stored settings that the command line replaces; all units unless it names some."""
-    given = {"data": args.data, "missing_images": args.missing_images, "impl": args.impl}
+    given = {name: getattr(args, name)
+             for name in ("data", "missing_images", "impl", "t5", "vit", "init")}
     return {name: value for name, value in given.items() if value} | {"units": args.units}
 
 
@@ -681,8 +684,7 @@ class Job:
     def of(cls, folder: Path, args: argparse.Namespace) -> "Job":
         import train
         checkpoint, changes = train.find_checkpoint(folder), changed(args)
-        config = train.Config(**train.read_state(checkpoint)["config"])
-        config = dataclasses.replace(config, **changes)
+        config = train.stored_config(checkpoint, **changes)
         return cls(folder, checkpoint, changes, config, args.split,
                    Decoding.of(config, args.batch_size, args.beams))
 
@@ -701,10 +703,12 @@ class Job:
         """The model and the examples of the split."""
         import train
         setup = train.load_model(self.checkpoint, world.device, **self.changes)
-        records = data.load_corpus(setup.sources.corpus, self.split, self.config.units)
-        return setup, data.encode_records(records, setup.datasets, setup.tokenizer,
-                                          self.config.max_source, self.config.max_target,
-                                          world.print)
+        return setup, self.examples(setup, self.split, world)
+
+    def examples(self, setup: "train.Setup", split: str, world: "train.World") -> list[Example]:
+        records = data.load_corpus(setup.sources.corpus, split, self.config.units)
+        return data.encode_records(records, setup.datasets, setup.tokenizer,
+                                   self.config.max_source, self.config.max_target, world.print)
 
     def features(self, setup: "train.Setup", examples: Sequence[Example],
                  world: "train.World") -> "train.Features":
@@ -2136,6 +2140,139 @@ def analyse(args: argparse.Namespace, world: "train.World") -> str | None:
     return None
 
 
+# ---------------------------------------------------------------------------------------- export
+# Adapters travel: without the backbone, whose sha256 they remember; or as one plain LoRA per task.
+
+def export(args: argparse.Namespace, world: "train.World") -> list[str]:
+    """Write what --export asks for into a folder that holds nothing yet; returns the report."""
+    import train
+    if args.export.is_file() or args.export.is_dir() and any(args.export.iterdir()):
+        raise train.UsageError(f"--export {args.export}: expected a new or empty folder, got one "
+                               "that holds files; name another one, or delete them first")
+    make, report = (plain_lora if args.task else adapter)(args, world)
+    if world.main:
+        train.whole(args.export, make)
+    return report
+
+
+def adapter(args: argparse.Namespace, world: "train.World") -> tuple[Callable, list[str]]:
+    """How to write the checkpoint as one that needs nothing of this machine (no moments, no
+    variance of L_MIM, no paths, its datasets' labels beside it), and the report.
+
+    Of method full it is the whole model, since all of it was trained.
+    """
+    import train
+    checkpoint = train.find_checkpoint(args.checkpoint[0])
+    state = train.read_state(checkpoint)
+    corpus = Path(args.data or corpus_of(train.stored_config(checkpoint)))
+    tensors = {name: tensor for name, tensor in load_file(checkpoint / "model.safetensors").items()
+               if not name.endswith(".rho")}
+    nowhere = dict.fromkeys(("data", "t5", "vit", "init", "aml_reference"))
+    config = {**state["config"], **nowhere, "mim": False}
+
+    def make(folder: Path) -> None:
+        for name in data.load_datasets(corpus):
+            (folder / "corpus" / name).mkdir(parents=True)
+            shutil.copy(corpus / name / "dataset.json", folder / "corpus" / name)
+        save_file(tensors, folder / "model.safetensors")
+        digest = {"model.safetensors": train.file_hash(folder / "model.safetensors")}
+        write_whole(folder / "state.json", json.dumps(
+            {**state, **dict.fromkeys(("t5", "vit", "init")), "config": config, "sha256": digest},
+            indent=1) + "\n")
+
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    needs = {part: state[f"{part}_sha256"] for part in ("t5", "vit", "init")
+             if state.get(f"{part}_sha256")}
+    return make, [
+        f"{args.export}: {numbers:,} trained parameters of {checkpoint}, method "
+        f"{config['method']}, rank {config['rank']}, and the labels of its datasets",
+        "it needs " + ", ".join(f"{part} of sha256 {needs[part][:12]}" for part in needs),
+        f"elsewhere: python evaluate.py {args.export.name} --data DIR (or --text T --task mner); "
+        + " ".join(f"--{part} DIR" for part in needs) + " where these are neither in weights/ nor "
+        "in the hub's cache"]
+
+
+def mean_gates(model: nn.Module, sums: Tensor) -> dict[str, tuple[float, ...] | None]:
+    """{path: gates of a wrapped linear, averaged over the tokens of `gate_sums`}; None: no gate."""
+    return {path: tuple((total[1:3] / total[0]).tolist()) if hasattr(layer, "W_g") else None
+            for (path, layer), total in zip(clorae.expert_layers(model).items(), sums[:, 0].cpu())}
+
+
+def fix_gates(model: nn.Module, task: int, gates: Mapping[str, Sequence[float] | None]) -> None:
+    """Put a plain LoRA in the place of each wrapped linear of T5, for one task."""
+    for path, layer in clorae.expert_layers(model).items():
+        if path.startswith("t5."):
+            parent, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, layer.as_lora(task, gates[path]))
+
+
+def write_peft(model: nn.Module, base: str | None, folder: Path) -> None:
+    """The plain LoRAs of T5 as PEFT stores them, under the names of T5ForConditionalGeneration."""
+    names, tensors = hf_names(model.t5.config), {}
+    for path, layer in clorae.expert_layers(model.t5).items():
+        key = f"base_model.model.{names[path + '.weight'].removesuffix('.weight')}"
+        tensors |= {f"{key}.lora_A.weight": layer.A_U.detach().cpu().contiguous(),
+                    f"{key}.lora_B.weight": layer.B_U.detach().cpu().contiguous()}
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_whole(folder / "adapter_config.json", json.dumps({
+        "peft_type": "LORA", "task_type": "SEQ_2_SEQ_LM", "base_model_name_or_path": base,
+        "r": layer.config.rank, "lora_alpha": layer.config.alpha, "lora_dropout": 0.0,
+        "target_modules": list(layer.config.targets), "bias": "none", "inference_mode": True},
+        indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class NoImages:
+    """Features of records as a model sees them that was given their text alone."""
+
+    width: int
+
+    def __call__(self, record: Record) -> None:
+        return None
+
+
+def plain_lora(args: argparse.Namespace, world: "train.World") -> tuple[Callable, list[str]]:
+    """How to write one task's experts as a LoRA, and the report of what fixing the gates costs.
+
+    A gate that depends on the token cannot be merged; its mean over the task's dev tokens can.
+    F1 is that of our model before, after, and after without images, which is what PEFT runs.
+    """
+    import train
+    job = Job.of(args.checkpoint[0], args)
+    setup, examples = job.load(world)
+    model, config = setup.model, setup.config
+    if config.method == "full" or setup.sources.init:
+        raise train.UsageError("--export with --task: expected a run whose experts sit on a hub's "
+                               f"T5, got {config.method if config.method == 'full' else '--init'}: "
+                               "all of its T5 was trained; export it without --task")
+    task = data.TASKS.index("mee" if args.task in ("med", "meae") else args.task)
+    dev = [e for e in job.examples(setup, "dev", world) if e.task == task]
+    examples = [e for e in examples if e.task == task]
+    features = job.features(setup, dev + examples, world)
+    world.join()
+    score = partial(evaluate_split, datasets=setup.datasets, tokenizer=setup.tokenizer,
+                    device=world.device, decoding=job.decoding, rank=world.rank, world=world.size)
+    gates = dict.fromkeys(clorae.expert_layers(model))
+    if any(hasattr(layer, "W_g") for layer in clorae.expert_layers(model).values()):
+        gates = mean_gates(model, gate_sums(model, dev, [0] * len(dev), features, world.device,
+                                            job.decoding, world.rank, world.size))
+    before = score(model, examples, features=features)
+    fix_gates(model, task, gates)
+    after = score(model, examples, features=features)
+    alone = score(model, examples, features=NoImages(features.width))
+    scores = {"before": before, "after, gates fixed": after, "after, without images": alone}
+    rank = next(iter(clorae.expert_layers(model.t5).values())).config.rank
+    prompt = "".join(data.prompt(examples[0].record, setup.datasets[examples[0].record.dataset]))
+    return partial(write_peft, model, train.SIZES[config.size].t5), [
+        f"{args.export}: LoRA of rank {rank} for {data.TASKS[task]} on the q and v of T5, sha256 "
+        f"{train.folder_hash(setup.sources.t5)[:12]}",
+        *(f"F1 {name}: " + ", ".join(f"{u} {f1:.2f}" for u, f1 in unit_f1(total(rows)).items())
+          for name, rows in scores.items()),
+        "the visual adapter, with its experts, is not part of it: in PEFT the model reads text "
+        "alone, as in the last line, such as", prompt]
+
+
 # ------------------------------------------------------------------------------------ the command
 
 def add_pictures(result: data.Parser) -> None:
@@ -2207,6 +2344,9 @@ def parser() -> data.Parser:
     split.add_argument("--split", choices=("test", "dev", "train"), default="test",
                        help="which records")
     split.add_argument("--data", metavar="DIR", help="corpus folder; default: the one trained on")
+    for part, name in (("t5", "T5"), ("vit", "ViT"), ("init", "full run below the experts")):
+        split.add_argument(f"--{part}", metavar="DIR", help=f"folder of the {name} that CKPT was "
+                           "trained on, where it is no longer at its place; sha256 must agree")
     split.add_argument("--units", nargs="+", choices=UNITS, metavar="UNIT",
                        help=f"only these columns ({' '.join(UNITS)}); default: all in the corpus")
     split.add_argument("--missing-images", choices=("error", "mask"),
@@ -2230,6 +2370,10 @@ def parser() -> data.Parser:
                                "default: auto, on clorae.cu where it can be built")
     add_examples(result)
     add_pictures(result)
+    group = result.add_argument_group("export (instead of scoring)")
+    group.add_argument("--export", type=Path, metavar="DIR", help="what was trained, without the "
+                       "backbone: a CKPT for any machine that has it; with --task, the LoRA for "
+                       "T5, in PEFT's format, that the task's experts are under their mean gates")
     return result
 
 
@@ -2247,16 +2391,20 @@ def misuse(args: argparse.Namespace) -> str | None:
         (one and many, "give one --text, or --examples, not both"),
         (one and args.task is None, "--text needs --task mner, mre, med or meae"),
         (given and not one, f"{', '.join(given)} go with one example; give its --text too"),
-        (not examples and (args.task or args.json or args.draw or args.dataset),
+        (not examples and (args.task and not args.export or args.json or args.draw
+                           or args.dataset),
          "--task, --dataset, --json and --draw go with --text or --examples"),
         (args.objects and not args.image, "--objects are boxes in the --image; name it"),
         (one and args.draw and (args.draw.suffix != ".png" or args.draw.is_dir()),
          f"--draw {args.draw}: name a .png file"),
         (many and args.draw and args.draw.is_file(),
          f"--draw {args.draw}: with --examples name a folder"),
-        (several and (args.out or args.details or examples or analysis),
-         "--out, --details, --text, --examples, --costs, --routing and --aml-replay go with a "
-         "single CKPT"),
+        (several and (args.out or args.details or examples or analysis or args.export),
+         "--out, --details, --text, --examples, --costs, --routing, --aml-replay and --export go "
+         "with a single CKPT"),
+        (args.export and (args.out or args.details or args.plot or args.csv or examples
+                          or analysis),
+         "--export goes without other things to do; give those a command of their own"),
         (examples and (args.plot or args.csv or args.details or analysis),
          "--text and --examples go without --plot, --csv, --details and analyses"),
         (args.plot and (args.out or args.details or analysis),
@@ -2274,6 +2422,8 @@ def run(args: argparse.Namespace) -> None:
         answer_examples(args, world)
     elif (report := analyse(args, world)) is not None:
         world.print(report)
+    elif args.export:
+        world.print(*export(args, world))
     elif len(args.checkpoint) > 1 or args.csv:
         compare(args, world)
     elif args.plot:

@@ -24,11 +24,12 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,11 +46,13 @@ import evaluate
 import losses
 from clorae import METHODS
 from data import TASKS, UNITS
-from t5 import T5, Stack, WeightsError, pickles
+from t5 import T5, Stack, T5Config, WeightsError, open_weights, pickles, read_json
 from vision import UMIE, FeatureCache, ImageError, ViT, resolve_image
 
 VIT = "google/vit-base-patch16-224-in21k"
-HUB_FILES = ["*.json", "*.safetensors", "spiece.model"]  # never pickled weights
+HUB_FILES = ["model*.safetensors*", "*config.json", "spiece.model"]  # never pickled weights
+HUB_GB = {"google/flan-t5-base": 1.0, "google/flan-t5-large": 3.1, "google/flan-t5-xl": 11.4,
+          VIT: 0.35}  # 4 bytes a parameter
 CHECKPOINTS_KEPT = 2
 REAL_PIECES = 4000  # vocabulary of a tiny backbone made from a real corpus
 
@@ -189,8 +192,8 @@ GROUPS = {"size": "what to train", "data": "data", "t5": "model", "epochs": "opt
           "aml": "losses", "out": "run"}
 
 
-def parse_arguments(argv: Sequence[str] | None) -> tuple[Config, str]:
-    """The command line as (Config, resume), one option per Config field."""
+def parse_arguments(argv: Sequence[str] | None) -> tuple[Config, str, bool]:
+    """The command line as (Config, resume, dry run), one option per Config field."""
     parser = data.Parser(description=__doc__.split("\n\n")[0], usage="%(prog)s [options]")
     for spec in dataclasses.fields(Config):
         if spec.name in GROUPS:
@@ -204,13 +207,16 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Config, str]:
             group.add_argument(flag, type=kind, default=spec.default, **more)
     group.add_argument("--resume", default="auto", help="'auto' goes on with the newest "
                        "checkpoint of --out, 'none' starts over, a path names a checkpoint")
+    group.add_argument("--dry-run", action="store_true", help="find, make or fetch corpus and "
+                       "backbone, print files, parameters, rows, steps and memory, and stop: no "
+                       "weight is loaded, nothing is written to --out")
     values = vars(parser.parse_args(argv))
-    resume = values.pop("resume")
+    resume, dry_run = values.pop("resume"), values.pop("dry_run")
     if values["units"] is not None:
         values["units"] = tuple(values["units"])
     config = Config(**values).resolved()
     config.check()
-    return config, resume
+    return config, resume, dry_run
 
 
 # ----------------------------------------------------------------------------------------- World
@@ -277,24 +283,62 @@ def folder_hash(folder: Path) -> str:
     return hashlib.sha256("".join(map(file_hash, files)).encode()).hexdigest()
 
 
-def find_weights(name: str) -> Path:
-    """The folder of a hub model: weights/, then the hub cache, then a download."""
-    local = Path("weights") / name.split("/")[-1]
-    if (local / "config.json").exists():
-        return local
-    from huggingface_hub import snapshot_download  # imported only when it is needed
+def hub_snapshots(name: str) -> list[Path]:
+    """Folders of a hub model in the hub's cache on this machine, that of its main branch first."""
+    from huggingface_hub import constants  # imported only when it is needed; knows HF_HOME
+    repo = Path(constants.HF_HUB_CACHE, "models--" + name.replace("/", "--"))
+    main = repo / "refs" / "main"
+    commit = main.read_text(encoding="utf-8").strip() if main.is_file() else ""
+    return sorted(repo.glob("snapshots/*"), key=lambda folder: folder.name != commit)
+
+
+def fault(folder: Path, part: str) -> str | None:
+    """Why a model folder cannot be used, found without loading it; None if it can."""
+    names = ["config.json"] + ["spiece.model"] * (part == "t5")
+    lost = [name for name in names if not (folder / name).is_file()]
+    if lost and folder.is_dir():
+        return (f"{folder}: expected a whole model folder in Hugging Face's layout, it lacks "
+                f"{', '.join(lost)}; fetch what is missing, or name another folder")
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True))
-    except Exception:  # not in the cache: whatever the reason, the download decides
-        pass
+        open_weights(folder)  # headers only
+    except WeightsError as problem:
+        return str(problem)
+    return None
+
+
+def find_weights(part: str, given: str | Path | None, name: str | None) -> Path:
+    """A whole model folder for "t5" or "vit": the one given, or that of a hub name in weights/, in
+    the hub cache, or downloaded into that.  UsageError says what is where, and what to fetch."""
+    local = Path("weights", name.split("/")[-1]) if name else None
+    places = [Path(given)] if given else [local, *hub_snapshots(name)]
+    faults = {place: fault(place, part) for place in places if given or place.is_dir()}
+    for place, problem in faults.items():
+        if problem is None:
+            return place
+        if not given:
+            print(f"passed over: {problem}", file=sys.stderr)
+    if given:
+        raise UsageError(f"--{part}: {faults[places[0]]}")
+    from huggingface_hub import constants, snapshot_download
+    size = f"about {HUB_GB[name]} GB" if name in HUB_GB else "of unknown size"
+    patterns = HUB_FILES[:None if part == "t5" else -1]  # a ViT has no tokenizer
+    print(f"{name}: not on this machine, asking the hub ({size})", file=sys.stderr)
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except Exception as cause:
-        raise UsageError(
-            f"weights of {name}: expected them in {local}/ or the hub cache, found neither, and "
-            f"the download failed ({type(cause).__name__}: {str(cause).splitlines()[0]}); on a "
-            f"machine with network run `hf download {name}` and copy config.json, the "
-            f"*.safetensors files and spiece.model to {local}/") from cause
+        folder = Path(snapshot_download(name, allow_patterns=patterns))
+        faults[folder] = fault(folder, part)
+        if faults[folder] is None:
+            return folder
+        problem = faults[folder]
+    except Exception as cause:  # whatever the reason: the same remedy
+        problem = cause.__cause__ or cause
+        problem = f"{type(problem).__name__}: {str(problem).splitlines()[0]}"
+    raise UsageError(
+        f"{name}: expected config.json, model.safetensors (or all its shards and their index)"
+        f"{' and spiece.model' * (part == 't5')} in {local}/ or in the hub cache "
+        f"({constants.HF_HUB_CACHE}), found {'no whole copy' if faults else 'neither folder'}, and "
+        f"the download failed ({problem}); name its folder with --{part} DIR, or fetch it ({size}) "
+        f"where there is a network, and bring the folder here:\n    hf download {name} --local-dir "
+        f"{local} " + " ".join(f"--include '{pattern}'" for pattern in patterns))
 
 
 @dataclass
@@ -307,9 +351,10 @@ class Sources:
     init: Path | None = None  # checkpoint of a full run to begin with
 
     def fingerprints(self) -> dict[str, str | None]:
-        """sha256 of the weights in each folder: a checkpoint holds only what was trained."""
-        return {f"{name}_sha256": folder and folder_hash(folder)
-                for name, folder in (("t5", self.t5), ("vit", self.vit), ("init", self.init))}
+        """sha256 of what a checkpoint needs besides itself: it holds only what was trained."""
+        return {"t5_sha256": folder_hash(self.t5), "vit_sha256": folder_hash(self.vit),
+                "init_sha256": self.init and file_hash(self.init / "model.safetensors"),
+                "t5_tokenizer_sha256": file_hash(self.t5 / "spiece.model")}
 
 
 def prepare(config: Config) -> Sources:
@@ -318,13 +363,18 @@ def prepare(config: Config) -> Sources:
         corpus = Path(config.data or "data/demo")
         if config.data is None and not corpus.exists():
             whole(corpus, demo.make_world)
-        made = None
+        made, found, absent = None, [], []
         if config.size == "tiny" and not (config.t5 and config.vit):
             made = tiny_backbone(corpus, config)
-        size = SIZES[config.size]
-        t5 = Path(config.t5) if config.t5 else made / "t5" if made else find_weights(size.t5)
-        vit = Path(config.vit) if config.vit else made / "vit" if made else find_weights(size.vit)
-    return Sources(corpus, t5, vit, find_checkpoint(Path(config.init)) if config.init else None)
+        for part in ("t5", "vit"):
+            try:
+                found.append(find_weights(part, getattr(config, part) or made and made / part,
+                                          getattr(SIZES[config.size], part)))
+            except UsageError as problem:
+                absent.append(str(problem))
+    if absent:
+        raise UsageError("\n".join(absent))
+    return Sources(corpus, *found, find_checkpoint(Path(config.init)) if config.init else None)
 
 
 def whole(folder: Path, make: Callable[[Path], object]) -> None:
@@ -376,7 +426,7 @@ class Features:
         self.missing_rows = len(absent)
         self.cache: FeatureCache | None = None
         self.width = ViT.feature_width(sources.vit)
-        if len(absent) < len(named):
+        if len(absent) < len(named) and device.type != "meta":  # there nothing is computed
             vit = ViT.from_pretrained(sources.vit).to(device).eval()
             folder = sources.corpus / ".features"
             with locked(folder / ".lock"):
@@ -426,22 +476,27 @@ class Setup:
 
 
 def build(config: Config, sources: Sources, device: torch.device) -> Setup:
-    """The adapted model at its seeded start; trainables fp32, a frozen backbone as `precision`."""
+    """The adapted model at its seeded start; trainables fp32, a frozen backbone as `precision`.
+
+    On the device "meta" it has names, shapes and types, and of the weights only headers are read.
+    """
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    t5 = T5.from_pretrained(sources.t5, dtype=torch.float32 if config.method == "full" else dtype)
+    dtype, meta = torch.float32 if config.method == "full" else dtype, device.type == "meta"
+    t5 = outline(sources.t5, dtype) if meta else T5.from_pretrained(sources.t5, dtype=dtype)
     tokenizer, ids = data.Tokenizer(sources.t5), t5.config.vocab_size
     if tokenizer.sentinel(0) >= ids:
         raise WeightsError(f"{sources.t5}: expected a spiece.model of at most {ids - 100} pieces "
                            f"for a T5 of {ids} ids, got {tokenizer.vocab_size} pieces; use the "
                            "files of one checkpoint")
     torch.manual_seed(config.seed)
-    model = UMIE(t5, ViT.feature_width(sources.vit), config.max_objects, config.fusion)
-    if sources.init is not None:
+    with device if meta else nullcontext():
+        model = UMIE(t5, ViT.feature_width(sources.vit), config.max_objects, config.fusion)
+    if sources.init is not None and not meta:
         start_from(model, sources.init)
     clorae.adapt(model, config.method, config.rank, TASKS, alpha=config.alpha,
                  dropout=config.dropout, egr=config.egr, mim=config.uses_mim)
     free_visual_adapter(model, config.visual_policy)
-    if model.routing is not None:
+    if model.routing is not None and not meta:
         model.routing.impl = config.impl
         clorae.kernels(device, config.impl)  # built now, or refused now
     for module in model.modules():
@@ -450,6 +505,13 @@ def build(config: Config, sources: Sources, device: torch.device) -> Setup:
         if isinstance(module, Stack):
             module.recompute = config.checkpoint_activations
     return Setup(config, sources, data.load_datasets(sources.corpus), tokenizer, model.to(device))
+
+
+def outline(folder: Path, dtype: torch.dtype) -> T5:
+    """The T5 of a folder on the meta device; a stored head counts as one of its own."""
+    raw, stored = read_json(folder / "config.json"), open_weights(folder)
+    with torch.device("meta"):
+        return T5(T5Config.from_hf(raw, folder, "lm_head.weight" not in stored)).to(dtype)
 
 
 def start_from(model: UMIE, checkpoint: Path) -> None:
@@ -476,23 +538,50 @@ def free_visual_adapter(model: UMIE, policy: str) -> None:
             parameter.requires_grad_(True)
 
 
+def stored_config(checkpoint: Path, **changes: object) -> Config:
+    """The settings of a checkpoint; an exported adapter brings its datasets' labels along."""
+    config = dataclasses.replace(Config(**read_state(checkpoint)["config"]), **changes)
+    brought = checkpoint / "corpus"
+    if config.data is None and brought.is_dir():
+        config = dataclasses.replace(config, data=str(brought))
+    return config
+
+
+def stored_sources(checkpoint: Path, config: Config, **given: str | None) -> Sources:
+    """The folders that a checkpoint was trained on: those given now, else where they lay then, else
+    the hub's by the size.  UsageError unless each has the very content it had then."""
+    state, folders = read_state(checkpoint), {}
+    for part in ("t5", "vit", "init"):
+        digest, folder = state.get(f"{part}_sha256"), given.get(part) or state.get(part)
+        name = None if part == "init" else getattr(SIZES[config.size], part)
+        known = folder and (given.get(part) or Path(folder).is_dir())
+        if digest and not known and not name:
+            raise UsageError(f"{checkpoint}: expected the folder of its {part} (sha256 "
+                             f"{digest[:12]}), got {folder or 'none'}; name it with --{part} DIR")
+        if digest and part != "init":
+            folders[part] = find_weights(part, folder if known else None, name)
+        elif digest:
+            folders[part] = find_checkpoint(Path(folder))
+    sources = Sources(Path(config.data or "data/demo"), **folders)
+    for name, digest in sources.fingerprints().items():
+        if name in state and state[name] != digest:
+            part, _, what = name.removesuffix("_sha256").partition("_")
+            raise UsageError(f"{getattr(sources, part)}: expected the {what or 'weights'} that "
+                             f"{checkpoint} was trained on (sha256 {state[name][:12]}), got others "
+                             f"({digest[:12]}); restore that folder, or name it with --{part} DIR")
+    return sources
+
+
 def load_model(checkpoint: Path, device: torch.device, **changes: object) -> Setup:
     """Rebuild the model of a checkpoint folder from what the checkpoint itself says.
 
-    changes: Config fields that may differ in evaluation (data, missing_images).  Raises UsageError
-    if the backbone is not the one trained on, or a tensor does not fit.
+    changes: Config fields that may differ in evaluation (data, missing_images, and where the
+    backbone lies: t5, vit, init).  Raises UsageError if the backbone is not the one trained on, or
+    a tensor does not fit.
     """
-    state = read_state(checkpoint)
-    config = dataclasses.replace(Config(**state["config"]), **changes)
-    init = state.get("init")
-    sources = Sources(Path(config.data or "data/demo"), Path(state["t5"]), Path(state["vit"]),
-                      init and Path(init))
-    for name, digest in sources.fingerprints().items():
-        if state.get(name) != digest:
-            folder = getattr(sources, name.removesuffix("_sha256"))
-            raise UsageError(f"{folder}: expected the weights that {checkpoint} was trained on "
-                             f"(sha256 {state[name][:12]}), got others; restore that folder")
-    setup = build(config, sources, device)
+    config = stored_config(checkpoint, **changes)
+    given = {part: changes.get(part) for part in ("t5", "vit", "init")}
+    setup = build(config, stored_sources(checkpoint, config, **given), device)
     load_trainables(setup.model, checkpoint)
     return setup
 
@@ -654,18 +743,19 @@ def find_checkpoint(path: Path) -> Path:
 class Run:
     """One training run: its model, data, progress and files."""
 
-    def __init__(self, config: Config, sources: Sources, world: World):
+    def __init__(self, config: Config, sources: Sources, world: World, dry: bool = False):
         self.config, self.world, self.out = config, world, Path(config.out)
-        self.setup = build(config, sources, world.device)
+        device = torch.device("meta") if dry else world.device
+        self.setup = build(config, sources, device)
         self.model, self.routing = self.setup.model, self.setup.model.routing
-        self.flat = FlatParameters(self.model, config.lr)
+        self.flat = None if dry else FlatParameters(self.model, config.lr)
         self.layers = len(clorae.expert_layers(self.model))
         self.records = {split: data.load_corpus(sources.corpus, split, config.units)
                         if any(sources.corpus.glob(f"*/{split}.jsonl")) else []
                         for split in data.SPLITS}
         self.held_out = hold_out(self.records, self.setup.datasets, config.hold_out)
         self.features = Features(sources, sum(self.records.values(), []), config.missing_images,
-                                 config.max_objects, world.device)
+                                 config.max_objects, device)
         self.splits = {split: data.encode_records(records, self.setup.datasets,
                                                   self.setup.tokenizer, config.max_source,
                                                   config.max_target, world.print)
@@ -677,7 +767,7 @@ class Run:
         self.units = [u for u in UNITS if any(UNITS[e.unit] == u for e in self.examples)]
         self.reference = self.references()
         self.progress = Progress(weights=dict.fromkeys(self.units, 1.0))
-        if config.fusion == "gate":
+        if config.fusion == "gate" and not dry:
             self.open_gate()
         self.origin = {"t5": str(sources.t5), "vit": str(sources.vit),
                        "init": sources.init and str(sources.init), **sources.fingerprints()}
@@ -774,7 +864,7 @@ class Run:
         changed = [name for name, value in mine["config"].items()
                    if state["config"].get(name) != value]
         changed += [name for name in mine if name.endswith("_sha256")
-                    and state.get(name) != mine[name]]
+                    and state.get(name, mine[name]) != mine[name]]
         if changed:
             was = ", ".join(f"{name} {state['config'].get(name, state.get(name))} -> "
                             f"{mine['config'].get(name, mine.get(name))}" for name in changed)
@@ -974,6 +1064,64 @@ def describe(run: Run, start: str) -> list[str]:
     return lines
 
 
+def plan(config: Config, sources: Sources, world: World, resume: str) -> list[str]:
+    """What a run would use, from configurations, headers and the corpus alone (--dry-run)."""
+    run = Run(config, sources, world, dry=True)
+    found = newest_checkpoint(run.out) if resume == "auto" else resume
+    start = f"start: {'from the beginning' if found in (None, 'none') else f'would resume {found}'}"
+    if finished(config, resume):
+        start = "start: this run is finished, its table would be printed again"
+    files = [path for folder in (sources.t5, sources.vit, *filter(None, [sources.init]))
+             for path in sorted(folder.iterdir())
+             if path.suffix in (".json", ".safetensors", ".model")]
+    files += sorted(path for kind in ("dataset.json", *(f"{split}.jsonl" for split in data.SPLITS))
+                    for path in sources.corpus.glob(f"*/{kind}"))
+    frozen = sum(p.numel() for p in run.model.parameters() if not p.requires_grad)
+    terms = memory(run)
+    return ["dry run: nothing is trained, nothing is written to " + str(run.out),
+            *(f"file: {path}, {path.stat().st_size:,} bytes, sha256 {file_hash(path)[:12]}"
+              for path in files),
+            *describe(run, start), f"frozen: {frozen:,} parameters",
+            f"memory per process: about {sum(terms.values()) / 1e9:.2f} GB = "
+            + " + ".join(f"{name} {value / 1e9:.2f}" for name, value in terms.items())]
+
+
+def memory(run: Run) -> dict[str, float]:
+    """Bytes that training takes, term by term, for a micro-batch of the longest rows there are.
+
+    Activations are what autograd keeps; a frozen weight adds nothing.  Of a token, each attention
+    keeps 3 D (5 with T5's dropout, 4 more with the experts'), 5 H K and 16 k numbers for k columns
+    of the experts, and the feed-forward 3 of its widths (4 with dropout); dropout on a CPU, where
+    no fused kernel has it, adds 3 H scores per key.  On top come three copies of the logits and
+    twice the experts, joined per task and for L_MIM.  Within about 10 % of measured.
+    """
+    config, t5 = run.config, run.model.t5.config
+    frozen, trained = (sum(p.numel() * p.element_size() for p in run.model.parameters()
+                           if p.requires_grad == learns) for learns in (False, True))
+    S, T = (max(len(getattr(e, side)) for e in run.examples) for side in ("input_ids", "labels"))
+    V = 1 + max(min(len(e.record.objects), config.max_objects) for e in run.examples)
+    drop = (t5.dropout_rate if config.backbone_dropout is None else config.backbone_dropout) > 0
+    scores = 3 * t5.num_heads * (drop and run.world.device.type == "cpu")
+    experts = clorae.parameter_split(run.model)["experts"]
+    columns = sum(next(iter(clorae.expert_layers(run.model).values())).widths) if experts else 0
+    attention = ((3 + 2 * drop + 4 * (config.dropout > 0 and experts > 0)) * t5.d_model
+                 + 5 * t5.num_heads * t5.d_kv + 16 * columns)
+
+    def block(attentions: int, tokens: int, keys: int) -> int:
+        return tokens * (attentions * attention + (3 + drop) * t5.d_ff + scores * keys)
+
+    layers, rows = t5.num_decoder_layers, min(config.micro_batch, config.batch)
+    blocks = [block(1, S, S)] * t5.num_layers + [block(2, T, S + T)] * layers + 2 * [block(1, V, V)]
+    numbers = sum(blocks)
+    if config.checkpoint_activations:  # what enters each block, and all of one of them
+        numbers = max(blocks) + (t5.num_layers * S + layers * T + 2 * V) * t5.d_model
+    kept = rows * numbers * (2 if config.precision == "bf16" else 4)
+    return {"frozen weights": frozen, "trained": trained, "gradients": trained,
+            "moments": 2 * trained, f"activations of {rows} rows of {S} + {T} + {V} tokens":
+                kept + 12 * rows * T * t5.vocab_size + 8 * experts,
+            "the process itself": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+
+
 def hold_out(records: dict[str, list[data.Record]], datasets: dict[str, data.Dataset],
              how: str) -> str | None:
     """Take Table 4's units out of the train and dev records, in place; what was done, in words.
@@ -1018,9 +1166,12 @@ def finished(config: Config, resume: str) -> str | None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    config, resume = parse_arguments(argv)
+    config, resume, dry_run = parse_arguments(argv)
     world = World()
     torch.use_deterministic_algorithms(True, warn_only=True)
+    if dry_run:
+        world.print(*(plan(config, prepare(config), world, resume) if world.main else ()))
+        return
     done = finished(config, resume)
     if done is not None:
         world.print(f"{config.out} is finished; its table again (--resume none starts over):", done)

@@ -14,7 +14,7 @@ import train
 
 if __name__ == "__main__":
     target, *flags = sys.argv[1:]
-    config, _ = train.parse_arguments(flags)
+    config, *_ = train.parse_arguments(flags)
     world = train.World()
     world.join()
     run = train.Run(config, train.prepare(config), world)

@@ -95,7 +95,8 @@ def test_an_unusable_image_is_named_with_its_record_and_all_are_listed(tmp_path:
 
 @pytest.mark.parametrize("arguments, words", [
     (["--data", "nowhere"], ["nowhere: expected folders with a dataset.json", "found no folder"]),
-    (["--t5", "empty", "--vit", "empty"], ["empty/config.json", "No such file", "Hugging Face"])])
+    (["--t5", "empty", "--vit", "empty"], ["--t5: empty: expected a whole model folder",
+                                           "--vit: empty:", "config.json, spiece.model; fetch"])])
 def test_a_wrong_folder_is_named_before_anything_slow(
         arguments: list[str], words: list[str], small: dict[str, str], tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch) -> None:

@@ -247,7 +247,7 @@ def test_weights_that_cannot_be_had_offline_say_what_to_fetch_and_where_to_put_i
 def test_defaults_follow_the_size_and_the_paper():
     """D2, D32, D33: ranks 128 / 64 / 64, global batches 40 / 16 / 8, lr 1e-4, 20 epochs."""
     for size, rank, batch in (("base", 128, 40), ("large", 64, 16), ("xl", 64, 8)):
-        config, _ = train.parse_arguments(["--size", size])
+        config, *_ = train.parse_arguments(["--size", size])
         assert (config.rank, config.batch, config.lr, config.epochs) == (rank, batch, 1e-4, 20)
         assert config.aml and config.uses_mim and config.beta == 0.01
     assert not train.parse_arguments(["--method", "lora"])[0].aml
@@ -376,7 +376,7 @@ def test_experts_can_sit_on_a_fully_trained_model(command, tmp_path):
     for name in ("t5.decoder.blocks.0.feed_forward.up.weight", "fusion.attention.q.weight"):
         assert torch.equal(parameters[name], full[name]) and not parameters[name].requires_grad
     assert parameters["visual_embedding.feature.weight"].requires_grad
-    (train.find_checkpoint(tmp_path / "full") / "extra.safetensors").write_bytes(b"")
+    (train.find_checkpoint(tmp_path / "full") / "model.safetensors").write_bytes(b"")
     with pytest.raises(train.UsageError, match="restore that folder"):
         train.load_model(train.find_checkpoint(tmp_path / "run"), torch.device("cpu"))
     wrong = run(command(tmp_path / "other", *short, "--init", tmp_path / "run"))
