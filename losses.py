@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100  # label of padding
+PIECE = 1024  # tokens whose logits are held at once
 
 # p_m of Eq. (9), from Table 2: the best single-task model of each unit; or, the paper's other
 # reading, the best of all, UMIE-XL included.
@@ -37,7 +38,7 @@ SOTA_F1 = {"T15": 78.9, "T17": 91.4, "SNAP": 91.0, "V1": 86.4, "V2": 82.0, "MED"
 
 
 def token_cross_entropy(hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor],
-                        piece: int = 1024) -> Tensor:
+                        piece: int = PIECE) -> Tensor:
     """sum_j CE_ij of each row, [B], in fp32.
 
     hidden [B,T,D]; labels [B,T] with IGNORE for padding, which adds nothing; head: [n,D] -> logits

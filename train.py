@@ -1118,7 +1118,7 @@ def memory(run: Run) -> dict[str, float]:
     kept = rows * numbers * (2 if config.precision == "bf16" else 4)
     return {"frozen weights": frozen, "trained": trained, "gradients": trained,
             "moments": 2 * trained, f"activations of {rows} rows of {S} + {T} + {V} tokens":
-                kept + 12 * rows * T * t5.vocab_size + 8 * experts,
+                kept + 12 * min(rows * T, losses.PIECE) * t5.vocab_size + 8 * experts,
             "the process itself": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
 
 
