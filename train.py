@@ -258,7 +258,7 @@ class World:
 
     def __init__(self, timeout: float = Launch.timeout) -> None:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # by torchrun
         self.timeout = timeout
         self.signal = 0  # the one that asked this process to stop
         self.resting = False  # nothing would be lost if the process ended now
@@ -277,10 +277,17 @@ class World:
         return self.rank == 0
 
     def join(self) -> None:
-        """Meet the other processes; called once everything slow is prepared."""
+        """Meet the other processes; called once everything slow is prepared.
+
+        torchrun (torch 2.13) keeps one store for all its restarts, and in it the addresses of
+        processes that are gone: each restart gets a corner of its own.
+        """
         if self.size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
-                                    timeout=timedelta(seconds=self.timeout))
+            wait = timedelta(seconds=self.timeout)
+            store, _, _ = next(dist.rendezvous("env://", timeout=wait))
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=wait,
+                                    store=dist.PrefixStore(f"start {self.restarts}", store),
+                                    rank=self.rank, world_size=self.size)
 
     def leave(self) -> None:
         if dist.is_initialized():
@@ -921,7 +928,7 @@ class Run:
         how = launch.resume
         for torn in self.out.glob(".*.writing") if self.world.main else ():  # a kill left it
             shutil.rmtree(torn)
-        if how == "none" and not self.world.restarted:  # by torchrun, after a failure
+        if how == "none" and not self.world.restarts:
             if self.world.main:
                 for old in self.out.glob("[!.]*"):
                     shutil.rmtree(old) if old.is_dir() else old.unlink()
@@ -1246,7 +1253,7 @@ def finished(config: Config, launch: Launch) -> str | None:
 def main(argv: Sequence[str] | None = None) -> None:
     config, launch = parse_arguments(argv)
     world = World(launch.timeout)
-    torch.set_deterministic_debug_mode("warn")
+    torch.use_deterministic_algorithms(True, warn_only=True)
     done = finished(config, launch)
     if done is not None:
         world.print(f"{config.out} is finished; its table again (--resume none starts over):", done)
