@@ -697,9 +697,18 @@ def write_checkpoint(folder: Path, flat: FlatParameters, state: dict) -> None:
     except Exception:
         shutil.rmtree(aside, ignore_errors=True)  # on a full disk, its space is needed
         raise
-    shutil.rmtree(folder, ignore_errors=True)  # broken, or made again after a kill
+    if folder.exists():
+        discard(folder)  # broken, or made again after a kill
     aside.rename(folder)
     sync(folder.parent)
+
+
+def discard(folder: Path) -> None:
+    """Remove a checkpoint, whole or not at all: under its own name it is never half there."""
+    aside = folder.with_name("." + folder.name + ".old")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_state(folder: Path, state: dict, digests: dict[str, str]) -> None:
@@ -903,14 +912,14 @@ class Run:
         if folder == self.on_disk:
             digests = json.loads((folder / "state.json").read_text(encoding="utf-8"))["sha256"]
             write_state(folder, self.state(), digests)
-            return
-        write_checkpoint(folder, self.flat, self.state())
+        else:
+            write_checkpoint(folder, self.flat, self.state())
         prefix = folder.name.split("-")[0]
         kept = CHECKPOINTS_KEPT if prefix == "step" else 1
         alike = sorted(self.out.glob(f"{prefix}-*"))
         later = [other for other in alike if other.name > folder.name]  # broken, or gone back from
-        for old in alike[:-kept - len(later) or None] + later:
-            shutil.rmtree(old)
+        for old in alike[:-kept - len(later)] + later:
+            discard(old)
 
     def check_room(self) -> None:
         """Refuse a disk that could not hold the checkpoints, before anything was computed."""
@@ -926,8 +935,8 @@ class Run:
     def resume(self, launch: Launch) -> str:
         """Go on from a checkpoint; returns the line that says what was found."""
         how = launch.resume
-        for torn in self.out.glob(".*.writing") if self.world.main else ():  # a kill left it
-            shutil.rmtree(torn)
+        for torn in self.out.glob(".*-*") if self.world.main else ():  # what a kill left
+            shutil.rmtree(torn, ignore_errors=True)
         if how == "none" and not self.world.restarts:
             if self.world.main:
                 for old in self.out.glob("[!.]*"):
