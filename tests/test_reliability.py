@@ -64,7 +64,8 @@ def test_one_failing_process_ends_the_job_soon_and_says_why(holds):
 
 
 def test_torchrun_restarts_a_run_whose_worker_was_killed(holds):
-    """R8: --max-restarts, even with --resume none: the files of an undisturbed run."""
+    """R8, R19: --max-restarts, even with --resume none: the files of an undisturbed run, which had
+    another PYTHONHASHSEED."""
     holds("R8")
 
 
@@ -76,11 +77,6 @@ def test_uneven_processes_take_equal_steps_and_score_equally(holds):
 def test_what_is_not_finite_is_traced_to_its_row_and_never_saved(holds):
     """R10: NaN in an image feature, a loss, a gradient; the same step on every process."""
     holds("R10")
-
-
-def test_the_same_seed_gives_the_same_bytes(holds):
-    """R19: whatever PYTHONHASHSEED; only the column of seconds differs."""
-    holds("R19")
 
 
 def test_a_folder_that_cannot_be_used_is_refused_in_a_sentence(tmp_path):
