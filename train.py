@@ -208,7 +208,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         flags = [flag for action in self._actions for flag in action.option_strings]
-        for word in message.split():
+        for word in message.replace(":", " ").split():
             near = difflib.get_close_matches(word.split("=")[0], flags, n=1)
             if word.startswith("--") and near and word not in flags:
                 message += f"; did you mean {near[0]}?"
@@ -248,6 +248,8 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Config, Launch]:
         values["units"] = tuple(values["units"])
     config = Config(**values).resolved()
     config.check()
+    if not launch.timeout > 0:
+        raise UsageError(f"expected --timeout above 0, got {launch.timeout}; correct it")
     return config, launch
 
 
@@ -309,13 +311,15 @@ class World:
 
     def listen(self) -> None:
         """From now on Ctrl-C and SIGTERM ask for a stop, which comes after the current step."""
+        self.heard = time.monotonic()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.hear)
 
     def hear(self, number: int, _: object) -> None:
         """A second signal ends the process at once, and so does one that comes because the others
         have waited for this process in vain."""
-        if self.signal or time.monotonic() - self.heard > self.timeout:
+        hung = not self.resting and time.monotonic() - self.heard > self.timeout
+        if self.signal or hung:
             os._exit(128 + number)
         self.signal = number
         if self.resting:
@@ -328,7 +332,7 @@ class World:
         if self.signal:
             raise Stopped(self.signal)
         yield
-        self.resting = False
+        self.resting, self.heard = False, time.monotonic()
 
 
 @contextmanager
@@ -340,6 +344,7 @@ def exit_codes() -> Iterator[None]:
     torchrun has ended this process too, and the cause is not buried.
     """
     rank, alone = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", 1)) == 1
+    lost = None  # the words that say that another process is gone
     try:
         yield
         return
@@ -355,10 +360,10 @@ def exit_codes() -> Iterator[None]:
         code, message = 1, traceback.format_exc()
         if isinstance(problem, OSError) and problem.errno in NO_SPACE:
             code, message = DiskFull.exit_code, f"error: {problem}; make room, run it again"
-    lost = code == 1 and re.search(r"gloo|NCCL|by peer|[Tt]imed out", message.splitlines()[-1])
-    if lost:
-        message = (f"rank {rank}: another process has ended or does not answer: "
-                   + message.splitlines()[-1])
+        if isinstance(problem, RuntimeError) and not alone:
+            lost = re.search(r".*(gloo|NCCL|by peer|[Tt]imed out).*", str(problem))
+        if lost:
+            message = f"rank {rank}: another process has ended or does not answer: {lost[0]}"
     if not alone and message and (rank != "0" or lost):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
@@ -990,9 +995,10 @@ class Run:
         self.write_history()
 
     def write_history(self) -> None:
+        path = self.out / "eval.jsonl"
         lines = [json.dumps(entry) + "\n" for entry in self.progress.history]
-        if lines:
-            evaluate.write_whole(self.out / "eval.jsonl", "".join(lines))
+        if lines or path.exists():
+            evaluate.write_whole(path, "".join(lines))
 
     # ---------------------------------------------------------------- training
 
@@ -1071,21 +1077,23 @@ class Run:
         limit = math.inf if config.steps is None else config.steps
         while progress.epoch < config.epochs and progress.step < limit:
             batches = self.batches(progress.epoch)
-            bar = tqdm(total=len(batches), initial=progress.cursor, disable=not self.world.main,
-                       desc=f"epoch {progress.epoch + 1}/{config.epochs}", mininterval=1.0)
-            while progress.cursor < len(batches) and progress.step < limit:
-                started = time.perf_counter()
-                row = self.train_step(batches[progress.cursor])
-                row["seconds"] = time.perf_counter() - started
-                self.log(row)
-                bar.update()
-                bar.set_postfix(loss=f"{row['loss']:.3f}", lr=f"{row['lr']:.1e}", refresh=False)
-                if self.stopping or progress.step % config.save_every == 0:
-                    self.save()
-                if self.stopping:
-                    raise Stopped(self.world.signal or signal.SIGTERM)
-            bar.close()
+            with tqdm(total=len(batches), initial=progress.cursor, disable=not self.world.main,
+                      desc=f"epoch {progress.epoch + 1}/{config.epochs}", mininterval=1.0) as bar:
+                while progress.cursor < len(batches) and progress.step < limit:
+                    self.step(batches[progress.cursor], bar)
             self.finish_epoch()
+
+    def step(self, indices: list[int], bar: tqdm) -> None:
+        """One step, logged and shown, saved when it is time or when someone wants to stop."""
+        started = time.perf_counter()
+        row = self.train_step(indices)
+        self.log(row | {"seconds": time.perf_counter() - started})
+        bar.update()
+        bar.set_postfix(loss=f"{row['loss']:.3f}", lr=f"{row['lr']:.1e}", refresh=False)
+        if self.stopping or self.progress.step % self.config.save_every == 0:
+            self.save()
+        if self.stopping:
+            raise Stopped(self.world.signal or signal.SIGTERM)
 
     def finish_epoch(self) -> None:
         """Dev F1, the weights of the next epoch by Eq. (9), the best checkpoint, the next epoch."""
