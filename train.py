@@ -10,7 +10,12 @@ needed (prepare), the model (build), its trainable vector (FlatParameters), chec
 
 Exactness: the batches of an epoch are a function of (seed, epoch), the dropout masks of (seed,
 step, micro-batch), and every normaliser counts the global batch.  So neither the number of
-processes nor accumulation changes the loss, and a run that was killed ends as if it had not been.
+processes nor accumulation changes the loss, and a run that was killed ends as if it had not been,
+bit for bit if it goes on with as many processes and threads (OMP_NUM_THREADS) as before.
+
+Exit codes: 0 done; 2 a command, input or machine that cannot work, said in one `error:` sentence;
+74 no checkpoint could be written, the disk is full; 130 and 143 stopped by Ctrl-C and SIGTERM, to
+be resumed; 1 a crash, with its traceback.
 
 Shapes: B rows, T target tokens, V visual tokens, F image-feature width.
 """
@@ -18,23 +23,29 @@ Shapes: B rows, T target tokens, V visual tokens, F image-feature width.
 import argparse
 import csv
 import dataclasses
+import errno
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
 import re
 import resource
 import shutil
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -54,11 +65,25 @@ HUB_FILES = ["model*.safetensors*", "*config.json", "spiece.model"]  # never pic
 HUB_GB = {"google/flan-t5-base": 1.0, "google/flan-t5-large": 3.1, "google/flan-t5-xl": 11.4,
           VIT: 0.35}  # 4 bytes a parameter
 CHECKPOINTS_KEPT = 2
+FAILED_SAVES = 3  # in a row, then the run ends
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 REAL_PIECES = 4000  # vocabulary of a tiny backbone made from a real corpus
 
 
 class UsageError(ValueError):
     """A command that cannot be carried out, with what to do instead."""
+
+    exit_code = 2
+
+
+class DiskFull(UsageError):
+    """No room for checkpoints."""
+
+    exit_code = 74  # EX_IOERR
+
+
+class Stopped(Exception):
+    """A signal ended the run in good order; its number is the argument."""
 
 
 # ---------------------------------------------------------------------------------------- Config
@@ -192,8 +217,18 @@ GROUPS = {"size": "what to train", "data": "data", "t5": "model", "epochs": "opt
           "aml": "losses", "out": "run"}
 
 
-def parse_arguments(argv: Sequence[str] | None) -> tuple[Config, str, bool]:
-    """The command line as (Config, resume, dry run), one option per Config field."""
+@dataclass(frozen=True)
+class Launch:
+    """What one start of a run needs besides its Config; nothing here changes what is computed."""
+
+    resume: str = "auto"
+    allow_world_change: bool = False
+    timeout: float = 300.0  # seconds
+    dry_run: bool = False
+
+
+def parse_arguments(argv: Sequence[str] | None) -> tuple[Config, Launch]:
+    """The command line: one option per Config field, and those of Launch."""
     parser = data.Parser(description=__doc__.split("\n\n")[0], usage="%(prog)s [options]")
     for spec in dataclasses.fields(Config):
         if spec.name in GROUPS:
@@ -207,27 +242,41 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Config, str, bool]:
             group.add_argument(flag, type=kind, default=spec.default, **more)
     group.add_argument("--resume", default="auto", help="'auto' goes on with the newest "
                        "checkpoint of --out, 'none' starts over, a path names a checkpoint")
+    group.add_argument("--allow-world-change", action="store_true", help="resume with another "
+                       "number of processes: the same batches, equal but for rounding")
+    group.add_argument("--timeout", type=float, default=Launch.timeout, help="seconds that the "
+                       "processes wait for one that does not answer")
     group.add_argument("--dry-run", action="store_true", help="find, make or fetch corpus and "
                        "backbone, print files, parameters, rows, steps and memory, and stop: no "
                        "weight is loaded, nothing is written to --out")
     values = vars(parser.parse_args(argv))
-    resume, dry_run = values.pop("resume"), values.pop("dry_run")
+    launch = Launch(**{spec.name: values.pop(spec.name) for spec in dataclasses.fields(Launch)})
     if values["units"] is not None:
         values["units"] = tuple(values["units"])
     config = Config(**values).resolved()
     config.check()
-    return config, resume, dry_run
+    if not launch.timeout > 0:
+        raise UsageError(f"expected --timeout above 0, got {launch.timeout}; correct it")
+    return config, launch
 
 
 # ----------------------------------------------------------------------------------------- World
 
 class World:
-    """The processes of this run: the one place that knows about ranks."""
+    """The processes of this run: the one place that knows about ranks and signals."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: float = Launch.timeout) -> None:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # by torchrun
+        self.timeout = timeout
+        self.signal = 0  # the one that asked this process to stop
+        self.resting = False  # nothing would be lost if the process ended now
+        self.heard = time.monotonic()  # when the processes last met
         local = int(os.environ.get("LOCAL_RANK", 0))
         cuda = torch.cuda.is_available()
+        if cuda and local >= torch.cuda.device_count():
+            raise UsageError(f"--nproc_per_node: expected at most {torch.cuda.device_count()}, the "
+                             f"number of GPUs, got a process {local + 1}; start fewer")
         self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)
@@ -237,9 +286,17 @@ class World:
         return self.rank == 0
 
     def join(self) -> None:
-        """Meet the other processes; called once everything slow is prepared."""
+        """Meet the other processes; called once everything slow is prepared.
+
+        torchrun (torch 2.13) keeps one store for all its restarts, and in it the addresses of
+        processes that are gone: each restart gets a corner of its own.
+        """
         if self.size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            wait = timedelta(seconds=self.timeout)
+            store, _, _ = next(dist.rendezvous("env://", timeout=wait))
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=wait,
+                                    store=dist.PrefixStore(f"start {self.restarts}", store),
+                                    rank=self.rank, world_size=self.size)
 
     def leave(self) -> None:
         if dist.is_initialized():
@@ -249,15 +306,80 @@ class World:
         """Sum `tensor` over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
+        self.heard = time.monotonic()
         return tensor
 
     def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
+        self.sum(torch.zeros(1, device=self.device))
 
     def print(self, *lines: str) -> None:
         if self.main:
             print(*lines, sep="\n", flush=True)
+
+    def listen(self) -> None:
+        """From now on Ctrl-C and SIGTERM ask for a stop, which comes after the current step."""
+        self.heard = time.monotonic()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.hear)
+
+    def hear(self, number: int, _: object) -> None:
+        """A second signal ends the process at once, and so does one that comes because the others
+        have waited for this process in vain."""
+        hung = not self.resting and time.monotonic() - self.heard > self.timeout
+        if self.signal or hung:
+            os._exit(128 + number)
+        self.signal = number
+        if self.resting:
+            raise Stopped(number)
+
+    @contextmanager
+    def rest(self) -> Iterator[None]:
+        """Long work that starts from what is on disk: a signal may end it at any line."""
+        self.resting = True
+        if self.signal:
+            raise Stopped(self.signal)
+        yield
+        self.resting, self.heard = False, time.monotonic()
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """End the process with the exit code that this file's docstring promises, and its message.
+
+    One of several processes ends at once: a destructor might wait for the others.  A message that
+    rank 0 will have as well, or that only says that another process is gone, is held back: by then
+    torchrun has ended this process too, and the cause is not buried.
+    """
+    rank, alone = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", 1)) == 1
+    lost = None  # the words that say that another process is gone
+    try:
+        yield
+        return
+    except (UsageError, data.DataError, ImageError, WeightsError) as problem:
+        code, message = getattr(problem, "exit_code", 2), f"error: {problem}"
+    except KeyboardInterrupt:
+        code, message = 128 + signal.SIGINT, "interrupted before the training began"
+    except Stopped as stop:
+        code, message = 128 + stop.args[0], ""
+    except BaseException as problem:
+        if isinstance(problem, SystemExit) and not dist.is_initialized():
+            raise  # argparse has spoken
+        code, message = 1, traceback.format_exc()
+        if isinstance(problem, OSError) and problem.errno in NO_SPACE:
+            code, message = DiskFull.exit_code, f"error: {problem}; make room, run it again"
+        if isinstance(problem, RuntimeError) and not alone:
+            lost = re.search(r".*(gloo|NCCL|by peer|[Tt]imed out).*", str(problem))
+        if lost:
+            message = f"rank {rank}: another process has ended or does not answer: {lost[0]}"
+    if not alone and message and (rank != "0" or lost):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        time.sleep(1)
+    sys.stdout.flush()
+    print(message, file=sys.stderr, end="\n" if message else "", flush=True)
+    if alone:
+        sys.exit(code)
+    os._exit(code)
 
 
 # --------------------------------------------------------------------------------------- prepare
@@ -683,14 +805,44 @@ def write_checkpoint(folder: Path, flat: FlatParameters, state: dict) -> None:
     aside = folder.with_name("." + folder.name + ".writing")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    flat.save(aside)
-    state = {**state, "sha256": {file.name: file_hash(file) for file in sorted(aside.iterdir())}}
-    (aside / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-    for path in (*aside.iterdir(), aside):
-        sync(path)
-    shutil.rmtree(folder, ignore_errors=True)  # only ever the same step, made again after a kill
+    try:
+        flat.save(aside)
+        digests = {file.name: file_hash(file) for file in sorted(aside.iterdir())}
+        for file in aside.iterdir():
+            sync(file)
+        write_state(aside, state, digests)
+    except Exception:
+        shutil.rmtree(aside, ignore_errors=True)  # on a full disk, its space is needed
+        raise
+    if folder.exists():
+        discard(folder)  # broken, or made again after a kill
     aside.rename(folder)
     sync(folder.parent)
+
+
+def discard(folder: Path) -> None:
+    """Remove a checkpoint, whole or not at all: under its own name it is never half there."""
+    aside = folder.with_name("." + folder.name + ".old")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_state(folder: Path, state: dict, digests: dict[str, str]) -> None:
+    """Put state.json, or a newer one, into a checkpoint folder; one rename, so never half of it."""
+    aside = folder / ".state.json.writing"
+    state = {**state, "sha256": digests}
+    state["state_sha256"] = state_hash(state)
+    aside.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+    sync(aside)
+    aside.rename(folder / "state.json")
+    sync(folder)
+
+
+def state_hash(state: dict) -> str:
+    """sha256 of a state without the digest of itself, in hex."""
+    rest = {name: value for name, value in state.items() if name != "state_sha256"}
+    return hashlib.sha256(json.dumps(rest).encode()).hexdigest()
 
 
 def sync(path: Path) -> None:
@@ -705,12 +857,15 @@ def read_state(folder: Path) -> dict:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         broken = [name for name, digest in state["sha256"].items()
                   if file_hash(folder / name) != digest]
-    except (OSError, ValueError, KeyError) as cause:
+        if state.get("state_sha256", state_hash(state)) != state_hash(state):
+            broken.append("state.json")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as cause:
         raise UsageError(f"{folder}: expected a checkpoint folder with state.json and the files it "
                          f"lists, got {type(cause).__name__}: {cause}; name another one") from cause
     if broken:
         raise UsageError(f"{folder}/{broken[0]}: expected the content whose sha256 state.json "
-                         "records, got another; delete this checkpoint, an older one will be used")
+                         "records, got another; name another checkpoint, or none to let an older "
+                         "one be used")
     return state
 
 
@@ -723,6 +878,33 @@ def newest_checkpoint(run: Path, prefix: str = "step") -> Path | None:
         except UsageError as problem:
             print(f"passed over: {problem}", file=sys.stderr)
     return None
+
+
+def claim(out: Path) -> io.TextIOWrapper:
+    """Hold a run folder until this process ends, however it ends, or until the file is closed."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "w")
+    except OSError as cause:
+        raise UsageError(f"--out {out}: expected a folder that can be written to, got "
+                         f"{'a file' if out.is_file() else cause.strerror}; choose another --out"
+                         ) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UsageError(f"--out {out}: expected a run folder that no other process writes to, got "
+                         "one in use; wait for that run, end it, or use another --out") from None
+    return lock
+
+
+def append(path: Path, text: str) -> None:
+    """Append to a file, all of it or, where the disk is full, nothing."""
+    content = text.encode()
+    with open(path, "ab", buffering=0) as file:
+        before = file.seek(0, os.SEEK_END)
+        if file.write(content) != len(content):
+            file.truncate(before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -767,6 +949,10 @@ class Run:
         self.units = [u for u in UNITS if any(UNITS[e.unit] == u for e in self.examples)]
         self.reference = self.references()
         self.progress = Progress(weights=dict.fromkeys(self.units, 1.0))
+        self.stopping = False  # some process was asked to stop
+        self.unsaved: set[int] = set()  # steps since the last checkpoint that could not be written
+        self.unlogged = ""  # rows for which metrics.csv had no room
+        self.on_disk: Path | None = None  # the checkpoint whose weights are those of now
         if config.fusion == "gate" and not dry:
             self.open_gate()
         self.origin = {"t5": str(sources.t5), "vit": str(sources.vit),
@@ -811,54 +997,87 @@ class Run:
         """What state.json holds; the dropout RNG needs no more than the seed and the step."""
         config = {name: value for name, value in dataclasses.asdict(self.config).items()
                   if name not in ("out", "save_every", "impl")}  # they change no mathematics
-        return {"config": config, **dataclasses.asdict(self.progress),
+        return {"config": config, **dataclasses.asdict(self.progress), "world": self.world.size,
                 "rng": {"seed": self.config.seed, "next_step": self.progress.step},
                 "reference": {unit: self.reference[unit] for unit in self.units}, **self.origin}
 
-    def save(self, prefix: str = "step") -> None:
-        """Write a checkpoint of this moment and drop the oldest ones."""
-        if self.world.main:
-            folder = self.out / f"{prefix}-{self.progress.step:08d}"
-            write_checkpoint(folder, self.flat, self.state())
-            kept = CHECKPOINTS_KEPT if prefix == "step" else 1
-            for old in sorted(self.out.glob(f"{prefix}-*"))[:-kept]:
-                shutil.rmtree(old)
-        self.world.barrier()
+    def save(self, prefix: str = "step") -> bool:
+        """Write a checkpoint of this moment; all processes learn whether that worked.
 
-    def resume(self, how: str) -> str:
-        """Go on from a checkpoint; returns the line that says what was found."""
+        A full disk costs this checkpoint, not the run, unless it stays full.
+        """
+        folder = self.out / f"{prefix}-{self.progress.step:08d}"
+        failed = torch.zeros(1, device=self.world.device)
         if self.world.main:
-            self.lock_folder()
-        if how == "none":
+            try:
+                self.write(folder)
+            except (OSError, SafetensorError) as cause:
+                failed += 1
+                print(f"error: {folder}: expected to write a checkpoint, got {cause}; the ones "
+                      "before it are whole and training goes on: make room", file=sys.stderr,
+                      flush=True)
+        if not self.world.sum(failed).item():
+            self.unsaved.clear()
+            self.on_disk = folder if prefix == "step" else self.on_disk
+            return True
+        self.unsaved.add(self.progress.step)
+        if len(self.unsaved) == FAILED_SAVES:
+            raise DiskFull(f"{self.out}: expected room for a checkpoint, got none at steps "
+                           f"{', '.join(map(str, sorted(self.unsaved)))}; make room, then the same "
+                           "command goes on from the last checkpoint")
+        return False
+
+    def write(self, folder: Path) -> None:
+        """Write `folder`, or its state alone if the weights are in it already; drop older ones."""
+        if folder == self.on_disk:
+            digests = json.loads((folder / "state.json").read_text(encoding="utf-8"))["sha256"]
+            write_state(folder, self.state(), digests)
+        else:
+            write_checkpoint(folder, self.flat, self.state())
+        prefix = folder.name.split("-")[0]
+        kept = CHECKPOINTS_KEPT if prefix == "step" else 1
+        alike = sorted(self.out.glob(f"{prefix}-*"))
+        later = [other for other in alike if other.name > folder.name]  # broken, or gone back from
+        for old in alike[:-kept - len(later)] + later:
+            discard(old)
+
+    def check_room(self) -> None:
+        """Refuse a disk that could not hold the checkpoints, before anything was computed."""
+        size = 3 * self.flat.values.nbytes  # with Adam's two moments
+        there = len([*self.out.glob("step-*"), *self.out.glob("best-*")])
+        needed = size * max(CHECKPOINTS_KEPT + 2 - there, 1)  # the best one, one being written
+        free = shutil.disk_usage(self.out).free
+        if free < needed:
+            raise DiskFull(f"{self.out}: expected {needed / 1e6:,.1f} MB of free disk for "
+                           f"checkpoints of {size / 1e6:,.1f} MB, got {free / 1e6:,.1f} MB; make "
+                           "room, or choose an --out on another disk")
+
+    def resume(self, launch: Launch) -> str:
+        """Go on from a checkpoint; returns the line that says what was found."""
+        how = launch.resume
+        for torn in self.out.glob(".*-*") if self.world.main else ():  # what a kill left
+            shutil.rmtree(torn, ignore_errors=True)
+        if how == "none" and not self.world.restarts:
             if self.world.main:
                 for old in self.out.glob("[!.]*"):
                     shutil.rmtree(old) if old.is_dir() else old.unlink()
             self.world.barrier()
             return "start: from the beginning (--resume none)"
-        found = newest_checkpoint(self.out) if how == "auto" else Path(how)
+        found = newest_checkpoint(self.out) if how in ("auto", "none") else Path(how)
         if found is None:
-            self.cut_logs()
+            self.restore_logs()
             return f"start: from the beginning, no checkpoint in {self.out}"
         state = read_state(found)
-        self.check_same(state, found)
+        self.check_same(state, found, launch.allow_world_change)
         load_trainables(self.model, found)
         self.flat.load_moments(found, state["step"])
         self.progress = Progress(**{f.name: state[f.name] for f in dataclasses.fields(Progress)})
-        self.cut_logs()
+        if found.resolve().parent == self.out.resolve():
+            self.on_disk = self.out / found.name
+        self.restore_logs()
         return f"start: resumed {found} at step {state['step']}, epoch {state['epoch'] + 1}"
 
-    def lock_folder(self) -> None:
-        """Hold the run folder until this process ends, however it ends."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.out / ".lock", "w")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(f"{self.out}: expected a run folder that no other process writes to, "
-                             "got one in use; wait for that run, end it, or use another --out"
-                             ) from None
-
-    def check_same(self, state: dict, found: Path) -> None:
+    def check_same(self, state: dict, found: Path, any_world: bool) -> None:
         """A run may only go on with the settings and weights that it began with."""
         mine = json.loads(json.dumps(self.state()))
         changed = [name for name, value in mine["config"].items()
@@ -871,55 +1090,90 @@ class Run:
             raise UsageError(f"{found}: expected the settings it was started with, got changes: "
                              f"{was}; repeat the old command, or use another --out, or "
                              "--resume none to start over")
+        world = state.get("world", self.world.size)
+        if world != self.world.size and not any_world:
+            raise UsageError(f"{found}: expected {world} process(es), as it was started with, got "
+                             f"{self.world.size}; use torchrun --nproc_per_node={world}, or pass "
+                             "--allow-world-change to go on with the same batches but another "
+                             "order of sums, no longer bit for bit")
 
-    def cut_logs(self) -> None:
-        """Drop logged rows from after the checkpoint, so that no step appears twice."""
-        for name, step_of in (("metrics.csv", lambda line: int(line.split(",")[0])),
-                              ("eval.jsonl", lambda line: json.loads(line)["step"])):
-            path = self.out / name
-            if self.world.main and path.exists():
-                lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # the last may be torn
-                kept = [line + "\n" for line in lines if line.startswith("step,")
-                        or step_of(line) <= self.progress.step]
-                path.write_text("".join(kept), encoding="utf-8")
+    def restore_logs(self) -> None:
+        """Let the logs say what the checkpoint knows, so that no step appears twice."""
+        if not self.world.main:
+            return
+        path = self.out / "metrics.csv"
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # the last may be torn
+            kept = [line + "\n" for line in lines if line.startswith("step,")
+                    or int(line.split(",")[0]) <= self.progress.step]
+            evaluate.write_whole(path, "".join(kept))
+        self.write_history()
+
+    def write_history(self) -> None:
+        path = self.out / "eval.jsonl"
+        lines = [json.dumps(entry) + "\n" for entry in self.progress.history]
+        if lines or path.exists():
+            evaluate.write_whole(path, "".join(lines))
 
     # ---------------------------------------------------------------- training
 
     def train_step(self, indices: list[int]) -> dict[str, float]:
         """One optimizer step on one global batch of examples; the heart of the method."""
+        sums = torch.zeros(4 + 2 * len(UNITS), dtype=torch.float64, device=self.world.device)
+        self.flat.grads.zero_()
+        self.model.train()
+        parts = data.micro_batches(indices, self.examples, self.config.micro_batch)
+        for part, rows in enumerate(parts):
+            if part % self.world.size == self.world.rank:
+                sums[:-1] += self.backward(rows, part, indices)
+        sums[-1] = self.world.signal
+        self.world.sum(self.flat.grads)
+        *sums, stop = self.world.sum(sums).tolist()
+        self.stopping = stop > 0  # for all processes at the same step
+        return self.update(sums, indices)
+
+    def backward(self, rows: list[int], part: int, indices: list[int]) -> Tensor:
+        """Add the gradients of one micro-batch of the global batch `indices`; its `unit_sums`."""
         config, device, progress = self.config, self.world.device, self.progress
         tokens = sum(len(self.examples[i].labels) for i in indices)
         w = torch.tensor([progress.weights.get(unit, 0.0) for unit in UNITS], device=device)
-        sums = torch.zeros(3 + 2 * len(UNITS), dtype=torch.float64, device=device)
         if self.routing is not None:
             self.routing.mim_batch = len(indices) if config.uses_mim else None
-        self.flat.grads.zero_()
-        self.model.train()
-        for part, rows in enumerate(data.micro_batches(indices, self.examples, config.micro_batch)):
-            if part % self.world.size != self.world.rank:
-                continue
-            torch.manual_seed(hash((config.seed, progress.step, part)))  # of integers: always equal
-            batch = self.collate(rows)
-            with self.autocast():
-                hidden = self.model.hidden(batch)
-                ce = losses.token_cross_entropy(hidden, batch.labels, self.model.t5.head)  # [B]
-            L_MT = (w[batch.units] * ce).sum() / tokens
-            L_MIM = losses.mutual_information(self.routing.moments() if config.uses_mim else [],
-                                              max(self.layers, 1)).to(device)
-            loss = L_MT + config.beta * L_MIM  # Eq. (10)
-            loss.backward()
-            sums += unit_sums(torch.stack([loss, L_MT, L_MIM]), ce, batch)
-        self.world.sum(self.flat.grads)
-        return self.update(self.world.sum(sums).tolist(), indices)
+        torch.manual_seed(hash((config.seed, progress.step, part)))  # of integers: always equal
+        batch = self.collate(rows)
+        with self.autocast():
+            hidden = self.model.hidden(batch)
+            ce = losses.token_cross_entropy(hidden, batch.labels, self.model.t5.head)  # [B]
+        L_MT = (w[batch.units] * ce).sum() / tokens
+        L_MIM = losses.mutual_information(self.routing.moments() if config.uses_mim else [],
+                                          max(self.layers, 1)).to(device)
+        loss = L_MT + config.beta * L_MIM  # Eq. (10)
+        loss.backward()
+        return unit_sums(torch.stack([loss, L_MT, L_MIM]), ce, batch)
+
+    def not_finite(self, loss: float, norm: float, indices: list[int]) -> UsageError:
+        """What to say of a batch that cannot be learnt from: which of its rows, each tried alone,
+        have a loss or a gradient that is not finite."""
+        guilty = []
+        for i in indices:
+            self.flat.grads.zero_()
+            sums = self.backward([i], 0, indices)
+            if not (sums[0].isfinite() and self.flat.grads.norm().isfinite()):
+                record = self.examples[i].record
+                guilty.append(f"{record.id} ({record.source})")
+        which = ", ".join(guilty[:5]) + ", ..." * (len(guilty) > 5) or "none of its rows alone"
+        advice = "look at these rows" if 0 < len(guilty) < len(indices) else "lower --lr"
+        return UsageError(
+            f"step {self.progress.step + 1}: expected a finite loss and gradient, got loss {loss} "
+            f"and gradient norm {norm} from {len(guilty)} of the batch's {len(indices)} rows: "
+            f"{which}; no weight was changed and the last checkpoint is whole: {advice}, then the "
+            "same command goes on")
 
     def update(self, sums: list[float], indices: list[int]) -> dict[str, float]:
-        """Clip, step and report; gradients that are not finite stop the run before the step."""
+        """Clip, step and report; what is not finite stops the run before the step."""
         norm = self.flat.grads.norm()
-        if not torch.isfinite(norm):
-            rows = ", ".join(self.examples[i].record.source for i in indices[:5])
-            raise UsageError(f"step {self.progress.step + 1}: expected finite gradients, got norm "
-                             f"{norm.item()} from a batch that begins with {rows}; the last "
-                             "checkpoint is intact: look at these rows, or lower --lr")
+        if not (torch.isfinite(norm) and math.isfinite(sums[0])):
+            raise self.not_finite(sums[0], norm.item(), indices)
         self.flat.grads.mul_((self.config.clip / (norm + 1e-6)).clamp(max=1.0))
         lr = self.config.lr * 0.5 ** (self.progress.epoch // self.config.lr_epochs)
         self.flat.set_lr(lr)
@@ -938,39 +1192,45 @@ class Run:
         limit = math.inf if config.steps is None else config.steps
         while progress.epoch < config.epochs and progress.step < limit:
             batches = self.batches(progress.epoch)
-            bar = tqdm(total=len(batches), initial=progress.cursor, disable=not self.world.main,
-                       desc=f"epoch {progress.epoch + 1}/{config.epochs}", mininterval=1.0)
-            while progress.cursor < len(batches) and progress.step < limit:
-                started = time.perf_counter()
-                row = self.train_step(batches[progress.cursor])
-                row["seconds"] = time.perf_counter() - started
-                self.log(row)
-                bar.update()
-                bar.set_postfix(loss=f"{row['loss']:.3f}", lr=f"{row['lr']:.1e}", refresh=False)
-                if progress.step % config.save_every == 0 and progress.cursor < len(batches):
-                    self.save()
-            bar.close()
+            with tqdm(total=len(batches), initial=progress.cursor, disable=not self.world.main,
+                      desc=f"epoch {progress.epoch + 1}/{config.epochs}", mininterval=1.0) as bar:
+                while progress.cursor < len(batches) and progress.step < limit:
+                    self.step(batches[progress.cursor], bar)
             self.finish_epoch()
+
+    def step(self, indices: list[int], bar: tqdm) -> None:
+        """One step, logged and shown, saved when it is time or when someone wants to stop."""
+        started = time.perf_counter()
+        row = self.train_step(indices)
+        self.log(row | {"seconds": time.perf_counter() - started})
+        bar.update()
+        bar.set_postfix(loss=f"{row['loss']:.3f}", lr=f"{row['lr']:.1e}", refresh=False)
+        if self.stopping or self.progress.step % self.config.save_every == 0:
+            self.save()
+        if self.stopping:
+            raise Stopped(self.world.signal or signal.SIGTERM)
 
     def finish_epoch(self) -> None:
         """Dev F1, the weights of the next epoch by Eq. (9), the best checkpoint, the next epoch."""
         progress = self.progress
-        f1 = self.dev_f1()
+        if self.on_disk is None or not self.on_disk.name.endswith(f"-{progress.step:08d}"):
+            self.save()  # a run that ends while it evaluates has only that to repeat
+        with self.world.rest():
+            f1 = self.dev_f1()
         if self.config.aml:
             progress.weights = losses.achievement_weights(  # w_t^m of Eq. (9), for the next epoch
                 f1, self.reference, self.config.aml_margin, self.config.aml_gamma)
         progress.history.append({"epoch": progress.epoch + 1, "step": progress.step, "f1": f1,
                                  "weights": progress.weights})
+        before = progress.best_sum, progress.best_step
         better = sum(f1.values()) > progress.best_sum
         if better:
             progress.best_sum, progress.best_step = sum(f1.values()), progress.step
         progress.epoch, progress.cursor = progress.epoch + 1, 0
-        if better:
-            self.save("best")
-        self.save()
-        if self.world.main:
-            with open(self.out / "eval.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(progress.history[-1]) + "\n")
+        if better and not self.save("best"):
+            progress.best_sum, progress.best_step = before
+        if self.save() and self.world.main:
+            self.write_history()
         self.world.print("  dev F1  " + "  ".join(f"{u} {v:.1f}" for u, v in f1.items())
                          + f"  mean {sum(f1.values()) / max(len(f1), 1):.1f}")
         if self.config.aml:
@@ -996,25 +1256,36 @@ class Run:
     def test(self) -> str:
         """The table of the test split with the best checkpoint; also written to the run folder."""
         load_trainables(self.model, find_checkpoint(self.out))
-        rows = self.evaluate("test")
+        with self.world.rest():
+            rows = self.evaluate("test")
         text = evaluate.table(evaluate.total(rows), self.setup.datasets)
         if self.world.main:
             evaluate.save_predictions(self.out / "predictions-test.jsonl", rows)
             evaluate.save_scores(self.out / "scores-test.json", rows, find_checkpoint(self.out),
                                  self.config, "test")
-            (self.out / "table.txt").write_text(text + "\n", encoding="utf-8")
+            evaluate.write_whole(self.out / "table.txt", text + "\n")
         return text
 
     def log(self, row: dict[str, float]) -> None:
-        """Append one row to metrics.csv, flushed so that a kill loses none."""
-        if self.world.main:
-            path = self.out / "metrics.csv"
-            fresh = not path.exists()
-            with open(path, "a", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, row, lineterminator="\n")
-                if fresh:
-                    writer.writeheader()
-                writer.writerow(row)
+        """Append one row to metrics.csv at once, so that a kill loses none.
+
+        Where the disk is full, rows wait in memory until it has room again.
+        """
+        if not self.world.main:
+            return
+        path, waiting, text = self.out / "metrics.csv", bool(self.unlogged), io.StringIO()
+        writer = csv.DictWriter(text, row, lineterminator="\n")
+        if not waiting and not (path.exists() and path.stat().st_size):
+            writer.writeheader()
+        writer.writerow(row)
+        self.unlogged += text.getvalue()
+        try:
+            append(path, self.unlogged)
+            self.unlogged = ""
+        except OSError as cause:
+            if not waiting:
+                print(f"error: {path}: expected to append a row, got {cause}; training goes on and "
+                      "the rows are kept in memory: make room", file=sys.stderr, flush=True)
 
 
 def unit_sums(totals: Tensor, ce: Tensor, batch: data.Batch) -> Tensor:
@@ -1061,15 +1332,19 @@ def describe(run: Run, start: str) -> list[str]:
     if config.aml and run.reference is losses.SINGLE_TASK_F1 and {"MED", "MEAE"} & set(run.units):
         lines.append("note: the references of MED and MEAE are M2E2 test figures, which dev scores "
                      "on other data do not match; give your own with --aml-reference")
+    parts = math.ceil(min(config.batch, len(run.examples)) / config.micro_batch)
+    if parts < world.size:
+        lines.append(f"note: a batch makes {parts} micro-batches for {world.size} processes, so "
+                     f"{world.size - parts} only wait; start fewer, or lower --micro-batch")
     return lines
 
 
-def plan(config: Config, sources: Sources, world: World, resume: str) -> list[str]:
+def plan(config: Config, sources: Sources, world: World, launch: Launch) -> list[str]:
     """What a run would use, from configurations, headers and the corpus alone (--dry-run)."""
     run = Run(config, sources, world, dry=True)
-    found = newest_checkpoint(run.out) if resume == "auto" else resume
+    found = newest_checkpoint(run.out) if launch.resume == "auto" else launch.resume
     start = f"start: {'from the beginning' if found in (None, 'none') else f'would resume {found}'}"
-    if finished(config, resume):
+    if finished(config, launch):
         start = "start: this run is finished, its table would be printed again"
     files = [path for folder in (sources.t5, sources.vit, *filter(None, [sources.init]))
              for path in sorted(folder.iterdir())
@@ -1153,10 +1428,10 @@ def unit_rows(records: Sequence[data.Record], datasets: dict[str, data.Dataset])
     return {unit: names.count(unit) for unit in UNITS if unit in names}
 
 
-def finished(config: Config, resume: str) -> str | None:
+def finished(config: Config, launch: Launch) -> str | None:
     """The table of a run that is complete already, if the same command is given again."""
     table = Path(config.out) / "table.txt"
-    if resume != "auto" or not table.exists():
+    if launch.resume != "auto" or not table.exists():
         return None
     newest = newest_checkpoint(table.parent)
     mine = json.loads(json.dumps(dataclasses.asdict(config)))
@@ -1166,32 +1441,41 @@ def finished(config: Config, resume: str) -> str | None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    config, resume, dry_run = parse_arguments(argv)
-    world = World()
+    config, launch = parse_arguments(argv)
+    world = World(launch.timeout)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    if dry_run:
-        world.print(*(plan(config, prepare(config), world, resume) if world.main else ()))
+    if launch.dry_run:
+        world.print(*(plan(config, prepare(config), world, launch) if world.main else ()))
         return
-    done = finished(config, resume)
+    done = finished(config, launch)
     if done is not None:
         world.print(f"{config.out} is finished; its table again (--resume none starts over):", done)
         return
+    lock = claim(Path(config.out)) if world.main else None
     sources = prepare(config)
     world.join()
     run = Run(config, sources, world)
-    world.print(*describe(run, run.resume(resume)))
+    if world.main:
+        run.check_room()
+    world.print(*describe(run, run.resume(launch)))
+    world.listen()
     started = time.perf_counter()
-    run.train()
-    world.print(f"trained to step {run.progress.step} in {time.perf_counter() - started:.0f} s; "
-                f"best dev epoch ended at step {run.progress.best_step}")
-    if run.records["test"]:
-        world.print("test split, best checkpoint:", run.test())
+    try:
+        run.train()
+        world.print(f"trained to step {run.progress.step} in {time.perf_counter() - started:.0f} s;"
+                    f" best dev epoch ended at step {run.progress.best_step}")
+        if run.records["test"]:
+            world.print("test split, best checkpoint:", run.test())
+    except Stopped as stop:
+        world.print(f"stopped by {signal.Signals(stop.args[0]).name} after step "
+                    f"{run.progress.step}; last checkpoint: {run.on_disk}; the same command goes "
+                    "on from there" + " without --resume none" * (launch.resume == "none"))
+        raise
     world.leave()
+    if lock:
+        lock.close()
 
 
 if __name__ == "__main__":
-    try:
+    with exit_codes():
         main()
-    except (UsageError, data.DataError, ImageError, WeightsError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)

@@ -23,11 +23,15 @@ def fixed_seed() -> None:
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Folders of a small demo world and of a random tiny T5 and ViT: {"data", "t5", "vit"}."""
+    return make_small(tmp_path_factory.mktemp("small"))
+
+
+def make_small(root: Path) -> dict[str, str]:
+    """The same in a folder of one's choice."""
     import data
     import demo
     from t5 import T5, T5Config
     from vision import ViT, ViTConfig
-    root = tmp_path_factory.mktemp("small")
     world, t5, vit = root / "world", root / "t5", root / "vit"
     demo.make_world(world, seed=0, scale=0.04)
     datasets = data.load_datasets(world)
@@ -65,3 +69,20 @@ def run(line: list[str]) -> subprocess.CompletedProcess:
     """Run a command to its end; its output is text."""
     return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=300,
                           env=ENVIRONMENT)
+
+
+def sums(folder: Path) -> dict[str, bytes]:
+    """Content of every file of every checkpoint of a run, and its logs without the clock."""
+    found = {f"{path.parent.name}/{path.name}": path.read_bytes()
+             for path in folder.glob("*-*/*")}
+    rows = (folder / "metrics.csv").read_text().split("\n")
+    found["metrics.csv"] = "\n".join(row.rpartition(",")[0] for row in rows).encode()
+    return found | {name: (folder / name).read_bytes() for name in (
+        "eval.jsonl", "table.txt", "predictions-test.jsonl", "scores-test.json")}
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below one: torchrun puts its workers into sessions of their own."""
+    children = [int(word) for task in Path(f"/proc/{pid}/task").iterdir()
+                for word in (task / "children").read_text().split()]
+    return children + [below for child in children for below in descendants(child)]

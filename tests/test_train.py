@@ -3,18 +3,15 @@
 import dataclasses
 import json
 import math
-import os
 import re
 import resource
 import shutil
-import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, run
+from conftest import ROOT, run
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -58,52 +55,6 @@ def test_accumulation_takes_the_step_that_one_pass_takes(command, tmp_path):
     whole = first_step(command, tmp_path, "--micro-batch", 12)
     for rows in (5, 1):
         assert_same_step(first_step(command, tmp_path, "--micro-batch", rows), whole)
-
-
-def sums(folder: Path) -> dict[str, bytes]:
-    """Content of every file of every checkpoint of a run, and its logs without the clock."""
-    found = {f"{path.parent.name}/{path.name}": path.read_bytes()
-             for path in folder.glob("*-*/*")}
-    rows = (folder / "metrics.csv").read_text().split("\n")
-    found["metrics.csv"] = "\n".join(row.rpartition(",")[0] for row in rows).encode()
-    return found | {name: (folder / name).read_bytes() for name in (
-        "eval.jsonl", "table.txt", "predictions-test.jsonl", "scores-test.json")}
-
-
-def kill_at(line: list[str], out: Path, step: int) -> None:
-    """Start a run and SIGKILL it, with all its processes, once it has logged `step` steps."""
-    process = subprocess.Popen(line, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, start_new_session=True)
-    deadline, log = time.monotonic() + 120, out / "metrics.csv"
-    while process.poll() is None and time.monotonic() < deadline:
-        if log.exists() and log.read_text().count("\n") > step:
-            break
-        time.sleep(0.02)
-    assert process.poll() is None, "the run ended before it could be killed"
-    for pid in (*descendants(process.pid), process.pid):
-        os.kill(pid, signal.SIGKILL)
-    process.wait()
-
-
-def descendants(pid: int) -> list[int]:
-    """All processes below one: torchrun puts its workers into sessions of their own."""
-    children = [int(word) for task in Path(f"/proc/{pid}/task").iterdir()
-                for word in (task / "children").read_text().split()]
-    return children + [below for child in children for below in descendants(child)]
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_killed_run_ends_bit_identical_to_one_that_was_not(command, tmp_path, processes):
-    """R1: SIGKILL twice, the same command again: weights, moments, state and logs are equal."""
-    flags = ("--steps", 14, "--epochs", 2, "--save-every", 3)
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-    assert run(command(straight, *flags, processes=processes)).returncode == 0
-    for step in (4, 8):
-        kill_at(command(killed, *flags, processes=processes), killed, step)
-    resumed = run(command(killed, *flags, processes=processes))
-    assert resumed.returncode == 0, resumed.stderr
-    assert "start: resumed" in resumed.stdout
-    assert sums(killed) == sums(straight)
 
 
 def test_a_finished_run_reprints_its_table(finished):
@@ -186,29 +137,6 @@ def test_other_rank_on_loading_names_the_tensor(finished):
     other = train.build(dataclasses.replace(setup.config, rank=9), setup.sources, device)
     with pytest.raises(train.UsageError, match=r"A_T: expected \[3, 3, 32\], got"):
         train.load_trainables(other.model, folder)
-
-
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(finished, tmp_path):
-    """R4: a flipped bit is caught by sha256; the run goes on from the checkpoint before."""
-    out = tmp_path / "run"
-    shutil.copytree(finished["out"], out)
-    (out / "table.txt").unlink()
-    newest = sorted(out.glob("step-*"))[-1]
-    weights = newest / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-5] ^= 1
-    weights.write_bytes(content)
-    line = [str(out) if word == str(finished["out"]) else word for word in finished["line"]]
-    done = run(line)
-    assert done.returncode == 0, done.stderr
-    assert f"passed over: {weights}" in done.stderr
-    assert "at step 4" in done.stdout
-    assert sums(out) == sums(finished["out"])
-
-
-def test_resume_none_starts_over_and_a_wrong_path_is_fatal(finished, tmp_path):
-    lost = run([*finished["line"], "--resume", str(tmp_path / "nowhere")])
-    assert lost.returncode == 2 and "expected a checkpoint folder" in lost.stderr
 
 
 # ------------------------------------------------------------------------------- arguments, errors
