@@ -2176,9 +2176,8 @@ def adapter(args: argparse.Namespace, world: "train.World") -> tuple[Callable, l
             shutil.copy(corpus / name / "dataset.json", folder / "corpus" / name)
         save_file(tensors, folder / "model.safetensors")
         digest = {"model.safetensors": train.file_hash(folder / "model.safetensors")}
-        write_whole(folder / "state.json", json.dumps(
-            {**state, **dict.fromkeys(("t5", "vit", "init")), "config": config, "sha256": digest},
-            indent=1) + "\n")
+        train.write_state(folder, {**state, **dict.fromkeys(("t5", "vit", "init")),
+                                   "config": config}, digest)
 
     numbers = sum(tensor.numel() for tensor in tensors.values())
     needs = {part: state[f"{part}_sha256"] for part in ("t5", "vit", "init")

@@ -40,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch._dynamo  # a second's work that torch.optim would do in every child
 import torch._inductor.config
+import hostile
 from conftest import ENVIRONMENT, ROOT, descendants, make_small, sums
 
 import data
@@ -732,8 +733,8 @@ def poison(where: str, row: int) -> Fault:
                 batch.features[rows] = torch.nan
             return batch
 
-        def poisoned(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            value = ce(logits, labels)
+        def poisoned(*given: object) -> torch.Tensor:
+            value = ce(*given)
             factor = torch.where(present[0], torch.nan, 1.0)
             if where == "gradient":
                 value.register_hook(lambda grad: grad * factor)
@@ -784,6 +785,8 @@ def determinism(lab: Lab, quick: bool) -> tuple[bool, str]:
 CHECKS: dict[str, Callable[[Lab, bool], tuple[bool, str]]] = {
     "R1": exact_resume, "R3": other_world, "R4": damaged, "R5": full_disk, "R6": signals,
     "R7": rank_failures, "R8": elastic_restart, "R9": uneven, "R10": not_finite,
+    **{name: lambda lab, quick, measure=measure: (True, measure())
+       for name, measure in hostile.LONG.items()},
     "R19": determinism}
 
 
