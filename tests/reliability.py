@@ -280,10 +280,10 @@ def kill_once(lab: Lab, job: Job, aimed: bool) -> bool | None:
     None: the run was over first.  Else whether a checkpoint was being written.
     """
     if aimed:
-        write = lab.random.randint(1, 4)
+        write = lab.random.randint(1, 3)
         if not job.until("w", write):
             return None
-        time.sleep(lab.random.uniform(0, lab.window))
+        time.sleep(lab.random.uniform(0, 0.8 * lab.window))
     else:
         if not job.until("t"):
             return None
