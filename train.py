@@ -832,7 +832,7 @@ def write_state(folder: Path, state: dict, digests: dict[str, str]) -> None:
     """Put state.json, or a newer one, into a checkpoint folder; one rename, so never half of it."""
     aside = folder / ".state.json.writing"
     state = {**state, "sha256": digests}
-    state["state_sha256"] = state_hash(state)
+    state["sha256"] = {**digests, "state.json": state_hash(state)}
     aside.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
     sync(aside)
     aside.rename(folder / "state.json")
@@ -841,8 +841,8 @@ def write_state(folder: Path, state: dict, digests: dict[str, str]) -> None:
 
 def state_hash(state: dict) -> str:
     """sha256 of a state without the digest of itself, in hex."""
-    rest = {name: value for name, value in state.items() if name != "state_sha256"}
-    return hashlib.sha256(json.dumps(rest).encode()).hexdigest()
+    files = {name: digest for name, digest in state["sha256"].items() if name != "state.json"}
+    return hashlib.sha256(json.dumps({**state, "sha256": files}).encode()).hexdigest()
 
 
 def sync(path: Path) -> None:
@@ -855,10 +855,8 @@ def read_state(folder: Path) -> dict:
     """state.json of a checkpoint whose files are all whole; UsageError otherwise."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        broken = [name for name, digest in state["sha256"].items()
-                  if file_hash(folder / name) != digest]
-        if state.get("state_sha256", state_hash(state)) != state_hash(state):
-            broken.append("state.json")
+        broken = [name for name, digest in state["sha256"].items() if digest != (
+            state_hash(state) if name == "state.json" else file_hash(folder / name))]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as cause:
         raise UsageError(f"{folder}: expected a checkpoint folder with state.json and the files it "
                          f"lists, got {type(cause).__name__}: {cause}; name another one") from cause
