@@ -637,9 +637,9 @@ def rank_failures(lab: Lab, quick: bool) -> tuple[bool, str]:
         worst, hung = (worst, max(hung, seconds)) if kind == "hang" else (
             max(worst, seconds), hung)
         said = re.search(SAID[kind], text)
-        first = text.find("Traceback")
-        ok = failed and said and not 0 <= text.find("another process") < said.start() and (
-            first < 0 or text.count("Traceback") == 1) and not broken(out)
+        own = text.count("Traceback") - text.count("_run_module_as_main")  # torchrun's
+        ok = (failed and said and not 0 <= text.find("another process") < said.start()
+              and own == (kind in ("raise", "exit 0")) and not broken(out))
         if not ok:
             print(f"  {kind}: {text}", file=sys.stderr)
         good += bool(ok)
