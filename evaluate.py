@@ -14,6 +14,10 @@ Scoring is integer counting per record; percentages are formed once, at the end,
 Batches are built from the whole split and dealt to the processes whole, so the texts, and with them
 the counts, do not depend on how many processes there are.
 
+In this order: counts, matching, scoring, table, files, decoding, one system or several, costs,
+routing, replay, pictures of runs, answering examples, picture of one example, export, the command.
+Nothing up to "one system or several" needs what follows it: a reader of the scores can stop there.
+
 Shapes: T target tokens, V visual tokens, F image-feature width.
 """
 
@@ -54,8 +58,8 @@ import clorae
 import data
 import losses
 from data import UNITS, DataError, Dataset, Example, Item, Record, Tokenizer
-from t5 import T5, Attention, FeedForward, RMSNorm, T5Config, WeightsError, hf_names
-from vision import UMIE, FeatureCache, ImageError, ViT, load_image, resolve_image
+from t5 import T5, Attention, FeedForward, RMSNorm, T5Config, hf_names
+from vision import UMIE, FeatureCache, ViT, load_image, resolve_image
 
 if TYPE_CHECKING:
     import train  # imports this file; at run time only the functions that need it do the same
@@ -935,9 +939,8 @@ def below(systems: Sequence[System]) -> list[str]:
             *COMPARISON, *sorted({note for report in reports for note in report["notes"]})]
 
 
-# -------------------------------------------------------------------------------------- analyses
-# What does a method cost (Table 5), where do its gates send the tokens (Fig. 6), how much do the
-# AML weights depend on p_m, and the pictures (Fig. 4 and 5, learning curves, error classes).
+# -------------------------------------------------------------------------------------------- costs
+# What a method costs: parameters and FLOPs, Table 5.
 
 GEOMETRY = {"base": (768, 2048, 12, 12), "large": (1024, 2816, 24, 16), "xl": (2048, 5120, 24, 32)}
 COSTED = {"full": {}, "lora": {}, "moslora": {}, "loramoe": {}, "clorae": {}, "tlora": {},
@@ -1171,6 +1174,9 @@ def cost_report(geometry: Geometry, paper: Mapping[str, tuple]) -> str:
     return "\n".join([title, "", *cost_tables(found, paper), "", *notes])
 
 
+# ------------------------------------------------------------------------------------------ routing
+# Where the gates send the tokens, Fig. 6.
+
 @contextmanager
 def gates_logged(model: nn.Module,
                  log: Callable[[int, nn.Module, Tensor], None]) -> Iterator[None]:
@@ -1294,6 +1300,9 @@ def save_csv(path: Path, rows: Sequence[Mapping]) -> None:
         writer.writerows(rows)
 
 
+# ------------------------------------------------------------------------------------------- replay
+# How much the AML weights, Eq. (9), depend on p_m and its other settings.
+
 def replay_table(rows: Sequence[Mapping]) -> list[str]:
     """Per setting: largest shift of a weight and where, of a share, and the achieved units."""
     own = {(r["after_epoch"], r["unit"]): r["share"] for r in rows if r["setting"] == "run"}
@@ -1344,6 +1353,9 @@ PANELS = {"encoder": ("encoder",), "decoder": ("decoder",),
           "encoder + decoder": ("encoder", "decoder"), "visual stack": ("vstack",)}
 Results = Mapping[object, Mapping[str, Sequence[float]]]  # {system: {unit: F1 in %, one a seed}}
 
+
+# --------------------------------------------------------------------------------- pictures of runs
+# Curves, systems (Fig. 4), ranks (Fig. 5), routing (Fig. 6), AML weights, errors.
 
 def canvas(path: Path, width: float, height: float, rows: int = 1, columns: int = 1,
            **options: object) -> tuple:
@@ -2441,11 +2453,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if wrong := misuse(args):
         command.error(wrong)
     import train
-    try:
+    with train.exit_codes():
         run(args)
-    except (train.UsageError, DataError, ImageError, WeightsError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

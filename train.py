@@ -358,13 +358,16 @@ def exit_codes() -> Iterator[None]:
     except (UsageError, data.DataError, ImageError, WeightsError) as problem:
         code, message = getattr(problem, "exit_code", 2), f"error: {problem}"
     except KeyboardInterrupt:
-        code, message = 128 + signal.SIGINT, "interrupted before the training began"
+        code, message = 128 + signal.SIGINT, "interrupted"
     except Stopped as stop:
         code, message = 128 + stop.args[0], ""
     except BaseException as problem:
         if isinstance(problem, SystemExit) and not dist.is_initialized():
             raise  # argparse has spoken
         code, message = 1, traceback.format_exc()
+        if isinstance(problem, (PermissionError, IsADirectoryError, NotADirectoryError)):
+            code, message = 2, (f"error: {problem.filename}: expected a place that can be written "
+                                f"to, got {problem.strerror}; name another one")
         if isinstance(problem, OSError) and problem.errno in NO_SPACE:
             code, message = DiskFull.exit_code, f"error: {problem}; make room, run it again"
         if isinstance(problem, RuntimeError) and not alone:
