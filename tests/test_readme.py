@@ -128,7 +128,7 @@ def test_every_command_in_the_text_is_one_that_its_program_accepts(line):
 
 def test_every_flag_that_readme_names_exists():
     programs = [*ROOT.glob("*.py"), ROOT / "tests/benchmark.py", ROOT / "tests/reliability.py"]
-    known = {"--help", *("--nproc", "--nnodes", "--rdzv", "--max-restarts")}  # argparse's and torchrun's own
+    known = {"--help", "--nproc", "--nnodes", "--rdzv", "--max-restarts"}  # not our own
     known |= {flag for path in programs for flag in re.findall(r'"(--[a-z-]+)"', path.read_text())}
     fields = {f"--{name.replace('_', '-')}" for name in train.Config.__dataclass_fields__}
     known |= fields | {f"--no-{name.removeprefix('--')}" for name in fields}
