@@ -679,6 +679,9 @@ def stored_sources(checkpoint: Path, config: Config, **given: str | None) -> Sou
     for part in ("t5", "vit", "init"):
         digest, folder = state.get(f"{part}_sha256"), given.get(part) or state.get(part)
         name = None if part == "init" else getattr(SIZES[config.size], part)
+        if digest and not folder and not name:  # tiny backbones lie in weights/, named by a hash
+            folder = next((str(made) for made in sorted(Path("weights").glob(f"*/{part}"))
+                           if folder_hash(made) == digest), None)
         known = folder and (given.get(part) or Path(folder).is_dir())
         if digest and not known and not name:
             raise UsageError(f"{checkpoint}: expected the folder of its {part} (sha256 "

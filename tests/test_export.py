@@ -322,9 +322,10 @@ def test_an_adapter_holds_no_path_no_moments_and_no_variances(runs, small, tmp_p
 
 
 def test_an_adapter_answers_and_scores_where_only_the_backbone_is(runs, small, elsewhere, tmp_path,
-                                                                 capsys):
-    """One example needs the labels that travel along; scoring needs --data; a wrong backbone or
-    none is an error that says which is expected."""
+                                                                 capsys, monkeypatch):
+    """One example needs the labels that travel along; scoring needs --data; a tiny backbone is
+    found in weights/ by its hash; a wrong backbone or none is an error that says which is
+    expected."""
     adapter = tmp_path / "adapter"
     evaluate.main([str(runs("clorae")), "--export", str(adapter)])
     capsys.readouterr()
@@ -333,6 +334,13 @@ def test_an_adapter_answers_and_scores_where_only_the_backbone_is(runs, small, e
     assert "malformed" in capsys.readouterr().out
     evaluate.main([str(adapter), *there, "--data", small["data"], "--units", "T15"])
     assert "F1" in capsys.readouterr().out and (adapter / "scores-test.json").exists()
+    made = tmp_path / "weights" / "tiny-00000000"
+    for part in ("t5", "vit"):
+        shutil.copytree(small[part], made / part)
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path)
+        evaluate.main([str(adapter), "--text", "Ann in Paris", "--task", "mner"])
+    assert "malformed" in capsys.readouterr().out
     state = train.read_state(adapter)
     other = Path(elsewhere["t5"])
     (other / "spiece.model").write_bytes((other / "spiece.model").read_bytes() + b"\n")
