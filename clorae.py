@@ -157,7 +157,6 @@ class Routing:
                 yield self._rows[start], slice(start, stop)
                 start = stop
 
-
     def moments(self) -> list[Moments]:
         """What the layers saw since `set`, one report per token stream; then it is forgotten."""
         codes, self.codes = self.codes or [], None

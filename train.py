@@ -155,7 +155,7 @@ class Config:
     epochs: int | None = option(None, "epochs; default: by size", int)
     steps: int | None = option(None, "optimizer steps to stop after; default: by --epochs", int)
     batch: int | None = option(None, "global batch size; default: by size", int)
-    micro_batch: int | None = option(None, "rows per forward pass; default: by size", int)
+    micro_batch: int | None = option(None, "mean rows per forward pass; default: by size", int)
     lr: float | None = option(None, "Adam's learning rate; default: by size", float)
     lr_epochs: int | None = option(None, "halve the rate every so many epochs; default: by size",
                                    int)
