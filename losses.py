@@ -47,15 +47,15 @@ def token_cross_entropy(hidden: Tensor, labels: Tensor, head: Callable[[Tensor],
     tokens alone and, past `piece` of them, on one piece at a time, which the backward pass makes
     again: the logits [B,T,C] are the largest tensor that a step would keep.
     """
-    real = labels != IGNORE
-    pieces = list(zip(hidden[real].split(piece), labels[real].split(piece)))
+    real = (labels.flatten() != IGNORE).nonzero()[:, 0]  # once: on a GPU the host waits for it
+    pieces = list(zip(hidden.flatten(0, 1)[real].split(piece), labels.flatten()[real].split(piece)))
 
     def loss(states: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(head(states).float(), targets, reduction="none")
 
     found = [checkpoint(loss, *some, use_reentrant=False) if len(pieces) > 1 else loss(*some)
              for some in pieces]
-    rows = real.nonzero()[:, 0]
+    rows = real // labels.shape[1]
     return hidden.new_zeros(len(labels), dtype=torch.float32).index_add(0, rows, torch.cat(found))
 
 
