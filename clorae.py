@@ -38,7 +38,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -176,98 +176,158 @@ def stream_moments(codes: list[tuple["ExpertLinear", list[Tensor]]], mask: Tenso
     a_t z_t z_t^T, q = diag(C S C^T), taken apart into U's, the mixed and D's block of S.
     """
     layers, R = [layer for layer, _ in codes], codes[0][0].config.rank
-    z = [torch.stack(parts) for parts in zip(*(parts for _, parts in codes))]  # runs of [L,b S,k]
+    z = [torch.stack(parts) for parts in zip(*(parts for _, parts in codes))]  # runs of [L,k,t]
     B_U = torch.stack([layer.B_U for layer in layers]).detach()  # [L,D_out,R]
     B_T = torch.stack([layer.B_T for layer in layers], dim=1)  # [N,L,D_out,r]
     rho = torch.stack([layer.rho for layer in layers])
     with torch.autocast(mask.device.type, enabled=False):  # fp32 island
         share = mask / mask.sum(dim=1, keepdim=True).clamp(min=1).to(rho.dtype)  # [B,S] 1 / |J_i|
-        z_U = wide(torch.cat([part[..., :R] for part in z], dim=1).detach())  # [L,B S,R]
-        energy = ((z_U @ (B_U.mT @ B_U)) * z_U).sum(dim=-1)  # |U_t|^2, no U formed
+        z_U = wide(torch.cat([part[:, :R] for part in z], dim=2).detach())  # [L,R,B S]
+        energy = (((B_U.mT @ B_U) @ z_U) * z_U).sum(dim=1)  # |U_t|^2, no U formed
         power = (energy.unflatten(1, mask.shape) * share).sum(dim=-1) / B_U.shape[1]  # [L,B]
         scale = (power.clamp(min=0).sqrt() + RMS_FLOOR).square()[..., None]
-        a = (share / batch / scale).flatten(1)[..., None]  # [L,B S,1]
+        a = (share / batch / scale).flatten(1)[:, None]  # [L,1,B S]
         weighted = a * z_U
-        q = ((B_U @ (weighted.mT @ z_U)) * B_U).sum(dim=-1)  # U's block, one for all tasks
+        q = ((B_U @ (weighted @ z_U.mT)) * B_U).sum(dim=-1)  # U's block, one for all tasks
         start = 0
         for task, part in zip(tasks, z):
-            run = slice(start, start := start + part.shape[1])
-            z_D, B_n = wide(part[..., R:]), B_T[task]
-            mixed, own = weighted[:, run].mT @ z_D, (a[:, run] * z_D).mT @ z_D
+            run = slice(start, start := start + part.shape[2])
+            z_D, B_n = wide(part[:, R:]), B_T[task]
+            mixed, own = weighted[..., run] @ z_D.mT, (a[..., run] * z_D) @ z_D.mT
             q = q + ((B_n @ own - 2 * (B_U @ mixed)) * B_n).sum(dim=-1)
         return Moments(q, share.sum() / batch, F.softplus(rho) + VARIANCE_FLOOR)
 
 
-def spread(gates: Tensor, widths: Sequence[int]) -> Tensor:
-    """gates [...,E] -> [...,k]: each expert's gate beside each of its columns."""
-    if len(widths) == 1:
-        return gates
-    return torch.cat([g.expand(*g.shape[:-1], width)
-                      for g, width in zip(gates.split(1, dim=-1), widths)], dim=-1)
+def join(factors: Sequence[Tensor], task: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The experts of one task side by side: A [k (+ 1),D_in] and B [D_out,k].
+
+    factors: A_U, A_T, B_U, B_T, W_g, the absent ones without rows.  Where there is a router, the
+    last row of A is W_g[0] - W_g[1]: a softmax over two depends on nothing else.
+    """
+    A_U, A_T, B_U, B_T, W_g = factors
+    A = torch.cat([A_U, A_T[task], W_g[:1] - W_g[1:]])
+    return A.to(dtype), torch.cat([B_U, B_T[task]], dim=1).to(dtype)
+
+
+def share_out(dfactors: Sequence[Tensor], task: int, dA: Tensor, dB: Tensor) -> None:
+    """The reverse of `join`: add gradients of A and B to those of the factors."""
+    dA_U, dA_T, dB_U, dB_T, dW_g = dfactors
+    R, k = len(dA_U), dB.shape[1]
+    dA_U += dA[:R]
+    dB_U += dB[:, :R]
+    dA_T[task] += dA[R:k]
+    dB_T[task] += dB[:, R:]
+    if len(dW_g):
+        dW_g[0] += dA[k]
+        dW_g[1] -= dA[k]
+
+
+def weigh(z: Tensor, gates: Tensor | None, scale: float, widths: Sequence[int],
+          out: Tensor | None = None) -> Tensor:
+    """v = s g z, Eq. (7) in rank space: z [k,t], gates [E,t] or None, `widths` rows an expert."""
+    if gates is None:
+        return torch.mul(z, scale, out=out)
+    v = torch.empty_like(z) if out is None else out
+    for own, part, g in zip(z.split(widths), v.split(widths), (scale * gates).to(z.dtype)):
+        torch.mul(own, g, out=part)
+    return v
 
 
 class LowRank(torch.autograd.Function):
-    """y + (s g z) B^T with z = x A^T, run by run of rows that share their experts.
+    """y + B (s g z) with z = A x, run by run of rows that share their experts.
 
-    Written by hand for what autograd cannot know: the product is added into y, which nobody else
-    needs; no [tokens, D_out] tensor is kept or filled with zeros; s g z is cheaper made again
-    than stored.  The codes z are outputs as well, so that L_MIM's gradient comes back through them.
+    Written by hand for what autograd cannot know: y may be added to in place, since nobody else
+    needs W_0 x; the gate's logit is one more row of z; the joined factors, v = s g z and the
+    dropped x are cheaper made again than kept.  The codes z are outputs as well, so that L_MIM's
+    gradient comes back through them.  They have a row per rank and a column per token: each
+    expert's part is then one block of memory.
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, gates: Tensor | None, scale: float,
-                widths: Sequence[int], runs: Sequence[slice], *factors: Tensor
+    def forward(ctx: Any, y: Tensor, x: Tensor, keep: Tensor | None, gates: Tensor | None,
+                scale: float, runs: Sequence[tuple[int, slice]], *factors: Tensor
                 ) -> tuple[Tensor, ...]:
-        """The arguments of `product` -> y, then each run's z [b S,k]."""
-        factors = [f.to(y.dtype) for f in factors]
-        codes = LowRank.product(y, x, gates, scale, widths, runs, factors)
+        """-> y, then z [k,t] of each run of t tokens.
+
+        y [B,S,D_out], written into; x [B,S,D_in]; keep [B,S,D_in] or None: dropout of the experts'
+        input; all of one type.  gates [B,S,E] or None: weights in place of the router's.  runs: the
+        task and the rows of each; factors: see `join`.
+        """
+        widths = len(factors[0]), factors[1].shape[1]  # R, r
+        codes, found = [], []
+        for task, rows in runs:
+            some = (None if t is None else t[rows].flatten(0, 1) for t in (y, x, keep, gates))
+            z, g = LowRank.product(*some, scale, widths, *join(factors, task, y.dtype))
+            codes.append(z)
+            found.append(g)
         ctx.mark_dirty(y)
-        ctx.save_for_backward(x, gates, *factors[::2], *factors[1::2], *codes)
-        ctx.scale, ctx.widths, ctx.runs = scale, widths, runs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, keep, *factors, *codes, *found)
+        ctx.scale, ctx.widths, ctx.runs, ctx.routed = scale, widths, runs, gates is None
         return y, *codes
 
     @staticmethod
-    def product(y: Tensor, x: Tensor, gates: Tensor | None, scale: float, widths: Sequence[int],
-                runs: Sequence[slice], factors: Sequence[Tensor]) -> list[Tensor]:
-        """Add the experts' part to y [B,S,D_out]; x [B,S,D_in] and, for each run, A [k,D_in] and
-        B [D_out,k] are of its type; gates [B,S,E] or None -> each run's z [b S,k]."""
-        codes = []
-        for rows, A_n, B_n in zip(runs, factors[::2], factors[1::2]):
-            z = x[rows].flatten(0, 1) @ A_n.T  # Eq. (3), Eq. (4) before B_U and B_n
-            weights = LowRank.weights(gates, scale, widths, rows, y.dtype)
-            y[rows].flatten(0, 1).addmm_(z * weights, B_n.T)  # Eq. (7), Eq. (8)
-            codes.append(z)
-        return codes
-
-    @staticmethod
-    def weights(gates: Tensor | None, scale: float, widths: Sequence[int], rows: slice,
-                dtype: torch.dtype) -> Tensor | float:
-        """s g^1 or s g^2 for each column of z, Eq. (7) in rank space; without gates s alone."""
-        if gates is None:
-            return scale
-        return spread((scale * gates[rows]).flatten(0, 1), widths).to(dtype)
+    def product(y: Tensor, x: Tensor, keep: Tensor | None, gates: Tensor | None, scale: float,
+                widths: Sequence[int], A: Tensor, B: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Add the experts' part to y [t,D_out], tokens of one task -> z [k,t], gates [E,t]."""
+        k = B.shape[1]
+        if keep is None:
+            z, logit = (A @ x.T).tensor_split([k])  # Eq. (3), Eq. (4) before B; LoRA: Eq. (2)
+        else:  # the gate reads x without dropout
+            z, logit = A[:k] @ (x * keep).T, A[k:] @ x.T
+        if gates is not None:
+            gates = gates.T
+        elif len(logit):
+            g = wide(logit).sigmoid()  # Eq. (6): a softmax over two
+            gates = torch.cat([g, 1 - g])
+        y.addmm_(weigh(z, gates, scale, widths).T, B.T)  # Eq. (7), Eq. (8)
+        return z, gates
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, *dcodes: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, gates, *saved = ctx.saved_tensors
-        n = len(ctx.runs)
-        A, B, codes = saved[:n], saved[n:2 * n], saved[2 * n:]
-        dx = torch.empty_like(x) if ctx.needs_input_grad[1] else None
-        dgates = None if gates is None else torch.empty_like(gates)
-        dfactors: list[Tensor] = []
-        for rows, A_n, B_n, z, dcode in zip(ctx.runs, A, B, codes, dcodes):
-            dy_n = dy[rows].flatten(0, 1)
-            weights = LowRank.weights(gates, ctx.scale, ctx.widths, rows, dy.dtype)
-            dv = dy_n @ B_n  # gradient of v = s g z
-            if dgates is not None:
-                parts = (ctx.scale * dv * z).split(ctx.widths, dim=-1)
-                dgates[rows].flatten(0, 1).copy_(torch.stack([p.sum(-1) for p in parts], dim=-1))
-            dz = dv * weights if dcode is None else dcode + dv * weights
-            dfactors += [dz.T @ x[rows].flatten(0, 1), dy_n.T @ (z * weights)]
+    def backward(ctx: Any, dy: Tensor | None, *dcodes: Tensor | None) -> tuple[Tensor | None, ...]:
+        (x, keep, *saved), n = ctx.saved_tensors, len(ctx.runs)
+        factors, codes, found = saved[:-2 * n], saved[-2 * n:-n], saved[-n:]
+        dy = x.new_zeros(*x.shape[:2], len(factors[2])) if dy is None else dy
+        dx = x.new_empty(x.shape) if ctx.needs_input_grad[1] else None
+        dfactors, dgates = [torch.zeros_like(factor) for factor in factors], []
+        for (task, rows), z, g, dz in zip(ctx.runs, codes, found, dcodes):
+            dy_n, *some = (None if t is None else t[rows].flatten(0, 1) for t in (dy, x, keep, dx))
+            A, B = join(factors, task, x.dtype)
+            d, dg = LowRank.code_gradients(B.T @ dy_n.T, z, g, dz, ctx.scale, ctx.widths, len(A))
+            dA = LowRank.input_gradients(d, A, len(z), *some)
+            share_out(dfactors, task, dA, dy_n.T @ weigh(z, g, ctx.scale, ctx.widths).T)
+            dgates.append(dg)
+        dgates = None if ctx.routed else torch.cat(dgates, dim=1).T.unflatten(0, x.shape[:2])
+        return dy, dx, None, dgates, None, None, *dfactors
+
+    @staticmethod
+    def code_gradients(dv: Tensor, z: Tensor, g: Tensor | None, dz: Tensor | None, scale: float,
+                       widths: Sequence[int], rows: int) -> tuple[Tensor, Tensor | None]:
+        """Gradient dv [k,t] of v -> that of z and, in a last row of `rows`, of the gate's logit;
+        that of the gates [E,t].  dz: what L_MIM adds to the gradient of z."""
+        k, d = len(z), dv.new_empty(rows, z.shape[1])
+        weigh(dv, g, scale, widths, out=d[:k])
+        if dz is not None:
+            d[:k] += dz
+        if g is None:
+            return d, None
+        dg = scale * torch.stack([p.sum(0) for p in (dv * z).split(widths)[:len(g)]])
+        if rows > k:
+            d[k] = (dg[0] - dg[1]) * g[0] * g[1]
+        return d, dg
+
+    @staticmethod
+    def input_gradients(d: Tensor, A: Tensor, k: int, x: Tensor, keep: Tensor | None,
+                        dx: Tensor | None) -> Tensor:
+        """Gradient d [k (+ 1),t] of z and of the logit -> that of A; dx [t,D_in] is filled."""
+        if keep is None:
             if dx is not None:
-                torch.mm(dz, A_n, out=dx[rows].flatten(0, 1))
-        return dy, dx, dgates, None, None, None, *dfactors
+                torch.mm(d.T, A, out=dx)
+            return d @ x
+        if dx is not None:
+            torch.mm(d[:k].T, A[:k], out=dx).mul_(keep).addmm_(d[k:].T, A[k:])
+        return torch.cat([d[:k] @ (x * keep), d[k:] @ x])
 
 
 class ExpertLinear(nn.Module):
@@ -311,27 +371,27 @@ class ExpertLinear(nn.Module):
             nn.init.constant_(self.rho, RHO_INIT)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B,S,D_in] -> y [B,S,D_out] = W_0 x + (alpha / r) h, Eq. (8)."""
+        """x [B,S,D_in] -> y [B,S,D_out] = W_0 x + s h, Eq. (8)."""
         if self.runs_on_kernels(x):
             return self.fused(x)
-        y, gates = self.base(x), self.gates(x)
+        y = self.base(x)
+        x = x.to(y.dtype)
         if self.config.method == "moslora":  # B M A x: the mixer joins all ranks
             A, M, B = (factor.to(y.dtype) for factor in (self.A_U, self.M_U, self.B_U))
-            z = F.linear(F.linear(self.dropped(x).to(y.dtype), A), M)
-            return y + F.linear(self.scale * z, B)
+            return y + F.linear(self.scale * F.linear(F.linear(self.dropped(x), A), M), B)
+        gates, runs = self.given_gates(x), list(self.segments(len(x)))
         if self.config.method == "loramoe":  # every expert for every row, each under its own mask
-            every, R = [slice(0, len(x))], [self.config.rank]
-            for g, A_e, B_e in zip(gates.split(1, dim=-1), self.A_E, self.B_E):
-                dropped = self.dropped(x).to(y.dtype)
-                y, _ = LowRank.apply(y, dropped, g, self.scale, R, every, A_e, B_e)
-            return y
-        tasks, runs = zip(*self.segments(len(x)))
-        arguments = (y, self.dropped(x).to(y.dtype), gates, self.scale, self.widths, runs)
-        if x.shape[1] == 1 and not torch.is_grad_enabled():  # the next token of each row
-            LowRank.product(*arguments, self.joined(tasks, y.dtype))
-            return y
-        y, *codes = LowRank.apply(*arguments, *self.factors(tasks))
-        self.remember(codes)
+            for g, A_U, B_U in zip(gates.split(1, dim=-1), self.A_E, self.B_E):
+                factors = self.factors({"A_U": A_U, "B_U": B_U})
+                y, _ = LowRank.apply(y, x, self.keep(x), g, self.scale, runs, *factors)
+        elif x.shape[1] == 1 and not torch.is_grad_enabled():  # the next token of each row
+            for task, rows in runs:
+                g = None if gates is None else gates[rows, 0]
+                LowRank.product(y[rows, 0], x[rows, 0], None, g, self.scale, self.widths,
+                                *self.joined(task, y.dtype))
+        else:
+            y, *codes = LowRank.apply(y, x, self.keep(x), gates, self.scale, runs, *self.factors())
+            self.remember(codes)
         return y
 
     def remember(self, codes: list[Tensor]) -> None:
@@ -350,17 +410,12 @@ class ExpertLinear(nn.Module):
 
     def fused(self, x: Tensor) -> Tensor:
         """`forward` on the kernels of clorae.cu."""
-        d_out, d_in = self.base.weight.shape
-        absent = {"A_U": (0, d_in), "A_T": (0, 0, d_in), "B_U": (d_out, 0), "B_T": (0, d_out, 0),
-                  "W_g": (0, d_in)}
-        parameters = [getattr(self, name, x.new_empty(shape, dtype=torch.float32))
-                      for name, shape in absent.items()]
         drops = self.training and self.config.dropout > 0
-        fixed = self.gates(x) if self.routing.fixed_gates is not None else None
         segments = list(self.segments(len(x)))
-        y, z, _ = expert_linear(x, self.base, parameters, segments, self.scale,
-                                dropped=self.dropped(x) if drops else None, gates=fixed)
-        self.remember([z[rows].flatten(0, 1) for _, rows in segments])
+        y, z, _ = expert_linear(x, self.base, self.factors(), segments, self.scale,
+                                dropped=self.dropped(x) if drops else None,
+                                gates=self.given_gates(x))
+        self.remember([z[rows].flatten(0, 1).T for _, rows in segments])
         return y
 
     def segments(self, rows: int) -> Iterator[tuple[int, slice]]:
@@ -369,18 +424,27 @@ class ExpertLinear(nn.Module):
             return self.routing.segments(rows)
         return iter([(0, slice(0, rows))])
 
-    def dropped(self, x: Tensor) -> Tensor:
-        """x under dropout: one mask for both experts (D14).
+    def keep(self, x: Tensor) -> Tensor | None:
+        """Dropout of the experts' input: 0 with probability p, else 1 / (1 - p), in x's shape and
+        type; one mask for both experts, None where nothing is dropped.
 
         On a CPU one random 64-bit word serves four elements, p in steps of 2^-16: a third of the
-        time of F.dropout's Bernoulli draws.
+        time of Bernoulli draws.  (As t5.dropout_factors; this file needs none of the others.)
         """
         p = self.config.dropout
-        if x.device.type != "cpu" or not self.training or p == 0:
-            return F.dropout(x, p, self.training)
+        if not self.training or p == 0:
+            return None
+        if x.device.type != "cpu":
+            return F.dropout(torch.ones_like(x), p)
         words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2 ** 63, None)
         draws = words.view(torch.int16)[:x.numel()].view(x.shape)  # uniform in -2^15 .. 2^15 - 1
-        return x * (draws >= round(p * 2 ** 16) - 2 ** 15).to(x.dtype).mul_(1 / (1 - p))
+        least = min(round(p * 2 ** 16), 2 ** 16 - 1) - 2 ** 15  # of the draws that keep an element
+        return (draws >= least).to(x.dtype).mul_(1 / (1 - p))
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """x under dropout."""
+        keep = self.keep(x)
+        return x if keep is None else x * keep
 
     def gates(self, x: Tensor) -> Tensor | None:
         """x [B,S,D_in] -> gates [B,S,2] >= 0 summing to 1, in x's dtype; None without a router.
@@ -394,29 +458,35 @@ class ExpertLinear(nn.Module):
         logits = F.linear(x, self.W_g.to(x.dtype))
         return wide(logits).softmax(dim=-1).to(logits.dtype)  # Eq. (6)
 
+    def given_gates(self, x: Tensor) -> Tensor | None:
+        """The gates that LowRank cannot make itself: fixed ones, and those over E experts."""
+        own = self.routing.fixed_gates is None and self.config.method != "loramoe"
+        return None if own else self.gates(x)
+
     @property
-    def widths(self) -> list[int]:
-        """How many columns of z belong to each gate."""
+    def widths(self) -> tuple[int, int]:
+        """R and r, 0 for experts that the method does not have: the rows of z of each."""
         R, r = self.config.rank, self.config.rank // len(self.routing.names)
-        return [R] * self.config.has_universal + [r] * self.config.has_tasks
+        return R * self.config.has_universal, r * self.config.has_tasks
 
-    def factors(self, tasks: Sequence[int]) -> list[Tensor]:
-        """For each run of rows of one task its experts side by side: A [k,D_in], B [D_out,k]..."""
-        if not self.config.has_tasks:
-            return [self.A_U, self.B_U]  # Eq. (2): plain LoRA
-        if not self.config.has_universal:
-            return [factor for n in tasks for factor in (self.A_T[n], self.B_T[n])]
-        pairs = {n: (torch.cat([self.A_U, self.A_T[n]]), torch.cat([self.B_U, self.B_T[n]], dim=1))
-                 for n in sorted(set(tasks))}
-        return [factor for n in tasks for factor in pairs[n]]
+    def factors(self, own: Mapping[str, Tensor] | None = None) -> list[Tensor]:
+        """A_U, A_T, B_U, B_T, W_g as `join` takes them; `own` in place of the layer's parameters.
+        Under fixed gates there is no router."""
+        (d_out, d_in), own = self.base.weight.shape, self._parameters if own is None else own
+        shapes = {"A_U": (0, d_in), "A_T": (1, 0, d_in), "B_U": (d_out, 0), "B_T": (1, d_out, 0),
+                  "W_g": (0, d_in)}
+        hidden = ("W_g",) * (self.routing.fixed_gates is not None)
+        some = next(iter(own.values()))
+        return [own[name] if name in own and name not in hidden else some.new_empty(shape)
+                for name, shape in shapes.items()]
 
-    def joined(self, tasks: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
-        """`factors` in one type, joined once for all the tokens that a batch is answered with."""
+    def joined(self, task: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`join`, done once for all the tokens with which a batch is answered."""
         kept = {} if self.routing.tasks is None else self.routing.joined  # emptied by `set`
-        for n in set(tasks):
-            if (self, n) not in kept:
-                kept[self, n] = [f.to(dtype) for f in self.factors([n])]
-        return [factor for n in tasks for factor in kept[self, n]]
+        key = self, task, dtype
+        if key not in kept:
+            kept[key] = join(self.factors(), task, dtype)
+        return kept[key]
 
     @torch.no_grad()
     def stacked(self, task: int, gates: Sequence[float] | None = None) -> tuple[Tensor, Tensor]:
@@ -424,18 +494,22 @@ class ExpertLinear(nn.Module):
         B [D_out,k] = [g^1 B_U, g^2 B_n], at the layer's own scale.
 
         Raises ValueError for a live gate: its weights depend on the token, so that no single
-        matrix equals the layer.
+        matrix equals the layer; and for gates where there is one expert.
         """
         if hasattr(self, "W_g") and gates is None:
             raise ValueError("merge: expected fixed gates, got a live gate router, which "
                              "weighs each token anew; pass mean gates to merge approximately")
+        if gates is not None and self.config.method in ("lora", "tlora", "moslora"):
+            raise ValueError(f"merge: expected no gates for {self.config.method}, whose one expert "
+                             f"is always heard in full, got {tuple(gates)}; pass None")
         if self.config.method == "loramoe":
             A, B = self.A_E.flatten(0, 1), torch.cat(self.B_E.unbind(), dim=1)
             widths = [self.config.rank] * self.config.experts
         else:
-            (A, B), widths = self.factors([task]), self.widths
-            B = B @ self.M_U if self.config.method == "moslora" else B
-        return A, B if gates is None else B * spread(A.new_tensor(gates), widths)
+            factors, widths = self.factors(), self.widths
+            A, B = join(factors, task if self.config.has_tasks else 0, factors[0].dtype)
+            A, B = A[:B.shape[1]], B @ self.M_U if self.config.method == "moslora" else B
+        return A, B if gates is None else weigh(B.T, B.new_tensor(gates)[:, None], 1, widths).T
 
     def merged_weight(self, task: int, gates: Sequence[float] | None = None) -> Tensor:
         """W_0 + (alpha / r) (g^1 B_U A_U + g^2 B_n A_n) [D_out,D_in] for one task, fixed gates."""

@@ -248,7 +248,8 @@ def dropout_factors(like: Tensor, p: float) -> Tensor:
     """
     words = torch.empty((like.numel() + 3) // 4, dtype=torch.int64).random_(-2 ** 63, None)
     draws = words.view(torch.int16)[:like.numel()].view(like.shape)  # uniform in -2^15 .. 2^15 - 1
-    return (draws >= round(p * 2 ** 16) - 2 ** 15).to(like.dtype).mul_(1 / (1 - p))
+    least = min(round(p * 2 ** 16), 2 ** 16 - 1) - 2 ** 15  # of the draws that keep an element
+    return (draws >= least).to(like.dtype).mul_(1 / (1 - p))
 
 
 class Dropout(nn.Dropout):

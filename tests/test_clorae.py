@@ -355,15 +355,56 @@ def test_merging_needs_a_fixed_gate_and_then_is_exact():
         torch.testing.assert_close(x @ plain.merged_weight(2).T, y, rtol=1e-5, atol=1e-5)
 
 
+        with pytest.raises(ValueError, match="expected no gates"):
+            plain.merged_weight(2, (0.3, 0.7))
+
+
 def test_dropout_is_one_mask_for_both_experts_and_spares_the_gate():
-    """D14: U and D see the same dropped x; the gate sees x itself."""
-    m, (x, tasks, _) = layer(egr=False, dropout=0.5).train(), inputs()
+    """U and D read the same dropped x, the gate x itself: y and every gradient, in float64."""
+    m, (x, tasks, _) = layer(dtype=torch.float64, dropout=0.5).train(), inputs(torch.float64)
+    wanted = [p for n, p in m.named_parameters() if p.requires_grad and n != "rho"]
+    wanted += [x.requires_grad_()]
     torch.manual_seed(7)
     y = run(m, x, tasks)
     torch.manual_seed(7)
-    dropped = m.dropped(x)
-    _, U, D = naive(m, dropped, tasks)
-    torch.testing.assert_close(y, m.base(x) + 2 * (U + D), rtol=1e-5, atol=1e-5)
+    _, U, D = naive(m, m.dropped(x), tasks)
+    g = torch.softmax(x @ m.W_g.T, dim=-1)
+    expected = m.base(x) + 2 * (g[..., :1] * U + g[..., 1:] * D)
+    torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
+    upstream = torch.randn_like(y)
+    for ours, reference in zip(torch.autograd.grad((y * upstream).sum(), wanted),
+                               torch.autograd.grad((expected * upstream).sum(), wanted)):
+        torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_an_input_in_another_memory_order_has_the_same_gradient(dropout):
+    """x may be a transposed view; its gradient is that of a contiguous copy, bit for bit."""
+    m, found = layer(dropout=dropout).train(), []
+    x = inputs()[0].transpose(0, 1).contiguous().transpose(0, 1)
+    for some in (x, x.contiguous()):
+        some = some.detach().requires_grad_()
+        torch.manual_seed(7)
+        run(m, some, torch.tensor([0, 0, 1, 2, 2])).square().sum().backward()
+        found.append(some.grad)
+    assert not x.is_contiguous() and torch.equal(*found)
+
+
+def test_mim_alone_may_be_differentiated():
+    """The loss on y may be absent: then only L_MIM's gradient reaches the factors."""
+    m, (x, tasks, mask) = layer(dtype=torch.float64).train(), inputs(torch.float64)
+    run(m, x, tasks, mask, batch=B)
+    wanted = (m.A_T, m.B_T, m.rho)
+    got = torch.autograd.grad(losses.mutual_information(m.routing.moments(), 1), wanted)
+    expected = torch.autograd.grad(naive_mim(m, x, tasks, mask), wanted)
+    for ours, reference in zip(got, expected):
+        torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-10)
+
+
+def test_a_dropout_near_one_drops_nearly_everything():
+    """p in steps of 2^-16 must not wrap around: at most one element in 65,536 is kept."""
+    m = layer(dropout=0.999999).train()
+    assert torch.count_nonzero(m.dropped(torch.ones(100, 100))) <= 5
 
 
 def test_dropout_drops_its_share_scales_the_rest_and_follows_the_seed():
