@@ -1023,10 +1023,12 @@ class FlopCounter:
 
     def linear(self, module: nn.Module, tokens: float, live: bool) -> bool:
         """Count one linear with its experts; returns whether its output needs a gradient."""
+        gate = getattr(module, "W_g", None) if hasattr(module, "A_T") else None
         for name, weight in module.named_parameters():
             kind = name.split(".")[-1]
             if weight.dim() > 1:
-                one = len(weight) if kind in ("A_T", "B_T") else 1  # a row meets one task of N
+                # A row meets one task of N; two gates that sum to 1 cost one product.
+                one = len(weight) if kind in ("A_T", "B_T") or weight is gate else 1
                 product = 2 * tokens * weight.numel() / one
                 below = live or kind.startswith(("B", "M"))  # these read codes, live by A
                 self.forward += product
