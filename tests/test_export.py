@@ -419,8 +419,9 @@ def test_the_exported_lora_merged_into_the_backbone_is_our_model_with_fixed_gate
     with torch.no_grad():
         expected = ours.t5(ids, mask, labels)[0]
         plain = T5.from_pretrained(small["t5"]).eval()(ids, mask, labels)[0]
-        torch.testing.assert_close(T5.from_pretrained(folder).eval()(ids, mask, labels)[0],
-                                   expected, rtol=1e-5, atol=1e-5)
+        got = T5.from_pretrained(folder).eval()(ids, mask, labels)[0]
+        # Two orders of the same sums: they differ by roundings of the largest terms.
+        assert (got - expected).abs().max() <= 3e-6 * expected.abs().max()
     assert (plain - expected).abs().max() > 1e-2
 
 
