@@ -8,7 +8,7 @@
 //     z_t = [A_U x_t ; A_n x_t]             shrink     D_in -> k, the gate in its epilogue
 //     y_t += s [B_U B_n] [g1 z_U ; g2 z_n]  expand     k -> D_out, the gate in its prologue
 //
-// Letters: T tokens, D_in and D_out the widths of the linear (multiples of 8), R universal rank,
+// Letters (in this file): T tokens of the whole batch, D_in and D_out the widths of the linear (multiples of 8), R universal rank,
 // r task rank, N tasks, s = alpha / R, k = R + r, W = k (+ 1 for the gate) rounded up to 8.
 //
 // What lies where (row-major, 16-byte aligned, one element type E: bf16, or fp32):
@@ -27,9 +27,10 @@
 //     dx += A^T [dz ; dl]                           expand again, on A
 // and the gradients of A and Bt are products over tokens, dz^T x and (s g z)^T dy, left to cuBLAS.
 //
-// Kernels:  K1 gate_forward, K2 gate_backward   the gate alone, between cuBLAS products
-//           K3 pack                             fp32 parameters -> A and Bt
-//           K4 shrink, shrink_backward          K5 expand
+// Kernels:  K3 pack                       fp32 parameters -> A and Bt
+//           K4 shrink, shrink_backward    K5 expand
+//           K1 gate_forward, K2 gate_backward: the gate alone, between cuBLAS products; another
+//           way to compute the same, which clorae.py does not take and tests/gpu.py measures
 // Every sum runs in an order fixed by the shapes: no atomics, the same bits every time.
 //
 // The file is compiled three times: by nvcc (kernels and launchers, no torch header: seconds), by
@@ -270,7 +271,8 @@ struct PackJobs {
     PackJob job[MAX_JOBS];
 };
 
-// K3 pack: fp32 parameters -> the packs A and Bt in E, once per optimizer step.
+// K3 pack: fp32 parameters -> the packs A and Bt in E: in training at each use of a layer, in
+//     decoding once for all the tokens of a batch.
 //     COPY        target = source                     A_U [R, D_in], A_T [N r, D_in]
 //     TRANSPOSE   target_i = source_i^T               B_U [D_out, R], B_T [N, D_out, r]
 //     DIFFERENCE  target = source[0] - source[1]      W_g [2, D_in]
@@ -620,7 +622,7 @@ int expand_bytes(int height) {
 //     columns and s g2 on the task's (forward), or 1 where `gates` is null (backward, on dz).
 // Shapes: codes [T, W], gates [T, 2], pack [.., d], y [T, d].
 // Tiling: block (i, j) computes columns 128 j ... of the i-th tile.  The inner dimension is short
-//     (k = 171 at R = 128: three slabs, all in flight at once).  The gate costs no pass of its own:
+//     (k = 171 at R = 128: three slabs in bf16, all in flight at once).  The gate costs no pass of its own:
 //     each thread weighs the pieces that it has copied itself, before the barrier.
 // Bytes: T W codes per column block (from L2), the k rows of the pack once per tile (from L2), y
 //     read and written (2 T d), or only written where it does not `accumulate`.

@@ -17,10 +17,13 @@ methods that the paper compares with are variants of the same layer: a mixer bet
     (MoSLoRA) W         M_U           [R,R]          mixer of A's and B's subspaces
     (LoRAMoE) A_e, B_e  A_E, B_E      [E,R,D_in], [E,D_out,R]      experts; their W_g is [E,D_in]
     alpha / r           scale         scalar         alpha / R for both experts
-    sigma^2 (Sec. 2.3)  rho           [D_out]        variance of the MIM student, before softplus
+    (Ahn) sigma^2       rho           [D_out]        variance of the MIM student, before softplus
 
-Shapes: B rows of the batch, S tokens, D_in and D_out the widths of one linear, R universal rank,
-r = floor(R / N) task rank, N tasks, E experts of LoRAMoE, k columns that a row computes (R + r).
+Shapes: B rows of the batch, S tokens of a row (source, target or visual ones), D_in and D_out the
+widths of one linear, R universal rank, r = floor(R / N) task rank, N tasks, E experts of LoRAMoE;
+besides, k = R + r numbers of a token in rank space, t tokens of a run of rows of one task, and L
+wrapped linears that see one stream of tokens: the memory that the decoder reads, the target, or
+the visual tokens.
 
 Everything but W_0 x lives in rank space: the gate multiplies the k numbers z = [A_U x ; A_n x] of a
 token before one product with [B_U B_n], so the experts' outputs U = B_U z_U and D = B_n z_n, each
@@ -38,7 +41,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -65,7 +68,7 @@ class ExpertConfig:
     egr: bool = True  # experts-motivated gate router; without it h = U + D
     mim: bool = True  # give each layer the variance vector that L_MIM learns
     experts: int = 2  # E of LoRAMoE, each of rank R
-    targets: tuple[str, ...] = ("q", "v")  # exact leaf names, so that proj_v is never wrapped
+    targets: tuple[str, ...] = ("q", "v")  # whole leaf names: "q" is not found in proj_q
     modules: tuple[str, ...] = ("encoder", "decoder", "vstack")  # a path must pass through one
 
     def __post_init__(self) -> None:
@@ -85,19 +88,19 @@ class ExpertConfig:
 
 @dataclass
 class Moments:
-    """What L_MIM needs of the L wrapped linears that see one token stream (README, "MIM").
+    """What L_MIM needs of the L wrapped linears that see one stream of tokens.
 
-    q [L,D_out]: sum_t a_t (D_tc - U_tc)^2 of each output channel c over the valid tokens t;
-    b: sum_t 1 / (B |J_i|), a scalar; variance [L,D_out]: the layers' sigma^2.
+    distance [L,D_out]: sum_t a_t (D_tc - U_tc)^2 of each output channel c over the valid tokens t;
+    b: sum_t b_t, a scalar (a_t and b_t: see `stream_moments`); variance [L,D_out]: sigma^2.
     """
 
-    q: Tensor
+    distance: Tensor
     b: Tensor
     variance: Tensor
 
 
 def wide(x: Tensor) -> Tensor:
-    """x in at least fp32: softmax and second moments lose too much in bf16 (D35)."""
+    """x in at least fp32: softmax and second moments lose too much in bf16."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -117,7 +120,7 @@ class Routing:
         self.mim_batch: int | None = None  # global batch size B while L_MIM is wanted, else None
         # z of each run, for L_MIM; None once it is taken: recomputed layers report only once
         self.codes: list[tuple["ExpertLinear", list[Tensor]]] | None = []
-        self.joined: dict[tuple, list[Tensor]] = {}  # see ExpertLinear.joined
+        self.joined: dict[tuple, Any] = {}  # see ExpertLinear.joined
         self._rows: list[int] | None = None
 
     def set(self, tasks: Tensor, memory: Tensor | None = None, target: Tensor | None = None,
@@ -160,6 +163,9 @@ class Routing:
     def moments(self) -> list[Moments]:
         """What the layers saw since `set`, one report per token stream; then it is forgotten."""
         codes, self.codes = self.codes or [], None
+        if lost := {layer.stream for layer, _ in codes if self.masks.get(layer.stream) is None}:
+            raise ValueError(f"routing: expected masks of the streams {sorted(lost)}, got none; "
+                             "L_MIM weighs tokens by them: give them to set()")
         tasks = [task for task, _ in self.segments(len(self.tasks or []))]
         streams = {name: [(layer, z) for layer, z in codes if layer.stream == name]
                    for name in self.masks}
@@ -171,9 +177,10 @@ def stream_moments(codes: list[tuple["ExpertLinear", list[Tensor]]], mask: Tenso
                    tasks: list[int], batch: int) -> Moments:
     """Second moments for L_MIM, Eq. (5), of all layers at once; the teacher U has no gradient.
 
-    Weights per valid token t of sample i: a_t = 1 / (B |J_i| rho_i^2), b_t = 1 / (B |J_i|), with
-    rho_i the RMS of U over the sample's tokens and channels.  With C = [-B_U, B_n] and S = sum_t
-    a_t z_t z_t^T, q = diag(C S C^T), taken apart into U's, the mixed and D's block of S.
+    J_i are the valid tokens of sample i.  Each counts b_t = 1 / (B |J_i|), and a_t = b_t / rms_i^2,
+    with rms_i the RMS of U over the sample's tokens and channels.  D_t - U_t is the product of
+    C = [-B_U, B_n] and z_t.  So with M = sum_t a_t z_t z_t^T [k,k] the squared distance of each
+    channel is a diagonal element of C M C^T, taken apart into U's, the mixed and D's block of M.
     """
     layers, R = [layer for layer, _ in codes], codes[0][0].config.rank
     z = [torch.stack(parts) for parts in zip(*(parts for _, parts in codes))]  # runs of [L,k,t]
@@ -185,17 +192,17 @@ def stream_moments(codes: list[tuple["ExpertLinear", list[Tensor]]], mask: Tenso
         z_U = wide(torch.cat([part[:, :R] for part in z], dim=2).detach())  # [L,R,B S]
         energy = (((B_U.mT @ B_U) @ z_U) * z_U).sum(dim=1)  # |U_t|^2, no U formed
         power = (energy.unflatten(1, mask.shape) * share).sum(dim=-1) / B_U.shape[1]  # [L,B]
-        scale = (power.clamp(min=0).sqrt() + RMS_FLOOR).square()[..., None]
-        a = (share / batch / scale).flatten(1)[:, None]  # [L,1,B S]
+        rms = (power.clamp(min=0).sqrt() + RMS_FLOOR)[..., None]  # [L,B,1]
+        a = (share / batch / rms.square()).flatten(1)[:, None]  # [L,1,B S]
         weighted = a * z_U
-        q = ((B_U @ (weighted @ z_U.mT)) * B_U).sum(dim=-1)  # U's block, one for all tasks
+        distance = ((B_U @ (weighted @ z_U.mT)) * B_U).sum(dim=-1)  # U's block, of all tasks
         start = 0
         for task, part in zip(tasks, z):
             run = slice(start, start := start + part.shape[2])
             z_D, B_n = wide(part[:, R:]), B_T[task]
             mixed, own = weighted[..., run] @ z_D.mT, (a[..., run] * z_D) @ z_D.mT
-            q = q + ((B_n @ own - 2 * (B_U @ mixed)) * B_n).sum(dim=-1)
-        return Moments(q, share.sum() / batch, F.softplus(rho) + VARIANCE_FLOOR)
+            distance = distance + ((B_n @ own - 2 * (B_U @ mixed)) * B_n).sum(dim=-1)
+        return Moments(distance, share.sum() / batch, F.softplus(rho) + VARIANCE_FLOOR)
 
 
 def join(factors: Sequence[Tensor], task: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -287,7 +294,7 @@ class LowRank(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, *dcodes: Tensor | None) -> tuple[Tensor | None, ...]:
         (x, keep, *saved), n = ctx.saved_tensors, len(ctx.runs)
-        factors, codes, found = saved[:-2 * n], saved[-2 * n:-n], saved[-n:]
+        factors, codes, found = saved[:5], saved[5:5 + n], saved[5 + n:]
         dy = x.new_zeros(*x.shape[:2], len(factors[2])) if dy is None else dy
         dx = x.new_empty(x.shape) if ctx.needs_input_grad[1] else None
         dfactors, dgates = [torch.zeros_like(factor) for factor in factors], []
@@ -384,7 +391,7 @@ class ExpertLinear(nn.Module):
             for g, A_U, B_U in zip(gates.split(1, dim=-1), self.A_E, self.B_E):
                 factors = self.factors({"A_U": A_U, "B_U": B_U})
                 y, _ = LowRank.apply(y, x, self.keep(x), g, self.scale, runs, *factors)
-        elif x.shape[1] == 1 and not torch.is_grad_enabled():  # the next token of each row
+        elif self.answers(x):
             for task, rows in runs:
                 g = None if gates is None else gates[rows, 0]
                 LowRank.product(y[rows, 0], x[rows, 0], None, g, self.scale, self.widths,
@@ -393,6 +400,10 @@ class ExpertLinear(nn.Module):
             y, *codes = LowRank.apply(y, x, self.keep(x), gates, self.scale, runs, *self.factors())
             self.remember(codes)
         return y
+
+    def answers(self, x: Tensor) -> bool:
+        """Whether x holds the next token of each row, as in decoding: factors stay as they are."""
+        return x.shape[1] == 1 and not self.training and not torch.is_grad_enabled()
 
     def remember(self, codes: list[Tensor]) -> None:
         """Keep z of each run for L_MIM, while it is wanted."""
@@ -414,7 +425,8 @@ class ExpertLinear(nn.Module):
         segments = list(self.segments(len(x)))
         y, z, _ = expert_linear(x, self.base, self.factors(), segments, self.scale,
                                 dropped=self.dropped(x) if drops else None,
-                                gates=self.given_gates(x))
+                                gates=self.given_gates(x),
+                                packs=self.packs(x) if self.answers(x) else None)
         self.remember([z[rows].flatten(0, 1).T for _, rows in segments])
         return y
 
@@ -482,11 +494,19 @@ class ExpertLinear(nn.Module):
 
     def joined(self, task: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """`join`, done once for all the tokens with which a batch is answered."""
-        kept = {} if self.routing.tasks is None else self.routing.joined  # emptied by `set`
-        key = self, task, dtype
-        if key not in kept:
-            kept[key] = join(self.factors(), task, dtype)
-        return kept[key]
+        return self.once((task, dtype), lambda: join(self.factors(), task, dtype))
+
+    def packs(self, x: Tensor) -> list[Tensor]:
+        """`pack`, done once likewise."""
+        dtype = product_dtype(x)
+        return self.once((dtype,), lambda: pack([f.detach() for f in self.factors()], dtype))
+
+    def once(self, key: tuple, make: Callable[[], Any]) -> Any:
+        """What `make` makes, kept under a key until the next batch is announced by `set`."""
+        kept = {} if self.routing.tasks is None else self.routing.joined
+        if (self, *key) not in kept:
+            kept[self, *key] = make()
+        return kept[self, *key]
 
     @torch.no_grad()
     def stacked(self, task: int, gates: Sequence[float] | None = None) -> tuple[Tensor, Tensor]:
@@ -567,7 +587,7 @@ def adapt(model: nn.Module, method: str = "clorae", rank: int = 128,
 
 
 def wrapped_paths(model: nn.Module, config: ExpertConfig) -> list[str]:
-    """Paths of the linears that D1 wraps: q and v of the attention blocks in `config.modules`."""
+    """Paths of the linears to wrap: q and v of the attention blocks in `config.modules`."""
     paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)
              and path.split(".")[-1] in config.targets
              and set(path.split(".")[:-1]) & set(config.modules)]
@@ -701,8 +721,8 @@ def compile_extension(source: str, folder: str) -> None:
                        build_directory=folder, is_python_module=False)
 
 
-def stream(x: Tensor) -> int:
-    """Handle of the stream on which work for x is queued."""
+def cuda_queue(x: Tensor) -> int:
+    """Handle of the CUDA stream on which work for x is queued."""
     return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
 
 
@@ -718,7 +738,7 @@ def new_packs(parameters: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 def pack(parameters: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """The fp32 parameters (see `expert_linear`) as the two packs that the kernels read."""
     packs = new_packs(parameters, dtype)
-    KERNELS[packs[0].device.type].pack(*parameters, *packs, stream(packs[0]))
+    KERNELS[packs[0].device.type].pack(*parameters, *packs, cuda_queue(packs[0]))
     return packs
 
 
@@ -738,17 +758,18 @@ def experts(x: Tensor, dropped: Tensor | None, weight: Tensor, gates: Tensor | N
             scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """y [T,D_out] = W_0 x + s [B_U B_n] [g1 z_U ; g2 z_n], codes z [T,W], gates g [T,2].
 
-    Arguments: see `expert_linear`; x [T,D_in]; gates [T,2], then g is empty; the parameters are
-    here for their gradients alone; segments: task, start, stop of each run of tokens.
+    T: all tokens of the batch; W: k rounded up (clorae.cu).  Arguments: see `expert_linear`; x
+    [T,D_in]; gates [T,2], then g is empty; the parameters are here for their gradients alone;
+    segments: task, start, stop of each run of tokens.
     """
     arguments = (x, dropped, weight, gates, packs, parameters, segments, scale)
     (_, z, g), (A, Bt), (A_U, A_T) = new_outputs(*arguments), packs, parameters[:2]
-    library, queue, live = KERNELS[x.device.type], stream(x), gates is None
+    library, queue, live = KERNELS[x.device.type], cuda_queue(x), gates is None
     y, weights = F.linear(x, weight), g if live else gates
     ranks = [A_U.shape[0], A_T.shape[1], A_T.shape[0]]  # R, r, N
     if dropped is None:
         library.shrink(x, A, segments, ranks, live, z, weights, queue)
-    else:  # the experts read dropped x, the gate x itself (D14)
+    else:  # the experts read dropped x, the gate x itself
         library.shrink(dropped, A[:len(Bt)], segments, ranks, live, z, weights, queue)
         if live:
             library.shrink(x, A[len(Bt):], segments, [0, 0, 0], True, z.new_empty(len(x), 8),
@@ -766,7 +787,7 @@ def experts_backward(dy: Tensor, dz: Tensor | None, x: Tensor, dropped: Tensor |
 
     dy [T,D_out]; dz [T,W]: what has come in for z, from L_MIM.
     """
-    library, queue, dy = KERNELS[x.device.type], stream(x), dy.contiguous()
+    library, queue, dy = KERNELS[x.device.type], cuda_queue(x), dy.contiguous()
     codes, weighted, dgates = torch.empty_like(z), torch.empty_like(z), torch.empty_like(gates)
     dz = None if dz is None else dz.contiguous()
     library.shrink_backward(dy, Bt, segments, ranks, live, scale, z, gates, dz, codes, weighted,
@@ -803,7 +824,7 @@ def rank_gradient(codes: Tensor, x: Tensor, segments: Sequence[int], ranks: Sequ
     return total
 
 
-def remember(ctx: object, inputs: tuple, output: tuple) -> None:
+def keep_for_backward(ctx: object, inputs: tuple, output: tuple) -> None:
     """Keep x, the packs, z and g for the backward pass: nothing of width D_out."""
     x, dropped, weight, gates, (A, Bt), parameters, ctx.segments, ctx.scale = inputs
     _, z, g = output
@@ -833,7 +854,13 @@ experts.register_fake(new_outputs)
 experts_backward.register_fake(lambda dy, dz, x, dropped, weight, gates, A, Bt, *rest: [
     torch.empty_like(x), x.new_empty(0) if dropped is None else torch.empty_like(dropped),
     torch.empty_like(gates), *(torch.empty_like(t, dtype=torch.float32) for t in (A, Bt))])
-experts.register_autograd(gradients, setup_context=remember)
+experts.register_autograd(gradients, setup_context=keep_for_backward)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The type in which products with x are computed: autocast's, or its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def expert_linear(x: Tensor, base: nn.Linear, parameters: Sequence[Tensor],
@@ -843,12 +870,11 @@ def expert_linear(x: Tensor, base: nn.Linear, parameters: Sequence[Tensor],
     """One ExpertLinear on the kernels: y [B,S,D_out], z [B,S,R + r], gates [B,S,2] (fp32).
 
     x [B,S,D_in]; parameters in fp32: A_U, A_T, B_U, B_T, W_g, absent ones without rows ([0,D_in],
-    [0,0,D_in], [D_out,0], [0,D_out,0], [0,D_in]); segments of the rows of x; dropped: x under
+    [1,0,D_in], [D_out,0], [1,D_out,0], [0,D_in]); segments of the rows of x; dropped: x under
     dropout, for the experts alone; gates [B,S,2]: weights in place of the router's (without either
     h = U + D); packs: `pack`'s answer, where the parameters do not change between calls.
     """
-    kind, (B, S, _) = x.device.type, x.shape
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    dtype, (B, S, _) = product_dtype(x), x.shape
     inputs = [None if t is None else t.to(dtype).flatten(0, 1).contiguous() for t in (x, dropped)]
     given, (*experts_own, W_g) = gates, parameters
     if gates is None and len(W_g) == 0:

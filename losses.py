@@ -6,11 +6,11 @@ variational bound follows Ahn et al., CVPR 2019.  README lists where the paper i
 
     paper symbol      name here        meaning
     s_t^m             f1               dev F1 of unit m after epoch t, in %
-    p_m               reference        F1 of the single-task reference of unit m, in %
+    p_m               reference        F1 to be reached by unit m ("SoTA"), in %
     w_t^m             weights          achievement weight of unit m in epoch t + 1
-    margin, gamma     margin, gamma    slack above the reference, exponent
+    ∂, gamma          margin, gamma    slack above the reference, exponent
     U, D              (never formed)   outputs of the universal and the task expert
-    sigma^2           variance         one per output channel of a wrapped linear
+    (Ahn) sigma^2     variance         one per output channel of a wrapped linear
 
 Shapes: B rows, T target tokens, D model width, C vocabulary, D_out width of a wrapped linear,
 k = R + r its rank-space columns.  A unit is a column of Table 2: T15 T17 SNAP V1 V2 MED MEAE.
@@ -131,9 +131,10 @@ def weight_slopes(f1: Mapping[str, float], reference: Mapping[str, float], margi
 
 
 class Moments(Protocol):
-    """What the wrapped linears of one token stream report (clorae.Moments), L of them."""
+    """What the L wrapped linears of one stream of tokens report; made by clorae.stream_moments,
+    which explains the weights a_t and b_t of a token t."""
 
-    q: Tensor  # [L,D_out] sum_t a_t (D_tc - U_tc)^2
+    distance: Tensor  # [L,D_out] sum_t a_t (D_tc - U_tc)^2
     b: Tensor  # sum_t b_t
     variance: Tensor  # [L,D_out] sigma^2
 
@@ -141,8 +142,8 @@ class Moments(Protocol):
 def mutual_information(streams: Sequence[Moments], count: int) -> Tensor:
     """L_MIM = 1 / count sum_l L_l, a scalar >= ln(0.1) / 2, exact without forming U or D.
 
-    L_l = 1 / (2 D_out) sum_c (q_c / sigma_c^2 + (sum_t b_t) ln sigma_c^2): the Gaussian bound
-    -E log q(U | D) of Eq. (5) with mean D and variance sigma^2, constants dropped.
+    L_l = 1 / (2 D_out) sum_c (distance_c / sigma_c^2 + (sum_t b_t) ln sigma_c^2): the bound of
+    Eq. (5), -E log p(U | D) for a Gaussian with mean D and variance sigma^2, constants dropped.
     streams: the reports of this (micro-)batch; count: wrapped linears of the model, including those
     that saw no valid token.  Additive over micro-batches and ranks.
     """
@@ -150,6 +151,6 @@ def mutual_information(streams: Sequence[Moments], count: int) -> Tensor:
     for report in streams:
         variance = report.variance
         with torch.autocast(variance.device.type, enabled=False):  # fp32 island
-            bound = (report.q / variance + report.b * variance.log()).sum()
+            bound = (report.distance / variance + report.b * variance.log()).sum()
         total = total.to(bound.device) + bound / (2 * variance.shape[-1])  # Eq. (5)
     return total / count

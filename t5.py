@@ -83,9 +83,14 @@ class T5Config:
             self.num_decoder_layers = self.num_layers
         self.gated = self.feed_forward_proj == "gated-gelu"
         ids = "pad_token_id", "eos_token_id", "decoder_start_token_id"
-        odd = odd_fields(self, **dict.fromkeys(ids, (0, 1 << 18)))
+        odd = odd_fields(self, relative_attention_num_buckets=(4, 1 << 18),
+                         **dict.fromkeys(ids, (0, 1 << 18)))
         odd = odd or [f"{name} = {getattr(self, name)}" for name in ids
                       if getattr(self, name) >= self.vocab_size]
+        buckets, furthest = (self.relative_attention_num_buckets,
+                             self.relative_attention_max_distance)
+        if not odd and furthest <= buckets // 2:  # these have a bucket each, see relative_buckets
+            odd.append(f"relative_attention_max_distance = {furthest} beside {buckets} buckets")
         if self.feed_forward_proj not in ("relu", "gated-gelu"):
             odd.append(f"feed_forward_proj = {self.feed_forward_proj!r}")
         if odd:
@@ -162,7 +167,8 @@ def prepare_memory(memory: Tensor, mask: Tensor, dtype: torch.dtype) -> tuple[Te
 
 # ------------------------------------------------------------ layers
 def onednn_computes(weight: Tensor, dtype: torch.dtype) -> bool:
-    """On this CPU, in this type; weights of inference mode do not say when they are written to."""
+    """Whether oneDNN may multiply by this weight in this type: on a CPU that has it.  A weight of
+    inference mode counts no writes, so that an outdated copy of it would go unseen: no."""
     if weight.device.type != "cpu" or weight.is_inference():
         return False
     known = {torch.float32: torch.backends.mkldnn.is_available,
@@ -179,7 +185,8 @@ class PackedWeight:
     """A copy of a weight [out,in] in the blocks in which a CPU multiplies few rows by it fastest.
 
     F.linear reads a weight at less than half of the memory's speed there, oneDNN's blocks at most
-    of it.
+    of it.  A write through another view of the storage, such as an optimizer's flat vector, goes
+    unseen: T5.train() therefore drops the copies.
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
@@ -215,7 +222,8 @@ class FrozenProduct(torch.autograd.Function):
 
 
 def project(x: Tensor, weight: Tensor) -> Tensor:
-    """x [...,in] -> x W^T [...,out], by whatever computes it fastest."""
+    """x [...,in] -> x W^T [...,out], by whatever computes it fastest: for one token a row the
+    packed copy, for a frozen fp32 weight on a CPU oneDNN, else F.linear."""
     dtype = compute_dtype(x)
     if not onednn_computes(weight, dtype):
         return F.linear(x, weight)
@@ -350,7 +358,8 @@ class Block(nn.Module):
         known = cache and cache.append(layer, self.self_attention.keys_values(normed))
         x = x + self.dropout(self.self_attention(normed, normed, bias, known))
         if self.cross_attention is not None:
-            normed, known = self.cross_attention_norm(x), cache and cache.cross[:, layer]
+            normed = self.cross_attention_norm(x)
+            known = cache and cache.cross[:, layer]  # the memory's, made once for all steps
             x = x + self.dropout(self.cross_attention(normed, memory, memory_bias, known))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
@@ -568,14 +577,16 @@ class T5(nn.Module):
                  on_rows: Callable[[Tensor], None] | None = None) -> Tensor:
         """ids and mask [B,S], or memory [B,M,D] and its mask -> ids [B,<=max_new_tokens].
 
-        Without start token, padding after the end token. `banned_ids`, and ids past T5's
-        vocabulary, are never produced. Requests that are done leave the batch; `on_rows` is told
-        the request of each computed row, [rows], whenever the rows change.
+        The ids have no start token, and padding after the end token. `banned_ids`, and ids past
+        T5's vocabulary, are never produced. Requests that are done leave the batch; `on_rows` is
+        told the request of each computed row, [rows], whenever the rows change.
         """
         if self.training or max_new_tokens < 1 or num_beams < 1:
             raise ValueError("generate needs model.eval(), at least one token and one beam; got "
                              f"training={self.training}, {max_new_tokens=}, {num_beams=}")
         tell = on_rows or (lambda rows: None)
+        if (input_ids if memory is None else memory).shape[:2].numel() == 0:
+            raise ValueError("generate: expected at least one row and one source token, got none")
         memory = self.encode(input_ids, attention_mask) if memory is None else memory
         mask = memory.new_ones(memory.shape[:2]) if attention_mask is None else attention_mask
         cache = Cache(self.decoder, memory, mask.bool(), num_beams, max_new_tokens)

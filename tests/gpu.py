@@ -72,7 +72,7 @@ class Concatenated(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, p: Problem, beside: bool, x: Tensor, *parameters: Tensor) -> Tensor:
-        library, queue, D = clorae.KERNELS[x.device.type], clorae.stream(x), p.D
+        library, queue, D = clorae.KERNELS[x.device.type], clorae.cuda_queue(x), p.D
         A, Bt = p.below[D:], p.Bt
         library.pack(*parameters, A[:p.rows], Bt[:p.rows - 1], queue)
         gates = torch.empty(p.T, 2, device=x.device)
@@ -94,7 +94,7 @@ class Concatenated(torch.autograd.Function):
         p, (x, z, zt, gates) = ctx.p, ctx.saved_tensors
         dz = dy @ p.Bt.T
         clorae.KERNELS[x.device.type].gate_backward(dz, z, None, p.tasks, p.ranks, SCALE, gates,
-                                                    clorae.stream(x))
+                                                    clorae.cuda_queue(x))
         dx = (dy @ p.base.weight).addmm_(dz, p.below[p.D:])
         dA = clorae.rank_gradient(dz, x, [], [p.width, 0, 0])
         dBt = clorae.rank_gradient(zt, dy, [], [p.width, 0, 0])

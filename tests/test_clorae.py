@@ -631,3 +631,11 @@ def test_recomputed_activations_change_no_gradient_and_keep_less(method):
         kept.append(sum(numbers))
     assert all(torch.equal(a, b) for a, b in zip(*found) if a is not None)
     assert kept[1] < 0.5 * kept[0]
+
+
+def test_mim_without_masks_says_what_is_missing():
+    """L_MIM weighs tokens by their masks; `set` without them is an error, not a guess."""
+    m, (x, tasks, _) = layer().train(), inputs()
+    run(m, x, tasks, batch=B)
+    with pytest.raises(ValueError, match=r"expected masks of the streams \['memory'\]"):
+        m.routing.moments()

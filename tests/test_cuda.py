@@ -267,7 +267,7 @@ def concatenated_gate(device: torch.device, dtype: torch.dtype) -> None:
     z, tasks = buffer[:, 8:8 + width], torch.arange(T, device=device, dtype=torch.int32) % N
     before = z.double().clone()
     weighted = torch.full((T, width), float("nan"), device=device, dtype=dtype)
-    gates, queue = torch.empty(T, 2, device=device), clorae.stream(z)
+    gates, queue = torch.empty(T, 2, device=device), clorae.cuda_queue(z)
     library.gate_forward(z, tasks, ranks, SCALE, weighted, gates, queue)
     column = torch.arange(width, device=device)
     own = (column[None] - R) // r == tasks[:, None]
@@ -516,3 +516,23 @@ def test_a_layer_of_the_model_is_the_same_on_the_kernels(device, options):
         answers.append([y, *codes, *torch.autograd.grad(loss, wanted)])
     for ours, reference in zip(*answers, strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_decoding_packs_the_factors_once_for_all_tokens_of_a_batch(device, monkeypatch):
+    """The next tokens of a batch read one pack; `set` announces the next batch, with its own."""
+    routing, packed = clorae.Routing(("a", "b", "c")), []
+    base = nn.Linear(24, 16, bias=False).requires_grad_(False)
+    module = clorae.ExpertLinear(base, clorae.ExpertConfig(rank=9), routing, "memory")
+    module = module.to(device).eval()
+    nn.init.normal_(module.B_T)
+    pack = clorae.pack
+    monkeypatch.setattr(clorae, "pack", lambda *given: packed.append(given) or pack(*given))
+    with torch.no_grad():
+        for tasks in ([0, 2, 2], [1, 1, 2]):
+            routing.set(torch.tensor(tasks))
+            for x in torch.randn(3, 3, 1, 24, device=device):
+                routing.impl = "cuda"
+                y = module(x)
+                routing.impl = "reference"
+                torch.testing.assert_close(y, module(x), rtol=1e-5, atol=1e-5)
+    assert len(packed) == 2

@@ -126,7 +126,7 @@ def test_mim_closed_form_of_one_token():
 def test_mim_is_the_mean_over_all_layers_also_those_that_saw_nothing():
     """D21: 1 / |l| sum_l, with |l| the wrapped linears of the model."""
     layer = Moments(torch.rand(1, 3), torch.tensor(1.0), torch.full((1, 3), 2.0))
-    two = Moments(layer.q.repeat(2, 1), layer.b, layer.variance.repeat(2, 1))
+    two = Moments(layer.distance.repeat(2, 1), layer.b, layer.variance.repeat(2, 1))
     one = losses.mutual_information([layer], 1)
     torch.testing.assert_close(losses.mutual_information([layer, layer], 8), one / 4)
     torch.testing.assert_close(losses.mutual_information([two], 8), one / 4)

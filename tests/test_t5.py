@@ -659,6 +659,22 @@ def test_an_empty_folder_and_a_broken_config_are_refused_with_the_path(saved, tm
     assert "config.json" in refusal(saved)
 
 
+@pytest.mark.parametrize("buckets, furthest", [(1, 20), (3, 20), (8, 4), (32, 8)])
+def test_positions_that_cannot_be_put_into_buckets_are_refused(saved, buckets, furthest):
+    """Half of the buckets, or a quarter, hold one distance each; the rest grow up to furthest."""
+    edit_config(saved, relative_attention_num_buckets=buckets,
+                relative_attention_max_distance=furthest)
+    assert "config.json" in refusal(saved) and "relative_attention" in refusal(saved)
+
+
+def test_no_row_or_no_token_to_answer_is_refused():
+    """An empty batch is a mistake of the caller, said in words."""
+    model = T5(SMALL).eval()
+    for shape in ((0, 5), (2, 0)):
+        with pytest.raises(ValueError, match="at least one row and one source token"):
+            model.generate(torch.zeros(shape, dtype=torch.long))
+
+
 def test_absent_optional_fields_take_the_official_defaults(tmp_path):
     """Old hub files say neither how many decoder layers there are nor which activation."""
     config = T5Config(29, 11, 5, 13, 2, 3)
