@@ -1,9 +1,11 @@
 """Records, prompts, target strings and batches: everything between the files and the model.
 
+In reading order: what a record must be; the files of a corpus; prompts, targets and how answers
+are read; T5's tokenizer; examples and batches; published files and their conversion; the commands.
+
 A corpus is a folder of datasets, CORPUS/<dataset>/{dataset.json, train|dev|test.jsonl, images/}.
-dataset.json makes a dataset self-describing; "units" names its column of the result table per
-record task, labels are sorted lower-case words, "note" (optional) says in one line what a result
-on it must name:
+dataset.json describes its dataset. "units" names, for each record task, its column of the result
+table; labels are sorted lower-case words; "note" (optional) is one line that stands beside scores:
 
     {"name": "twitter2017", "units": {"mner": "T17"}, "labels": {"mner": ["location", "person"]}}
 
@@ -21,8 +23,8 @@ one JSON object on one line: the seven keys that every record has, and the gold 
 
 Spans are [start, end) in tokens, boxes are pixels. "object" is the 1-based number of the object
 that shows a gold box (IoU >= 0.5), null where none does. A sample without text has "tokens": [].
-Med and meae records may have one key more, "accepted": a list like "events" of events in the text
-(every trigger and argument a span) that are right without being gold of the sample.
+Med and meae records may have one key more, "accepted": a list like "events", of events in the text
+alone that are right although they are not gold of the sample.
 
 A prompt states the task and its labels first and the text last: only text is ever truncated.
 The model answers in this grammar (text is percent-escaped where it looks like structure):
@@ -133,10 +135,9 @@ def iou(a: Box, b: Box) -> float:
 
 
 # ---------------------------------------------------------------------------- what is right
-# A rule says what a JSON value must be. A dict demands an object with exactly its keys, a list of
-# one rule demands a list whose elements keep it, None demands nothing. A function looks at the
-# value and returns its rule, or the problem: a string that goes on after the value and says what
-# to do. So a function that returns None finds the value right.
+# A rule says what a JSON value must be. A dict demands an object with exactly these keys, a list of
+# one rule demands a list of such elements, None demands nothing, and a string is what is wrong and
+# what to do. A function looks at the value and returns its rule; None then means: it is right.
 
 Rule = dict | list | str | Callable | None
 
@@ -288,22 +289,24 @@ def record_rule(raw: object, dataset: Dataset) -> Rule:
         if not box(wanted) and not box(objects[k - 1]) and iou(wanted, objects[k - 1]) < 0.5:
             return "is the number of an object with IoU < 0.5 to the box: correct it or write null"
 
-    gold = {"mner": {"entities": [entity]}, "med": {"events": [event]}, "meae": {"events": [event]},
+    events, text = {"events": [event]}, [token]
+    if task in ("med", "meae") and "accepted" in raw:                    # the one optional key
+        events["accepted"] = [lambda e: event(e, in_text=True)]
+    gold = {"mner": {"entities": [entity]}, "med": events, "meae": events,
             "mre": {"head": span, "tail": span, "relation": one_of(labels)}}
-    if task in ("med", "meae") and "accepted" in raw:
-        gold[task]["accepted"] = [lambda e: event(e, in_text=True)]      # the one optional key
-    empty = tokens == [] and (image is None or task in ("mner", "mre"))
+    if tokens == [] and (image is None or task in ("mner", "mre")):
+        text = "is no text: only med and meae records with an image may lack it"
     return {"id": string, "dataset": one_of([dataset.name]), "task": one_of(dataset.labels),
-            "tokens": "is no text: only med and meae records with an image may lack it" if empty
-            else [token], "image": image_name, "size": image_size, "objects": in_image([box]),
-            **get(gold, task if labels else None, {})}
+            "tokens": text, "image": image_name, "size": image_size, "objects": in_image([box]),
+            **(gold[task] if labels else {})}
 
 
 def dataset_rule(raw: object, name: str) -> Rule:
     """The rule for dataset.json in the folder `name`; `raw` itself chooses the tasks."""
     def labels(none: bool) -> Rule:
-        return lambda v: [word] if not isinstance(v, list) or v and ("none" in v) == none else (
-            'is empty or breaks that "none" is a label of mre and of no other task: correct it')
+        right = must(lambda v: not isinstance(v, list) or v and ("none" in v) == none, "is empty "
+                     'or breaks that "none" is a label of mre and of no other task: correct it')
+        return lambda v: right(v) or [word]
 
     def roles(value: object) -> Rule:
         if not isinstance(value, dict) or not value or any(map(word, value)):
@@ -436,8 +439,10 @@ def write_dataset(folder: Path, descriptor: dict, splits: dict[str, Rows]) -> No
     """Checks everything, then writes folder/{dataset.json, <split>.jsonl, images/}."""
     dataset, problems = Dataset(folder.name, descriptor["units"], descriptor["labels"]), Problems()
     problems.check(descriptor, dataset_rule(descriptor, folder.name), str(folder), "dataset")
-    for rows in splits.values():
+    for split, rows in splits.items():
         seen = {}
+        if not rows:
+            problems.add(str(folder), split, "has no record: leave its file out")
         for where, record in rows:
             problems.check_record(record, dataset, where, seen)
     problems.raise_if_any()
@@ -923,7 +928,7 @@ def event_word(name: str) -> str:
 
 def raw_record(kind: str, task: str, name: str, tokens: list[str], image: str | None, objects: list,
                **gold: object) -> dict:
-    """A record as JSON; the size of the image is unknown until somebody has the image."""
+    """A record as JSON; the size of the image is unknown unless `gold` holds it too."""
     return {"id": name, "dataset": kind, "task": task, "tokens": tokens, "image": image,
             "size": None, "objects": objects, **gold}
 
@@ -1126,8 +1131,8 @@ def read_swig(path: Path, kind: str) -> Rows:
                 objects += [] if box in objects else [box]
                 arguments += [] if name not in roles or argument in arguments else [argument]
             event = {"type": event, "trigger": None, "arguments": arguments}
-            rows.append((where, raw_record(kind, "", image, [], image, objects,
-                                           events=[event]) | {"size": size}))
+            rows.append((where, raw_record(kind, "", image, [], image, objects, size=size,
+                                           events=[event])))
     print(f"{path}: {len(pictures) - len(rows)} of {len(pictures)} pictures left out (verb unmapped"
           f"); {flat} boxes without area dropped")
     return rows
@@ -1381,8 +1386,8 @@ def check(corpus: Path, require_images: bool) -> None:
             for task in dataset.units:
                 some = [record for record in records if record.task == task]
                 print(f"{name} {split} {task}: {summary(some, dataset, images)}")
-            for record in records if require_images else ():
-                if record.image and not (images / record.image).is_file():
+            for record in records:
+                if require_images and record.image and not (images / record.image).is_file():
                     problems.add(record.source, "image", f'"{record.image}" is not in {images}: '
                                  "put it there or write null")
     print("\n".join(shared_texts(texts)) or "no text stands in two splits")

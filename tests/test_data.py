@@ -741,6 +741,8 @@ def test_a_dataset_is_checked_before_anything_is_written(tmp_path: Path) -> None
     with pytest.raises(DataError, match='source:2: id: "1" is the id of source:1 too'):
         data.write_dataset(tmp_path / "tweets", descriptor, {"train": rows(MNER, MNER),
                                                              "dev": rows(MNER)})
+    with pytest.raises(DataError, match="tweets: dev: has no record"):
+        data.write_dataset(tmp_path / "tweets", descriptor, {"train": rows(MNER), "dev": []})
     assert not (tmp_path / "tweets").exists()
     data.write_dataset(tmp_path / "tweets", descriptor, {"train": rows(MNER)})
     assert [r.id for r in data.load_corpus(tmp_path, "train")] == ["1"]
