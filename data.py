@@ -325,6 +325,7 @@ def dataset_rule(raw: object, name: str) -> Rule:
 # ---------------------------------------------------------------------------- files of a corpus
 
 def read_bytes(path: Path) -> bytes:
+    """The content of a file, DataError where there is none."""
     try:
         if path.exists() and not path.is_file():     # a pipe or a device would never end
             raise OSError(0, "no regular file")
@@ -473,10 +474,12 @@ def escape(text: str, filler: bool = False) -> str:
 
 
 def unescape(text: str) -> str:
+    """What `escape` was given."""
     return re.sub("%(25|3C|4F)", lambda match: chr(int(match[1], 16)), text)
 
 
 def words(record: Record, span: Span) -> str:
+    """The text of a span."""
     return " ".join(record.tokens[span[0]:span[1]])
 
 
@@ -991,15 +994,16 @@ def read_mnre(path: Path, kind: str) -> Rows:
     for number, (where, line) in enumerate(read_lines(path), 1):
         with expecting("a Python dict with token, h, t, img_id, relation", where, line):
             row = ast.literal_eval(line)
-            image, relation = row["img_id"], row["relation"]
+            relation, image = row["relation"], row["img_id"]
             if relation not in RELATIONS[kind]:
                 raise ValueError(f"relation {show(relation)} is not in the scheme of {kind}: "
                                  + nearest(relation, RELATIONS[kind]))
-            if type(image) not in (int, str):
+            if type(image) is int:
+                image = f"{image}.jpg"
+            if not isinstance(image, str):
                 raise ValueError(f"img_id {show(image)} names no picture")
             rows.append((where, raw_record(
-                kind, "mre", f"{number}", row["token"],
-                image if isinstance(image, str) else f"{image}.jpg", [], head=row["h"]["pos"],
+                kind, "mre", f"{number}", row["token"], image, [], head=row["h"]["pos"],
                 tail=row["t"]["pos"], relation=relation_word(relation))))
     return rows
 
@@ -1008,14 +1012,12 @@ def read_mnre(path: Path, kind: str) -> Rows:
 # event_rows() makes its med and meae records with the objects that the model is to see.
 
 def text_event(mention: dict) -> dict:
-    """An event in M2E2's or ACE's text, of which only offsets are used."""
+    """An event in M2E2's or ACE's text; only its offsets are used, not the words beside them."""
     name, trigger = mention["event_type"], mention["trigger"]
     if name not in ACE_TYPES:
         raise ValueError(f"event type {show(name)} is unknown: {nearest(name, ACE_TYPES)}")
-    arguments = [{"role": argument["role"].lower(), "span": [argument["start"], argument["end"]]}
-                 for argument in mention["arguments"]]
-    return {"type": event_word(name), "trigger": [trigger["start"], trigger["end"]],
-            "arguments": arguments}
+    return {"type": event_word(name), "trigger": [trigger["start"], trigger["end"]], "arguments": [
+        {"role": a["role"].lower(), "span": [a["start"], a["end"]]} for a in mention["arguments"]]}
 
 
 def read_ace(path: Path, kind: str) -> Rows:
@@ -1121,15 +1123,17 @@ def read_swig(path: Path, kind: str) -> Rows:
             if image_size(size := [picture["width"], picture["height"]]):
                 raise ValueError(f"the size {size}")
             objects, arguments = [], []
-            for name, grounded in picture["bb"].items():
-                if max(grounded) < 0:
+            for name, box in picture["bb"].items():
+                if max(box) < 0:                     # not grounded
                     continue
-                if (box := tidy(grounded, *size)) is None:
+                if not (box := tidy(box, *size)):
                     flat += 1
                     continue
+                if box not in objects:
+                    objects.append(box)
                 argument = {"role": roles.get(name), "box": box}
-                objects += [] if box in objects else [box]
-                arguments += [] if name not in roles or argument in arguments else [argument]
+                if name in roles and argument not in arguments:
+                    arguments.append(argument)
             event = {"type": event, "trigger": None, "arguments": arguments}
             rows.append((where, raw_record(kind, "", image, [], image, objects, size=size,
                                            events=[event])))
@@ -1292,7 +1296,8 @@ def event_rows(kind: str, rows: Rows, folder: Path, max_objects: int,
         found = detections(folder / DETECTIONS)
         with expecting("detections, if only [], for each picture of M2E2", folder / DETECTIONS):
             reached, total = reachable(rows, found, max_objects)
-        note += f"; they show {reached} of {total} gold boxes ({100 * reached / total:.1f} %)"
+        share = 100 * reached / max(total, 1)
+        note += f"; they show {reached} of {total} gold boxes ({share:.1f} %)"
     print(f"{kind}: {note}")
     for _, row in rows:
         if kind == "m2e2":

@@ -311,6 +311,7 @@ class Lessons:
         self.tails = sorted({w[k:k + 2] for w in names for k in (2, 4)})
         self.pool: list[list] = []  # batches made ahead
         self.level = 0.0  # 0 .. 1, how far training is: lessons start short
+        # Drawn from; the lessons that take longest to learn stand there more often.
         self.kinds = (self.copy, self.triple, self.corrupt, *[self.pairs] * 5, *[self.nested] * 2)
 
     def made_up(self) -> str:

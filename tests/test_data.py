@@ -1169,6 +1169,14 @@ def test_detections_that_cannot_be_used_are_named(found: object, says: str,
         run_convert("m2e2", files, tmp_path)
 
 
+def test_pictures_without_gold_boxes_are_converted(tmp_path: Path) -> None:
+    """0 of 0 boxes are shown, which is no division by zero."""
+    files = m2e2_files(COREF, found=M2E2_FOUND) | {"image_multimedia_event.json": json.dumps(
+        {name: picture | {"role": {}} for name, picture in M2E2_IMAGES.items()})}
+    corpus = run_convert("m2e2", files, tmp_path)
+    assert "they show 0 of 0 gold boxes" in data.load_datasets(corpus)["m2e2"].note
+
+
 def test_the_two_modes_do_not_share_a_corpus(tmp_path: Path) -> None:
     """Both have the units MED and MEAE, so their records would be scored as one."""
     files = m2e2_files(COREF, found=M2E2_FOUND)
