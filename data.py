@@ -1,9 +1,11 @@
 """Records, prompts, target strings and batches: everything between the files and the model.
 
+In reading order: what a record must be; the files of a corpus; prompts, targets and how answers
+are read; T5's tokenizer; examples and batches; published files and their conversion; the commands.
+
 A corpus is a folder of datasets, CORPUS/<dataset>/{dataset.json, train|dev|test.jsonl, images/}.
-dataset.json makes a dataset self-describing; "units" names its column of the result table per
-record task, labels are sorted lower-case words, "note" (optional) says in one line what a result
-on it must name:
+dataset.json describes its dataset. "units" names, for each record task, its column of the result
+table; labels are sorted lower-case words; "note" (optional) is one line that stands beside scores:
 
     {"name": "twitter2017", "units": {"mner": "T17"}, "labels": {"mner": ["location", "person"]}}
 
@@ -21,8 +23,8 @@ one JSON object on one line: the seven keys that every record has, and the gold 
 
 Spans are [start, end) in tokens, boxes are pixels. "object" is the 1-based number of the object
 that shows a gold box (IoU >= 0.5), null where none does. A sample without text has "tokens": [].
-Med and meae records may have one key more, "accepted": a list like "events" of events in the text
-(every trigger and argument a span) that are right without being gold of the sample.
+Med and meae records may have one key more, "accepted": a list like "events", of events in the text
+alone that are right although they are not gold of the sample.
 
 A prompt states the task and its labels first and the text last: only text is ever truncated.
 The model answers in this grammar (text is percent-escaped where it looks like structure):
@@ -68,6 +70,7 @@ import random
 import re
 import sys
 import unicodedata
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -131,10 +134,10 @@ def iou(a: Box, b: Box) -> float:
     return width * height / (areas - width * height)
 
 
-# ---------------------------------------------------------------------------- strict reading
-# A rule says what a JSON value must be: a dict demands exactly its keys, a one-element list a list
-# of such elements, None nothing; a function looks at the value and returns one of these or a
-# string that completes the sentence "<value> ...: <what to do>".
+# ---------------------------------------------------------------------------- what is right
+# A rule says what a JSON value must be. A dict demands an object with exactly these keys, a list of
+# one rule demands a list of such elements, None demands nothing, and a string is what is wrong and
+# what to do. A function looks at the value and returns its rule; None then means: it is right.
 
 Rule = dict | list | str | Callable | None
 
@@ -142,7 +145,7 @@ Rule = dict | list | str | Callable | None
 class Problems(list):
     """Collects "file:line: field: problem: what to do", so that many mistakes show at once."""
 
-    count = 0                                        # of all; the list keeps those that are shown
+    count = 0                                        # of all; the list holds the first of them
 
     def add(self, where: str, place: str, problem: str) -> None:
         self.count += 1
@@ -177,6 +180,13 @@ class Problems(list):
                     self.add(where, place, f'key "{key}" is missing: add it, if only as null or []')
         return self.count == before
 
+    def check_record(self, raw: object, dataset: Dataset, where: str, seen: dict[str, str]) -> bool:
+        """Whether `raw` is a record; seen, {id: where}, makes an id that comes twice a problem."""
+        right = self.check(raw, record_rule(raw, dataset), where, "record")
+        if right and (first := seen.setdefault(raw["id"], where)) != where:
+            self.add(where, "id", f'"{raw["id"]}" is the id of {first} too: make ids unique')
+        return right
+
 
 def show(value: object) -> str:
     """A value as it stands in the file, shortened."""
@@ -195,10 +205,12 @@ def nearest(word: object, known: Iterable[str]) -> str:
 
 
 def must(test: Callable[[object], object], problem: str) -> Rule:
+    """The rule that the test holds."""
     return lambda value: None if test(value) else problem
 
 
 def one_of(known: Iterable[str]) -> Rule:
+    """The rule for a name out of a closed set."""
     return lambda value: (None if isinstance(value, str) and value in known
                           else f"is unknown: {nearest(value, known)}")
 
@@ -232,18 +244,22 @@ image_size = must(lambda v: v is None or numbers(v, (int,), 2) and min(v) > 0,
                   "is neither null nor [width, height] in pixels: correct it")
 
 
+def box_within(right: float = math.inf, bottom: float = math.inf) -> Rule:
+    """The rule for a box in a picture of this size, which may be unknown."""
+    return must(lambda v: numbers(v, (int, float), 4) and 0 <= v[0] < v[2] <= right
+                and 0 <= v[1] < v[3] <= bottom, f"is no box 0 <= x1 < x2 <= {right}, 0 <= y1 < y2 "
+                f"<= {bottom}: order its corners and clip it, or correct the size")
+
+
 def record_rule(raw: object, dataset: Dataset) -> Rule:
     """The rule for one record; `raw` itself sets the bounds of its spans and boxes."""
     tokens, objects = get(raw, "tokens"), get(raw, "objects")
     task, size, image = get(raw, "task"), get(raw, "size"), get(raw, "image", "(missing key)")
     labels = get(dataset.labels, task, ())
     length = len(tokens) if isinstance(tokens, list) else math.inf       # one problem is enough
-    right, bottom = (math.inf, math.inf) if size is None or image_size(size) else size
+    box = box_within(*(() if size is None or image_size(size) else size))
     span = must(lambda v: numbers(v, (int,), 2) and 0 <= v[0] < v[1] <= length,
                 f"is no span 0 <= start < end <= {length} (tokens): correct the offsets")
-    box = must(lambda v: numbers(v, (int, float), 4) and 0 <= v[0] < v[2] <= right
-               and 0 <= v[1] < v[3] <= bottom, f"is no box 0 <= x1 < x2 <= {right}, 0 <= y1 < y2 "
-               f"<= {bottom}: order its corners and clip it, or correct the size")
 
     def in_image(rule: Rule) -> Rule:
         return lambda v: "needs an image: name it" if image is None and v != [] else rule
@@ -253,14 +269,13 @@ def record_rule(raw: object, dataset: Dataset) -> Rule:
         return {"type": one_of(labels), "start": None, "end": lambda v: span(pair)}
 
     def event(value: object, in_text: bool = False) -> Rule:
-        kind, trigger = get(value, "type"), span
-        roles = one_of(get(get(dataset.labels, "meae"), kind, ()))
+        kind = get(value, "type")
+        whole_image = not in_text and get(value, "trigger") is None
+        role = one_of(get(get(dataset.labels, "meae"), kind, ()))
         if one_of(labels)(kind):                     # one problem, not one more for each role
-            roles = None
-        if not in_text and get(value, "trigger") is None:
-            trigger = in_image(None)
-        return {"type": one_of(labels), "trigger": trigger,
-                "arguments": [lambda a: argument(a, roles, in_text)]}
+            role = None
+        return {"type": one_of(labels), "trigger": in_image(None) if whole_image else span,
+                "arguments": [lambda a: argument(a, role, in_text)]}
 
     def argument(value: object, role: Rule, in_text: bool) -> Rule:
         if in_text or not isinstance(value, dict) or not value.keys() & {"box", "object"}:
@@ -274,22 +289,24 @@ def record_rule(raw: object, dataset: Dataset) -> Rule:
         if not box(wanted) and not box(objects[k - 1]) and iou(wanted, objects[k - 1]) < 0.5:
             return "is the number of an object with IoU < 0.5 to the box: correct it or write null"
 
-    gold = {"mner": {"entities": [entity]}, "med": {"events": [event]}, "meae": {"events": [event]},
+    events, text = {"events": [event]}, [token]
+    if task in ("med", "meae") and "accepted" in raw:                    # the one optional key
+        events["accepted"] = [lambda e: event(e, in_text=True)]
+    gold = {"mner": {"entities": [entity]}, "med": events, "meae": events,
             "mre": {"head": span, "tail": span, "relation": one_of(labels)}}
-    if task in ("med", "meae") and "accepted" in raw:
-        gold[task]["accepted"] = [lambda e: event(e, in_text=True)]      # the one optional key
-    empty = tokens == [] and (image is None or task in ("mner", "mre"))
+    if tokens == [] and (image is None or task in ("mner", "mre")):
+        text = "is no text: only med and meae records with an image may lack it"
     return {"id": string, "dataset": one_of([dataset.name]), "task": one_of(dataset.labels),
-            "tokens": "is no text: only med and meae records with an image may lack it" if empty
-            else [token], "image": image_name, "size": image_size, "objects": in_image([box]),
-            **get(gold, task if labels else None, {})}
+            "tokens": text, "image": image_name, "size": image_size, "objects": in_image([box]),
+            **(gold[task] if labels else {})}
 
 
 def dataset_rule(raw: object, name: str) -> Rule:
     """The rule for dataset.json in the folder `name`; `raw` itself chooses the tasks."""
     def labels(none: bool) -> Rule:
-        return lambda v: [word] if not isinstance(v, list) or v and ("none" in v) == none else (
-            'is empty or breaks that "none" is a label of mre and of no other task: correct it')
+        right = must(lambda v: not isinstance(v, list) or v and ("none" in v) == none, "is empty "
+                     'or breaks that "none" is a label of mre and of no other task: correct it')
+        return lambda v: right(v) or [word]
 
     def roles(value: object) -> Rule:
         if not isinstance(value, dict) or not value or any(map(word, value)):
@@ -305,7 +322,10 @@ def dataset_rule(raw: object, name: str) -> Rule:
             "labels": {t: rules[t] for t in tasks}}
 
 
+# ---------------------------------------------------------------------------- files of a corpus
+
 def read_bytes(path: Path) -> bytes:
+    """The content of a file, DataError where there is none."""
     try:
         if path.exists() and not path.is_file():     # a pipe or a device would never end
             raise OSError(0, "no regular file")
@@ -356,10 +376,7 @@ def read_split(folder: Path, split: str, dataset: Dataset, problems: Problems) -
             problems.add(where, "line", f"{text} is no JSON object ({reason}): write each record "
                          "as one object on one line, in UTF-8")
             continue
-        if problems.check(raw, record_rule(raw, dataset), where, "record"):
-            if seen.setdefault(raw["id"], number) != number:
-                problems.add(where, "id", f'"{raw["id"]}" is the id of line {seen[raw["id"]]} too: '
-                             "make ids unique within the file")
+        if problems.check_record(raw, dataset, where, seen):
             records.append(Record(**{k: frozen(v) for k, v in raw.items()}, source=where))
     return records
 
@@ -384,9 +401,10 @@ def load_datasets(corpus: str | os.PathLike) -> dict[str, Dataset]:
             found = "a single dataset: give the folder above it"
         raise DataError(f"{corpus}: expected folders with a dataset.json, found {found}; "
                         "`python data.py convert` and `python demo.py` make a corpus")
-    for path in (path for path in files if path.stem not in SPLITS):
-        raise DataError(f'{path}: "{path.stem}" is no split: rename it to one of '
-                        f"{', '.join(SPLITS)}, or move it away")
+    for path in files:
+        if path.stem not in SPLITS:
+            raise DataError(f'{path}: "{path.stem}" is no split: rename it to one of '
+                            f"{', '.join(SPLITS)}, or move it away")
     return {folder.name: read_dataset(folder) for folder in folders}
 
 
@@ -398,42 +416,48 @@ def load_corpus(corpus: str | os.PathLike, split: str,
     dataset has, an unknown name and any faulty line raise DataError.
     """
     wanted = set(units or UNITS)
-    for name in {split} - set(SPLITS) or wanted - set(UNITS):
+    if unknown := {split} - set(SPLITS) | wanted - set(UNITS):
+        name = min(unknown)
         raise DataError(f'"{name}" is no split or unit: ' + nearest(name, SPLITS + UNITS))
-    records, problems, found = [], Problems(), False
-    for name, dataset in load_datasets(corpus).items():
-        folder = Path(corpus) / name
-        if wanted & set(dataset.units.values()) and (folder / f"{split}.jsonl").exists():
-            found = True
-            records += [record for record in read_split(folder, split, dataset, problems)
-                        if dataset.units[record.task] in wanted]
-    problems.raise_if_any()
-    if not found:
+    holding = {Path(corpus) / name: dataset for name, dataset in load_datasets(corpus).items()
+               if wanted & set(dataset.units.values())
+               and (Path(corpus) / name / f"{split}.jsonl").exists()}
+    if not holding:
         raise DataError(f"{corpus}: no {split}.jsonl for the units {', '.join(sorted(wanted))}: "
                         "convert that split or choose other units")
+    problems = Problems()
+    records = [record for folder, dataset in holding.items()
+               for record in read_split(folder, split, dataset, problems)
+               if dataset.units[record.task] in wanted]
+    problems.raise_if_any()
     return records
 
 
-def write_dataset(folder: Path, descriptor: dict, splits: dict[str, list[dict]],
-                  sources: dict[str, list[str]] | None = None) -> None:
-    """Checks {split: [record as JSON]}, then writes folder/. sources: where each came from."""
+Rows = list[tuple[str, dict]]                        # (where it comes from, record as JSON)
+
+
+def write_dataset(folder: Path, descriptor: dict, splits: dict[str, Rows]) -> None:
+    """Checks everything, then writes folder/{dataset.json, <split>.jsonl, images/}."""
     dataset, problems = Dataset(folder.name, descriptor["units"], descriptor["labels"]), Problems()
-    seen = {}
     problems.check(descriptor, dataset_rule(descriptor, folder.name), str(folder), "dataset")
     for split, rows in splits.items():
-        for number, row in enumerate(rows):
-            where = sources[split][number] if sources else f"{split} record {number + 1}"
-            if problems.check(row, record_rule(row, dataset), where, "record"):
-                if seen.setdefault((split, row["id"]), number) != number:
-                    problems.add(where, "id", f'"{row["id"]}" stands twice: make ids unique')
+        seen = {}
+        if not rows:
+            problems.add(str(folder), split, "has no record: leave its file out")
+        for where, record in rows:
+            problems.check_record(record, dataset, where, seen)
     problems.raise_if_any()
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    texts = {f"{split}.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-             for split, rows in splits.items()}
+    texts = {f"{split}.jsonl": "".join(json.dumps(record, ensure_ascii=False) + "\n"
+                                       for _, record in rows) for split, rows in splits.items()}
     texts["dataset.json"] = json.dumps(descriptor, ensure_ascii=False, indent=1) + "\n"
-    for name, text in texts.items():                 # renamed when whole: never half a file
-        (folder / f".{name}.part").write_text(text, encoding="utf-8", newline="\n")
-        os.replace(folder / f".{name}.part", folder / name)
+    try:
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():             # renamed when whole: never half a file
+            (folder / f".{name}.part").write_text(text, encoding="utf-8", newline="\n")
+            os.replace(folder / f".{name}.part", folder / name)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written ({error.strerror}): give another folder or "
+                        "make room") from None
 
 
 # ---------------------------------------------------------------------------- prompts, targets
@@ -450,10 +474,12 @@ def escape(text: str, filler: bool = False) -> str:
 
 
 def unescape(text: str) -> str:
+    """What `escape` was given."""
     return re.sub("%(25|3C|4F)", lambda match: chr(int(match[1], 16)), text)
 
 
 def words(record: Record, span: Span) -> str:
+    """The text of a span."""
     return " ".join(record.tokens[span[0]:span[1]])
 
 
@@ -497,7 +523,9 @@ def gold_items(record: Record) -> list[Item]:
     """
     def located(label: str, span: Span | None, number: int | None = None, role: str | None = None,
                 box: Box | None = None, event: int = 0) -> Item:
-        text = words(record, span) if span else None if number is None else f"O{number}"
+        text = None if number is None else f"O{number}"
+        if span:
+            text = words(record, span)
         return Item(label, role, span, box, number == 0, text, number, event)
 
     def order(argument: dict) -> tuple:
@@ -544,12 +572,6 @@ def target(record: Record) -> str:
     return join_groups(target_groups(record))
 
 
-@dataclass(frozen=True)
-class Parsed:
-    items: list[Item]                                # as written, not yet located
-    malformed: int                                   # pieces of output that fit no rule
-
-
 def split_item(item: str, labels: Iterable[str]) -> tuple[str, str] | None:
     """"label, text" -> (label, text), or None. Without a comma the longest label in front."""
     label, comma, text = item.partition(",")
@@ -561,8 +583,9 @@ def split_item(item: str, labels: Iterable[str]) -> tuple[str, str] | None:
     return (label, text) if label in labels and text else None
 
 
-def parse(task: str, text: str, labels: Iterable[str] | dict, cut: bool = False) -> Parsed:
-    """Lenient reading of a model's output; what fits no rule is counted, never guessed.
+def parse(task: str, text: str, labels: Iterable[str] | dict,
+          cut: bool = False) -> tuple[list[Item], int]:
+    """Lenient reading of a model's output: items, not yet located, and how many pieces fit no rule.
 
     labels: dataset.labels[task]. cut: the output hit the length limit, so that its last item may
     be incomplete and is dropped. mre always gives one item, "none" where no relation is found.
@@ -571,28 +594,31 @@ def parse(task: str, text: str, labels: Iterable[str] | dict, cut: bool = False)
     groups = re.split(" ?<asoc> ?", text) if task == "meae" else [text]
     groups = [re.split(" ?<spot> ?", group) for group in groups]
     if task == "mre":
-        label = groups[0][len(groups[0]) // 2].lower()
-        known = len(groups[0]) in (1, 3) and label in labels
-        return Parsed([Item(label if known else "none")], int(not known))
+        [fields] = groups
+        label = fields[len(fields) // 2].lower()
+        known = len(fields) in (1, 3) and label in labels
+        return [Item(label if known else "none")], int(not known)
     if text in ("", "none"):
-        return Parsed([], 0)
+        return [], 0
     if cut:
         groups[-1].pop()
     items, malformed = [], int(cut)
     for event, group in enumerate(groups):
-        kind = group.pop(0).lower() if task == "meae" and group else None
-        known = labels if task != "meae" else labels.get(kind, ())
-        malformed += kind is not None and kind not in labels and not group
+        kind, known = None, labels                   # an event type, and what may follow it
+        if task == "meae" and group:
+            kind = group.pop(0).lower()
+            known = labels.get(kind, ())
+            malformed += kind not in labels and not group
         for found in (split_item(item, known) for item in group):
             if found is None:
                 malformed += 1
                 continue
-            label, role = (found[0], None) if kind is None else (kind, found[0])
-            match = OBJECT.fullmatch(found[1]) if task != "mner" else None
+            name, filler = found
+            match = OBJECT.fullmatch(filler) if task != "mner" else None
             number = int(match[1][:9]) if match else None    # longer ones are beyond any list too
-            items.append(Item(label, role, object=number, event=event,
-                              text=found[1] if match else unescape(found[1])))
-    return Parsed(items, malformed)
+            items.append(Item(kind or name, name if kind else None, object=number, event=event,
+                              text=filler if match else unescape(filler)))
+    return items, malformed
 
 
 def canon(text: str) -> str:
@@ -621,9 +647,9 @@ def predicted_items(record: Record, text: str, dataset: Dataset,
     nearest to its event's trigger; triggers: {event type: first token} as predicted for the same
     sample; where it is unknown, the first occurrence is meant. A role uses an occurrence once.
     """
-    parsed = parse(record.task, text, dataset.labels[record.task], cut)
+    parsed, malformed = parse(record.task, text, dataset.labels[record.task], cut)
     tokens, used, items = [canon(token) for token in record.tokens], set(), []
-    for item in parsed.items:
+    for item in parsed:
         if item.object is not None:                  # a number beyond the list has no box
             known = item.role and 0 < item.object <= len(record.objects)
             item = replace(item, box=record.objects[item.object - 1] if known else None,
@@ -635,19 +661,20 @@ def predicted_items(record: Record, text: str, dataset: Dataset,
             item = replace(item, span=min(free, key=lambda span: abs(span[0] - near), default=None))
             used.add((item.event, item.role, item.span))
         items.append(item)
-    return items, parsed.malformed
+    return items, malformed
 
 
 # ---------------------------------------------------------------------------- tokenizer
 
-SENTINEL = re.compile(r"<(?:extra_id_(0|[1-9][0-9]?)|(spot)|(asoc))>")
+SENTINEL = re.compile(r"<(?:spot|asoc|extra_id_(0|[1-9][0-9]?))>")
+STRUCTURE = ("<spot>", "<asoc>")                     # stand for <extra_id_0> and <extra_id_1>
 
 
 class Tokenizer:
     """T5's tokenizer: sentencepiece for text, T5's sentinel ids for structure.
 
     path: a sentencepiece model, or a folder that holds it as spiece.model. With n pieces,
-    <extra_id_k> has the id n + 99 - k; `<spot>` and `<asoc>` stand for k = 0 and 1.
+    <extra_id_k> has the id n + 99 - k.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -663,18 +690,14 @@ class Tokenizer:
         if min(self.pad_id, self.eos_id) < 0:
             raise DataError(f"{path}: expected pad and eos pieces, got ids {self.pad_id} and "
                             f"{self.eos_id}: use a T5 model's own file")
-        self.spot_id, self.asoc_id = self.sentinel(0), self.sentinel(1)
-
-    def sentinel(self, k: int) -> int:
-        """The id of <extra_id_k>."""
-        return self.vocab_size + 99 - k
+        self.spot_id, self.asoc_id = self.vocab_size + 99, self.vocab_size + 98
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text` with eos. It is split at sentinels, each part is encoded by itself."""
         ids, start = [], 0
         for match in SENTINEL.finditer(text):
-            k = int(match[1]) if match[1] else 0 if match[2] else 1
-            ids += self.pieces.encode(text[start:match.start()]) + [self.sentinel(k)]
+            k = int(match[1]) if match[1] else STRUCTURE.index(match[0])
+            ids += self.pieces.encode(text[start:match.start()]) + [self.spot_id - k]
             start = match.end()
         return ids + self.pieces.encode(text[start:]) + [self.eos_id]
 
@@ -684,11 +707,11 @@ class Tokenizer:
         for i in map(int, ids):
             if i == self.eos_id:
                 break
-            k = self.sentinel(0) - i
+            k = self.spot_id - i
             if 0 <= i < self.vocab_size:
                 run += [i] if i != self.pad_id else []
             elif 0 <= k < 100:
-                name = {0: "<spot>", 1: "<asoc>"}.get(k, f"<extra_id_{k}>")
+                name = STRUCTURE[k] if k < len(STRUCTURE) else f"<extra_id_{k}>"
                 parts, run = parts + [self.pieces.decode(run), name], []
             else:
                 raise DataError(f"decode: id {i} is neither one of {self.vocab_size} pieces nor a "
@@ -744,7 +767,7 @@ def encode_records(records: list[Record], datasets: dict[str, Dataset], tokenize
 
 def encode_source(record: Record, dataset: Dataset, tokenizer: Tokenizer,
                   limit: int) -> tuple[list[int], int | None]:
-    """(ids, number of whole tokens that are left, None when nothing was cut)."""
+    """(ids, number of leading tokens that are left whole, None when nothing was cut)."""
     prefix, text = prompt(record, dataset)
     ids = tokenizer.encode(prefix + text)
     if len(ids) <= limit:
@@ -752,12 +775,12 @@ def encode_source(record: Record, dataset: Dataset, tokenizer: Tokenizer,
     if (least := len(tokenizer.encode(prefix))) >= limit:
         raise DataError(f"{record.source}: the {record.task} instruction of {record.dataset} takes "
                         f"{least} ids, which leaves no room for text in {limit}: raise the limit")
-    low, high = 0, len(record.tokens) - 1            # the largest number of tokens that fits
-    while low < high:
-        middle = (low + high + 1) // 2
-        part = prefix + escape(" ".join(record.tokens[:middle]))
-        low, high = (middle, high) if len(tokenizer.encode(part)) <= limit else (low, middle - 1)
-    return ids[:limit - 1] + [tokenizer.eos_id], low
+
+    def length(count: int) -> int:
+        return len(tokenizer.encode(prefix + escape(" ".join(record.tokens[:count]))))
+
+    whole = bisect_right(range(1, len(record.tokens)), limit, key=length)
+    return ids[:limit - 1] + [tokenizer.eos_id], whole
 
 
 def encode_target(record: Record, groups: list[list[str]], tokenizer: Tokenizer,
@@ -799,16 +822,23 @@ def collate(examples: list[Example],
     def padded(rows: list, value: int) -> Tensor:
         return torch.nn.utils.rnn.pad_sequence(list(map(torch.as_tensor, rows)), True, value)
 
+    def mask(rows: list) -> Tensor:
+        return padded([torch.ones(len(row), dtype=torch.bool) for row in rows], False)
+
     examples = sorted(examples, key=lambda example: example.task)
     nothing = torch.zeros(0, feature_width), torch.zeros(0, 5)
     visual = [features(example.record) or nothing for example in examples]
-    ids, labels = [e.input_ids for e in examples], [e.labels for e in examples]
-    return Batch(padded(ids, pad_id), padded([[1] * len(row) for row in ids], 0).bool(),
-                 padded(labels, -100), torch.tensor([e.task for e in examples]),
-                 torch.tensor([e.unit for e in examples]),
-                 padded([image for image, _ in visual], 0), padded([box for _, box in visual], 0),
-                 padded([torch.ones(len(image), dtype=torch.bool) for image, _ in visual], False),
-                 torch.tensor([e.row for e in examples]))
+    ids, tokens = [e.input_ids for e in examples], [rows for rows, _ in visual]
+    return Batch(
+        input_ids=padded(ids, pad_id),
+        attention_mask=mask(ids),
+        labels=padded([e.labels for e in examples], -100),
+        tasks=torch.tensor([e.task for e in examples]),
+        units=torch.tensor([e.unit for e in examples]),
+        features=padded(tokens, 0),
+        boxes=padded([boxes for _, boxes in visual], 0),
+        visual_mask=mask(tokens),
+        rows=torch.tensor([e.row for e in examples]))
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
@@ -828,18 +858,19 @@ def global_batches(examples: list[Example], seed: int, epoch: int,
 def micro_batches(indices: list[int], examples: list[Example], rows: int) -> list[list[int]]:
     """`indices` in slices of `rows` examples on average, each of examples of similar length.
 
-    The slices of the sorted order whose computed tokens, squared, have the least sum: little of it
-    is padding, and processes that get a slice each finish together.  At most 2 * rows in a slice.
+    The examples, sorted by length, are cut where the sum of the slices' computed tokens, squared,
+    is least: little of it is padding, and processes that get a slice each finish together. At most
+    2 * rows are in a slice. Found by dynamic programming, one slice more in each round.
     """
     order = sorted(indices, key=lambda i: (len(examples[i].input_ids), len(examples[i].labels), i))
-    best = {0: (0, [])}  # examples placed -> least sum, its slices
+    best = {0: (0, [])}                              # examples placed -> least sum, its slices
     for _ in range(math.ceil(len(order) / rows)):
         found = {}
         for stop in range(1, len(order) + 1):
-            target = 0
+            longest = 0                              # target of order[start:stop]
             for start in range(stop - 1, max(-1, stop - 2 * rows - 1), -1):
-                target = max(target, len(examples[order[start]].labels))
-                width = len(examples[order[stop - 1]].input_ids) + target
+                longest = max(longest, len(examples[order[start]].labels))
+                width = len(examples[order[stop - 1]].input_ids) + longest
                 cost = ((stop - start) * width) ** 2 + best.get(start, (math.inf,))[0]
                 if cost < found.get(stop, (math.inf,))[0]:
                     found[stop] = cost, best[start][1] + [order[start:stop]]
@@ -847,41 +878,26 @@ def micro_batches(indices: list[int], examples: list[Example], rows: int) -> lis
     return best[len(order)][1]
 
 
-# ---------------------------------------------------------------------------- converters, check
-
-Rows = list[tuple[str, dict]]                        # (file:line of the source, record as JSON)
+# ---------------------------------------------------------------------------- published files
 
 # The fourth type is OTHER in Twitter-15 and MISC in Twitter-17.
 TAGS = {"PER": "person", "LOC": "location", "ORG": "organization", "OTHER": "miscellaneous",
         "MISC": "miscellaneous"}
 # The annotation schemes, not the labels of a training split: two of V1's occur in test only.
+SHARED = """/loc/loc/contain /misc/loc/held_on /misc/misc/part_of /org/loc/locate_at
+    /org/org/alternate_names /org/org/subsidiary /per/loc/place_of_birth
+    /per/loc/place_of_residence /per/misc/awarded /per/misc/nationality /per/misc/present_in
+    /per/misc/race /per/misc/religion /per/org/member_of /per/per/alternate_names
+    /per/per/charges /per/per/couple /per/per/neighbor /per/per/parent /per/per/peer
+    /per/per/siblings""".split()
 RELATIONS = {
-    "mnre_v1": """none /loc/loc/administration_divisions /loc/loc/capital /loc/loc/contain
-        /misc/loc/held_on /misc/misc/held_on /misc/misc/part_of /org/loc/locate_at
-        /org/org/alternate_names /org/org/subsidiary /per/loc/place_of_birth
-        /per/loc/place_of_death /per/loc/place_of_residence /per/misc/awarded /per/misc/creat
-        /per/misc/nationality /per/misc/present_in /per/misc/race /per/misc/religion
-        /per/org/founder_of /per/org/leader /per/org/member_of /per/per/alternate_names
-        /per/per/charges /per/per/classmate /per/per/colleague /per/per/couple /per/per/neighbor
-        /per/per/parent /per/per/peer /per/per/relative /per/per/siblings""".split(),
-    "mnre_v2": """None /loc/loc/contain /misc/loc/held_on /misc/misc/part_of /org/loc/locate_at
-        /org/org/alternate_names /org/org/subsidiary /per/loc/place_of_birth
-        /per/loc/place_of_residence /per/misc/awarded /per/misc/nationality /per/misc/present_in
-        /per/misc/race /per/misc/religion /per/org/member_of /per/per/alternate_names
-        /per/per/alumi /per/per/charges /per/per/couple /per/per/neighbor /per/per/parent
-        /per/per/peer /per/per/siblings""".split()}
+    "mnre_v1": [*SHARED, *"""none /loc/loc/administration_divisions /loc/loc/capital
+        /misc/misc/held_on /per/loc/place_of_death /per/misc/creat /per/org/founder_of
+        /per/org/leader /per/per/classmate /per/per/colleague /per/per/relative""".split()],
+    "mnre_v2": [*SHARED, "None", "/per/per/alumi"]}
 RENAMED = {"None": "none", "/per/per/alumi": "alumni", "/misc/misc/held_on": "held on (event)",
            "/per/per/alternate_names": "alternate names (person)",
            "/org/org/alternate_names": "alternate names (organization)"}
-M2E2_ROLES = {
-    "Conflict:Attack": ["attacker", "instrument", "place", "target"],
-    "Conflict:Demonstrate": ["entity", "instrument", "place", "police"],
-    "Contact:Meet": ["entity", "place"],
-    "Contact:Phone-Write": ["entity", "instrument", "place"],
-    "Justice:Arrest-Jail": ["agent", "instrument", "person", "place"],
-    "Life:Die": ["agent", "instrument", "place", "victim"],
-    "Movement:Transport": ["agent", "artifact", "destination", "origin", "vehicle"],
-    "Transaction:Transfer-Money": ["giver", "money", "recipient"]}
 ACE_TYPES = """Business:Declare-Bankruptcy Business:End-Org Business:Merge-Org Business:Start-Org
     Conflict:Attack Conflict:Demonstrate Contact:Meet Contact:Phone-Write Justice:Acquit
     Justice:Appeal Justice:Arrest-Jail Justice:Charge-Indict Justice:Convict Justice:Execute
@@ -889,11 +905,18 @@ ACE_TYPES = """Business:Declare-Bankruptcy Business:End-Org Business:Merge-Org B
     Justice:Sue Justice:Trial-Hearing Life:Be-Born Life:Die Life:Divorce Life:Injure Life:Marry
     Movement:Transport Personnel:Elect Personnel:End-Position Personnel:Nominate
     Personnel:Start-Position Transaction:Transfer-Money Transaction:Transfer-Ownership""".split()
+M2E2 = {                                             # eight of these types, with their roles
+    "attack": ["attacker", "instrument", "place", "target"],
+    "demonstrate": ["entity", "instrument", "place", "police"],
+    "meet": ["entity", "place"],
+    "phone write": ["entity", "instrument", "place"],
+    "arrest jail": ["agent", "instrument", "person", "place"],
+    "die": ["agent", "instrument", "place", "victim"],
+    "transport": ["agent", "artifact", "destination", "origin", "vehicle"],
+    "transfer money": ["giver", "money", "recipient"]}
 # Two rows of ace_sr_mapping.txt that contradict the 225 others (what is carried is no agent, who
 # steers is no vehicle). Its type "Transfer|MONEY" needs no entry, as labels are lower-case words.
 ROLE_FIXES = {("carrying", "item"): "Artifact", ("steering", "agent"): "Agent"}
-DETECTIONS = "m2e2_yolov8_objects.json"
-TEXT_ONLY = ("text_only_event.json", "m2e2_text_only_event_compact.json")
 
 
 def relation_word(path: str) -> str:
@@ -908,7 +931,7 @@ def event_word(name: str) -> str:
 
 def raw_record(kind: str, task: str, name: str, tokens: list[str], image: str | None, objects: list,
                **gold: object) -> dict:
-    """A record as JSON; the size of the image is unknown until somebody has the image."""
+    """A record as JSON; the size of the image is unknown unless `gold` holds it too."""
     return {"id": name, "dataset": kind, "task": task, "tokens": tokens, "image": image,
             "size": None, "objects": objects, **gold}
 
@@ -971,75 +994,30 @@ def read_mnre(path: Path, kind: str) -> Rows:
     for number, (where, line) in enumerate(read_lines(path), 1):
         with expecting("a Python dict with token, h, t, img_id, relation", where, line):
             row = ast.literal_eval(line)
-            tokens, image, relation = row["token"], row["img_id"], row["relation"]
-            head, tail = row["h"]["pos"], row["t"]["pos"]
-        if relation not in RELATIONS[kind]:
-            raise DataError(f"{where}: relation {show(relation)} is not in the scheme of {kind}: "
-                            + nearest(relation, RELATIONS[kind]))
-        image = f"{image}.jpg" if type(image) is int else image
-        if not isinstance(image, str):
-            raise DataError(f"{where}: img_id {show(image)} names no picture: fetch the file again")
-        rows.append((where, raw_record(kind, "mre", f"{number}", tokens, image, [], head=head,
-                                       tail=tail, relation=relation_word(relation))))
+            relation, image = row["relation"], row["img_id"]
+            if relation not in RELATIONS[kind]:
+                raise ValueError(f"relation {show(relation)} is not in the scheme of {kind}: "
+                                 + nearest(relation, RELATIONS[kind]))
+            if type(image) is int:
+                image = f"{image}.jpg"
+            if not isinstance(image, str):
+                raise ValueError(f"img_id {show(image)} names no picture")
+            rows.append((where, raw_record(
+                kind, "mre", f"{number}", row["token"], image, [], head=row["h"]["pos"],
+                tail=row["t"]["pos"], relation=relation_word(relation))))
     return rows
 
 
-# Readers of events give one row a sample, without a task and with the gold boxes as objects;
+# Readers of events return a row for a sample, without a task and with the gold boxes as objects;
 # event_rows() makes its med and meae records with the objects that the model is to see.
 
-def read_m2e2(path: Path, kind: str) -> Rows:
-    """A sample for each line of crossmedia_coref.txt: the one event of a sentence, and a picture.
-
-    Where line and picture disagree about the event type, the arguments in the picture are dropped
-    and those in the text stay. Other events of the same sentence, which M2E2 annotates in its file
-    of text-only events, are no gold of the pair: they become "accepted".
-    """
-    texts, images = (path.with_name(f"{what}_multimedia_event.json") for what in ("text", "image"))
-    with expecting("M2E2's annotations", path.parent):
-        sentences = {one["sentence_id"]: one for one in parse_json(read_bytes(texts))}
-        images = parse_json(read_bytes(images))
-    rows, more = [], read_text_only(path.parent, sentences)
-    for where, line in read_lines(path):
-        with expecting("sentence<TAB>image.jpg<TAB>event type, all annotated", where, line):
-            name, image, coref = line.split("\t")
-            sentence, picture = sentences[name], images[image.removesuffix(".jpg")]
-            boxes = [(role, box[1:]) for role, some in picture["role"].items() for box in some]
-            [mention] = sentence["golden-event-mentions"]
-            event = text_event(mention)
-            event["arguments"] += [{"role": role.lower(), "box": box} for role, box in boxes
-                                   if coref == picture["event_type"]]
-            accepted = {"accepted": more[name]} if name in more else {}
-            rows.append((where, raw_record(kind, "", f"{name}+{image}", sentence["words"], image,
-                                           [box for _, box in boxes], events=[event], **accepted)))
-    print(f"{kind}: {sum('accepted' in row for _, row in rows)} of {len(rows)} samples have other "
-          f"events in their sentence, which are accepted ({len(more)} sentences)")
-    return rows
-
-
 def text_event(mention: dict) -> dict:
-    """An event in M2E2's or ACE's text, of which only offsets are used. The compact copy of M2E2's
-    text-only events has [start, end] and [role, start, end] in place of objects."""
-    name, trigger, arguments = mention.get("type"), mention["trigger"], mention["arguments"]
-    if name is None:
-        name, trigger = mention["event_type"], [trigger["start"], trigger["end"]]
-        arguments = [(a["role"], a["start"], a["end"]) for a in arguments]
+    """An event in M2E2's or ACE's text; only its offsets are used, not the words beside them."""
+    name, trigger = mention["event_type"], mention["trigger"]
     if name not in ACE_TYPES:
         raise ValueError(f"event type {show(name)} is unknown: {nearest(name, ACE_TYPES)}")
-    return {"type": event_word(name), "trigger": trigger, "arguments": [
-        {"role": role.lower(), "span": [start, end]} for role, start, end in arguments]}
-
-
-def read_text_only(folder: Path, sentences: dict[str, dict]) -> dict[str, list[dict]]:
-    """{sentence id: its events in M2E2's text-only file}, of these sentences; {} without file."""
-    path = next((folder / name for name in TEXT_ONLY if (folder / name).exists()), None)
-    if path is None:
-        print(f"{folder}: none of {', '.join(TEXT_ONLY)} is here, so no other event is accepted")
-        return {}
-    with expecting("M2E2's text-only events", path):
-        return {one["sentence_id"]: list(map(text_event, events))
-                for one in parse_json(read_bytes(path))
-                if (events := one.get("golden-event-mentions", one.get("events")))
-                and one["words"] == sentences.get(one["sentence_id"], {}).get("words")}
+    return {"type": event_word(name), "trigger": [trigger["start"], trigger["end"]], "arguments": [
+        {"role": a["role"].lower(), "span": [a["start"], a["end"]]} for a in mention["arguments"]]}
 
 
 def read_ace(path: Path, kind: str) -> Rows:
@@ -1053,8 +1031,7 @@ def read_ace(path: Path, kind: str) -> Rows:
                        "event_mentions)", where, line):
             sentence = parse_json(line.encode())
             mentions = {mention["id"]: mention for mention in sentence["entity_mentions"]}
-            named = [a for event in sentence["event_mentions"] for a in event["arguments"]]
-            for argument in named:
+            for argument in (a for event in sentence["event_mentions"] for a in event["arguments"]):
                 if argument["entity_id"] not in mentions:
                     raise ValueError(f"entity_id {show(argument['entity_id'])} of an argument is "
                                      "none of the entity_mentions")
@@ -1065,6 +1042,53 @@ def read_ace(path: Path, kind: str) -> Rows:
             rows.append((where, raw_record(
                 kind, "", name, sentence["tokens"], None, [],
                 events=list(map(text_event, sentence["event_mentions"])))))
+    return rows
+
+
+def read_text_only(folder: Path, sentences: dict[str, dict]) -> dict[str, list[dict]]:
+    """{sentence id: its events in M2E2's text-only file}, of these sentences; {} without file.
+
+    A sentence that has other words there is left out, since its offsets would mean nothing.
+    """
+    path = folder / "text_only_event.json"
+    if not path.exists():
+        print(f"{path} is not here, so no other event is accepted")
+        return {}
+    with expecting("M2E2's text-only events", path):
+        return {one["sentence_id"]: list(map(text_event, one["golden-event-mentions"]))
+                for one in parse_json(read_bytes(path)) if one["golden-event-mentions"]
+                and one["words"] == sentences.get(one["sentence_id"], {}).get("words")}
+
+
+def read_m2e2(path: Path, kind: str) -> Rows:
+    """A sample for each line of crossmedia_coref.txt: the one event of a sentence, and a picture.
+
+    Where line and picture disagree about the event type, the arguments in the picture are dropped
+    and those in the text stay. Other events of the same sentence, which M2E2 annotates in its file
+    of text-only events, are no gold of the pair: they become "accepted".
+    """
+    texts, images = (path.with_name(f"{what}_multimedia_event.json") for what in ("text", "image"))
+    with expecting("M2E2's annotations", path.parent):
+        sentences = {one["sentence_id"]: one for one in parse_json(read_bytes(texts))}
+        pictures = parse_json(read_bytes(images))
+    rows, accepted = [], read_text_only(path.parent, sentences)
+    for where, line in read_lines(path):
+        with expecting("sentence<TAB>image.jpg<TAB>event type, all annotated", where, line):
+            name, image, coref = line.split("\t")
+            sentence, picture = sentences[name], pictures[image.removesuffix(".jpg")]
+            boxes = [(role, box[1:]) for role, some in picture["role"].items() for box in some]
+            for _, box in boxes:
+                if problem := box_within()(box):
+                    raise ValueError(f"{show(box)} {problem}")
+            [mention] = sentence["golden-event-mentions"]
+            event = text_event(mention)
+            if coref == picture["event_type"]:
+                event["arguments"] += [{"role": role.lower(), "box": box} for role, box in boxes]
+            more = {"accepted": accepted[name]} if name in accepted else {}
+            rows.append((where, raw_record(kind, "", f"{name}+{image}", sentence["words"], image,
+                                           [box for _, box in boxes], events=[event], **more)))
+    print(f"{kind}: {sum('accepted' in row for _, row in rows)} of {len(rows)} samples have other "
+          f"events in their sentence, which are accepted ({len(accepted)} sentences)")
     return rows
 
 
@@ -1091,26 +1115,34 @@ def read_swig(path: Path, kind: str) -> Rows:
     with expecting("SWiG's {image: {verb, height, width, bb}}", path):
         pictures = dict(parse_json(read_bytes(path)))
     for image, picture in pictures.items():
-        with expecting("{verb, height, width, bb: {role: box}}", where := f"{path}: {image}"):
+        where = f"{path}: {image}"
+        with expecting("{verb, height, width, bb: {role: box}}", where):
             if picture["verb"] not in verbs:
                 continue
+            event, roles = verbs[picture["verb"]]
             if image_size(size := [picture["width"], picture["height"]]):
                 raise ValueError(f"the size {size}")
-            grounded = {role: box for role, box in picture["bb"].items() if max(box) >= 0}
-            boxes = {role: box for role, some in grounded.items() if (box := tidy(some, *size))}
-            flat += len(grounded) - len(boxes)
-            event, roles = verbs[picture["verb"]]
-            named = dict.fromkeys((roles[role], tuple(box)) for role, box in boxes.items()
-                                  if role in roles)
-            event = {"type": event, "trigger": None, "arguments": [
-                {"role": role, "box": list(box)} for role, box in named]}
-            objects = [list(box) for box in dict.fromkeys(map(tuple, boxes.values()))]
-            rows.append((where, raw_record(kind, "", image, [], image, objects,
-                                           events=[event]) | {"size": size}))
+            objects, arguments = [], []
+            for name, box in picture["bb"].items():
+                if max(box) < 0:                     # not grounded
+                    continue
+                if not (box := tidy(box, *size)):
+                    flat += 1
+                    continue
+                if box not in objects:
+                    objects.append(box)
+                argument = {"role": roles.get(name), "box": box}
+                if name in roles and argument not in arguments:
+                    arguments.append(argument)
+            event = {"type": event, "trigger": None, "arguments": arguments}
+            rows.append((where, raw_record(kind, "", image, [], image, objects, size=size,
+                                           events=[event])))
     print(f"{path}: {len(pictures) - len(rows)} of {len(pictures)} pictures left out (verb unmapped"
           f"); {flat} boxes without area dropped")
     return rows
 
+
+# ---------------------------------------------------------------------------- objects of pictures
 
 def tidy(box: list, right: float = math.inf, bottom: float = math.inf) -> list | None:
     """A box with its corners in order, clipped to the picture; None where no area is left."""
@@ -1173,6 +1205,61 @@ def mixed(row: dict, count: int) -> list[list]:
     return objects[:count]
 
 
+# ---------------------------------------------------------------------------- converters
+
+@dataclass(frozen=True)
+class Kind:
+    """A published dataset: what reads it, and what is known about it."""
+    read: Callable[[Path, str], Rows]
+    units: dict[str, str]                            # as in Dataset
+    labels: dict
+    files: dict[str, tuple[str, int | None]]         # split -> (file, number of records if known)
+    note: str = ""                                   # {objects}, {types}: options of the command
+
+
+TWITTER = {"mner": sorted(set(TAGS.values()))}
+V1, V2 = ({"mre": sorted(map(relation_word, paths))} for paths in RELATIONS.values())
+EVENTS = {"med": sorted(M2E2), "meae": M2E2}
+MEE = {"med": "MED", "meae": "MEAE"}
+FOREIGN = ("ace2005", "swig")                        # these train what M2E2 tests
+DETECTIONS = "m2e2_yolov8_objects.json"
+KINDS = {
+    "twitter2015": Kind(read_conll, {"mner": "T15"}, TWITTER, {
+        "train": ("train.txt", 4000), "dev": ("valid.txt", 1000), "test": ("test.txt", 3257)}),
+    "twitter2017": Kind(read_conll, {"mner": "T17"}, TWITTER, {
+        "train": ("train.txt", 3373), "dev": ("valid.txt", 723), "test": ("test.txt", 723)}),
+    "snap": Kind(read_conll, {"mner": "SNAP"}, TWITTER, {
+        "train": ("train.txt", 4290), "dev": ("valid.txt", 1432), "test": ("test.txt", 1459)}),
+    "mnre_v1": Kind(read_mnre, {"mre": "V1"}, V1, {
+        "train": ("ours_train.txt", 7824), "dev": ("ours_val.txt", 975),
+        "test": ("ours_test.txt", 1282)}),
+    "mnre_v2": Kind(read_mnre, {"mre": "V2"}, V2, {
+        "train": ("mnre_train.txt", 12247), "dev": ("mnre_val.txt", 1624),
+        "test": ("mnre_test.txt", 1614)}),
+    "ace2005": Kind(
+        read_ace, MEE, EVENTS, {
+            "train": ("train.oneie.json", None), "dev": ("dev.oneie.json", None)},
+        "ACE2005 with event types {types}, sentences without event included, no test file"),
+    "swig": Kind(
+        read_swig, MEE, EVENTS, {"train": ("train.json", None), "dev": ("dev.json", 6700)},
+        "SWiG with event types {types}: pictures without text, {objects} objects each (grounded "
+        "boxes and distractors, shuffled), no test file, two rows of the role mapping corrected"),
+    "m2e2": Kind(
+        read_m2e2, MEE, EVENTS, {"test": ("crossmedia_coref.txt", 618)},
+        "M2E2 in detector mode: objects are the {objects} most confident YOLOv8 detections"),
+    "m2e2_gold": Kind(
+        read_m2e2, MEE, EVENTS, {"test": ("crossmedia_coref.txt", 618)},
+        "M2E2 in gold-box mode: objects are exactly the gold boxes in file order, which leaks "
+        "their number")}
+
+
+def published(source: Path, name: str) -> Path:
+    """Where a published file lies: MNRE-V2's dev file has a blank in its name, OneIE's may lack a
+    part of theirs."""
+    names = (name.replace(".txt", " .txt"), name, name.replace(".oneie", ""))
+    return next((source / other for other in names if (source / other).exists()), source / name)
+
+
 def only_m2e2(rows: Rows) -> None:
     """Drops events and roles that M2E2 does not have, and prints which."""
     lost = Counter()
@@ -1188,20 +1275,29 @@ def only_m2e2(rows: Rows) -> None:
               ", ".join(f"{count} x {name}" for name, count in lost.most_common()))
 
 
+def found_labels(rows: Rows) -> dict:
+    """The event types and roles of these samples."""
+    roles = {}
+    for event in (event for _, row in rows for event in row["events"]):
+        roles.setdefault(event["type"], set()).update(a["role"] for a in event["arguments"])
+    return {"med": sorted(roles), "meae": {kind: sorted(roles[kind]) for kind in sorted(roles)}}
+
+
 def event_rows(kind: str, rows: Rows, folder: Path, max_objects: int,
                event_types: str) -> tuple[Rows, str]:
     """(med and meae records of samples with the objects of this kind, what a result must name).
 
     Every sample has a med record, "none" where it has no event; arguments need an event.
     """
-    note = NOTES[kind].format(max_objects, event_types)
+    note = KINDS[kind].note.format(objects=max_objects, types=event_types)
     if kind in FOREIGN and event_types == "m2e2":
         only_m2e2(rows)
     if kind == "m2e2":
         found = detections(folder / DETECTIONS)
         with expecting("detections, if only [], for each picture of M2E2", folder / DETECTIONS):
             reached, total = reachable(rows, found, max_objects)
-        note += f"; they show {reached} of {total} gold boxes ({100 * reached / total:.1f} %)"
+        share = 100 * reached / max(total, 1)
+        note += f"; they show {reached} of {total} gold boxes ({share:.1f} %)"
     print(f"{kind}: {note}")
     for _, row in rows:
         if kind == "m2e2":
@@ -1214,57 +1310,6 @@ def event_rows(kind: str, rows: Rows, folder: Path, max_objects: int,
             for task in ("med", "meae") if task == "med" or row["events"]], note
 
 
-TWITTER = {"mner": sorted(set(TAGS.values()))}
-M2E2 = {event_word(name): roles for name, roles in M2E2_ROLES.items()}
-EVENTS = {"med": sorted(M2E2), "meae": M2E2}
-LABELS = {"twitter2015": TWITTER, "twitter2017": TWITTER, "snap": TWITTER,
-          **dict.fromkeys(("m2e2", "m2e2_gold", "ace2005", "swig"), EVENTS),
-          **{kind: {"mre": sorted(map(relation_word, paths))} for kind, paths in RELATIONS.items()}}
-NOTES = {
-    "m2e2": "M2E2 in detector mode: objects are the {} most confident YOLOv8 detections",
-    "m2e2_gold": "M2E2 in gold-box mode: objects are exactly the gold boxes in file order, which "
-                 "leaks their number",
-    "ace2005": "ACE2005 with event types {1}, sentences without event included, no test file",
-    "swig": "SWiG with event types {1}: pictures without text, {0} objects each (grounded boxes "
-            "and distractors, shuffled), no test file, two rows of the role mapping corrected"}
-FOREIGN = ("ace2005", "swig")                        # these train what M2E2 tests
-MEE = {"med": "MED", "meae": "MEAE"}
-# kind: (reader, {record task: unit}, {split: (published file, its number of records if known)})
-KINDS = {
-    "twitter2015": (read_conll, {"mner": "T15"}, {
-        "train": ("train.txt", 4000), "dev": ("valid.txt", 1000), "test": ("test.txt", 3257)}),
-    "twitter2017": (read_conll, {"mner": "T17"}, {
-        "train": ("train.txt", 3373), "dev": ("valid.txt", 723), "test": ("test.txt", 723)}),
-    "snap": (read_conll, {"mner": "SNAP"}, {
-        "train": ("train.txt", 4290), "dev": ("valid.txt", 1432), "test": ("test.txt", 1459)}),
-    "mnre_v1": (read_mnre, {"mre": "V1"}, {
-        "train": ("ours_train.txt", 7824), "dev": ("ours_val.txt", 975),
-        "test": ("ours_test.txt", 1282)}),
-    "mnre_v2": (read_mnre, {"mre": "V2"}, {
-        "train": ("mnre_train.txt", 12247), "dev": ("mnre_val.txt", 1624),
-        "test": ("mnre_test.txt", 1614)}),
-    "ace2005": (read_ace, MEE, {
-        "train": ("train.oneie.json", None), "dev": ("dev.oneie.json", None)}),
-    "swig": (read_swig, MEE, {"train": ("train.json", None), "dev": ("dev.json", 6700)}),
-    "m2e2": (read_m2e2, MEE, {"test": ("crossmedia_coref.txt", 618)}),
-    "m2e2_gold": (read_m2e2, MEE, {"test": ("crossmedia_coref.txt", 618)})}
-
-
-def published(source: Path, name: str) -> Path:
-    """Where a published file lies: MNRE-V2's dev file has a blank in its name, OneIE's may lack a
-    part of theirs."""
-    names = (name.replace(".txt", " .txt"), name, name.replace(".oneie", ""))
-    return next((source / other for other in names if (source / other).exists()), source / name)
-
-
-def found_labels(rows: Rows) -> dict:
-    """The event types and roles of these samples."""
-    roles = {}
-    for event in (event for _, row in rows for event in row["events"]):
-        roles.setdefault(event["type"], set()).update(a["role"] for a in event["arguments"])
-    return {"med": sorted(roles), "meae": {kind: sorted(roles[kind]) for kind in sorted(roles)}}
-
-
 def convert(kind: str, source: Path, corpus: Path, max_objects: int = 16,
             event_types: str = "m2e2") -> None:
     """Reads the published files of a dataset in `source` and writes corpus/kind.
@@ -1272,39 +1317,43 @@ def convert(kind: str, source: Path, corpus: Path, max_objects: int = 16,
     max_objects: number of objects in m2e2 and swig. event_types: "m2e2" or, for ace2005 and swig,
     "all" that their files hold.
     """
-    other = {"m2e2": "m2e2_gold", "m2e2_gold": "m2e2"}.get(kind, ".")
-    for wrong, why in (
-            ((corpus / other / "dataset.json").exists(), f"{corpus}: holds {other}, which would be "
-             f"scored together with {kind}: give another folder"),
-            (max_objects < 1, f"--max-objects: expected 1 or more, got {max_objects}: raise it"),
-            (event_types == "all" and kind not in FOREIGN,
-             f"--event-types all: {kind} has one set of labels only: leave it out")):
-        if wrong:
-            raise DataError(why)
-    reader, units, files = KINDS[kind]
-    paths = {split: published(source, name) for split, (name, _) in files.items()}
-    rows = {split: reader(path, kind) for split, path in paths.items() if path.exists()}
+    other = {"m2e2": "m2e2_gold", "m2e2_gold": "m2e2"}.get(kind)
+    if other and (corpus / other / "dataset.json").exists():
+        raise DataError(f"{corpus}: holds {other}, which would be scored together with {kind}: "
+                        "give another folder")
+    if (corpus / "dataset.json").exists():
+        raise DataError(f"{corpus}: expected a folder of datasets, found a single dataset: give "
+                        "the folder above it")
+    if max_objects < 1:
+        raise DataError(f"--max-objects: expected 1 or more, got {max_objects}: raise it")
+    if event_types == "all" and kind not in FOREIGN:
+        raise DataError(f"--event-types all: {kind} has one set of labels only: leave it out")
+    known = KINDS[kind]
+    paths = {split: published(source, name) for split, (name, _) in known.files.items()}
+    rows = {split: known.read(path, kind) for split, path in paths.items() if path.exists()}
     if not rows:
         raise DataError(f"{source}: expected at least one of "
-                        f"{', '.join(name for name, _ in files.values())}, found none: "
+                        f"{', '.join(name for name, _ in known.files.values())}, found none: "
                         "give the folder that holds them")
-    descriptor = {"name": kind, "units": units, "labels": LABELS[kind]}
+    descriptor = {"name": kind, "units": known.units, "labels": known.labels}
     if event_types == "all":
         descriptor["labels"] = found_labels(sum(rows.values(), []))
-    for split in rows if units == MEE else ():
-        rows[split], descriptor["note"] = event_rows(kind, rows[split], source, max_objects,
-                                                     event_types)
-    for split, (_, expected) in files.items():
-        found = f"{len(rows[split])} records found" if split in rows else "FILE NOT FOUND, left out"
-        same = "" if expected in (None, len(rows.get(split, ()))) else "  <-- differs"
+    if known.units == MEE:
+        for split, some in rows.items():
+            rows[split], descriptor["note"] = event_rows(kind, some, source, max_objects,
+                                                         event_types)
+    for split, (_, expected) in known.files.items():
+        count = len(rows.get(split, ()))
+        found = f"{count} records found" if split in rows else "FILE NOT FOUND, nothing written"
         wanted = f", {expected} expected" if expected else ""
-        print(f"{kind} {split}: {found}{wanted}, from {paths[split]}{same}")
-    if "test" not in files and (path := published(source, "test.oneie.json")).exists():
+        differs = "  <-- differs" if expected and count != expected else ""
+        print(f"{kind} {split}: {found}{wanted}, from {paths[split]}{differs}")
+    if "test" not in known.files and (path := published(source, "test.oneie.json")).exists():
         print(f"{kind} test: {path} left out, as M2E2 is the only test of events")
-    write_dataset(corpus / kind, descriptor,
-                  {split: [row for _, row in some] for split, some in rows.items()},
-                  {split: [where for where, _ in some] for split, some in rows.items()})
+    write_dataset(corpus / kind, descriptor, rows)
 
+
+# ---------------------------------------------------------------------------- check, command line
 
 def normalised(record: Record) -> str:
     """A text as duplicates are compared: no URLs, lower case, letters and digits only."""
@@ -1342,8 +1391,8 @@ def check(corpus: Path, require_images: bool) -> None:
             for task in dataset.units:
                 some = [record for record in records if record.task == task]
                 print(f"{name} {split} {task}: {summary(some, dataset, images)}")
-            for record in records if require_images else ():
-                if record.image and not (images / record.image).is_file():
+            for record in records:
+                if require_images and record.image and not (images / record.image).is_file():
                     problems.add(record.source, "image", f'"{record.image}" is not in {images}: '
                                  "put it there or write null")
     print("\n".join(shared_texts(texts)) or "no text stands in two splits")
@@ -1394,9 +1443,8 @@ def parser() -> Parser:
     result = Parser(prog="data.py", description="Convert published datasets, check a corpus "
                     "(format: top of data.py).")
     commands = result.add_subparsers(dest="command", required=True, title="commands")
-    command = commands.add_parser("convert", help="read a dataset's published files and write "
-                                  "DST/KIND", description="Read a dataset's published files, "
-                                  "write DST/KIND, print found and expected counts.")
+    does = "read a dataset's published files, write DST/KIND, print found and expected counts"
+    command = commands.add_parser("convert", help=does, description=does)
     what = command.add_argument_group("what to convert")
     what.add_argument("kind", choices=KINDS, metavar="KIND", help=", ".join(KINDS))
     what.add_argument("src", type=Path, metavar="SRC", help="folder of the published files")
@@ -1407,9 +1455,8 @@ def parser() -> Parser:
                         help="m2e2, swig: objects of a picture")
     events.add_argument("--event-types", choices=("m2e2", "all"), default="m2e2",
                         help="ace2005, swig: M2E2's event types and roles, or all of their own")
-    command = commands.add_parser("check", help="validate a corpus; print counts, duplicates, "
-                                  "lengths", description="Validate every record of a corpus; "
-                                  "print counts, lengths and the texts that splits share.")
+    does = "validate every record of a corpus; print counts, lengths and texts that splits share"
+    command = commands.add_parser("check", help=does, description=does)
     what = command.add_argument_group("what to check")
     what.add_argument("dir", type=Path, metavar="DIR", help="corpus folder")
     what.add_argument("--require-images", action="store_true",

@@ -54,7 +54,7 @@ class Difficulty:
 P_M = {"T15": 71.6, "T17": 75.7, "SNAP": 75.5, "V1": 89.2, "V2": 90.7, "MED": 90.0, "MEAE": 76.4}
 
 SIZES = {"T15": 1500, "T17": 400, "SNAP": 1000, "V1": 600, "V2": 1500, "MEE": 1200}  # train texts
-SPLITS = {"train": None, "dev": 60, "test": 300}
+SPLITS = {"train": None, "dev": 60, "test": 300}  # texts of every unit; of train as in SIZES
 COLOURS = {"red": (214, 40, 40), "blue": (40, 80, 214), "green": (40, 160, 70),
            "yellow": (236, 190, 30)}
 PAPER = ((250, 250, 245), (225, 235, 245), (240, 228, 220), (228, 240, 226))
@@ -135,7 +135,7 @@ class Writer:
     def __init__(self, folder: Path, split: str, unit: str, seed: int, hard: Difficulty) -> None:
         self.folder, self.split, self.unit, self.hard = folder, split, unit, hard
         self.rng = random.Random(f"{seed}/{unit}/{split}")
-        self.tokens: list[str] = []
+        self.number, self.tokens = 0, []  # of the text that is being written
 
     def word(self, most: int) -> str:
         """A made-up name of two syllables, or up to `most`; each split has names of its own."""
@@ -234,7 +234,7 @@ class Writer:
             self.say(rng.choice(PAIR_VAGUE))
         else:
             verb = rng.choice(VAGUE_TRIGGERS if vague else TRIGGERS[kind])
-            spans = self.say(f"{{}} {verb} {{}}" + " today" * self.chance(.3))
+            spans = self.say("{} " + verb + (" {} today" if self.chance(.3) else " {}"))
             trigger = [spans[0][1], spans[0][1] + 1]
             arguments = [{"role": role, "span": span} for role, span in zip(ROLES[kind], spans)]
         things = self.things(glyphs)
@@ -250,8 +250,8 @@ class Writer:
         """Writes SPLIT.jsonl with count texts; returns the number of records."""
         make = self.mee if self.unit == "MEE" else self.mre if self.unit in RELATIONS else self.mner
         lines = []
-        for self.number in range(count):
-            self.tokens = []
+        for number in range(count):
+            self.number, self.tokens = number, []
             lines += [json.dumps(record) for record in make()]
         text = "\n".join(lines) + "\n"
         (self.folder / f"{self.split}.jsonl").write_text(text, encoding="utf-8")
@@ -311,6 +311,7 @@ class Lessons:
         self.tails = sorted({w[k:k + 2] for w in names for k in (2, 4)})
         self.pool: list[list] = []  # batches made ahead
         self.level = 0.0  # 0 .. 1, how far training is: lessons start short
+        # Drawn from; the lessons that take longest to learn stand there more often.
         self.kinds = (self.copy, self.triple, self.corrupt, *[self.pairs] * 5, *[self.nested] * 2)
 
     def made_up(self) -> str:
@@ -548,7 +549,12 @@ def main() -> None:
     world.add_argument("dst", metavar="DST", help="folder of the corpus")
     world.add_argument("--seed", type=int, default=0, help="same seed, same bytes")
     arguments = parser.parse_args()
-    for name, splits in make_world(arguments.dst, arguments.seed).items():
+    try:
+        counts = make_world(arguments.dst, arguments.seed)
+    except OSError as error:
+        parser.exit(2, f"error: {error.filename or arguments.dst}: cannot be written "
+                    f"({error.strerror}): give another folder or make room\n")
+    for name, splits in counts.items():
         print(f"{arguments.dst}/{name}: " + ", ".join(f"{n} {s}" for s, n in splits.items()))
 
 

@@ -609,7 +609,7 @@ def build(config: Config, sources: Sources, device: torch.device) -> Setup:
     dtype, meta = torch.float32 if config.method == "full" else dtype, device.type == "meta"
     t5 = outline(sources.t5, dtype) if meta else T5.from_pretrained(sources.t5, dtype=dtype)
     tokenizer, ids = data.Tokenizer(sources.t5), t5.config.vocab_size
-    if tokenizer.sentinel(0) >= ids:
+    if tokenizer.spot_id >= ids:
         raise WeightsError(f"{sources.t5}: expected a spiece.model of at most {ids - 100} pieces "
                            f"for a T5 of {ids} ids, got {tokenizer.vocab_size} pieces; use the "
                            "files of one checkpoint")

@@ -117,6 +117,7 @@ def preprocess(image: Image.Image, size: int = 224, mean: float | Sequence[float
 
 
 # ------------------------------------------------------------------------------ vision transformer
+VIT, CLIP = FAMILIES = ("vit", "clip_vision_model")  # transformers' model_type
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "gelu_new": nn.GELU("tanh"),
                "gelu_pytorch_tanh": nn.GELU("tanh"),
                "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}  # CLIP was trained with this
@@ -130,7 +131,7 @@ CLIP_DEFAULTS = {"patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps":
 class ViTConfig:
     """Geometry under transformers' field names, and how pictures become pixels."""
 
-    model_type: str = "vit"  # or clip_vision_model
+    model_type: str = VIT
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
@@ -165,20 +166,23 @@ class ViTConfig:
     @classmethod
     def from_pretrained(cls, folder: PathLike) -> "ViTConfig":
         """Read config.json (of a whole CLIP its vision part) and any preprocessor_config.json."""
-        path, pictures = Path(folder) / "config.json", {}
-        raw = read_json(path)
+        path = Path(folder) / "config.json"
+        raw, pictures = read_json(path), {}
         if "vision_config" in raw:
             if not isinstance(raw["vision_config"], dict):
                 raise WeightsError(f"{path}: expected vision_config as an object, got "
                                    f"{raw['vision_config']!r}; fetch the file anew")
-            raw = raw["vision_config"] | {"model_type": "clip_vision_model"}
-        if (path := Path(folder) / "preprocessor_config.json").is_file():
+            raw = raw["vision_config"] | {"model_type": CLIP}
+        path = Path(folder) / "preprocessor_config.json"
+        if path.is_file():
             pictures = read_json(path)
         raw = raw | {own: pictures[own] for own in ("image_mean", "image_std", "resample")
                      if pictures.get(own) is not None}
-        silent = CLIP_DEFAULTS if raw.get("model_type") == FAMILIES[1] else {"model_type": None}
+        raw = {"model_type": None} | raw  # a file that does not name its family is refused
+        if raw["model_type"] == CLIP:
+            raw = CLIP_DEFAULTS | raw
         try:
-            config = cls(**silent | {k: v for k, v in raw.items() if k in cls.__dataclass_fields__})
+            config = cls(**{k: v for k, v in raw.items() if k in cls.__dataclass_fields__})
         except WeightsError as error:
             raise WeightsError(f"{folder}: {error}") from None
         size = pictures.get("crop_size") or pictures.get("size") or config.image_size
@@ -200,7 +204,7 @@ class ViTBlock(nn.Module):
         self.heads = config.num_attention_heads
         self.activation = ACTIVATIONS[config.hidden_act]
         self.attention_norm = nn.LayerNorm(D, eps)
-        self.q, self.k, self.v = (nn.Linear(D, D, config.qkv_bias) for _ in "qkv")
+        self.q, self.k, self.v = (nn.Linear(D, D, config.qkv_bias) for _ in range(3))
         self.o = nn.Linear(D, D)
         self.mlp_norm = nn.LayerNorm(D, eps)
         self.up = nn.Linear(D, config.intermediate_size)
@@ -225,7 +229,7 @@ class ViT(nn.Module):
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        clip, D, patch = config.model_type != "vit", config.hidden_size, config.patch_size
+        clip, D, patch = config.model_type == CLIP, config.hidden_size, config.patch_size
         self.config, self.size, self.resample = config, config.image_size, config.resample
         self.mean, self.std = tuple(config.image_mean), tuple(config.image_std)
         tokens = 1 + (config.image_size // patch) ** 2
@@ -264,8 +268,10 @@ class ViT(nn.Module):
         """HF directory -> tower in float32 and eval mode; each key in it is used or in DROPS."""
         with torch.device("meta"):
             model = cls(ViTConfig.from_pretrained(folder))
-        stored, family = open_weights(Path(folder)), FAMILIES.index(model.config.model_type)
-        prefix = PREFIXES[family] * any(key.startswith(PREFIXES[family]) for key in stored)
+        stored, family = open_weights(Path(folder)), model.config.model_type
+        prefix = PREFIXES[family]
+        if not any(key.startswith(prefix) for key in stored):
+            prefix = ""
         names = {own: prefix + hub for own, hub in hub_names(model).items()}
         drop = {key for key in stored if key.removeprefix(prefix).startswith(DROPS[family])}
         state = read_weights(Path(folder), stored, model, names, drop, torch.float32)
@@ -274,7 +280,7 @@ class ViT(nn.Module):
 
     def save_pretrained(self, folder: PathLike) -> None:
         """Write model.safetensors, config.json and preprocessor_config.json as of a ViTModel."""
-        if self.config.model_type != "vit":
+        if self.config.model_type != VIT:
             raise WeightsError(f"{folder}: only model_type vit is written, got "
                                f"{self.config.model_type}; copy the original checkpoint instead")
         folder, names, config = Path(folder), hub_names(self), asdict(self.config)
@@ -301,7 +307,8 @@ def write_whole(path: Path, data: bytes) -> None:
         aside.unlink(missing_ok=True)
 
 
-# Ours: (ViTModel's, CLIPVisionModel's). Modules mean their .weight and .bias, {} is the layer.
+# Our name: (ViTModel's, CLIPVisionModel's), None where a family lacks it. A module's name means its
+# .weight and .bias, {} is the number of the layer.
 L, LS = "encoder.layer.{}.", "encoder.layers.{}."
 NAMES = {
     "class_token": ("embeddings.cls_token", "embeddings.class_embedding"),
@@ -317,19 +324,19 @@ NAMES = {
     "blocks.{}.up": (L + "intermediate.dense", LS + "mlp.fc1"),
     "blocks.{}.down": (L + "output.dense", LS + "mlp.fc2"),
     "final_norm": ("layernorm", None)}
-FAMILIES = ("vit", "clip_vision_model")  # model_type of each column, the prefix its keys may carry,
-PREFIXES = ("vit.", "vision_model.")  # and keys not read: heads, poolers, CLIP's text half, buffers
-DROPS = (("pooler.", "classifier.", "embeddings.mask_token"),
-         ("post_layernorm.", "embeddings.position_ids", "text_model.", "text_projection.",
-          "visual_projection.", "logit_scale", "classifier."))
+PREFIXES = {VIT: "vit.", CLIP: "vision_model."}  # of all keys, in files that hold more than a tower
+DROPS = {  # keys that are not read: heads, poolers, CLIP's text half, buffers
+    VIT: ("pooler.", "classifier.", "embeddings.mask_token"),
+    CLIP: ("post_layernorm.", "embeddings.position_ids", "text_model.", "text_projection.",
+           "visual_projection.", "logit_scale", "classifier.")}
 
 
 def hub_names(model: ViT) -> dict[str, str]:
     """Our parameter names -> the hub's (without prefix), one to one."""
-    family, names = FAMILIES.index(model.config.model_type), {}
+    column, names = FAMILIES.index(model.config.model_type), {}
     for own in model.state_dict():
         module, dot, leaf = own.rpartition(".")
-        hub = NAMES[re.sub(r"\d+", "{}", module or leaf)][family]
+        hub = NAMES[re.sub(r"\d+", "{}", module or leaf)][column]
         names[own] = hub.format(*re.findall(r"\d+", module)) + (dot and dot + leaf)
     return names
 
@@ -415,7 +422,8 @@ class FeatureCache:
             except OSError as error:
                 raise ImageError(f"{path}: expected a picture, got: {error}; correct the record or "
                                  "add the file") from error
-            parts = [content, boxes, size, vit.size, vit.mean, vit.std, vit.resample, "and boxes"]
+            layout = "and boxes"  # names what a shard holds; another layout needs another name
+            parts = [content, boxes, size, vit.size, vit.mean, vit.std, vit.resample, layout]
             self.names[request] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         return self.names[request]
 
@@ -502,7 +510,8 @@ class GateFusion(nn.Module):
         self.feed_forward_norm, self.feed_forward = RMSNorm(D, eps), FeedForward(config)
         nn.init.zeros_(self.feed_forward.down.weight)
         self.proj_text, self.proj_visual = (
-            nn.Sequential(Linear(D, 384, D ** -0.5), Linear(384, 128, 384 ** -0.5)) for _ in "tv")
+            nn.Sequential(Linear(D, 384, D ** -0.5), Linear(384, 128, 384 ** -0.5))
+            for _ in range(2))
 
     def cosine(self, h: Tensor, mask: Tensor, visual: Tensor, visual_mask: Tensor) -> Tensor:
         """[B], between the projected means over real tokens of text [B,S,D] and visual [B,V,D].
@@ -580,12 +589,14 @@ class UMIE(nn.Module):
         negative: a gate that starts there stays shut. Either sign is an equally likely draw of the
         initialisation. Once, before training.
         """
-        inputs: list[tuple] = []
+        inputs: list[tuple] = []  # of the fusion, which is passed by where V = 0
         hook = self.fusion.register_forward_pre_hook(lambda _, given: inputs.append(given))
         self.encode(batch)
         hook.remove()
-        if inputs and self.fusion.cosine(*inputs[0])[inputs[0][3].any(1)].sum() < 0:
-            self.fusion.proj_visual[1].weight.neg_()
+        for h, mask, visual, visual_mask in inputs:
+            cosine = self.fusion.cosine(h, mask, visual, visual_mask)
+            if cosine[visual_mask.any(1)].sum() < 0:
+                self.fusion.proj_visual[1].weight.neg_()
 
     def hidden(self, batch: Any) -> Tensor:
         """-> [B,T,D] for batch.labels, before the head; a loss needs it at real tokens only."""

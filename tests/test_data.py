@@ -1,8 +1,9 @@
 """data.py as a specification: records, prompts, the target grammar, tokens, batches, converters.
 
 Tests on the published files run where CLORAE_REALDATA names a folder that holds them as
-{twitter2015,twitter2017,mnre_v1,mnre_v2,m2e2}/<published files>, the text-only events and the
-detections of M2E2 as extra/m2e2_*.json and the role mapping as ace_sr_mapping.txt.
+{twitter2015,twitter2017,mnre_v1,mnre_v2,m2e2}/<published files>, the text-only events (a copy
+that leaves the parses out) and the detections of M2E2 as extra/m2e2_*.json and the role mapping as
+ace_sr_mapping.txt.
 """
 
 import itertools
@@ -202,8 +203,8 @@ def test_a_filler_that_reads_as_an_object_is_escaped(raw: str, escaped: str) -> 
 
 def items(task: str, text: str, dataset: Dataset, cut: bool = False) -> tuple[list, int]:
     """[(label, role, text)], malformed"""
-    parsed = data.parse(task, text, dataset.labels[task], cut)
-    return [(item.label, item.role, item.text) for item in parsed.items], parsed.malformed
+    found, malformed = data.parse(task, text, dataset.labels[task], cut)
+    return [(item.label, item.role, item.text) for item in found], malformed
 
 
 def test_the_published_examples_are_sentences_of_the_grammar() -> None:
@@ -214,8 +215,8 @@ def test_the_published_examples_are_sentences_of_the_grammar() -> None:
     arguments = "attack <spot> attacker, coalition <spot> Target, O1"
     assert items("meae", arguments, NEWS) == (
         [("attack", "attacker", "coalition"), ("attack", "target", "O1")], 0)
-    parsed = data.parse("meae", arguments, ROLES)
-    assert [item.object for item in parsed.items] == [None, 1]
+    found, _ = data.parse("meae", arguments, ROLES)
+    assert [item.object for item in found] == [None, 1]
 
 
 @pytest.mark.parametrize("text, expected, malformed", [
@@ -266,9 +267,9 @@ def test_a_relation_is_the_middle_field_or_the_only_one(
     ("<spot> target, A", [], 1), ("attack <spot> target", [], 1), ("attack <spot>", [], 1)])
 def test_arguments_belong_to_the_event_before_them(
         text: str, expected: list[str], malformed: int) -> None:
-    parsed = data.parse("meae", text, ROLES)
-    found = [f"{item.label} {item.role} {item.text} {item.event}" for item in parsed.items]
-    assert (found, parsed.malformed) == (expected, malformed)
+    found, bad = data.parse("meae", text, ROLES)
+    told = [f"{item.label} {item.role} {item.text} {item.event}" for item in found]
+    assert (told, bad) == (expected, malformed)
 
 
 def test_the_last_item_of_a_cut_output_is_dropped_and_counted() -> None:
@@ -320,9 +321,9 @@ def facts(found: list[Item]) -> list[tuple]:
 
 def assert_reads_back(record: Record, dataset: Dataset) -> None:
     written = data.target(record)
-    parsed = data.parse(record.task, written, dataset.labels[record.task])
-    assert parsed.malformed == 0, written
-    assert facts(parsed.items) == facts([item for item in data.gold_items(record)
+    found, malformed = data.parse(record.task, written, dataset.labels[record.task])
+    assert malformed == 0, written
+    assert facts(found) == facts([item for item in data.gold_items(record)
                                          if item.text is not None or record.task == "mre"]), written
 
 
@@ -457,6 +458,11 @@ def write_corpus(root: Path, lines: dict[str, list], split: str = "train") -> Pa
         if rows:
             (folder / f"{split}.jsonl").write_bytes(b"\n".join(rows) + b"\n")
     return root
+
+
+def rows(*records: dict) -> list[tuple[str, dict]]:
+    """Records beside the places that they come from."""
+    return [(f"source:{number}", record) for number, record in enumerate(records, 1)]
 
 
 def changed(row: dict, path: str, value: object) -> dict:
@@ -648,9 +654,10 @@ def test_accepted_events_are_read_strictly(tmp_path: Path, row: dict, path: str,
 def test_the_note_of_a_dataset_is_kept(tmp_path: Path) -> None:
     """What a result on the dataset must name; without one it is empty."""
     descriptor = {"name": "tweets", "units": TWEETS.units, "labels": TWEETS.labels}
-    data.write_dataset(tmp_path / "tweets", descriptor | {"note": "a part only"}, {"train": [MNER]})
+    data.write_dataset(tmp_path / "tweets", descriptor | {"note": "a part only"},
+                       {"train": rows(MNER)})
     assert data.read_dataset(tmp_path / "tweets").note == "a part only"
-    data.write_dataset(tmp_path / "tweets", descriptor, {"train": [MNER]})
+    data.write_dataset(tmp_path / "tweets", descriptor, {"train": rows(MNER)})
     assert data.read_dataset(tmp_path / "tweets") == TWEETS and TWEETS.note == ""
 
 
@@ -671,7 +678,7 @@ def test_an_unknown_image_size_leaves_boxes_unbounded(tmp_path: Path) -> None:
 
 def test_ids_are_unique_within_a_file(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path, {"tweets": [MNER, MNER]})
-    with pytest.raises(DataError, match='train.jsonl:2: id: "1" is the id of line 1 too'):
+    with pytest.raises(DataError, match='train.jsonl:2: id: "1" is the id of .*train.jsonl:1 too'):
         data.load_corpus(corpus, "train")
 
 
@@ -728,13 +735,16 @@ def test_relations_need_none_and_roles_a_type(tmp_path: Path) -> None:
 
 def test_a_dataset_is_checked_before_anything_is_written(tmp_path: Path) -> None:
     descriptor = {"name": "tweets", "units": TWEETS.units, "labels": TWEETS.labels}
-    with pytest.raises(DataError, match="train record 2: tokens"):
+    with pytest.raises(DataError, match="source:2: tokens"):
         data.write_dataset(tmp_path / "tweets", descriptor,
-                           {"train": [MNER, changed(MNER, "tokens", [])]})
-    with pytest.raises(DataError, match='train record 2: id: "1" stands twice'):
-        data.write_dataset(tmp_path / "tweets", descriptor, {"train": [MNER, MNER], "dev": [MNER]})
+                           {"train": rows(MNER, changed(MNER, "tokens", []))})
+    with pytest.raises(DataError, match='source:2: id: "1" is the id of source:1 too'):
+        data.write_dataset(tmp_path / "tweets", descriptor, {"train": rows(MNER, MNER),
+                                                             "dev": rows(MNER)})
+    with pytest.raises(DataError, match="tweets: dev: has no record"):
+        data.write_dataset(tmp_path / "tweets", descriptor, {"train": rows(MNER), "dev": []})
     assert not (tmp_path / "tweets").exists()
-    data.write_dataset(tmp_path / "tweets", descriptor, {"train": [MNER]})
+    data.write_dataset(tmp_path / "tweets", descriptor, {"train": rows(MNER)})
     assert [r.id for r in data.load_corpus(tmp_path, "train")] == ["1"]
     assert sorted(os.listdir(tmp_path / "tweets")) == ["dataset.json", "images", "train.jsonl"]
 
@@ -1065,7 +1075,7 @@ def test_the_words_of_relations_are_injective_and_complete(kind: str, count: int
     paths = data.RELATIONS[kind]
     words = {data.relation_word(path) for path in paths}
     assert len(words) == len(set(paths)) == len(paths) == count
-    assert data.LABELS[kind]["mre"] == sorted(words)
+    assert data.KINDS[kind].labels["mre"] == sorted(words)
     assert {"none", "neighbor", "alternate names (person)", "alternate names (organization)",
             "held on"} <= words
     assert ({"relative", "held on (event)"} <= words) == (kind == "mnre_v1")
@@ -1093,8 +1103,7 @@ M2E2_FOUND = {"D_0.jpg": [{"bbox": [7, 8, 30, 40], "class": "cup", "conf": 0.2},
 
 def m2e2_files(coref: str, text: dict = M2E2_TEXT, **more: object) -> dict[str, str]:
     """The published files; more: other files by the first word of their names."""
-    names = {"found": "m2e2_yolov8_objects.json", "only": "text_only_event.json",
-             "compact": "m2e2_text_only_event_compact.json"}
+    names = {"found": "m2e2_yolov8_objects.json", "only": "text_only_event.json"}
     return {"crossmedia_coref.txt": coref, "text_multimedia_event.json": json.dumps([text]),
             "image_multimedia_event.json": json.dumps(M2E2_IMAGES),
             **{names[name]: json.dumps(value) for name, value in more.items()}}
@@ -1160,6 +1169,14 @@ def test_detections_that_cannot_be_used_are_named(found: object, says: str,
         run_convert("m2e2", files, tmp_path)
 
 
+def test_pictures_without_gold_boxes_are_converted(tmp_path: Path) -> None:
+    """0 of 0 boxes are shown, which is no division by zero."""
+    files = m2e2_files(COREF, found=M2E2_FOUND) | {"image_multimedia_event.json": json.dumps(
+        {name: picture | {"role": {}} for name, picture in M2E2_IMAGES.items()})}
+    corpus = run_convert("m2e2", files, tmp_path)
+    assert "they show 0 of 0 gold boxes" in data.load_datasets(corpus)["m2e2"].note
+
+
 def test_the_two_modes_do_not_share_a_corpus(tmp_path: Path) -> None:
     """Both have the units MED and MEAE, so their records would be scored as one."""
     files = m2e2_files(COREF, found=M2E2_FOUND)
@@ -1169,16 +1186,14 @@ def test_the_two_modes_do_not_share_a_corpus(tmp_path: Path) -> None:
         run_convert("m2e2_gold", files, tmp_path)
 
 
-@pytest.mark.parametrize("name, rows", [
-    ("only", [M2E2_TEXT | {"golden-event-mentions": [M2E2_TEXT["golden-event-mentions"][0] | {
-        "event_type": "Contact:Meet", "arguments": [{"role": "Place", "start": 6, "end": 7}]}]},
-        {"sentence_id": "D_2", "words": ["a"], "golden-event-mentions": []}]),
-    ("compact", [{"sentence_id": "D_1", "words": STRIKE.split(), "events": [
-        {"type": "Contact:Meet", "trigger": [4, 5], "arguments": [["Place", 6, 7]]}]}])])
-def test_other_events_of_a_sentence_are_accepted(name: str, rows: list, tmp_path: Path,
+def test_other_events_of_a_sentence_are_accepted(tmp_path: Path,
                                                  capsys: pytest.CaptureFixture) -> None:
     """38 sentences of M2E2 are in both of its text files with different events (TASKS 4)."""
-    corpus = run_convert("m2e2_gold", m2e2_files(COREF, **{name: rows}), tmp_path)
+    meeting = M2E2_TEXT["golden-event-mentions"][0] | {
+        "event_type": "Contact:Meet", "arguments": [{"role": "Place", "start": 6, "end": 7}]}
+    only = [M2E2_TEXT | {"golden-event-mentions": [meeting]},
+            {"sentence_id": "D_2", "words": ["a"], "golden-event-mentions": []}]
+    corpus = run_convert("m2e2_gold", m2e2_files(COREF, only=only), tmp_path)
     for record in data.load_corpus(corpus, "test"):
         assert record.accepted == ({"type": "meet", "trigger": (4, 5), "arguments": (
             {"role": "place", "span": (6, 7)},)},)
@@ -1198,8 +1213,8 @@ def test_without_the_file_or_with_other_words_nothing_is_accepted(
 
 
 def test_m2e2_labels_are_its_eight_types_and_their_roles() -> None:
-    labels = data.LABELS["m2e2"]
-    assert all(data.LABELS[kind] is labels for kind in ("m2e2_gold", "ace2005", "swig"))
+    labels = data.KINDS["m2e2"].labels
+    assert all(data.KINDS[kind].labels is labels for kind in ("m2e2_gold", "ace2005", "swig"))
     assert labels["med"] == sorted(labels["meae"]) and len(labels["med"]) == 8
     assert "phone write" in labels["med"] and "police" in labels["meae"]["demonstrate"]
     assert "money" in labels["meae"]["transfer money"]
@@ -1224,6 +1239,18 @@ def test_an_m2e2_sentence_that_does_not_fit_is_named(
     files = m2e2_files("D_1\tD_0.jpg\tConflict:Attack", changed(M2E2_TEXT, path, value))
     with pytest.raises(DataError, match="crossmedia_coref.txt:1: "):
         run_convert("m2e2_gold", files, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["m2e2", "m2e2_gold"])
+@pytest.mark.parametrize("box", [[5, 6, 5, 8], ["5", 6, 7, 8], [5, 6, 7], [5, 6, 10 ** 400, 8],
+                                 [7, 6, 5, 8]])
+def test_an_m2e2_box_that_is_none_is_named(kind: str, box: list, tmp_path: Path) -> None:
+    """Before its overlap with anything is computed: a box without area overlaps nothing."""
+    pictures = changed(M2E2_IMAGES, "D_0.role.Instrument.0", ["1", *box])
+    files = m2e2_files(COREF, found=M2E2_FOUND) | {
+        "image_multimedia_event.json": json.dumps(pictures)}
+    with pytest.raises(DataError, match="crossmedia_coref.txt:1: .* is no box 0 <= x1 < x2"):
+        run_convert(kind, files, tmp_path)
 
 
 # ---------------------------------------------------------------------------- ACE2005
@@ -1260,7 +1287,7 @@ def test_every_ace_sentence_asks_for_triggers_and_those_with_events_for_argument
     assert data.target(med) == "attack, airstrike" and data.target(quiet) == "none"
     assert data.target(meae) == "attack <spot> attacker, coalition <spot> target, Kobani"
     assert med.image is None and med.objects == () and med.source.endswith("train.jsonl:1")
-    assert data.load_datasets(corpus)["ace2005"].labels == data.LABELS["m2e2"]
+    assert data.load_datasets(corpus)["ace2005"].labels == data.KINDS["m2e2"].labels
     out = capsys.readouterr().out
     assert "no such event or role: 1 x injure, 1 x victim of attack" in out
     assert "ace2005 train: 3 records found, from" in out and "differs" not in out.split("\n")[1]
@@ -1525,6 +1552,15 @@ def test_settings_that_make_no_sense_are_refused(options: dict, says: str, tmp_p
         run_convert("twitter2017", {"train.txt": CONLL}, tmp_path, **options)
 
 
+def test_a_folder_that_is_no_corpus_is_refused(tmp_path: Path) -> None:
+    """A dataset inside a dataset would never be read; a file is no folder."""
+    corpus = run_convert("twitter2017", {"train.txt": CONLL}, tmp_path)
+    for folder, says in ((corpus / "twitter2017", "found a single dataset: give the folder above"),
+                         (tmp_path / "source" / "train.txt", "snap: cannot be written .Not a dir")):
+        with pytest.raises(DataError, match=says):
+            data.convert("snap", tmp_path / "source", folder)
+
+
 def test_the_commands_take_the_settings_of_events(tmp_path: Path,
                                                   capsys: pytest.CaptureFixture) -> None:
     for name, text in swig_files({"attacking_1.jpg": SWIG}).items():
@@ -1574,9 +1610,16 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def linked_m2e2(folder: Path) -> Path:
-    """M2E2's files, its text-only events and its detections in one folder."""
-    for path in (*Path(REAL).glob("m2e2/*"), *Path(REAL).glob("extra/m2e2_*")):
+    """M2E2's files, its detections and its text-only events, made of a copy without parses."""
+    for path in (*Path(REAL).glob("m2e2/*"), Path(REAL) / "extra" / data.DETECTIONS):
         (folder / path.name).symlink_to(path)
+    compact = Path(REAL) / "extra" / "m2e2_text_only_event_compact.json"
+    (folder / "text_only_event.json").write_text(json.dumps([
+        one | {"golden-event-mentions": [
+            {"event_type": event["type"], "trigger": dict(zip(("start", "end"), event["trigger"])),
+             "arguments": [dict(zip(("role", "start", "end"), argument))
+                           for argument in event["arguments"]]} for event in one["events"]]}
+        for one in json.loads(compact.read_text(encoding="utf-8"))]))
     return folder
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import filecmp
 import random
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -262,3 +263,14 @@ def test_span_corruption_loses_nothing(backbone: Path) -> None:
         for k, span in enumerate(hidden[:-1]):
             source = source.replace(f"<extra_id_{k}>", span.strip())
         assert source == text
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                  capsys: pytest.CaptureFixture) -> None:
+    """Exit code 2, one line, no traceback."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(sys, "argv", ["demo.py", str(tmp_path / "file")])
+    with pytest.raises(SystemExit, match="2"):
+        demo.main()
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {tmp_path}/file") and "cannot be written (Not a dir" in told

@@ -765,7 +765,8 @@ def corpus(tmp_path: Path) -> Path:
             "entities": [{"type": "person", "start": 1, "end": 2}]} for i in range(6)]
     descriptor = {"name": "tweets", "units": TWEETS.units, "labels": TWEETS.labels,
                   "note": "made up"}
-    data.write_dataset(tmp_path / "corpus" / "tweets", descriptor, {"test": raw})
+    data.write_dataset(tmp_path / "corpus" / "tweets", descriptor,
+                       {"test": [(f"row {i}", row) for i, row in enumerate(raw)]})
     return tmp_path / "corpus"
 
 
