@@ -133,12 +133,12 @@ def test_the_paper_s_gflops_are_explained_as_far_as_its_model_is_ours(base):
 def test_trainable_parameters_are_those_of_the_methods_and_policies(base):
     """Base: the experts alone (frozen), with the visual embedding (paper), with the adapter."""
     _, found = base
-    frozen = {label: round(sum(each["frozen"][0].values()) / 1e6, 3)
+    frozen = {label: round(sum(each["frozen"].trainable.values()) / 1e6, 3)
               for label, each in found.items()}
     assert frozen == {"full": 269.922, "lora": 14.942, "moslora": 16.187, "loramoe": 30.001,
                       "clorae": 29.826, "tlora": 14.709, "clorae --no-egr": 29.709,
                       "clorae --no-mim": 29.768}
-    visual = [found["clorae"][policy][0]["visual"] for policy in evaluate.VISUAL_POLICIES]
+    visual = [found["clorae"][policy].trainable["visual"] for policy in evaluate.VISUAL_POLICIES]
     assert [round(n / 1e6, 2) for n in visual] == [0.0, 0.42, 22.34]
 
 

@@ -58,8 +58,15 @@ def prf(counts: Counts) -> tuple[float, float, float]:
     return tuple(round(x, 2) for x in (counts.precision, counts.recall, counts.f1))
 
 
+def score_predictions(records: Sequence[Record], texts: Sequence[str],
+                      datasets: dict[str, Dataset]) -> evaluate.Scores:
+    """The counts of one raw output text per record."""
+    rows = evaluate.score_rows(records, [Answer(text) for text in texts], datasets)
+    return evaluate.total(rows)
+
+
 def score(records: list[Record], texts: list[str], unit: str) -> Counts:
-    return evaluate.score_predictions(records, texts, DATASETS)[unit]
+    return score_predictions(records, texts, DATASETS)[unit]
 
 
 def umie(records: list[Record], texts: list[str], unit: str) -> tuple[float, float, float]:
@@ -317,7 +324,7 @@ def test_meae_reports_text_and_objects_apart_and_they_add_up() -> None:
     """One F1 over both; every item, found or not, is in exactly one of the two sub-scores."""
     text = ("attack <spot> attacker, coalition <spot> place, nowhere <spot> target, O1 "
             "<spot> target, O7")
-    scores = evaluate.score_predictions([argument_record(BOTH, [GOLD_BOX])], [text], DATASETS)
+    scores = score_predictions([argument_record(BOTH, [GOLD_BOX])], [text], DATASETS)
     part = {name: (c.tp, c.pred, c.gold) for name, c in scores.items()}
     assert part["MEAE/text"] == (1, 2, 1) and part["MEAE/object"] == (1, 2, 1)
     assert part["MEAE"] == (2, 4, 2)
@@ -329,12 +336,12 @@ def test_argument_strings_are_looked_up_near_the_predicted_trigger() -> None:
     events = [event("attack", (7, 8), [argument("attacker", span=(8, 9))])]
     records = [sentence("med", events, words), sentence("meae", events, words)]
     answer = "attack <spot> attacker, militia"
-    near = evaluate.score_predictions(records, ["attack, struck", answer], DATASETS)
-    far = evaluate.score_predictions(records, ["attack, a", answer], DATASETS)
-    alone = evaluate.score_predictions(records[1:], [answer], DATASETS)
+    near = score_predictions(records, ["attack, struck", answer], DATASETS)
+    far = score_predictions(records, ["attack, a", answer], DATASETS)
+    alone = score_predictions(records[1:], [answer], DATASETS)
     assert [s["MEAE"].tp for s in (near, far, alone)] == [1, 0, 0]
     other = [sentence("med", events, words, name="other"), records[1]]
-    assert evaluate.score_predictions(other, ["attack, struck", answer], DATASETS)["MEAE"].tp == 0
+    assert score_predictions(other, ["attack, struck", answer], DATASETS)["MEAE"].tp == 0
 
 
 # -------------------------------------------------------------- every scorer, the slow obvious way
@@ -505,7 +512,7 @@ def test_m2e2_counts_a_sentence_and_an_image_once_beside_the_primary_score() -> 
     records = [m2e2_pair("meae", *pair) for pair in pairs]
     records += [m2e2_pair("med", *pair) for pair in pairs]
     texts = [both, both, none, "attack, struck", "none", "none"]
-    scores = evaluate.score_predictions(records, texts, DATASETS)
+    scores = score_predictions(records, texts, DATASETS)
     count = {name: (c.tp, c.pred, c.gold) for name, c in scores.items()}
     assert count["MEAE"] == (4, 4, 6) and count["MEAE~once"] == (3, 3, 4)
     assert count["MED"] == (1, 1, 3) and count["MED~once"] == (1, 1, 2)
@@ -521,7 +528,7 @@ def test_an_accepted_event_is_neither_right_nor_wrong_in_the_variant() -> None:
     records = [m2e2_pair(task, "A", "x.jpg", accepted=extra) for task in ("med", "meae")]
     texts = ["attack, struck <spot> die, w14 <spot> die, w2", "attack <spot> attacker, coalition "
              "<spot> target, O1 <asoc> die <spot> victim, w13 <spot> victim, w12"]
-    scores = evaluate.score_predictions(records, texts, DATASETS)
+    scores = score_predictions(records, texts, DATASETS)
     count = {name: (c.tp, c.pred, c.gold) for name, c in scores.items()}
     assert count["MED"] == (1, 3, 1) and count["MED~accepted"] == (1, 2, 1)
     assert count["MEAE"] == (2, 4, 2) and count["MEAE~accepted"] == (2, 3, 2)
@@ -530,7 +537,7 @@ def test_an_accepted_event_is_neither_right_nor_wrong_in_the_variant() -> None:
 def test_other_records_have_no_variants() -> None:
     """Only ids of the form SENTENCE+IMAGE/TASK are M2E2's."""
     record = sentence("med", [event("attack", AIRSTRIKE)], image="a.jpg")
-    assert set(evaluate.score_predictions([record], ["none"], DATASETS)) == {
+    assert set(score_predictions([record], ["none"], DATASETS)) == {
         "MED", "MED@news", "MED:attack", "MED~umie"}
 
 
@@ -558,7 +565,7 @@ def test_the_dev_score_of_a_unit_is_the_mean_over_its_datasets() -> None:
     rest = [Record(f"{i}/med", "photos", "med", ("x",), "a.jpg", events=(event("meet", None),))
             for i in range(3)]
     texts = ["attack, airstrike"] + ["attack, O0"] * 3
-    scores = evaluate.score_predictions([first, *rest], texts, datasets)
+    scores = score_predictions([first, *rest], texts, datasets)
     assert scores["MED"].f1 == 25
     assert evaluate.unit_f1(scores) == {"MED": 50}
 
@@ -581,7 +588,7 @@ def test_the_table_sums_the_columns_that_are_there() -> None:
 
 def test_every_row_of_the_table_has_its_rule_below() -> None:
     """tp, pred, gold, missed and spurious are in the identity; rows need no rule."""
-    scores = evaluate.score_predictions(some_records(), ["none"] * len(some_records()), DATASETS)
+    scores = score_predictions(some_records(), ["none"] * len(some_records()), DATASETS)
     above, below = evaluate.table(scores).split("\n\n")
     for line in above.splitlines()[1:]:
         name = line[:10].strip()
@@ -603,7 +610,7 @@ def test_the_type_table_has_a_line_for_every_type_that_occurs() -> None:
     """Arguments by event type and role; none is no relation."""
     records = [argument_record(BOTH, [GOLD_BOX]), pair("peer"), pair("none", "q")]
     texts = ["attack <spot> attacker, coalition <spot> place, w2", data.target(pair("couple")), "?"]
-    lines = evaluate.type_table(evaluate.score_predictions(records, texts, DATASETS)).splitlines()
+    lines = evaluate.type_table(score_predictions(records, texts, DATASETS)).splitlines()
     assert [line.split() for line in lines[1:]] == [
         ["V1", "couple", "0.00", "0.00", "0.00", "0", "1", "0"],
         ["V1", "peer", "0.00", "0.00", "0.00", "0", "0", "1"],
@@ -1022,7 +1029,7 @@ def test_gold_scored_against_itself_reaches_the_ceilings_on_the_published_files(
     datasets, found = data.load_datasets(tmp_path), {}
     for split in data.SPLITS:
         records = data.load_corpus(tmp_path, split)
-        scores = evaluate.score_predictions(records, list(map(data.target, records)), datasets)
+        scores = score_predictions(records, list(map(data.target, records)), datasets)
         found |= {(name, split): counts for name, counts in scores.items()}
     for (name, split), counts in found.items():
         dataset = name.partition("@")[2]
