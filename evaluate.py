@@ -184,7 +184,7 @@ def kind(item: Item) -> str:
 
 
 def overlap(a: Item, b: Item) -> float:
-    """IoU of two boxes or of two token spans, 1 for the whole image twice, else 0."""
+    """IoU of two boxes or of two token spans; 1 if both are the whole image; else 0."""
     if a.box and b.box:
         return data.iou(a.box, b.box)
     if a.span and b.span:
@@ -194,7 +194,7 @@ def overlap(a: Item, b: Item) -> float:
 
 
 def same_place(a: Item, b: Item) -> bool:
-    """Equal spans, boxes of enough overlap, or the whole image; not found is never the same."""
+    """Equal spans, boxes of enough overlap, or the whole image; what was not found is nowhere."""
     return overlap(a, b) >= (IOU_MATCH if a.box else 1)
 
 
@@ -209,9 +209,10 @@ def inexact(gold: Item, predicted: Item) -> bool:
 
 
 def pair_off(gold: list[Item], predicted: list[Item], fits: Callable[[Item, Item], bool]) -> int:
-    """Take fitting pairs out of both lists, one to one, by falling overlap; how many there were.
+    """Take the pairs that fit out of both lists and return their number.
 
-    The official M2E2 scorer lets two predictions match one gold box; here a box matches once.
+    Pairs are one to one, those of the largest overlap first.  (The official M2E2 scorer lets two
+    predictions match one gold box.)
     """
     pairs = sorted((-overlap(g, p), i, j) for i, g in enumerate(gold)
                    for j, p in enumerate(predicted) if fits(g, p))
@@ -315,7 +316,7 @@ def pair_of(record: Record) -> tuple[str, str]:
 
 
 def breakdown(task: str, gold: list[Item], predicted: list[Item], malformed: int) -> Scores:
-    """One record by UMIE's rule, by type, and, for arguments, those in the text and the objects."""
+    """One record's counts by UMIE's rule, by type and, of arguments, apart for text and image."""
     def share(belongs: Callable[[Item], bool]) -> Counts:
         return count(task, list(filter(belongs, gold)), list(filter(belongs, predicted)))
 
@@ -370,9 +371,11 @@ def count_once(rows: Sequence[Row]) -> Counts:
         events = repr([(event["type"], event["trigger"]) for event in record.events])
         text = (record.dataset, sentence or record.id, events)
         image = (record.dataset, record.image if sentence else record.id)
-        new = {False: text not in seen, True: image not in seen}
-        counts += count(record.task, *([item for item in items if new[is_object(item)]]
-                                       for items in (row.gold, row.predicted)))
+        new_text, new_image = text not in seen, image not in seen
+        gold, predicted = ([item for item in items
+                            if (new_image if is_object(item) else new_text)]
+                           for items in (row.gold, row.predicted))
+        counts += count(record.task, gold, predicted)
         seen |= {text, image}
     return counts
 
@@ -523,14 +526,14 @@ def save_scores(path: Path, rows: Sequence[Row], checkpoint: Path, config: "trai
             row.counts.tp, row.counts.pred, row.counts.gold]
     report = {"made_from": made_from(checkpoint, config, split, decoding or Decoding.of(config)),
               "data": str(corpus), "notes": notes(scores, data.load_datasets(corpus)),
-              "scores": {name: figures(name, counts) for name, counts in scores.items()},
+              "scores": {name: counts_json(name, counts) for name, counts in scores.items()},
               "records": records}
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}"
                        for key, value in report.items())
     write_whole(path, f"{{{lines}}}\n")
 
 
-def figures(name: str, counts: Counts) -> dict[str, float]:
+def counts_json(name: str, counts: Counts) -> dict[str, float]:
     """One entry of `Scores` as JSON; only whole units have classes of errors."""
     if name.endswith("~umie"):
         return {"tp": counts.tp, "pred": counts.pred, "gold": counts.gold, "f1": counts.rounded_f1}
@@ -826,8 +829,8 @@ class System:
         found: dict[str, list[float]] = {}
         for report in self.reports:
             f1 = {u: report["scores"][u]["f1"] for u in UNITS if u in report["scores"]}
-            total = sum(f1.values())
-            for name, value in {**f1, "All": total, "mean": total / max(len(f1), 1)}.items():
+            whole = sum(f1.values())
+            for name, value in {**f1, "All": whole, "mean": whole / max(len(f1), 1)}.items():
                 found.setdefault(name, []).append(value)
         return found
 
@@ -942,10 +945,10 @@ UMIE_FEATURES = 512  # F in UMIE
 
 def passing(path: str) -> str:
     """Whose tokens pass through a linear: "memory", "target", "visual", or one mean per "row"."""
-    parts = path.split(".")
-    if "proj_text" in parts or "proj_visual" in parts:
+    names = path.split(".")
+    if "proj_text" in names or "proj_visual" in names:
         return "row"
-    if parts[0] == "visual_embedding" or parts[0] == "fusion" and parts[-1] in ("k", "v"):
+    if names[0] == "visual_embedding" or names[0] == "fusion" and names[-1] in ("k", "v"):
         return "visual"
     return clorae.stream_of(path)
 
@@ -953,10 +956,10 @@ def passing(path: str) -> str:
 class FlopCounter:
     """FLOPs of one row of a UMIE: 2 per multiply-add of a matrix product, the rest is free.
 
-    forward; backward: one product for each gradient that exists, that of a linear's input if
-    anything below it is trained, that of its weight if it is trained itself.  Experts count as
-    their layer runs them, in rank space and one task of N.  `live` says of each stream whether its
-    hidden states need a gradient so far; the walk follows the order of the forward pass.
+    `backward` has one product for each gradient that is formed: that of a weight if it is trained,
+    that of a linear's input if something below is trained.  `live` says of each token stream
+    whether its hidden states need a gradient so far; so the walk follows the forward pass.  Experts
+    count as their layer runs them: in rank space, one task of N.
     """
 
     def __init__(self, model: nn.Module, source: float, target: float, visual: float):
@@ -1007,11 +1010,11 @@ class FlopCounter:
     def linear(self, module: nn.Module, tokens: float, live: bool) -> bool:
         """Count one linear with its experts; returns whether its output needs a gradient."""
         for name, weight in module.named_parameters():
-            kind = name.split(".")[-1]
-            if weight.dim() > 1:
-                one = len(weight) if kind in ("A_T", "B_T") else 1  # a row meets one task of N
-                product = 2 * tokens * weight.numel() / one
-                below = live or kind.startswith(("B", "M"))  # these read codes, live by A
+            leaf = name.split(".")[-1]
+            if weight.dim() > 1:  # not the variance rho
+                tasks = len(weight) if leaf in ("A_T", "B_T") else 1  # a row meets one of them
+                product = 2 * tokens * weight.numel() / tasks
+                below = live or leaf.startswith(("B", "M"))  # their input comes from a trained A
                 self.forward += product
                 self.backward += product * (weight.requires_grad + below)
         return live or any(weight.requires_grad for weight in module.parameters())

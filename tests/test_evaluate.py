@@ -842,6 +842,15 @@ def test_out_moves_the_scores_too(run_folder: Path, tmp_path: Path) -> None:
     assert os.listdir(run_folder) == ["best-00000001"]
 
 
+def test_a_table_of_one_system_obeys_out_as_well(run_folder: Path, tmp_path: Path) -> None:
+    """--csv with one run is a comparison of one line; its scores are stored where --out says."""
+    out = tmp_path / "new" / "a.jsonl"
+    evaluate.main([str(run_folder), "--csv", str(tmp_path / "t.csv"), "--out", str(out)])
+    assert sorted(os.listdir(out.parent)) == ["a.jsonl", "scores-a.json"]
+    assert os.listdir(run_folder) == ["best-00000001"]
+    assert (tmp_path / "t.csv").read_text().startswith("system,T15,")
+
+
 # ------------------------------------------------------------------------- systems side by side
 
 def test_systems_are_runs_that_differ_in_more_than_their_seed(
