@@ -19,7 +19,8 @@ costs, routing, replay, pictures of runs, answering examples, picture of one exa
 command.  Nothing up to "systems side by side" needs what follows it: a reader of the scores can
 stop there.
 
-Shapes: T target tokens, V visual tokens, F image-feature width.
+Shapes: B rows, S source, T target and V visual tokens, D model width, E experts, R universal and
+r task rank, F image-feature width.
 """
 
 import argparse
@@ -57,6 +58,7 @@ from tqdm import tqdm
 import clorae
 import data
 import losses
+import vision
 from data import UNITS, DataError, Dataset, Example, Item, Record, Tokenizer
 from t5 import T5, Attention, FeedForward, RMSNorm, T5Config, hf_names
 from vision import UMIE, FeatureCache, ViT, load_image, resolve_image
@@ -297,7 +299,8 @@ def score_rows(records: Sequence[Record], answers: Sequence[Answer],
     given = list(zip(records, answers, strict=True))
     for i in sorted(range(len(given)), key=lambda i: records[i].task == "meae"):
         record, answer = given[i]
-        dataset, known = datasets[record.dataset], triggers.setdefault(pair_of(record), {})
+        pair = record.dataset, record.id.rsplit("/", 1)[0]  # ids are PAIR/med and PAIR/meae
+        dataset, known = datasets[record.dataset], triggers.setdefault(pair, {})
         predicted, malformed = data.predicted_items(record, answer.text, dataset, known, answer.cut)
         if record.task == "med":
             for item in predicted:
@@ -309,11 +312,6 @@ def score_rows(records: Sequence[Record], answers: Sequence[Answer],
                       counts + Counts(missing=int(answer.missing)),
                       breakdown(record.task, gold, predicted, malformed))
     return [rows[i] for i in range(len(rows))]
-
-
-def pair_of(record: Record) -> tuple[str, str]:
-    """What the trigger and the argument record of one sentence-image pair have in common."""
-    return record.dataset, record.id.rsplit("/", 1)[0]
 
 
 def breakdown(task: str, gold: list[Item], predicted: list[Item], malformed: int) -> Scores:
@@ -358,9 +356,8 @@ def m2e2_variants(rows: Sequence[Row]) -> Scores:
 
 def m2e2_sentence(record: Record) -> str | None:
     """The sentence of a record whose id is SENTENCE+IMAGE/TASK, as those of M2E2 are."""
-    _, pair = pair_of(record)
-    mark = f"+{record.image}"
-    return pair.removesuffix(mark) if pair.endswith(mark) else None
+    rest = f"+{record.image}/{record.task}"
+    return record.id.removesuffix(rest) if record.id.endswith(rest) else None
 
 
 def count_once(rows: Sequence[Row]) -> Counts:
@@ -385,7 +382,7 @@ def count_accepted(row: Row) -> Counts:
     """tp, pred and gold of a row without the predictions that are wrong by its gold, but right by
     `record.accepted`."""
     wrong = list(row.predicted)
-    pair_off(list(row.gold), wrong, right)
+    pair_off(list(row.gold), wrong, right)  # takes out what is right
     other = dataclasses.replace(row.record, events=row.record.accepted)
     excused = pair_off(data.gold_items(other), wrong, right)
     return Counts(row.counts.tp, row.counts.pred - excused, row.counts.gold)
@@ -407,7 +404,8 @@ def table(scores: Scores, datasets: Mapping[str, Dataset] | None = None) -> str:
              "P": {unit: scores[unit].precision for unit in present},
              "R": {unit: scores[unit].recall for unit in present},
              "F1 UMIE": {unit: scores[f"{unit}~umie"].rounded_f1 for unit in present},
-             "accuracy": {unit: scores[unit].accuracy for unit in present if is_relation(unit)}}
+             "accuracy": {unit: scores[unit].accuracy for unit in present
+                          if data.UNIT_TASK[unit] == "mre"}}
     lines = [f"{'':10}" + "".join(f"{name:>8}" for name in UNITS) + f"{'All':>9}{'mean':>8}"]
     for name, cells in rates.items():
         if cells:
@@ -418,11 +416,6 @@ def table(scores: Scores, datasets: Mapping[str, Dataset] | None = None) -> str:
         cells = {unit: getattr(scores[unit], name) for unit in present}
         lines.append(table_row(name.replace("_", " "), cells, "d") + f"{sum(cells.values()):9d}")
     return "\n".join([*lines, "", *legend(scores), *notes(scores, datasets or {})])
-
-
-def is_relation(unit: str) -> bool:
-    """Whether accuracy means something in this column."""
-    return data.UNIT_TASK.get(unit) == "mre"
 
 
 def table_row(name: str, cells: Mapping[str, float], form: str) -> str:
@@ -562,11 +555,9 @@ def evaluate_split(model: nn.Module, examples: Sequence[Example], datasets: Mapp
 # ----------------------------------------------------------------------------------------- files
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    aside = path.with_name(path.name + ".tmp")
+    """Write a file, whole or not at all, and the folders that lead to it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside.write_text(text, encoding="utf-8", newline="")
-    os.replace(aside, path)
+    vision.write_whole(path, text.encode())
 
 
 def save_csv(path: Path, rows: Sequence[Mapping]) -> None:
@@ -624,7 +615,7 @@ def counts_json(name: str, counts: Counts) -> dict[str, float]:
     shown = ["tp", "pred", "gold", "f1", "precision", "recall"]
     if name in UNITS:
         shown += COUNTED[3:]
-    if is_relation(name):
+    if data.UNIT_TASK.get(name) == "mre":
         shown.append("accuracy")
     return {value: getattr(counts, value) for value in shown}
 
@@ -826,7 +817,8 @@ def draws(random: numpy.random.Generator, n: int) -> numpy.ndarray:
 
 def resampled_f1(system: System, unit: str, ids: Sequence[str], records: numpy.ndarray,
                  seeds: numpy.ndarray) -> numpy.ndarray:
-    """F1 in % of a unit, mean over the seeds; draws of records and of seeds -> [1 + RESAMPLES]."""
+    """F1 in % of a unit, mean over the seeds, under `draws` of the records `ids` and of the seeds
+    -> [1 + RESAMPLES]."""
     counts = numpy.array([[report["records"][unit][i] for i in ids] for report in system.reports])
     tp, pred, gold = numpy.moveaxis(records @ counts, -1, 0)  # each [seeds, 1 + RESAMPLES]
     f1 = 200 * tp / numpy.maximum(pred + gold, 1)
