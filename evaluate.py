@@ -60,7 +60,7 @@ import data
 import losses
 import vision
 from data import UNITS, DataError, Dataset, Example, Item, Record, Tokenizer
-from t5 import T5, Attention, FeedForward, RMSNorm, T5Config, hf_names
+from t5 import T5, Attention, RMSNorm, T5Config, hf_names
 from vision import UMIE, FeatureCache, ViT, load_image, resolve_image
 
 if TYPE_CHECKING:
@@ -271,7 +271,7 @@ class Answer:
     text: str
     cut: bool = False  # it reached the length limit, so its last item may be incomplete
     missing: bool = False  # the record names an image, and the model was shown none
-    ids: tuple[int, ...] = field(default=(), compare=False, repr=False)  # the same, with eos
+    ids: tuple[int, ...] = ()  # the same, with eos
 
 
 @dataclass(frozen=True)
@@ -941,10 +941,8 @@ UMIE_FEATURES = 512  # F in UMIE
 
 
 def passing(path: str) -> str:
-    """Whose tokens pass through a linear: "memory", "target", "visual", or one mean per "row"."""
+    """The token stream that passes through a module of a UMIE: "memory", "target" or "visual"."""
     names = path.split(".")
-    if "proj_text" in names or "proj_visual" in names:
-        return "row"
     if names[0] == "visual_embedding" or names[0] == "fusion" and names[-1] in ("k", "v"):
         return "visual"
     return clorae.stream_of(path)
@@ -961,7 +959,7 @@ class FlopCounter:
 
     def __init__(self, model: nn.Module, source: float, target: float, visual: float):
         embedded = model.t5.shared.weight.requires_grad
-        self.tokens = {"memory": source, "target": target, "visual": visual, "row": 1}
+        self.tokens = {"memory": source, "target": target, "visual": visual}
         self.live = {"memory": embedded, "target": embedded, "visual": False}
         self.forward = self.backward = 0.0
         if visual:
@@ -978,16 +976,13 @@ class FlopCounter:
 
     def walk(self, path: str, module: nn.Module) -> None:
         """Count what lies below a module, and note whether its stream is live behind it."""
-        stream = "memory" if passing(path) == "row" else passing(path)
+        stream = passing(path)
         if isinstance(module, Attention):
             self.attention(path, module)
-        elif isinstance(module, FeedForward):
-            up = [self.linear(part, self.tokens[stream], self.live[stream])
-                  for part in (module.gate, module.up) if part is not None]
-            self.live[stream] |= self.linear(module.down, self.tokens[stream], any(up))
         elif isinstance(module, nn.Linear):
+            tokens = 1 if path.startswith("fusion.proj_") else self.tokens[stream]  # reads a mean
             live = self.live[stream] and not path.startswith("visual_embedding")  # reads data
-            self.live[stream] |= self.linear(module, self.tokens[passing(path)], live)
+            self.live[stream] |= self.linear(module, tokens, live)
         elif isinstance(module, (RMSNorm, nn.Embedding)):
             self.live[stream] |= module.weight.requires_grad
         else:
