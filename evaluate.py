@@ -14,11 +14,13 @@ Scoring is integer counting per record; percentages are formed once, at the end,
 Batches are built from the whole split and dealt to the processes whole, so the texts, and with them
 the counts, do not depend on how many processes there are.
 
-In this order: counts, matching, scoring, table, files, decoding, one system or several, costs,
-routing, replay, pictures of runs, answering examples, picture of one example, export, the command.
-Nothing up to "one system or several" needs what follows it: a reader of the scores can stop there.
+In this order: counts, matching, scoring, table, decoding, files, one system, systems side by side,
+costs, routing, replay, pictures of runs, answering examples, picture of one example, export, the
+command.  Nothing up to "systems side by side" needs what follows it: a reader of the scores can
+stop there.
 
-Shapes: T target tokens, V visual tokens, F image-feature width.
+Shapes: B rows, S source, T target and V visual tokens, D model width, E experts, R universal and
+r task rank, F image-feature width.
 """
 
 import argparse
@@ -29,7 +31,6 @@ import io
 import itertools
 import json
 import math
-import operator
 import os
 import re
 import shutil
@@ -40,7 +41,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean, stdev
 from tempfile import TemporaryDirectory
@@ -57,8 +58,9 @@ from tqdm import tqdm
 import clorae
 import data
 import losses
+import vision
 from data import UNITS, DataError, Dataset, Example, Item, Record, Tokenizer
-from t5 import T5, Attention, FeedForward, RMSNorm, T5Config, hf_names
+from t5 import T5, Attention, RMSNorm, T5Config, hf_names
 from vision import UMIE, FeatureCache, ViT, load_image, resolve_image
 
 if TYPE_CHECKING:
@@ -100,6 +102,11 @@ VARIANTS = {
 
 # ---------------------------------------------------------------------------------------- counts
 
+def percent(part: int, whole: int) -> float:
+    """100 part / whole, and 0 when there is nothing to score."""
+    return 100.0 * part / whole if whole else 0.0
+
+
 @dataclass(frozen=True)
 class Counts:
     """Integers that add up over records, datasets and processes."""
@@ -115,7 +122,7 @@ class Counts:
     boundary: int = 0
 
     def __add__(self, other: "Counts") -> "Counts":
-        return Counts(*map(operator.add, vars(self).values(), vars(other).values()))
+        return Counts(*map(sum, zip(vars(self).values(), vars(other).values())))
 
     @property
     def precision(self) -> float:
@@ -161,11 +168,6 @@ def parts(scores: Scores, unit: str, mark: str) -> Scores:
             if name.startswith(unit + mark)}
 
 
-def percent(part: int, whole: int) -> float:
-    """100 part / whole, and 0 when there is nothing to score."""
-    return 100.0 * part / whole if whole else 0.0
-
-
 def unit_f1(scores: Scores) -> dict[str, float]:
     """F1 in % of each unit: the s of Eq. (9).
 
@@ -185,7 +187,7 @@ def kind(item: Item) -> str:
 
 
 def overlap(a: Item, b: Item) -> float:
-    """IoU of two boxes or of two token spans, 1 for the whole image twice, else 0."""
+    """IoU of two boxes or of two token spans; 1 if both are the whole image; else 0."""
     if a.box and b.box:
         return data.iou(a.box, b.box)
     if a.span and b.span:
@@ -195,50 +197,46 @@ def overlap(a: Item, b: Item) -> float:
 
 
 def same_place(a: Item, b: Item) -> bool:
-    """Equal spans, boxes of enough overlap, or the whole image; not found is never the same."""
+    """Equal spans, boxes of enough overlap, or the whole image; what was not found is nowhere."""
     return overlap(a, b) >= (IOU_MATCH if a.box else 1)
 
 
 def right(gold: Item, predicted: Item) -> bool:
+    """One type and role, one place."""
     return kind(gold) == kind(predicted) and same_place(gold, predicted)
 
 
 def inexact(gold: Item, predicted: Item) -> bool:
+    """One type and role, places that overlap."""
     return kind(gold) == kind(predicted) and overlap(gold, predicted) > 0
 
 
 def pair_off(gold: list[Item], predicted: list[Item], fits: Callable[[Item, Item], bool]) -> int:
-    """Take fitting pairs out of both lists, one to one, by falling overlap; how many there were.
+    """Take the pairs that fit out of both lists and return their number.
 
-    The official M2E2 scorer lets two predictions match one gold box; here a box matches once.
+    Pairs are one to one, those of the largest overlap first.  (The official M2E2 scorer lets two
+    predictions match one gold box.)
     """
     pairs = sorted((-overlap(g, p), i, j) for i, g in enumerate(gold)
                    for j, p in enumerate(predicted) if fits(g, p))
-    taken_gold, taken = set(), set()
+    used_gold, used_predicted = set(), set()
     for _, i, j in pairs:
-        if i not in taken_gold and j not in taken:
-            taken_gold.add(i)
-            taken.add(j)
-    gold[:] = [item for i, item in enumerate(gold) if i not in taken_gold]
-    predicted[:] = [item for j, item in enumerate(predicted) if j not in taken]
-    return len(taken)
-
-
-def is_object(item: Item) -> bool:
-    """Whether an argument is a box, or names an object by number, existing or not."""
-    return item.box is not None or item.object is not None
+        if i not in used_gold and j not in used_predicted:
+            used_gold.add(i)
+            used_predicted.add(j)
+    gold[:] = [item for i, item in enumerate(gold) if i not in used_gold]
+    predicted[:] = [item for j, item in enumerate(predicted) if j not in used_predicted]
+    return len(used_gold)
 
 
 def count(task: str, gold: Sequence[Item], predicted: Sequence[Item], malformed: int = 0) -> Counts:
     """Counts of one record; `malformed` is what the parser could not use of its output.
 
-    Every item falls into one class, the first of these that takes it: right; wrong type, in a pair
-    at one place whose types or roles differ; wrong boundary, in a pair of one type and role that
-    overlaps; missed, if it is gold, or spurious.  Pairs are one to one, so with w pairs of wrong
-    type and b of wrong boundary  gold = tp + w + b + missed  and  pred = tp + w + b + spurious.
+    Every item falls into the first class that takes it: right, wrong type, wrong boundary (see
+    RULES).  Gold items that are left over are missed, predicted ones are spurious.
     """
     gold, predicted = list(gold), list(predicted)
-    if task == "mre":  # none is no relation; all the others have one place, the given pair
+    if task == "mre":  # none is no relation; the others share one place, as if it were an image
         gold, predicted = ([dataclasses.replace(item, whole_image=True) for item in items
                             if item.label != "none"] for items in (gold, predicted))
     sizes = len(predicted), len(gold)
@@ -250,12 +248,12 @@ def count(task: str, gold: Sequence[Item], predicted: Sequence[Item], malformed:
 
 def count_umie(task: str, gold: Sequence[Item], predicted: Sequence[Item],
                malformed: int = 0) -> Counts:
-    """Counts by UMIE's rule, for `Counts.rounded_f1`; see RULES.
+    """Counts of one record by UMIE's rule (see RULES), for `Counts.rounded_f1`.
 
     A predicted string is right as often as the gold has it.  A gold string that occurs nowhere in
     the prediction is missed, and `gold` is tp + missed: UMIE divides by that for its recall.
     """
-    if task == "mre" and malformed:
+    if task == "mre" and malformed:  # the parser reads it as "none"
         predicted = []
     wanted, found = (Counter((kind(item), item.text and data.canon(item.text)) for item in items)
                      for items in (gold, predicted))
@@ -273,7 +271,7 @@ class Answer:
     text: str
     cut: bool = False  # it reached the length limit, so its last item may be incomplete
     missing: bool = False  # the record names an image, and the model was shown none
-    ids: tuple[int, ...] = field(default=(), compare=False, repr=False)  # the same, with eos
+    ids: tuple[int, ...] = ()  # the same, with eos
 
 
 @dataclass(frozen=True)
@@ -289,38 +287,35 @@ class Row:
     parts: Scores = field(default_factory=dict)  # see `breakdown`
 
 
-def pair_of(record: Record) -> tuple[str, str]:
-    """What the trigger and the argument record of one sentence-image pair have in common."""
-    return record.dataset, record.id.rsplit("/", 1)[0]
+def score_rows(records: Sequence[Record], answers: Sequence[Answer],
+               datasets: Mapping[str, Dataset]) -> list[Row]:
+    """Parse and score one answer per record.
 
-
-def predicted_triggers(records: Sequence[Record], answers: Sequence[Answer],
-                       datasets: Mapping[str, Dataset]) -> dict[tuple[str, str], dict[str, int]]:
-    """{pair: {event type: first token of its first predicted trigger}} of all MED predictions."""
-    triggers: dict[tuple[str, str], dict[str, int]] = {}
-    for record, answer in zip(records, answers, strict=True):
+    The string of an argument is mapped to its occurrence nearest to the trigger that the same run
+    predicted for the same sentence-image pair, never to the gold trigger: triggers come first.
+    """
+    triggers: dict[tuple[str, str], dict[str, int]] = {}  # pair: {event type: start of the first}
+    rows: dict[int, Row] = {}
+    given = list(zip(records, answers, strict=True))
+    for i in sorted(range(len(given)), key=lambda i: records[i].task == "meae"):
+        record, answer = given[i]
+        pair = record.dataset, record.id.rsplit("/", 1)[0]  # ids are PAIR/med and PAIR/meae
+        dataset, known = datasets[record.dataset], triggers.setdefault(pair, {})
+        predicted, malformed = data.predicted_items(record, answer.text, dataset, known, answer.cut)
         if record.task == "med":
-            items, _ = data.predicted_items(record, answer.text, datasets[record.dataset],
-                                            cut=answer.cut)
-            found = triggers.setdefault(pair_of(record), {})
-            for item in items:
+            for item in predicted:
                 if item.span is not None:
-                    found.setdefault(item.label, item.span[0])
-    return triggers
-
-
-def score_row(record: Record, answer: Answer, dataset: Dataset,
-              triggers: Mapping[str, int] | None = None) -> Row:
-    """Parse and score one answer; `triggers` as `predicted_triggers` gives them for its pair."""
-    predicted, malformed = data.predicted_items(record, answer.text, dataset, triggers, answer.cut)
-    gold = data.gold_items(record)
-    counts = count(record.task, gold, predicted, malformed) + Counts(missing=int(answer.missing))
-    return Row(record, dataset.units[record.task], answer, gold, predicted, counts,
-               breakdown(record.task, gold, predicted, malformed))
+                    known.setdefault(item.label, item.span[0])
+        gold = data.gold_items(record)
+        counts = count(record.task, gold, predicted, malformed)
+        rows[i] = Row(record, dataset.units[record.task], answer, gold, predicted,
+                      counts + Counts(missing=int(answer.missing)),
+                      breakdown(record.task, gold, predicted, malformed))
+    return [rows[i] for i in range(len(rows))]
 
 
 def breakdown(task: str, gold: list[Item], predicted: list[Item], malformed: int) -> Scores:
-    """One record by UMIE's rule, by type, and, for arguments, those in the text and the objects."""
+    """One record's counts by UMIE's rule, by type and, of arguments, apart for text and image."""
     def share(belongs: Callable[[Item], bool]) -> Counts:
         return count(task, list(filter(belongs, gold)), list(filter(belongs, predicted)))
 
@@ -332,17 +327,9 @@ def breakdown(task: str, gold: list[Item], predicted: list[Item], malformed: int
     return found
 
 
-def score_rows(records: Sequence[Record], answers: Sequence[Answer],
-               datasets: Mapping[str, Dataset]) -> list[Row]:
-    """Parse and score one answer per record.
-
-    Argument strings are mapped to the occurrence nearest to the trigger that the same run predicted
-    for the same pair; the gold trigger is never looked at.
-    """
-    triggers = predicted_triggers(records, answers, datasets)
-    return [score_row(record, answer, datasets[record.dataset],
-                      triggers.get(pair_of(record)) if record.task == "meae" else None)
-            for record, answer in zip(records, answers, strict=True)]
+def is_object(item: Item) -> bool:
+    """Whether an argument is a box, or names an object by number, existing or not."""
+    return item.box is not None or item.object is not None
 
 
 def total(rows: Sequence[Row]) -> Scores:
@@ -355,49 +342,50 @@ def total(rows: Sequence[Row]) -> Scores:
     return scores | m2e2_variants(rows)
 
 
-def m2e2_sentence(record: Record) -> tuple[str, str] | None:
-    """The sentence of a record whose id is SENTENCE+IMAGE/TASK, as those of M2E2 are."""
-    dataset, pair = pair_of(record)
-    mark = f"+{record.image}"
-    return (dataset, pair.removesuffix(mark)) if pair.endswith(mark) else None
-
-
 def m2e2_variants(rows: Sequence[Row]) -> Scores:
-    """MED and MEAE by the rules of VARIANTS, as far as there are rows that they concern."""
-    scores, seen, concerned = {}, set(), set()
-    for row in (row for row in rows if row.record.task in ("med", "meae")):
+    """Events by the rules of VARIANTS, each where there is a row that it concerns."""
+    scores = {}
+    for unit in ("MEAE", "MED"):
+        mine = [row for row in rows if row.unit == unit]
+        if any(row.record.accepted for row in mine):
+            scores[f"{unit}~accepted"] = sum(map(count_accepted, mine), Counts())
+        if any(m2e2_sentence(row.record) for row in mine):
+            scores[f"{unit}~once"] = count_once(mine)
+    return scores
+
+
+def m2e2_sentence(record: Record) -> str | None:
+    """The sentence of a record whose id is SENTENCE+IMAGE/TASK, as those of M2E2 are."""
+    rest = f"+{record.image}/{record.task}"
+    return record.id.removesuffix(rest) if record.id.endswith(rest) else None
+
+
+def count_once(rows: Sequence[Row]) -> Counts:
+    """Counts of one unit without what an earlier row has shown: items in the text belong to
+    (sentence, gold events), those in the image to the image."""
+    counts, seen = Counts(), set()
+    for row in rows:
         record, sentence = row.record, m2e2_sentence(row.record)
-        if sentence:
-            concerned.add(f"{row.unit}~once")
-        if record.accepted:
-            concerned.add(f"{row.unit}~accepted")
         events = repr([(event["type"], event["trigger"]) for event in record.events])
-        keys = {False: (row.unit, *(sentence or pair_of(record)), events),
-                True: (row.unit, record.dataset, record.image if sentence else record.id)}
-        once = [[item for item in items if keys[is_object(item)] not in seen]
-                for items in (row.gold, row.predicted)]
-        seen.update(keys.values())
-        for name, items in (("once", once), ("accepted", (row.gold, not_accepted(row)))):
-            key = f"{row.unit}~{name}"
-            scores[key] = scores.get(key, Counts()) + count(record.task, *items)
-    return {key: scores[key] for key in sorted(concerned)}
+        text = (record.dataset, sentence or record.id, events)
+        image = (record.dataset, record.image if sentence else record.id)
+        new_text, new_image = text not in seen, image not in seen
+        gold, predicted = ([item for item in items
+                            if (new_image if is_object(item) else new_text)]
+                           for items in (row.gold, row.predicted))
+        counts += count(record.task, gold, predicted)
+        seen |= {text, image}
+    return counts
 
 
-def not_accepted(row: Row) -> list[Item]:
-    """The predictions without those that are wrong by the gold and right by `record.accepted`."""
+def count_accepted(row: Row) -> Counts:
+    """tp, pred and gold of a row without the predictions that are wrong by its gold, but right by
+    `record.accepted`."""
     wrong = list(row.predicted)
-    pair_off(list(row.gold), wrong, right)
-    kept = list(wrong)
-    accepted = dataclasses.replace(row.record, events=row.record.accepted)
-    pair_off(data.gold_items(accepted), kept, right)
-    dropped = {id(item) for item in wrong} - {id(item) for item in kept}
-    return [item for item in row.predicted if id(item) not in dropped]
-
-
-def score_predictions(records: Sequence[Record], texts: Sequence[str],
-                      datasets: Mapping[str, Dataset]) -> Scores:
-    """Counts per unit of one raw output text per record; see `Scores` for the keys."""
-    return total(score_rows(records, [Answer(text) for text in texts], datasets))
+    pair_off(list(row.gold), wrong, right)  # takes out what is right
+    other = dataclasses.replace(row.record, events=row.record.accepted)
+    excused = pair_off(data.gold_items(other), wrong, right)
+    return Counts(row.counts.tp, row.counts.pred - excused, row.counts.gold)
 
 
 # ----------------------------------------------------------------------------------------- table
@@ -412,16 +400,18 @@ def table(scores: Scores, datasets: Mapping[str, Dataset] | None = None) -> str:
     datasets: whose notes to print below, for those that have rows.
     """
     present = [unit for unit in UNITS if unit in scores]
-    umie = {unit: scores[f"{unit}~umie"] for unit in present if f"{unit}~umie" in scores}
-    rates = {name: {unit: getattr(scores[unit], value) for unit in present}
-             for name, value in (("F1", "f1"), ("P", "precision"), ("R", "recall"))}
-    rates |= {"F1 UMIE": {unit: counts.rounded_f1 for unit, counts in umie.items()},
-              "accuracy": {unit: scores[unit].accuracy for unit in present if unit in ("V1", "V2")}}
-    lines = ["".join([f"{'':10}"] + [f"{unit:>8}" for unit in UNITS] + [f"{'All':>9}{'mean':>8}"])]
+    rates = {"F1": {unit: scores[unit].f1 for unit in present},
+             "P": {unit: scores[unit].precision for unit in present},
+             "R": {unit: scores[unit].recall for unit in present},
+             "F1 UMIE": {unit: scores[f"{unit}~umie"].rounded_f1 for unit in present},
+             "accuracy": {unit: scores[unit].accuracy for unit in present
+                          if data.UNIT_TASK[unit] == "mre"}}
+    lines = [f"{'':10}" + "".join(f"{name:>8}" for name in UNITS) + f"{'All':>9}{'mean':>8}"]
     for name, cells in rates.items():
-        summed = sum(cells.values())
-        ends = f"{summed:9.2f}{summed / len(cells):8.2f}" if cells and name[:2] == "F1" else ""
-        lines += [table_row(name, cells, ".2f") + ends] if cells else []
+        if cells:
+            summed = sum(cells.values())
+            ends = f"{summed:9.2f}{summed / len(cells):8.2f}" if name.startswith("F1") else ""
+            lines.append(table_row(name, cells, ".2f") + ends)
     for name in COUNTED:
         cells = {unit: getattr(scores[unit], name) for unit in present}
         lines.append(table_row(name.replace("_", " "), cells, "d") + f"{sum(cells.values()):9d}")
@@ -439,18 +429,17 @@ def legend(scores: Scores) -> list[str]:
     present = [unit for unit in UNITS if unit in scores]
     lines = []
     for unit in present:
-        each = parts(scores, unit, "/"), parts(scores, unit, "@")
-        some = [f"{name} only F1 {counts.f1:.2f}" for name, counts in each[0].items()]
-        some += [f"{name} F1 {counts.f1:.2f}" for name, counts in each[1].items()
-                 if len(each[1]) > 1]
-        lines.append(f"{unit:5}{DEFINITIONS[unit]}" + (f" ({', '.join(some)})" if some else ""))
+        datasets = parts(scores, unit, "@")
+        shown = [f"{name} only F1 {c.f1:.2f}" for name, c in parts(scores, unit, "/").items()]
+        if len(datasets) > 1:
+            shown += [f"{name} F1 {c.f1:.2f}" for name, c in datasets.items()]
+        lines.append(f"{unit:5}{DEFINITIONS[unit]}" + (f" ({', '.join(shown)})" if shown else ""))
     lines.append(f"All  sum of the F1 of {len(present)} of {len(UNITS)} columns, as in the paper")
     lines += [f"{name}: {rule}" for name, rule in RULES.items()]
     return lines + [
-        f"{unit} {name}: F1 {counts.f1:.2f}, P {counts.precision:.2f}, R {counts.recall:.2f} (tp "
-        f"{counts.tp}, pred {counts.pred}, gold {counts.gold}): {VARIANTS[name]}"
-        for unit in present for name, counts in parts(scores, unit, "~").items()
-        if name in VARIANTS]
+        f"{unit} {name}: F1 {c.f1:.2f}, P {c.precision:.2f}, R {c.recall:.2f} (tp {c.tp}, pred "
+        f"{c.pred}, gold {c.gold}): {VARIANTS[name]}"
+        for unit in present for name, c in parts(scores, unit, "~").items() if name in VARIANTS]
 
 
 def notes(scores: Scores, datasets: Mapping[str, Dataset]) -> list[str]:
@@ -458,114 +447,26 @@ def notes(scores: Scores, datasets: Mapping[str, Dataset]) -> list[str]:
     used = {name for unit in UNITS for name in parts(scores, unit, "@")}
     lines = [f"note on {name}: {dataset.note}" for name, dataset in datasets.items()
              if name in used and dataset.note]
-    rows = [scores[unit] for unit in UNITS if unit in scores]
-    missing = sum(counts.missing for counts in rows)
-    if missing:
-        lines.append(f"note on images: {missing} of {sum(counts.rows for counts in rows)} rows "
-                     "were answered without their image, whose file was not there")
+    whole = sum((scores[unit] for unit in UNITS if unit in scores), Counts())
+    if whole.missing:
+        lines.append(f"note on images: {whole.missing} of {whole.rows} rows were answered without "
+                     "their image, whose file was not there")
     return lines
 
 
 def type_table(scores: Scores) -> str:
     """P, R, F1 and counts of every type: entity type, relation, event type, event type:role."""
     lines = [f"{'':5}{'type':40}{'F1':>8}{'P':>8}{'R':>8}{'tp':>7}{'pred':>7}{'gold':>7}"]
-    lines += [f"{unit:5}{name:40}{c.f1:8.2f}{c.precision:8.2f}{c.recall:8.2f}{c.tp:7d}{c.pred:7d}"
-              f"{c.gold:7d}" for unit in UNITS for name, c in parts(scores, unit, ":").items()]
+    lines += [f"{unit:5}{name:40}{c.f1:8.2f}{c.precision:8.2f}{c.recall:8.2f}{c.tp:7}{c.pred:7}"
+              f"{c.gold:7}" for unit in UNITS for name, c in parts(scores, unit, ":").items()]
     return "\n".join(lines)
 
 
-# ----------------------------------------------------------------------------------------- files
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    aside = path.with_name(path.name + ".tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside.write_text(text, encoding="utf-8", newline="")
-    os.replace(aside, path)
-
-
-def save_predictions(path: Path, rows: Sequence[Row]) -> None:
-    """Write one JSON object per row."""
-    lines = [{"id": row.record.id, "dataset": row.record.dataset, "task": row.record.task,
-              "unit": row.unit, "gold": data.target(row.record), "text": row.answer.text,
-              "cut": row.answer.cut, "predicted_items": items_json(row.predicted),
-              "gold_items": items_json(row.gold), "malformed": row.counts.malformed,
-              "missing_image": bool(row.counts.missing), "tp": row.counts.tp,
-              "pred": row.counts.pred, "n_gold": row.counts.gold} for row in rows]
-    write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-
-
-def items_json(items: Sequence[Item]) -> list[dict]:
-    """Items as JSON objects without their empty fields; only arguments belong to an event."""
-    return [{name: value for name, value in dataclasses.asdict(item).items()
-             if value is not None and value is not False and (name != "event" or item.role)}
-            for item in items]
-
-
-def save_scores(path: Path, rows: Sequence[Row], checkpoint: Path, config: "train.Config",
-                split: str, decoding: "Decoding | None" = None) -> None:
-    """Write what was scored, by which rules and with which result, as one JSON object.
-
-    "made_from" is what the scores depend on; "scores" has the keys of `Scores`; "records" holds
-    [tp, pred, gold] of every record, for comparing two systems on the same ones.
-    """
-    corpus, scores = corpus_of(config), total(rows)
-    records: dict[str, dict[str, list[int]]] = {}
-    for row in rows:
-        records.setdefault(row.unit, {})[f"{row.record.dataset}/{row.record.id}"] = [
-            row.counts.tp, row.counts.pred, row.counts.gold]
-    report = {"made_from": made_from(checkpoint, config, split, decoding or Decoding.of(config)),
-              "data": str(corpus), "notes": notes(scores, data.load_datasets(corpus)),
-              "scores": {name: figures(name, counts) for name, counts in scores.items()},
-              "records": records}
-    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}"
-                       for key, value in report.items())
-    write_whole(path, f"{{{lines}}}\n")
-
-
-def figures(name: str, counts: Counts) -> dict[str, float]:
-    """One entry of `Scores` as JSON; only whole units have classes of errors."""
-    short = {"tp": counts.tp, "pred": counts.pred, "gold": counts.gold}
-    if name.endswith("~umie"):
-        return {**short, "f1": counts.rounded_f1}
-    short |= {"f1": counts.f1, "precision": counts.precision, "recall": counts.recall}
-    if name not in UNITS:
-        return short
-    more = {value: getattr(counts, value) for value in COUNTED}
-    accuracy = {"accuracy": counts.accuracy} if data.UNIT_TASK[name] == "mre" else {}
-    return {**short, **more, **accuracy}
-
-
-def made_from(checkpoint: Path, config: "train.Config", split: str, decoding: "Decoding") -> dict:
-    """Everything that scores depend on, as JSON; equal for two that need not be made twice."""
-    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    return {"checkpoint": state["sha256"]["model.safetensors"], "split": split,
-            "data": split_digest(corpus_of(config), split),
-            "units": list(config.units) if config.units else None,
-            "missing_images": config.missing_images, "decoding": dataclasses.asdict(decoding),
-            "definitions": {**DEFINITIONS, **RULES, **VARIANTS}}
-
-
-def corpus_of(config: "train.Config") -> Path:
-    return Path(config.data or "data/demo")
-
-
-def split_digest(corpus: Path, split: str) -> str:
-    """sha256 over the files of a split and the names of the images that are there."""
-    digest = hashlib.sha256()
-    for path in sorted([*corpus.glob("*/dataset.json"), *corpus.glob(f"*/{split}.jsonl")]):
-        digest.update(path.read_bytes())
-    images = sorted(str(path.relative_to(corpus)) for path in corpus.glob("*/images/**/*"))
-    digest.update("\n".join(images).encode(errors="surrogateescape"))
-    return digest.hexdigest()
-
-
-def still_true(path: Path, wanted: dict) -> bool:
-    """Whether the scores in a file were made from exactly what is wanted."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["made_from"] == wanted
-    except (OSError, ValueError, TypeError, KeyError):
-        return False  # none, or not whole: they will be made
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines with straight columns, the first to the left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return [row[0].ljust(widths[0]) + "".join(cell.rjust(width + 2) for cell, width
+                                              in zip(row[1:], widths[1:])) for row in rows]
 
 
 # -------------------------------------------------------------------------------------- decoding
@@ -604,18 +505,18 @@ def deal(lengths: Sequence[int], batch_size: int, rank: int, world: int) -> list
 
 
 @torch.inference_mode()
-def generate_ids(model: nn.Module, examples: Sequence[Example],
-                 features: Features, tokenizer: Tokenizer,
-                 device: torch.device, decoding: Decoding, rank: int = 0,
-                 world: int = 1) -> Tensor:
-    """Answers to this process' share of the examples -> ids [len(examples), T + 1], int64.
+def generate_answers(model: nn.Module, examples: Sequence[Example], features: Features,
+                     tokenizer: Tokenizer, device: torch.device, decoding: Decoding = Decoding(),
+                     rank: int = 0, world: int = 1) -> list[Answer]:
+    """Answers, one per example and all of them on every process.
 
-    Rows of other processes stay zero, so that adding up all processes' tensors completes it.  The
-    last column is 1 where a row names an image but got no visual tokens.
+    Each process fills in the rows of its own batches and leaves the others at zero, so that one sum
+    over the processes completes them.
     """
     banned = tokenizer.undecodable(model.t5.config.vocab_size)
-    answers = torch.zeros(len(examples), decoding.max_new_tokens + 1, dtype=torch.long)
     position = {example.row: i for i, example in enumerate(examples)}
+    # the ids of each answer, and in the last column 1 where an image was named but not shown
+    answers = torch.zeros(len(examples), decoding.max_new_tokens + 1, dtype=torch.long)
     batches = deal([len(e.input_ids) for e in examples], decoding.batch_size, rank, world)
     was_training = model.training
     model.eval()
@@ -625,23 +526,11 @@ def generate_ids(model: nn.Module, examples: Sequence[Example],
         with torch.autocast(device.type, torch.bfloat16, enabled=decoding.precision == "bf16"):
             ids = model.generate(batch, decoding.max_new_tokens, num_beams=decoding.beams,
                                  banned_ids=banned)
-        places = [position[int(row)] for row in batch.rows]
+        places = [position[row] for row in batch.rows.tolist()]
         answers[places, :ids.shape[1]] = ids.cpu()
         named = torch.tensor([examples[i].record.image is not None for i in places])
         answers[places, -1] = (named & ~batch.visual_mask.any(dim=1).cpu()).long()
     model.train(was_training)
-    return answers
-
-
-def generate_answers(model: nn.Module, examples: Sequence[Example],
-                   features: Features,
-                   tokenizer: Tokenizer, device: torch.device, decoding: Decoding = Decoding(),
-                   rank: int = 0, world: int = 1) -> list[Answer]:
-    """Answers, one per example and all of them on every process.
-
-    The processes meet once, after all of them have generated.
-    """
-    answers = generate_ids(model, examples, features, tokenizer, device, decoding, rank, world)
     if world > 1:
         answers = answers.to(device)  # where the process group's backend expects it
         dist.all_reduce(answers)
@@ -649,22 +538,122 @@ def generate_answers(model: nn.Module, examples: Sequence[Example],
 
 
 def read_answer(ids: list[int], missing: bool, tokenizer: Tokenizer) -> Answer:
-    """One row of `generate_ids` as text."""
+    """The ids that were generated, padding included, as text."""
     cut = tokenizer.eos_id not in ids
     ids = ids if cut else ids[:ids.index(tokenizer.eos_id) + 1]
     return Answer(tokenizer.decode(ids), cut, missing, tuple(ids))
 
 
 def evaluate_split(model: nn.Module, examples: Sequence[Example], datasets: Mapping[str, Dataset],
-                   features: Features,
-                   tokenizer: Tokenizer, device: torch.device, decoding: Decoding = Decoding(),
-                   rank: int = 0, world: int = 1) -> list[Row]:
+                   features: Features, tokenizer: Tokenizer, device: torch.device,
+                   decoding: Decoding = Decoding(), rank: int = 0, world: int = 1) -> list[Row]:
     """Decode and score a split; every process returns the same rows.  `total` sums them."""
     answers = generate_answers(model, examples, features, tokenizer, device, decoding, rank, world)
     return score_rows([example.record for example in examples], answers, datasets)
 
 
-# -------------------------------------------------------------------------- one system, or several
+# ----------------------------------------------------------------------------------------- files
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, whole or not at all, and the folders that lead to it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    vision.write_whole(path, text.encode())
+
+
+def save_csv(path: Path, rows: Sequence[Mapping]) -> None:
+    """Write rows under the names of the first one."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue())
+
+
+def save_predictions(path: Path, rows: Sequence[Row]) -> None:
+    """Write one JSON object per row."""
+    lines = [{"id": row.record.id, "dataset": row.record.dataset, "task": row.record.task,
+              "unit": row.unit, "gold": data.target(row.record), "text": row.answer.text,
+              "cut": row.answer.cut, "predicted_items": items_json(row.predicted),
+              "gold_items": items_json(row.gold), "malformed": row.counts.malformed,
+              "missing_image": bool(row.counts.missing), "tp": row.counts.tp,
+              "pred": row.counts.pred, "n_gold": row.counts.gold} for row in rows]
+    write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def items_json(items: Sequence[Item]) -> list[dict]:
+    """Items as JSON objects without their empty fields; only arguments belong to an event."""
+    return [{name: value for name, value in dataclasses.asdict(item).items()
+             if value is not None and value is not False and (name != "event" or item.role)}
+            for item in items]
+
+
+def save_scores(path: Path, rows: Sequence[Row], checkpoint: Path, config: "train.Config",
+                split: str, decoding: Decoding | None = None) -> None:
+    """Write what was scored, by which rules and with which result, as one JSON object.
+
+    "made_from" is what the scores depend on; "scores" has the keys of `Scores`; "records" holds
+    [tp, pred, gold] of every record, for comparing two systems on the same ones.
+    """
+    corpus, scores = corpus_of(config), total(rows)
+    records: dict[str, dict[str, list[int]]] = {}
+    for row in rows:
+        records.setdefault(row.unit, {})[f"{row.record.dataset}/{row.record.id}"] = [
+            row.counts.tp, row.counts.pred, row.counts.gold]
+    report = {"made_from": made_from(checkpoint, config, split, decoding or Decoding.of(config)),
+              "data": str(corpus), "notes": notes(scores, data.load_datasets(corpus)),
+              "scores": {name: counts_json(name, counts) for name, counts in scores.items()},
+              "records": records}
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}"
+                       for key, value in report.items())
+    write_whole(path, f"{{{lines}}}\n")
+
+
+def counts_json(name: str, counts: Counts) -> dict[str, float]:
+    """One entry of `Scores` as JSON; only whole units have classes of errors."""
+    if name.endswith("~umie"):
+        return {"tp": counts.tp, "pred": counts.pred, "gold": counts.gold, "f1": counts.rounded_f1}
+    shown = ["tp", "pred", "gold", "f1", "precision", "recall"]
+    if name in UNITS:
+        shown += COUNTED[3:]
+    if data.UNIT_TASK.get(name) == "mre":
+        shown.append("accuracy")
+    return {value: getattr(counts, value) for value in shown}
+
+
+def made_from(checkpoint: Path, config: "train.Config", split: str, decoding: Decoding) -> dict:
+    """Everything that scores depend on, as JSON; equal for two that need not be made twice."""
+    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    return {"checkpoint": state["sha256"]["model.safetensors"], "split": split,
+            "data": split_digest(corpus_of(config), split),
+            "units": list(config.units) if config.units else None,
+            "missing_images": config.missing_images, "decoding": dataclasses.asdict(decoding),
+            "definitions": {**DEFINITIONS, **RULES, **VARIANTS}}
+
+
+def corpus_of(config: "train.Config") -> Path:
+    """The corpus that settings name, else the demo world."""
+    return Path(config.data or "data/demo")
+
+
+def split_digest(corpus: Path, split: str) -> str:
+    """sha256 over the files of a split and the names of the images that are there."""
+    digest = hashlib.sha256()
+    for path in sorted([*corpus.glob("*/dataset.json"), *corpus.glob(f"*/{split}.jsonl")]):
+        digest.update(path.read_bytes())
+    images = sorted(str(path.relative_to(corpus)) for path in corpus.glob("*/images/**/*"))
+    digest.update("\n".join(images).encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def still_true(path: Path, wanted: dict) -> bool:
+    """Whether the scores in a file were made from exactly what is wanted."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["made_from"] == wanted
+    except (OSError, ValueError, TypeError, KeyError):
+        return False  # none, or not whole: they will be made
+
+
+# ------------------------------------------------------------------------------------ one system
 
 def changed(args: argparse.Namespace) -> dict:
     """The stored settings that the command line replaces; all units unless it names some."""
@@ -677,29 +666,32 @@ def changed(args: argparse.Namespace) -> dict:
 class Job:
     """A checkpoint to be scored on a split."""
 
-    folder: Path  # as it was named; predictions and scores are written there
+    folder: Path  # as it was named
     checkpoint: Path
     changes: dict  # to the stored settings
     config: "train.Config"  # the settings with these changes
     split: str
     decoding: Decoding
+    predictions: Path  # the file for them; the scores are written beside it
 
     @classmethod
     def of(cls, folder: Path, args: argparse.Namespace) -> "Job":
         import train
         checkpoint, changes = train.find_checkpoint(folder), changed(args)
         config = train.stored_config(checkpoint, **changes)
+        out = args.out or folder / f"predictions-{args.split}.jsonl"
+        if out.is_dir():
+            raise train.UsageError(f"--out {out}: expected a file to be written, got a folder; "
+                                   "name a file in it")
         return cls(folder, checkpoint, changes, config, args.split,
-                   Decoding.of(config, args.batch_size, args.beams))
+                   Decoding.of(config, args.batch_size, args.beams), out)
 
     @property
     def scores(self) -> Path:
-        return self.folder / f"scores-{self.split}.json"
+        name = self.predictions.stem.removeprefix("predictions-")
+        return self.predictions.with_name(f"scores-{name}.json")
 
-    @property
-    def predictions(self) -> Path:
-        return self.folder / f"predictions-{self.split}.jsonl"
-
+    @cached_property
     def made_from(self) -> dict:
         return made_from(self.checkpoint, self.config, self.split, self.decoding)
 
@@ -720,70 +712,34 @@ class Job:
         return train.Features(setup.sources, [e.record for e in examples],
                               self.config.missing_images, self.config.max_objects, world.device)
 
-    def decode(self, world: "train.World") -> tuple[list[Row], dict[str, Dataset]]:
-        """The scored rows, the same on every process, and the descriptors of their datasets."""
+    def score(self, world: "train.World") -> tuple[Scores, dict[str, Dataset]]:
+        """Decode and score; write predictions and scores.
+
+        Returns the scores, the same on every process, and the descriptors of the datasets.
+        """
         setup, examples = self.load(world)
         features = self.features(setup, examples, world)
         world.join()
         rows = evaluate_split(setup.model, examples, setup.datasets, features, setup.tokenizer,
                               world.device, self.decoding, world.rank, world.size)
-        return rows, setup.datasets
-
-    def save(self, rows: Sequence[Row], predictions: Path, scores: Path) -> None:
-        save_predictions(predictions, rows)
-        save_scores(scores, rows, self.checkpoint, self.config, self.split, self.decoding)
+        if world.main:
+            save_predictions(self.predictions, rows)
+            save_scores(self.scores, rows, self.checkpoint, self.config, self.split, self.decoding)
+        return total(rows), setup.datasets
 
 
 def score_one(args: argparse.Namespace, world: "train.World") -> None:
-    """Decode one checkpoint, print its table, write predictions and scores."""
+    """Score one checkpoint and print its table."""
     job = Job.of(args.checkpoint[0], args)
-    rows, datasets = job.decode(world)
-    out = args.out or job.predictions
-    beside = out.with_name(f"scores-{out.stem.removeprefix('predictions-')}.json")
-    if world.main:
-        job.save(rows, out, beside)
+    scores, datasets = job.score(world)
     world.print(f"{job.folder}, {job.split} split of {corpus_of(job.config)}, "
-                f"{'greedy' if args.beams == 1 else f'{args.beams} beams'}; predictions: {out}, "
-                f"scores: {beside}", table(total(rows), datasets))
+                f"{'greedy' if args.beams == 1 else f'{args.beams} beams'}; predictions: "
+                f"{job.predictions}, scores: {job.scores}", table(scores, datasets))
     if args.details:
-        world.print("", type_table(total(rows)))
+        world.print("", type_table(scores))
 
 
-def refresh(jobs: Sequence[Job], wanted: Sequence[dict], world: "train.World") -> None:
-    """Decode and score those runs whose folders hold no scores, or not the `wanted` ones: of this
-    very checkpoint, split, data and decoding.  All processes look before any of them writes."""
-    stored = [still_true(job.scores, made) for job, made in zip(jobs, wanted)]
-    for job, known in zip(jobs, stored):
-        world.print(f"{job.checkpoint}: " + (f"scores of {job.scores}" if known else "decoding"))
-        if not known:
-            rows, _ = job.decode(world)
-            if world.main:
-                job.save(rows, job.predictions, job.scores)
-
-
-def compare(args: argparse.Namespace, world: "train.World") -> None:
-    """Print several systems side by side, and what they differ by; --csv writes it, too."""
-    import train
-    jobs = [Job.of(folder, args) for folder in args.checkpoint]
-    names = system_names([job.config for job in jobs])
-    runs = [(name, job.config.seed) for name, job in zip(names, jobs)]
-    twice = next((run for run in runs if runs.count(run) > 1), None)
-    if twice:
-        raise train.UsageError("checkpoints: expected runs that differ in a setting or the seed, "
-                               f"got two of {twice[0]} with seed {twice[1]}; name one of them")
-    wanted = [job.made_from() for job in jobs]
-    if len({made["data"] for made in wanted}) > 1:
-        raise train.UsageError("checkpoints: expected runs on one corpus, got "
-                               f"{', '.join(str(corpus_of(job.config)) for job in jobs)}, which "
-                               "differ; name one for all with --data DIR")
-    refresh(jobs, wanted, world)
-    if world.main:
-        systems = collect(jobs, names)
-        lines = [comparison_line(system, systems[0]) for system in systems]
-        world.print(f"{args.split} split", comparison_table(lines), "", *below(systems))
-        if args.csv:
-            write_whole(args.csv, comparison_csv(lines))
-
+# ------------------------------------------------------------------------- systems side by side
 
 def system_names(configs: Sequence["train.Config"]) -> list[str]:
     """Method and options of each run, as far as the runs differ in them, seed and folder apart.
@@ -800,10 +756,13 @@ def system_names(configs: Sequence["train.Config"]) -> list[str]:
         words = [config.method]
         for name in fields:
             value, flag = getattr(config, name), name.replace("_", "-")
-            if value is not None and (name == "size" or value != getattr(usual, name)):
-                shown = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-                words += [f"--{flag}" if value is True else f"--no-{flag}" if value is False
-                          else f"--{flag} {shown}"]
+            if value is None or value == getattr(usual, name) and name != "size":
+                continue
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                values = value if isinstance(value, (list, tuple)) else [value]
+                words += [f"--{flag}", *map(str, values)]
         names.append(" ".join(words))
     return names
 
@@ -822,7 +781,7 @@ COMPARISON = (
 
 @dataclass
 class System:
-    """Runs that differ only in their seed."""
+    """Runs that differ only in their seed, so they are scored on the same units."""
 
     name: str
     config: "train.Config"  # of the first seed
@@ -831,13 +790,10 @@ class System:
 
     def columns(self) -> dict[str, list[float]]:
         """F1 of every unit, their sum and their mean: one value per seed."""
-        found: dict[str, list[float]] = {}
-        for report in self.reports:
-            f1 = {u: report["scores"][u]["f1"] for u in UNITS if u in report["scores"]}
-            total = sum(f1.values())
-            for name, value in {**f1, "All": total, "mean": total / max(len(f1), 1)}.items():
-                found.setdefault(name, []).append(value)
-        return found
+        f1 = {unit: [report["scores"][unit]["f1"] for report in self.reports]
+              for unit in UNITS if unit in self.reports[0]["scores"]}
+        sums = list(map(sum, zip(*f1.values())))
+        return {**f1, "All": sums, "mean": [whole / len(f1) for whole in sums]}
 
 
 def collect(jobs: Sequence[Job], names: Sequence[str]) -> list[System]:
@@ -862,7 +818,8 @@ def draws(random: numpy.random.Generator, n: int) -> numpy.ndarray:
 
 def resampled_f1(system: System, unit: str, ids: Sequence[str], records: numpy.ndarray,
                  seeds: numpy.ndarray) -> numpy.ndarray:
-    """F1 in % of a unit, mean over the seeds; draws of records and of seeds -> [1 + RESAMPLES]."""
+    """F1 in % of a unit, mean over the seeds, under `draws` of the records `ids` and of the seeds
+    -> [1 + RESAMPLES]."""
     counts = numpy.array([[report["records"][unit][i] for i in ids] for report in system.reports])
     tp, pred, gold = numpy.moveaxis(records @ counts, -1, 0)  # each [seeds, 1 + RESAMPLES]
     f1 = 200 * tp / numpy.maximum(pred + gold, 1)
@@ -922,27 +879,54 @@ def comparison_table(lines: Sequence[dict]) -> str:
     return "\n".join(text)
 
 
-def comparison_csv(lines: Sequence[dict]) -> str:
-    """The systems in full precision, one line each."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, lines[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
-
-
-def below(systems: Sequence[System]) -> list[str]:
+def comparison_legend(systems: Sequence[System]) -> list[str]:
     """By which rules the numbers of a comparison are made, and the notes on their data."""
-    reports = [report for system in systems for report in system.reports]
-    units = [unit for unit in UNITS if any(unit in report["scores"] for report in reports)]
+    units = [unit for unit in UNITS if unit in systems[0].reports[0]["scores"]]
+    said = {note for system in systems for report in system.reports for note in report["notes"]}
     return [*(f"{unit:5}{DEFINITIONS[unit]}" for unit in units), f"F1: {RULES['F1, P, R']}",
-            *COMPARISON, *sorted({note for report in reports for note in report["notes"]})]
+            *COMPARISON, *sorted(said)]
+
+
+def refresh(jobs: Sequence[Job], world: "train.World") -> None:
+    """Score the runs whose stored scores, if there are any, are not of this very checkpoint, split,
+    data and decoding.  All processes look before any of them writes."""
+    stored = [still_true(job.scores, job.made_from) for job in jobs]
+    for job, known in zip(jobs, stored):
+        world.print(f"{job.checkpoint}: " + (f"scores of {job.scores}" if known else "decoding"))
+        if not known:
+            job.score(world)
+
+
+def compare(args: argparse.Namespace, world: "train.World") -> None:
+    """Print several systems side by side, and what they differ by; --csv writes it, too."""
+    import train
+    jobs = [Job.of(folder, args) for folder in args.checkpoint]
+    names = system_names([job.config for job in jobs])
+    runs = [(name, job.config.seed) for name, job in zip(names, jobs)]
+    twice = next((run for run in runs if runs.count(run) > 1), None)
+    if twice:
+        raise train.UsageError("checkpoints: expected runs that differ in a setting or the seed, "
+                               f"got two of {twice[0]} with seed {twice[1]}; name one of them")
+    if len({job.made_from["data"] for job in jobs}) > 1:
+        raise train.UsageError("checkpoints: expected runs on one corpus, got "
+                               f"{', '.join(str(corpus_of(job.config)) for job in jobs)}, which "
+                               "differ; name one for all with --data DIR")
+    refresh(jobs, world)
+    if world.main:
+        systems = collect(jobs, names)
+        lines = [comparison_line(system, systems[0]) for system in systems]
+        world.print(f"{args.split} split", comparison_table(lines), "",
+                    *comparison_legend(systems))
+        if args.csv:
+            save_csv(args.csv, lines)
 
 
 # -------------------------------------------------------------------------------------------- costs
 # What a method costs: parameters and FLOPs, Table 5.
 
+# flan-t5: model width D, feed-forward width, layers of the encoder and of the decoder, heads
 GEOMETRY = {"base": (768, 2048, 12, 12), "large": (1024, 2816, 24, 16), "xl": (2048, 5120, 24, 32)}
+# method as it is printed: options of clorae.adapt
 COSTED = {"full": {}, "lora": {}, "moslora": {}, "loramoe": {}, "clorae": {}, "tlora": {},
           "clorae --no-egr": {"egr": False}, "clorae --no-mim": {"mim": False}}
 VISUAL_POLICIES = ("frozen", "paper", "train")  # of train.Config, each adding to the one before
@@ -958,11 +942,9 @@ UMIE_FEATURES = 512  # F in UMIE
 
 
 def passing(path: str) -> str:
-    """Whose tokens pass through a linear: "memory", "target", "visual", or one mean per "row"."""
-    parts = path.split(".")
-    if "proj_text" in parts or "proj_visual" in parts:
-        return "row"
-    if parts[0] == "visual_embedding" or parts[0] == "fusion" and parts[-1] in ("k", "v"):
+    """The token stream that passes through a module of a UMIE: "memory", "target" or "visual"."""
+    names = path.split(".")
+    if names[0] == "visual_embedding" or names[0] == "fusion" and names[-1] in ("k", "v"):
         return "visual"
     return clorae.stream_of(path)
 
@@ -970,15 +952,15 @@ def passing(path: str) -> str:
 class FlopCounter:
     """FLOPs of one row of a UMIE: 2 per multiply-add of a matrix product, the rest is free.
 
-    forward; backward: one product for each gradient that exists, that of a linear's input if
-    anything below it is trained, that of its weight if it is trained itself.  Experts count as
-    their layer runs them, in rank space and one task of N.  `live` says of each stream whether its
-    hidden states need a gradient so far; the walk follows the order of the forward pass.
+    `backward` has one product for each gradient that is formed: that of a weight if it is trained,
+    that of a linear's input if something below is trained.  `live` says of each token stream
+    whether its hidden states need a gradient so far; so the walk follows the forward pass.  Experts
+    count as their layer runs them: in rank space, one task of N.
     """
 
     def __init__(self, model: nn.Module, source: float, target: float, visual: float):
         embedded = model.t5.shared.weight.requires_grad
-        self.tokens = {"memory": source, "target": target, "visual": visual, "row": 1}
+        self.tokens = {"memory": source, "target": target, "visual": visual}
         self.live = {"memory": embedded, "target": embedded, "visual": False}
         self.forward = self.backward = 0.0
         if visual:
@@ -995,16 +977,13 @@ class FlopCounter:
 
     def walk(self, path: str, module: nn.Module) -> None:
         """Count what lies below a module, and note whether its stream is live behind it."""
-        stream = "memory" if passing(path) == "row" else passing(path)
+        stream = passing(path)
         if isinstance(module, Attention):
             self.attention(path, module)
-        elif isinstance(module, FeedForward):
-            up = [self.linear(part, self.tokens[stream], self.live[stream])
-                  for part in (module.gate, module.up) if part is not None]
-            self.live[stream] |= self.linear(module.down, self.tokens[stream], any(up))
         elif isinstance(module, nn.Linear):
+            tokens = 1 if path.startswith("fusion.proj_") else self.tokens[stream]  # reads a mean
             live = self.live[stream] and not path.startswith("visual_embedding")  # reads data
-            self.live[stream] |= self.linear(module, self.tokens[passing(path)], live)
+            self.live[stream] |= self.linear(module, tokens, live)
         elif isinstance(module, (RMSNorm, nn.Embedding)):
             self.live[stream] |= module.weight.requires_grad
         else:
@@ -1025,26 +1004,29 @@ class FlopCounter:
         """Count one linear with its experts; returns whether its output needs a gradient."""
         gate = getattr(module, "W_g", None) if hasattr(module, "A_T") else None
         for name, weight in module.named_parameters():
-            kind = name.split(".")[-1]
-            if weight.dim() > 1:
+            leaf = name.split(".")[-1]
+            if weight.dim() > 1:  # not the variance rho
                 # A row meets one task of N; two gates that sum to 1 cost one product.
-                one = len(weight) if kind in ("A_T", "B_T") or weight is gate else 1
-                product = 2 * tokens * weight.numel() / one
-                below = live or kind.startswith(("B", "M"))  # these read codes, live by A
+                shared = len(weight) if leaf in ("A_T", "B_T") or weight is gate else 1
+                product = 2 * tokens * weight.numel() / shared
+                below = live or leaf.startswith(("B", "M"))  # their input comes from a trained A
                 self.forward += product
                 self.backward += product * (weight.requires_grad + below)
         return live or any(weight.requires_grad for weight in module.parameters())
 
 
-def mim_flops(model: nn.Module, lengths: Sequence[float]) -> float:
-    """FLOPs that L_MIM adds to a training step of one row, forward and backward
-    (clorae.stream_moments).  The part with D_out is the same for any number of rows of one task.
-    """
+def mim_flops(model: nn.Module, lengths: Sequence[float]) -> tuple[float, float]:
+    """FLOPs that L_MIM (clorae.stream_moments) adds to a training step, forward and backward: once
+    for all rows of one task, and for each row of these lengths (source, target, visual)."""
     tokens = dict(zip(("memory", "target", "visual"), lengths))
-    layers = [m for m in clorae.expert_layers(model).values() if hasattr(m, "rho")]
-    ranks = [(layer.B_U.shape[1], layer.B_T.shape[2]) for layer in layers]
-    return sum(2 * (len(layer.rho) + tokens[layer.stream]) * (2 * R * R + 2 * R * r + 3 * r * r)
-               for layer, (R, r) in zip(layers, ranks))
+    once = each = 0.0
+    for layer in clorae.expert_layers(model).values():
+        if hasattr(layer, "rho"):
+            R, r = layer.B_U.shape[1], layer.B_T.shape[2]
+            one = 2 * (2 * R * R + 2 * R * r + 3 * r * r)  # a token, or a channel of the output
+            once += one * len(layer.rho)
+            each += one * tokens[layer.stream]
+    return once, each
 
 
 @dataclass(frozen=True)
@@ -1057,59 +1039,72 @@ class Geometry:
     features: int  # F
     objects: int  # most object tokens of a row
     lengths: tuple[float, float, float]  # source, target, visual tokens of a row
+    fusion: str = "gate"
 
     @classmethod
-    def of_size(cls, size: str, rank: int, lengths: Sequence[float]) -> "Geometry":
+    def of_size(cls, size: str, rank: int, lengths: Sequence[int]) -> "Geometry":
         """flan-t5-SIZE with UMIE's image features."""
+        import train
+        if min(lengths[:2]) < 1 or lengths[2] < 0:
+            raise train.UsageError("--lengths: expected source and target tokens, and visual ones "
+                                   f"or 0, got {' '.join(map(str, lengths))}; correct them")
         D, hidden, layers, heads = GEOMETRY[size]
         t5 = T5Config(32128, D, 64, hidden, layers, heads, feed_forward_proj="gated-gelu",
                       tie_head=False, scale_logits=False)
-        objects = max(16, math.ceil(lengths[2]) - 1)
+        objects = max(16, lengths[2] - 1)
         return cls(f"flan-t5-{size}", t5, rank, UMIE_FEATURES, objects, tuple(lengths))
 
     @classmethod
     def of_run(cls, setup: "train.Setup", examples: Sequence[Example]) -> "Geometry":
-        """A run's own backbone and rank, at the mean lengths of these rows."""
-        most = setup.config.max_objects
+        """A run's own backbone, fusion and rank, at the mean lengths of these rows."""
+        import train
+        config, tasks = setup.config, len(data.TASKS)
+        if config.rank < tasks:
+            raise train.UsageError(f"--costs: expected a run of rank {tasks} or more, one for each "
+                                   f"task expert of the methods it is compared with, got rank "
+                                   f"{config.rank}; name another run, or --size instead of one")
+        most = config.max_objects
         visual = [1 + min(len(e.record.objects), most) for e in examples if e.record.image]
         sums = sum(len(e.input_ids) for e in examples), sum(len(e.labels) for e in examples)
         lengths = tuple(n / max(len(examples), 1) for n in (*sums, sum(visual)))
-        return cls("this run", setup.model.t5.config, setup.config.rank,
-                   ViT.feature_width(setup.sources.vit), most, lengths)
+        return cls("this run", setup.model.t5.config, config.rank,
+                   ViT.feature_width(setup.sources.vit), most, lengths, config.fusion)
 
     def model(self, method: str, **options: object) -> nn.Module:
         """The adapted model, on the meta device: without memory for its weights."""
         with torch.device("meta"):
-            model = UMIE(T5(self.t5), self.features, self.objects)
-        return clorae.adapt(model, method, options.pop("rank", self.rank), data.TASKS, **options)
+            model = UMIE(T5(self.t5), self.features, self.objects, self.fusion)
+        return clorae.adapt(model, method, self.rank, data.TASKS, **options)
 
-    def forward(self, method: str, **options: object) -> float:
+    def forward(self, method: str) -> float:
         """GFLOPs of a forward pass."""
-        return FlopCounter(self.model(method, **options), *self.lengths).forward / 1e9
+        return FlopCounter(self.model(method), *self.lengths).forward / 1e9
 
 
-Costs = dict[str, dict[str, tuple[dict[str, int], float, float]]]
+@dataclass(frozen=True)
+class Cost:
+    """What one row costs a method under one visual policy."""
+
+    trainable: dict[str, int]  # parameters by kind, as clorae.parameter_split
+    forward: float  # GFLOPs
+    backward: float
+
+
+Costs = dict[str, dict[str, Cost]]  # {method: {visual policy: cost}}
 
 
 def costs(geometry: Geometry) -> Costs:
-    """{method: {visual policy: (trainable parameters by kind, GFLOPs fwd, GFLOPs bwd)}}."""
+    """The costs of every method of COSTED under every visual policy."""
     import train
     found: Costs = {}
     for label, options in COSTED.items():
-        model = geometry.model(label.split()[0], **options)
+        model, found[label] = geometry.model(label.split()[0], **options), {}
         for policy in VISUAL_POLICIES:
             train.free_visual_adapter(model, policy)
             flops = FlopCounter(model, *geometry.lengths)
-            found.setdefault(label, {})[policy] = (
-                clorae.parameter_split(model), flops.forward / 1e9, flops.backward / 1e9)
+            found[label][policy] = Cost(clorae.parameter_split(model), flops.forward / 1e9,
+                                        flops.backward / 1e9)
     return found
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines with straight columns, the first to the left, the others right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return [row[0].ljust(widths[0]) + "".join(cell.rjust(width + 2) for cell, width
-                                              in zip(row[1:], widths[1:])) for row in rows]
 
 
 def cost_tables(found: Costs, paper: Mapping[str, tuple]) -> list[str]:
@@ -1120,26 +1115,27 @@ def cost_tables(found: Costs, paper: Mapping[str, tuple]) -> list[str]:
     gflops = [["GFLOPs", "fwd", "3 fwd", *(f"fwd+bwd:{p}" for p in policies), "paper fwd",
                "paper fwd+bwd"]]
     for label, each in found.items():
-        splits, theirs = [each[p][0] for p in policies], paper.get(label, ("-",) * 3)
-        numbers = [*(splits[0][kind] for kind in kinds), *(split["visual"] for split in splits),
-                   *(sum(split.values()) for split in splits)]
-        forward = each["train"][1]
-        work = [forward, 3 * forward, *(forward + each[p][2] for p in policies)]
-        millions.append([label, *(f"{n / 1e6:.3f}" for n in numbers), str(theirs[0])])
+        splits, forward = [each[p].trainable for p in policies], each["train"].forward
+        counts = [*(splits[0][name] for name in kinds), *(split["visual"] for split in splits),
+                  *(sum(split.values()) for split in splits)]
+        work = [forward, 3 * forward, *(forward + each[p].backward for p in policies)]
+        theirs = paper.get(label, ("-", "-", "-"))
+        millions.append([label, *(f"{n / 1e6:.3f}" for n in counts), str(theirs[0])])
         gflops.append([label, *(f"{n:.{2 if n > 1 else 5}f}" for n in work), *map(str, theirs[1:])])
     return [*aligned(millions), "", *aligned(gflops)]
 
 
 def paper_notes(geometry: Geometry, found: Costs, paper: Mapping[str, tuple]) -> list[str]:
     """Where our figures and the paper's part, each difference as a number."""
-    t5, (S, T, V), R, f = geometry.t5, geometry.lengths, geometry.rank, geometry.forward
+    t5, (S, T, V), R = geometry.t5, geometry.lengths, geometry.rank
     means = 2 * (t5.d_model * 384 + 384 * 128) * (S + V - 2) / 1e9
     scores = t5.num_heads * (t5.num_layers * (S * S + T * T + S * T) + 2 * V * V + S * V) / 1e9
-    full, ours, lora = (found[label]["train"][1] + means + scores
+    full, ours, lora = (found[label]["train"].forward + means + scores
                         for label in ("full", "clorae", "lora"))
-    half, pair = (f(method, rank=R // 2) + means + scores for method in ("lora", "loramoe"))
-    twice = half + (lora - full) * t5.d_model / (2 * R)  # q and v are square: 2 D^2 from 4 D R
-    millions = {label: sum(each["paper"][0].values()) / 1e6 for label, each in found.items()}
+    halved = dataclasses.replace(geometry, rank=R // 2)
+    half, pair = (halved.forward(method) + means + scores for method in ("lora", "loramoe"))
+    twice = half + (lora - full) * t5.d_model / (2 * R)  # a frozen q or v has 2 D^2, its LoRA 4 D R
+    millions = {label: sum(each["paper"].trainable.values()) / 1e6 for label, each in found.items()}
     return [
         f"full: UMIE projects each token for its gate, we the means (+{means:.3f}); the paper's "
         f"tool adds 1 FLOP per attention score (+{scores:.3f}). So counted: {full:.2f}, paper "
@@ -1158,22 +1154,24 @@ def paper_notes(geometry: Geometry, found: Costs, paper: Mapping[str, tuple]) ->
 def cost_report(geometry: Geometry, paper: Mapping[str, tuple]) -> str:
     """Table 5 for one backbone, beside the paper's figures, and how to read it."""
     found, model = costs(geometry), geometry.model("clorae")
-    (forward, backward), whole = found["clorae"]["train"][1:], found["full"]["train"]
-    fixed, each = mim_flops(model, (0, 0, 0)) / 1e9, mim_flops(model, geometry.lengths) / 1e9
+    ours, full = found["clorae"]["train"], found["full"]["train"]
+    share = (ours.forward + ours.backward) / (full.forward + full.backward)
+    once, each = mim_flops(model, geometry.lengths)
     S, T, V = geometry.lengths
-    notes = [
+    lines = [
+        f"{geometry.name}, rank {geometry.rank}; one row of {S:.4g} source, {T:.4g} target, "
+        f"{V:.4g} visual tokens; image features {geometry.features} wide", "",
+        *cost_tables(found, paper), "",
         "visual: train = the whole adapter learns, paper = its embedding, frozen = nothing of it; "
         "VStack's experts always do.  3 fwd: the paper's convention.  fwd+bwd: input gradients "
         "above the lowest trained weight, weight gradients of trained weights.",
-        f"clorae:train costs {100 * (forward + backward) / sum(whole[1:]):.0f} % of full, by 3 fwd "
-        f"{100 * forward / whole[1]:.0f} %.  L_MIM comes on top, in training: {fixed:.2f} GFLOPs "
-        f"per micro-batch of one task, {each - fixed:.2f} per row.  Not counted: image tower, "
-        "optimizer, norms, softmax."]
+        f"clorae:train costs {100 * share:.0f} % of full, by 3 fwd "
+        f"{100 * ours.forward / full.forward:.0f} %.  L_MIM comes on top, in training: "
+        f"{once / 1e9:.2f} GFLOPs per micro-batch of one task, {each / 1e9:.2f} per row.  Not "
+        "counted: image tower, optimizer, norms, softmax."]
     if paper and geometry.lengths == PAPER_LENGTHS:
-        notes += paper_notes(geometry, found, paper)
-    title = (f"{geometry.name}, rank {geometry.rank}; one row of {S:.4g} source, {T:.4g} target, "
-             f"{V:.4g} visual tokens; image features {geometry.features} wide")
-    return "\n".join([title, "", *cost_tables(found, paper), "", *notes])
+        lines += paper_notes(geometry, found, paper)
+    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------------ routing
@@ -1291,15 +1289,6 @@ def route(job: Job, folder: Path, chosen: Sequence[int] | None, world: "train.Wo
         save_csv(folder / "routing.csv", rows)
         plot_routing(rows, chosen, folder / "routing.png")
     return [folder / "routing.csv", folder / "routing.png"]
-
-
-def save_csv(path: Path, rows: Sequence[Mapping]) -> None:
-    """Write rows under the names of the first one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 # ------------------------------------------------------------------------------------------- replay
@@ -2441,7 +2430,7 @@ def run(args: argparse.Namespace) -> None:
         compare(args, world)
     elif args.plot:
         job = Job.of(args.checkpoint[0], args)
-        refresh([job], [job.made_from()], world)
+        refresh([job], world)
     else:
         score_one(args, world)
     if args.plot:

@@ -58,8 +58,15 @@ def prf(counts: Counts) -> tuple[float, float, float]:
     return tuple(round(x, 2) for x in (counts.precision, counts.recall, counts.f1))
 
 
+def score_predictions(records: Sequence[Record], texts: Sequence[str],
+                      datasets: dict[str, Dataset]) -> evaluate.Scores:
+    """The counts of one raw output text per record."""
+    rows = evaluate.score_rows(records, [Answer(text) for text in texts], datasets)
+    return evaluate.total(rows)
+
+
 def score(records: list[Record], texts: list[str], unit: str) -> Counts:
-    return evaluate.score_predictions(records, texts, DATASETS)[unit]
+    return score_predictions(records, texts, DATASETS)[unit]
 
 
 def umie(records: list[Record], texts: list[str], unit: str) -> tuple[float, float, float]:
@@ -317,7 +324,7 @@ def test_meae_reports_text_and_objects_apart_and_they_add_up() -> None:
     """One F1 over both; every item, found or not, is in exactly one of the two sub-scores."""
     text = ("attack <spot> attacker, coalition <spot> place, nowhere <spot> target, O1 "
             "<spot> target, O7")
-    scores = evaluate.score_predictions([argument_record(BOTH, [GOLD_BOX])], [text], DATASETS)
+    scores = score_predictions([argument_record(BOTH, [GOLD_BOX])], [text], DATASETS)
     part = {name: (c.tp, c.pred, c.gold) for name, c in scores.items()}
     assert part["MEAE/text"] == (1, 2, 1) and part["MEAE/object"] == (1, 2, 1)
     assert part["MEAE"] == (2, 4, 2)
@@ -329,12 +336,12 @@ def test_argument_strings_are_looked_up_near_the_predicted_trigger() -> None:
     events = [event("attack", (7, 8), [argument("attacker", span=(8, 9))])]
     records = [sentence("med", events, words), sentence("meae", events, words)]
     answer = "attack <spot> attacker, militia"
-    near = evaluate.score_predictions(records, ["attack, struck", answer], DATASETS)
-    far = evaluate.score_predictions(records, ["attack, a", answer], DATASETS)
-    alone = evaluate.score_predictions(records[1:], [answer], DATASETS)
+    near = score_predictions(records, ["attack, struck", answer], DATASETS)
+    far = score_predictions(records, ["attack, a", answer], DATASETS)
+    alone = score_predictions(records[1:], [answer], DATASETS)
     assert [s["MEAE"].tp for s in (near, far, alone)] == [1, 0, 0]
     other = [sentence("med", events, words, name="other"), records[1]]
-    assert evaluate.score_predictions(other, ["attack, struck", answer], DATASETS)["MEAE"].tp == 0
+    assert score_predictions(other, ["attack, struck", answer], DATASETS)["MEAE"].tp == 0
 
 
 # -------------------------------------------------------------- every scorer, the slow obvious way
@@ -505,7 +512,7 @@ def test_m2e2_counts_a_sentence_and_an_image_once_beside_the_primary_score() -> 
     records = [m2e2_pair("meae", *pair) for pair in pairs]
     records += [m2e2_pair("med", *pair) for pair in pairs]
     texts = [both, both, none, "attack, struck", "none", "none"]
-    scores = evaluate.score_predictions(records, texts, DATASETS)
+    scores = score_predictions(records, texts, DATASETS)
     count = {name: (c.tp, c.pred, c.gold) for name, c in scores.items()}
     assert count["MEAE"] == (4, 4, 6) and count["MEAE~once"] == (3, 3, 4)
     assert count["MED"] == (1, 1, 3) and count["MED~once"] == (1, 1, 2)
@@ -521,7 +528,7 @@ def test_an_accepted_event_is_neither_right_nor_wrong_in_the_variant() -> None:
     records = [m2e2_pair(task, "A", "x.jpg", accepted=extra) for task in ("med", "meae")]
     texts = ["attack, struck <spot> die, w14 <spot> die, w2", "attack <spot> attacker, coalition "
              "<spot> target, O1 <asoc> die <spot> victim, w13 <spot> victim, w12"]
-    scores = evaluate.score_predictions(records, texts, DATASETS)
+    scores = score_predictions(records, texts, DATASETS)
     count = {name: (c.tp, c.pred, c.gold) for name, c in scores.items()}
     assert count["MED"] == (1, 3, 1) and count["MED~accepted"] == (1, 2, 1)
     assert count["MEAE"] == (2, 4, 2) and count["MEAE~accepted"] == (2, 3, 2)
@@ -530,7 +537,7 @@ def test_an_accepted_event_is_neither_right_nor_wrong_in_the_variant() -> None:
 def test_other_records_have_no_variants() -> None:
     """Only ids of the form SENTENCE+IMAGE/TASK are M2E2's."""
     record = sentence("med", [event("attack", AIRSTRIKE)], image="a.jpg")
-    assert set(evaluate.score_predictions([record], ["none"], DATASETS)) == {
+    assert set(score_predictions([record], ["none"], DATASETS)) == {
         "MED", "MED@news", "MED:attack", "MED~umie"}
 
 
@@ -558,7 +565,7 @@ def test_the_dev_score_of_a_unit_is_the_mean_over_its_datasets() -> None:
     rest = [Record(f"{i}/med", "photos", "med", ("x",), "a.jpg", events=(event("meet", None),))
             for i in range(3)]
     texts = ["attack, airstrike"] + ["attack, O0"] * 3
-    scores = evaluate.score_predictions([first, *rest], texts, datasets)
+    scores = score_predictions([first, *rest], texts, datasets)
     assert scores["MED"].f1 == 25
     assert evaluate.unit_f1(scores) == {"MED": 50}
 
@@ -581,7 +588,7 @@ def test_the_table_sums_the_columns_that_are_there() -> None:
 
 def test_every_row_of_the_table_has_its_rule_below() -> None:
     """tp, pred, gold, missed and spurious are in the identity; rows need no rule."""
-    scores = evaluate.score_predictions(some_records(), ["none"] * len(some_records()), DATASETS)
+    scores = score_predictions(some_records(), ["none"] * len(some_records()), DATASETS)
     above, below = evaluate.table(scores).split("\n\n")
     for line in above.splitlines()[1:]:
         name = line[:10].strip()
@@ -603,7 +610,7 @@ def test_the_type_table_has_a_line_for_every_type_that_occurs() -> None:
     """Arguments by event type and role; none is no relation."""
     records = [argument_record(BOTH, [GOLD_BOX]), pair("peer"), pair("none", "q")]
     texts = ["attack <spot> attacker, coalition <spot> place, w2", data.target(pair("couple")), "?"]
-    lines = evaluate.type_table(evaluate.score_predictions(records, texts, DATASETS)).splitlines()
+    lines = evaluate.type_table(score_predictions(records, texts, DATASETS)).splitlines()
     assert [line.split() for line in lines[1:]] == [
         ["V1", "couple", "0.00", "0.00", "0.00", "0", "1", "0"],
         ["V1", "peer", "0.00", "0.00", "0.00", "0", "0", "1"],
@@ -666,15 +673,18 @@ def some_records() -> list[Record]:
                       for task in ("med", "meae")]
 
 
-def some_examples(tokenizer: data.Tokenizer) -> list[data.Example]:
-    return data.encode_records(some_records(), DATASETS, tokenizer)
+def decode(model: nn.Module, tokenizer: data.Tokenizer, decoding: Decoding = Decoding(),
+           rank: int = 0, world: int = 1) -> list[evaluate.Row]:
+    """What a model makes of some_records(), without images."""
+    examples = data.encode_records(some_records(), DATASETS, tokenizer)
+    return evaluate.evaluate_split(model, examples, DATASETS, NoImages(), tokenizer,
+                                   torch.device("cpu"), decoding, rank, world)
 
 
 def test_a_model_that_writes_its_targets_scores_100(tokenizer: data.Tokenizer) -> None:
     """Encoding, batching, decoding, parsing and matching lose nothing and mix up no rows."""
     model = Parrot(tokenizer.vocab_size + 128).train()
-    rows = evaluate.evaluate_split(model, some_examples(tokenizer), DATASETS, NoImages(), tokenizer,
-                                   torch.device("cpu"), Decoding(batch_size=3))
+    rows = decode(model, tokenizer, Decoding(batch_size=3))
     assert {unit: c.f1 for unit, c in evaluate.total(rows).items() if unit in data.UNITS} == {
         "T15": 100, "V1": 100, "MED": 100, "MEAE": 100}
     assert [row.record.id for row in rows] == [record.id for record in some_records()]
@@ -683,18 +693,15 @@ def test_a_model_that_writes_its_targets_scores_100(tokenizer: data.Tokenizer) -
 
 def test_rows_that_miss_their_image_are_counted(tokenizer: data.Tokenizer) -> None:
     """A record that names an image but got no visual tokens; records without image do not count."""
-    rows = evaluate.evaluate_split(Parrot(tokenizer.vocab_size + 128), some_examples(tokenizer),
-                                   DATASETS, NoImages(), tokenizer, torch.device("cpu"))
+    rows = decode(Parrot(tokenizer.vocab_size + 128), tokenizer)
     assert {unit: c.missing for unit, c in evaluate.total(rows).items() if unit in data.UNITS} == {
         "T15": 0, "V1": 0, "MED": 1, "MEAE": 1}
 
 
 def test_an_answer_without_eos_is_marked_as_cut(tokenizer: data.Tokenizer) -> None:
     """Two new tokens cannot finish any answer here but "none"."""
-    answers = evaluate.generate_answers(
-        Parrot(tokenizer.vocab_size + 128), some_examples(tokenizer), NoImages(), tokenizer,
-        torch.device("cpu"), Decoding(max_new_tokens=2))
-    assert all(answer.cut for answer in answers)
+    rows = decode(Parrot(tokenizer.vocab_size + 128), tokenizer, Decoding(max_new_tokens=2))
+    assert all(row.answer.cut for row in rows)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 7])
@@ -723,9 +730,8 @@ def decode_in_process(rank: int, world: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
                             world_size=world)
     tokenizer = data.Tokenizer(SPIECE)
-    rows = evaluate.evaluate_split(tiny_model(tokenizer.vocab_size + 128), some_examples(tokenizer),
-                                   DATASETS, NoImages(), tokenizer, torch.device("cpu"),
-                                   Decoding(2, max_new_tokens=9), rank, world)
+    rows = decode(tiny_model(tokenizer.vocab_size + 128), tokenizer, Decoding(2, max_new_tokens=9),
+                  rank, world)
     evaluate.save_predictions(Path(folder) / f"{rank}.jsonl", rows)
     dist.destroy_process_group()
 
@@ -733,9 +739,7 @@ def decode_in_process(rank: int, world: int, folder: str) -> None:
 def test_texts_and_counts_are_the_same_for_two_processes_as_for_one(
         tmp_path: Path, tokenizer: data.Tokenizer) -> None:
     """A real model and a real process group: byte-equal predictions on both ranks and alone."""
-    rows = evaluate.evaluate_split(tiny_model(tokenizer.vocab_size + 128), some_examples(tokenizer),
-                                   DATASETS, NoImages(), tokenizer, torch.device("cpu"),
-                                   Decoding(2, max_new_tokens=9))
+    rows = decode(tiny_model(tokenizer.vocab_size + 128), tokenizer, Decoding(2, max_new_tokens=9))
     evaluate.save_predictions(tmp_path / "alone.jsonl", rows)
     mp.spawn(decode_in_process, args=(2, str(tmp_path)), nprocs=2)
     alone, *shared = [(tmp_path / f"{name}.jsonl").read_bytes() for name in ("alone", 0, 1)]
@@ -834,6 +838,23 @@ def test_out_moves_the_scores_too(run_folder: Path, tmp_path: Path) -> None:
     evaluate.main([str(run_folder), "--out", str(tmp_path / "new" / "a.jsonl")])
     assert sorted(os.listdir(tmp_path / "new")) == ["a.jsonl", "scores-a.json"]
     assert os.listdir(run_folder) == ["best-00000001"]
+
+
+def test_out_that_is_a_folder_is_refused_before_anything_is_decoded(
+        make_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        evaluate.main([str(make_run("a")), "--out", str(tmp_path)])
+    assert "got a folder; name a file in it" in capsys.readouterr().err
+    assert make_run.decoded == []
+
+
+def test_a_table_of_one_system_obeys_out_as_well(run_folder: Path, tmp_path: Path) -> None:
+    """--csv with one run is a comparison of one line; its scores are stored where --out says."""
+    out = tmp_path / "new" / "a.jsonl"
+    evaluate.main([str(run_folder), "--csv", str(tmp_path / "t.csv"), "--out", str(out)])
+    assert sorted(os.listdir(out.parent)) == ["a.jsonl", "scores-a.json"]
+    assert os.listdir(run_folder) == ["best-00000001"]
+    assert (tmp_path / "t.csv").read_text().startswith("system,T15,")
 
 
 # ------------------------------------------------------------------------- systems side by side
@@ -1023,7 +1044,7 @@ def test_gold_scored_against_itself_reaches_the_ceilings_on_the_published_files(
     datasets, found = data.load_datasets(tmp_path), {}
     for split in data.SPLITS:
         records = data.load_corpus(tmp_path, split)
-        scores = evaluate.score_predictions(records, list(map(data.target, records)), datasets)
+        scores = score_predictions(records, list(map(data.target, records)), datasets)
         found |= {(name, split): counts for name, counts in scores.items()}
     for (name, split), counts in found.items():
         dataset = name.partition("@")[2]
