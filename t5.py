@@ -17,7 +17,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -181,27 +181,36 @@ def onednn_product(x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
-class PackedWeight:
-    """A copy of a weight [out,in] in the blocks in which a CPU multiplies few rows by it fastest.
+class PackedWeights:
+    """A copy of weights [out,in], one below the other, in the blocks in which a CPU multiplies few
+    rows by them fastest.
 
     F.linear reads a weight at less than half of the memory's speed there, oneDNN's blocks at most
-    of it.  A write through another view of the storage, such as an optimizer's flat vector, goes
-    unseen: T5.train() therefore drops the copies.
+    of it, and more of it the larger the product is.  A write through another view of the storage,
+    such as an optimizer's flat vector, goes unseen: T5.train() therefore drops the copies.
     """
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
-        self.key = self.key_of(weight, dtype)
-        copy = weight.detach().to(dtype).contiguous()
+    def __init__(self, weights: Sequence[Tensor], dtype: torch.dtype) -> None:
+        self.key, self.heights = self.key_of(weights, dtype), [len(w) for w in weights]
+        copy = torch.cat([w.detach().to(dtype) for w in weights])
         self.copy = torch.ops.mkldnn._reorder_linear_weight(copy, 32)
 
     @staticmethod
-    def key_of(weight: Tensor, dtype: torch.dtype) -> tuple:
-        """Equal for as long as the copy is what it should be: nobody wrote to the weight."""
-        return weight.data_ptr(), weight._version, dtype
+    def key_of(weights: Sequence[Tensor], dtype: torch.dtype) -> tuple:
+        """Equal for as long as the copy is what it should be: nobody wrote to a weight."""
+        return dtype, *((w.data_ptr(), w._version) for w in weights)
 
-    def product(self, x: Tensor) -> Tensor:
-        """x [...,in] -> [...,out]."""
-        return onednn_product(x.to(self.copy.dtype), self.copy)
+    @staticmethod
+    def of(weights: Sequence[Tensor], x: Tensor) -> "PackedWeights | None":
+        """The copy to use, if there is one, for the next token of each row, x [rows,1,in]."""
+        packed = getattr(weights[0], "packed", None)
+        usable = packed and x.shape[-2] == 1 and not torch.is_grad_enabled()
+        return packed if usable and packed.key == packed.key_of(weights, compute_dtype(x)) else None
+
+    def products(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x [...,in] -> [...,out] of each weight."""
+        y = onednn_product(x.to(self.copy.dtype), self.copy)
+        return y.split(self.heights, dim=-1)
 
 
 class FrozenProduct(torch.autograd.Function):
@@ -227,10 +236,8 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
     dtype = compute_dtype(x)
     if not onednn_computes(weight, dtype):
         return F.linear(x, weight)
-    packed = getattr(weight, "packed", None)
-    if packed and x.shape[-2] == 1 and not torch.is_grad_enabled():  # the next token of each row
-        if packed.key == packed.key_of(weight, dtype):
-            return packed.product(x)
+    if packed := PackedWeights.of([weight], x):
+        return packed.products(x)[0]
     frozen = not (weight.requires_grad and torch.is_grad_enabled())
     if frozen and x.dtype == weight.dtype == dtype == torch.float32 and x.numel() > 0:
         return FrozenProduct.apply(x, weight)
@@ -246,6 +253,24 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return project(x, self.weight)
+
+
+def together(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
+    """x -> what each layer makes of it, in one product where their weights are packed together."""
+    if all(isinstance(layer, Linear) for layer in layers):
+        if packed := PackedWeights.of([layer.weight for layer in layers], x):
+            return packed.products(x)
+    return [layer(x) for layer in layers]
+
+
+def packable(layers: Sequence[nn.Module | None]) -> list[list[Tensor]]:
+    """Weights of the layers that read one input, in groups to pack: all of them, or, if something
+    else wraps a layer, each alone."""
+    linears = [part for layer in layers if layer for part in layer.modules()
+               if isinstance(part, Linear)]
+    if linears == [layer for layer in layers if layer]:
+        return [[linear.weight for linear in linears]]
+    return [[linear.weight] for linear in linears]
 
 
 def dropout_factors(like: Tensor, p: float) -> Tensor:
@@ -294,11 +319,17 @@ class Attention(nn.Module):
         self.o = Linear(H * K, D, (H * K) ** -0.5)
         self.dropout = Dropout(config.dropout_rate)
 
+    def split_heads(self, y: Tensor) -> Tensor:
+        """[B,M,H K] -> [B,H,M,K]."""
+        return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
     def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """source [B,M,D] -> keys, values [B,H,M,K]."""
-        k, v = self.k(source), self.v(source)
-        return (k.unflatten(-1, (self.heads, -1)).transpose(1, 2),
-                v.unflatten(-1, (self.heads, -1)).transpose(1, 2))
+        return self.split_heads(self.k(source)), self.split_heads(self.v(source))
+
+    def queries_keys_values(self, x: Tensor) -> list[Tensor]:
+        """x [B,M,D] -> queries, keys, values [B,H,M,K] of attention of x over itself."""
+        return [self.split_heads(y) for y in together(x, (self.q, self.k, self.v))]
 
     def forward(self, x: Tensor, source: Tensor | None, bias: Tensor | None,
                 known: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -308,8 +339,12 @@ class Attention(nn.Module):
         a request are further queries on the same keys.
         """
         k, v = self.keys_values(source) if known is None else known
-        q = self.q(x).reshape(k.shape[0], -1, self.heads, k.shape[-1]).transpose(1, 2)
-        if x.device.type == "cpu" and self.training and self.dropout.p > 0:
+        q = self.split_heads(self.q(x).reshape(k.shape[0], -1, k.shape[1] * k.shape[3]))
+        return self.attend(q, k, v, bias).reshape(x.shape)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        """q [B,H,Q,K], k and v [B,H,M,K], bias broadcastable to [B,H,Q,M] -> [B,Q,D]."""
+        if q.device.type == "cpu" and self.training and self.dropout.p > 0:
             # SDPA has no fused kernel for dropout on a CPU, and our dropout is faster than its own.
             scores = q @ k.mT
             scores = scores if bias is None else scores.add_(bias)
@@ -317,7 +352,7 @@ class Attention(nn.Module):
         else:
             drop = self.dropout.p if self.training else 0.0
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop, scale=1.0)
-        return self.o(out.transpose(1, 2).reshape(*x.shape[:2], -1))
+        return self.o(out.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -332,8 +367,11 @@ class FeedForward(nn.Module):
         self.dropout = Dropout(config.dropout_rate)
 
     def forward(self, x: Tensor) -> Tensor:
-        up = self.up(x)
-        act = F.relu(up) if self.gate is None else F.gelu(self.gate(x), approximate="tanh") * up
+        if self.gate is None:
+            act = F.relu(self.up(x))
+        else:
+            gate, up = together(x, (self.gate, self.up))
+            act = F.gelu(gate, approximate="tanh") * up
         return self.down(self.dropout(act))
 
 
@@ -354,9 +392,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor, bias: Tensor, memory: Tensor | None, memory_bias: Tensor | None,
                 cache: "Cache | None", layer: int) -> Tensor:
         """x [B,S,D], memory [B,M,D] -> [B,S,D]; the cache knows what layer `layer` saw before."""
-        normed = self.self_attention_norm(x)
-        known = cache and cache.append(layer, self.self_attention.keys_values(normed))
-        x = x + self.dropout(self.self_attention(normed, normed, bias, known))
+        q, k, v = self.self_attention.queries_keys_values(self.self_attention_norm(x))
+        if cache is not None:
+            k, v = cache.append(layer, (k, v))
+        x = x + self.dropout(self.self_attention.attend(q, k, v, bias))
         if self.cross_attention is not None:
             normed = self.cross_attention_norm(x)
             known = cache and cache.cross[:, layer]  # the memory's, made once for all steps
@@ -549,13 +588,17 @@ class T5(nn.Module):
         return super().train(mode)
 
     def pack(self, dtype: torch.dtype) -> None:
-        """On a CPU, give every weight that a decoding step uses its packed copy, once."""
-        layers = [layer for path, layer in self.decoder.named_modules() if isinstance(layer, Linear)
-                  and not re.search(r"cross_attention\.[kv]", path)]  # those see the memory, once
-        for weight in [self.head_weight, *(layer.weight for layer in layers)]:
-            old, key = getattr(weight, "packed", None), PackedWeight.key_of(weight, dtype)
-            if onednn_computes(weight, dtype) and (old is None or old.key != key):
-                weight.packed = PackedWeight(weight, dtype)
+        """On a CPU, give the weights that a decoding step uses their packed copies, once."""
+        groups = [[self.head_weight]]
+        for block in self.decoder.blocks:
+            own, cross, feed = block.self_attention, block.cross_attention, block.feed_forward
+            for layers in ((own.q, own.k, own.v), (own.o,), (cross.q,), (cross.o,),
+                           (feed.gate, feed.up), (feed.down,)):  # cross k, v see the memory, once
+                groups += packable(layers)
+        for weights in groups:
+            old, key = getattr(weights[0], "packed", None), PackedWeights.key_of(weights, dtype)
+            if onednn_computes(weights[0], dtype) and (old is None or old.key != key):
+                weights[0].packed = PackedWeights(weights, dtype)
 
     def shift_right(self, labels: Tensor) -> Tensor:
         """labels [B,T] -> decoder inputs [B,T]: start token first, -100 becomes padding."""

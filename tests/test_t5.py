@@ -428,14 +428,27 @@ def test_a_step_with_cache_gives_the_logits_of_the_whole_prefix(config):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 2, 5])
-def test_a_packed_weight_multiplies_like_the_weight_until_that_is_written_to(rows, dtype):
-    layer = t5.Linear(11, 13, 1.0).to(dtype)
-    x, weight = torch.randn(rows, 1, 11).to(dtype), layer.weight
-    weight.packed = t5.PackedWeight(weight, dtype)
+@pytest.mark.parametrize("heights", [(13,), (13, 1, 7)], ids=str)
+def test_packed_weights_multiply_like_the_weights_until_one_is_written_to(rows, dtype, heights):
+    """x W^T of each, of one weight or of several packed together, and never of an old copy."""
+    layers = [t5.Linear(11, height, 1.0).to(dtype) for height in heights]
+    x, (group,) = torch.randn(rows, 1, 11).to(dtype), t5.packable(layers)
+    group[0].packed = t5.PackedWeights(group, dtype)
     tolerance = 1e-6 if dtype == torch.float32 else 1e-2
-    assert largest_error(weight.packed.product(x), F.linear(x, weight)) < tolerance
-    weight.mul_(3)
-    assert largest_error(layer(x), F.linear(x, weight)) < tolerance
+    assert t5.PackedWeights.of(group, x) is group[0].packed
+    for factor in (1, 3):
+        group[-1].mul_(factor)
+        assert factor == 1 or t5.PackedWeights.of(group, x) is None
+        for y, weight in zip(t5.together(x, layers), group, strict=True):
+            assert largest_error(y, F.linear(x, weight)) < tolerance
+
+
+def test_a_wrapped_linear_is_packed_alone_and_so_are_its_neighbours():
+    """What wraps q is asked itself: together only plain linears of one input are computed."""
+    q, k, v = (t5.Linear(11, 13, 1.0) for _ in range(3))
+    wrapped = nn.Sequential(q)
+    assert [list(map(id, group)) for group in t5.packable([wrapped, k, None, v])] == [
+        [id(q.weight)], [id(k.weight)], [id(v.weight)]]
 
 
 def test_weights_are_packed_once_follow_a_load_and_training_drops_the_copies():
