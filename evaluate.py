@@ -1884,6 +1884,7 @@ def answer_examples(args: argparse.Namespace, world: "train.World") -> None:
 
 PAGE, SIDE, MARGIN = 11.0, 3.6, 0.35  # width, side of the image, margins and gaps
 CHAR, LINE = 13 / DPI, 0.21  # of matplotlib's monospaced font at 10 points, hinted at 150 DPI
+WORDS = 1.3  # lines from one line of the text to the next
 BAR, BARS = 0.24, 0.65  # width of a bar, height of a row of bars
 UNIVERSAL, TASK = COLOURS[:2]
 SPOKEN = COLOURS[:6]  # of marks
@@ -1935,50 +1936,42 @@ def token_strips(setup: "train.Setup", example: Example, row: Row, features: Fea
                            found["target"])]
 
 
-def lay_out(tokens: Sequence[str], spans: Sequence[Mark],
-            width: int) -> list[list[tuple[int, str, str, list[int]]]]:
-    """Words in lines of `width` characters: (column, word, label below, spans that it is in).
+Word = tuple[int, str, list[Mark], bool]  # column, text, spans it is in, whether it is a label
 
-    A label stands below the first word of its span; where it is longer than the words above it,
-    the next labelled word moves to its right.
-    """
-    lines, column, free = [[]], 0, 0  # free: first column of the line without a label
+
+def lay_out(tokens: Sequence[str], spans: Sequence[Mark], width: int) -> list[list[Word]]:
+    """The words of a text, and behind each span its label, in lines of `width` characters."""
+    words: list[tuple[str, list[Mark], bool]] = []
     for i, token in enumerate(tokens):
-        label = " + ".join(mark.label for mark in spans if mark.item.span[0] == i)
-        inside = [k for k, mark in enumerate(spans) if i in range(*mark.item.span)]
-        for part in range(0, len(token), width):
-            word, below = token[part:part + width], "" if part else label
-            column = max(column, free) if below else column
-            if column + max(len(word), len(below)) > width and lines[-1]:
-                lines, column, free = [*lines, []], 0, 0
-            lines[-1].append((column, word, below, inside))
-            free = column + len(below) + 1 if below else free
-            column += len(word) + 1
+        inside = [mark for mark in spans if i in range(*mark.item.span)]
+        words += [(part, inside, False) for part in textwrap.wrap(token, width)]
+        words += [(mark.label, [mark], True) for mark in inside if mark.item.span[1] == i + 1]
+    lines, column = [[]], 0
+    for word, inside, is_label in words:
+        if column and column + len(word) > width:
+            lines, column = [*lines, []], 0
+        lines[-1].append((column, word, inside, is_label))
+        column += len(word) + 1
     return lines
 
 
-def line_height(line: Sequence[tuple]) -> float:
-    """Of a line from `lay_out`; labels below it take room."""
-    return 2.1 if any(label for _, _, label, _ in line) else 1.2
-
-
-def draw_words(ax: object, lines: Sequence[list], below: Sequence[str], spans: Sequence[Mark],
-               start: float) -> None:
-    """Lines of text from `lay_out`, from y = start down, and plain lines below; x in characters,
-    y in lines."""
+def draw_text(ax: object, title: str, lines: Sequence[Sequence[Word]], spans: Sequence[Mark],
+              below: Sequence[str]) -> None:
+    """A title, the lines of `lay_out` and plain lines below; x in characters, y in lines."""
     from matplotlib.patches import Rectangle
-    font, y = {"family": "monospace", "va": "center"}, start
-    for line in lines:
-        for k in sorted({k for *_, inside in line for k in inside}):
-            ends = [(x, x + len(word)) for x, word, _, inside in line if k in inside]
-            ax.add_patch(Rectangle((ends[0][0], y), ends[-1][1] - ends[0][0], 1, alpha=0.35,
-                                   linewidth=0, facecolor=SPOKEN[spans[k].colour]))
-        for x, word, label, _ in line:
-            ax.text(x, y + 0.5, word, fontsize=10, **font)
-            ax.text(x, y + 1.4, label, fontsize=8, color="#444444", **font)
-        y += line_height(line)
-    for i, text in enumerate(below):
-        ax.text(0, y + 1.2 + i, text, fontsize=9, **font)
+    ax.text(0, 0.3, title, fontsize=10, weight="bold")
+    font = {"family": "monospace", "va": "center"}
+    for y, line in enumerate(lines, 1):
+        for mark in spans:
+            ends = [(x, x + len(word)) for x, word, inside, _ in line if mark in inside]
+            if ends:
+                ax.add_patch(Rectangle((ends[0][0], WORDS * y), ends[-1][1] - ends[0][0], 1,
+                                       alpha=0.35, linewidth=0, facecolor=SPOKEN[mark.colour]))
+        for x, word, _, is_label in line:
+            size, colour = (8, "#444444") if is_label else (10, "black")
+            ax.text(x, WORDS * y + 0.5, word, fontsize=size, color=colour, **font)
+    for y, text in enumerate(below, 1):
+        ax.text(0, WORDS * (len(lines) + 1) + y, text, fontsize=9, **font)
 
 
 def draw_image(ax: object, record: Record, found: Sequence[Mark], image: object) -> None:
@@ -2016,22 +2009,16 @@ def draw_image(ax: object, record: Record, found: Sequence[Mark], image: object)
 
 def label_place(size: tuple[float, float], box: data.Box, taken: Sequence[data.Box],
                 image: tuple[int, int]) -> tuple[float, float]:
-    """Top left corner for a label of `size` in an `image`: at a corner of its box, outside or
-    inside; if it covers a `taken` place at all of them, the nearest that it covers none at."""
+    """Top left corner for a label of `size` in an `image` where it covers nothing that is `taken`:
+    at a corner of its box, outside or inside, else as near as there is room."""
     (x1, y1, x2, y2), (w, h) = box, size
     right, bottom = (max(0, whole - part) for whole, part in zip(image, size))
-
-    def covered(place: tuple[float, float]) -> float:
-        x, y = place
-        return sum(data.iou((x, y, x + w, y + h), other) for other in taken)
-
     corners = [(min(max(0, x), right), min(max(0, y), bottom))
                for y in (y1 - h, y2, y1, y2 - h) for x in (x1, x2 - w)]
-    best = min(corners, key=covered)
-    if covered(best):
-        grid = itertools.product(numpy.linspace(0, right, 16), numpy.linspace(0, bottom, 25))
-        best = min(grid, key=lambda place: (covered(place), math.dist(place, (x1, y1))))
-    return best
+    grid = itertools.product(numpy.linspace(0, right, 16), numpy.linspace(0, bottom, 25))
+    places = [*corners, *sorted(grid, key=lambda place: math.dist(place, (x1, y1)))]
+    return next(((x, y) for x, y in places if not any(
+        data.iou((x, y, x + w, y + h), other) for other in taken)), corners[0])
 
 
 def strip_rows(strips: Sequence[Strip]) -> list[tuple[str, list[tuple[float, str, float]]]]:
@@ -2091,7 +2078,7 @@ def example_figure(row: Row, dataset: Dataset, strips: Sequence[Strip], why: str
     lines = lay_out(record.tokens or ("(no text)",), spans, width)
     below = [line for text in answer_lines(row) for line in
              textwrap.wrap(text, width, subsequent_indent="  ")]
-    tall = max(LINE * (sum(map(line_height, lines)) + len(below) + 3), SIDE * bool(image) + 0.3)
+    tall = max(LINE * (WORDS * (len(lines) + 1) + len(below) + 1), SIDE * bool(image) + 0.3)
     bars = strip_rows(strips)
     feet = [0.1 + 0.068 * max(len(name) for _, name, _ in some) for _, some in bars]
     height = MARGIN + tall + 0.5 + sum(0.4 + BARS + foot for foot in feet)
@@ -2106,8 +2093,7 @@ def example_figure(row: Row, dataset: Dataset, strips: Sequence[Strip], why: str
     text = panel(left, MARGIN, width * CHAR, tall)
     text.set(xlim=(0, width), ylim=(tall / LINE, 0))
     text.axis("off")
-    text.text(0, 0.3, f"{record.task} by the labels of {dataset.name}", fontsize=10, weight="bold")
-    draw_words(text, lines, below, spans, 1.2)
+    draw_text(text, f"{record.task} by the labels of {dataset.name}", lines, spans, below)
     y = MARGIN + tall + 0.2
     if why:
         figure.text(MARGIN / PAGE, 1 - y / height, f"no gates to draw: {why}", fontsize=9)
@@ -2259,103 +2245,103 @@ def without_image(example: Example) -> Example:
 
 def add_pictures(result: data.Parser) -> None:
     """The options that ask for analyses and pictures of runs."""
-    group = result.add_argument_group("pictures of runs")
-    group.add_argument("--plot", type=Path, metavar="DIR",
-                       help="of one CKPT its losses, dev F1, AML weights (and under other "
-                            "assumptions), routing and classes of errors; of several the systems "
-                            "side by side and the setting in which they differ; scores that still "
-                            "hold are not made again")
-    group.add_argument("--layers", nargs="+", type=int, metavar="N",
-                       help="layers that the routing picture shows; default: all")
-    group = result.add_argument_group("analyses (instead of scoring)")
-    group.add_argument("--routing", type=Path, metavar="DIR",
-                       help="share of tokens that the gates give the task experts, as Fig. 6")
-    group.add_argument("--aml-replay", type=Path, metavar="DIR",
-                       help="AML weights of the run's history under other references p_m, margins, "
-                            "exponents and temperatures; nothing is trained")
-    group.add_argument("--costs", action="store_true",
-                       help="parameters and FLOPs of every method, as Table 5: of flan-t5-SIZE, or "
-                            "with CKPT of its backbone at its rows' mean lengths")
-    group.add_argument("--size", choices=tuple(GEOMETRY), default="base",
-                       help="--costs without CKPT: the backbone")
-    group.add_argument("--lengths", nargs=3, type=int, default=PAPER_LENGTHS,
-                       metavar=("N_E", "N_D", "N_V"), help="--costs without CKPT: source, target, "
-                       "visual tokens of a row; default: 95 1 21, which give the paper's figures")
+    add = result.add_argument_group("pictures of runs").add_argument
+    add("--plot", type=Path, metavar="DIR",
+        help="of one CKPT its losses, dev F1, AML weights (and under other assumptions), routing "
+             "and classes of errors; of several the systems side by side, the setting in which "
+             "they differ, and the pictures of each in a folder of its own; scores that still hold "
+             "are not made again")
+    add("--layers", nargs="+", type=int, metavar="N",
+        help="layers that the routing picture shows; default: all")
+    add = result.add_argument_group("analyses (instead of scoring)").add_argument
+    add("--routing", type=Path, metavar="DIR",
+        help="share of tokens that the gates give the task experts, as Fig. 6")
+    add("--aml-replay", type=Path, metavar="DIR",
+        help="AML weights of the run's history under other references p_m, margins, exponents and "
+             "temperatures; nothing is trained")
+    add("--costs", action="store_true",
+        help="parameters and FLOPs of every method, as Table 5: of flan-t5-SIZE, or with CKPT of "
+             "its backbone at its rows' mean lengths")
+    add("--size", choices=tuple(GEOMETRY), default="base",
+        help="--costs without CKPT: the backbone")
+    add("--lengths", nargs=3, type=int, default=PAPER_LENGTHS, metavar=("N_E", "N_D", "N_V"),
+        help="--costs without CKPT: source, target, visual tokens of a row; default: 95 1 21, "
+             "which give the paper's figures")
 
 
 def add_examples(result: data.Parser) -> None:
     """The options that describe examples to be answered."""
-    group = result.add_argument_group(
+    add = result.add_argument_group(
         "answering examples (instead of scoring)", "Printed are the text, in colours on a terminal "
-        "unless NO_COLOR is set, what was found, and a line of JSON.")
-    group.add_argument("--text", metavar="T", help="the sentence, tokens separated by spaces")
-    group.add_argument("--image", type=Path, metavar="FILE", help="its image, if it has one")
-    group.add_argument("--task", choices=data.RECORD_TASKS, help="what to extract")
-    group.add_argument("--objects", nargs="+", metavar="BOX", default=(),
-                       help="boxes O1, O2 ... in the image, each x1,y1,x2,y2 in pixels, or .json "
-                            "files with lists of [x1,y1,x2,y2]; default: none")
-    group.add_argument("--head", metavar="WORDS", help="mre: the head entity, as in the text")
-    group.add_argument("--tail", metavar="WORDS", help="mre: the tail entity, as in the text")
-    group.add_argument("--examples", type=Path, metavar="PATH",
-                       help="many examples: a .jsonl file with records as at the top of data.py "
-                            "(gold may lack), or rows {\"text\", \"image\", \"objects\", \"head\", "
-                            "\"tail\", \"task\", \"dataset\"}, all but the text optional; or a "
-                            "folder with one such file, or with NAME.txt and NAME.png (jpg, webp, "
-                            "gif). Images are looked for beside the file and in images/ there")
-    group.add_argument("--dataset", metavar="NAME", help="whose labels to offer where a row does "
-                       "not say; default: the first dataset with the task")
-    group.add_argument("--json", action="store_true", help="print the JSON alone")
-    group.add_argument("--draw", type=Path, metavar="FILE", help="a picture (.png) of the image "
-                       "with its boxes, the text with its spans and the gates token by token; with "
-                       "--examples a folder for one picture each")
+        "unless NO_COLOR is set, what was found, and a line of JSON, with --text or --draw with "
+        "the mean gates of the task expert.").add_argument
+    add("--text", metavar="T", help="the sentence, tokens separated by spaces")
+    add("--image", type=Path, metavar="FILE", help="its image, if it has one")
+    add("--task", choices=data.RECORD_TASKS, help="what to extract")
+    add("--objects", nargs="+", metavar="BOX", default=(),
+        help="boxes O1, O2 ... in the image, each x1,y1,x2,y2 in pixels, or .json files with lists "
+             "of [x1,y1,x2,y2]; default: none")
+    for end in ("head", "tail"):
+        add(f"--{end}", metavar="WORDS", help=f"mre: the {end} entity, as in the text")
+    add("--examples", type=Path, metavar="PATH",
+        help="many examples: a .jsonl file with records as at the top of data.py (gold may lack), "
+             'or rows {"text", "image", "objects", "head", "tail", "task", "dataset"}, all but the '
+             "text optional; or a folder with one such file, or with NAME.txt and NAME.png (jpg, "
+             "webp, gif). Images are looked for beside the file and in images/ there")
+    add("--dataset", metavar="NAME",
+        help="whose labels to offer where a row does not say; default: the first dataset with the "
+             "task")
+    add("--json", action="store_true", help="print the JSON alone")
+    add("--draw", type=Path, metavar="FILE",
+        help="a picture (.png) of the image with its boxes, the text with its spans and the gates "
+             "token by token; with --examples a folder for one picture each")
 
 
 def parser() -> data.Parser:
+    """All options, in groups; `misuse` says which go together."""
     result = data.Parser(
         description="Score a trained model on a split, compare several, draw them, or let one "
                     "answer examples.",
         epilog="The model is rebuilt from what its checkpoint stores; no training flag is "
                "repeated.  Under torchrun the processes share the decoding; the result is equal.",
         usage="%(prog)s [CKPT ...] [options]")
-    what = result.add_argument_group("what to evaluate")
-    what.add_argument("checkpoint", type=Path, metavar="CKPT", nargs="*",
-                      help="run folder (its best checkpoint is used) or checkpoint folder; several "
-                           "are printed side by side, a row per system, which is the runs that "
-                           "differ in nothing but their seed")
-    split = result.add_argument_group("scoring a split")
-    split.add_argument("--split", choices=("test", "dev", "train"), default="test",
-                       help="which records")
-    split.add_argument("--data", metavar="DIR", help="corpus folder; default: the one trained on")
+    add = result.add_argument_group("what to evaluate").add_argument
+    add("checkpoint", type=Path, metavar="CKPT", nargs="*",
+        help="run folder (its best checkpoint is used) or checkpoint folder; several are printed "
+             "side by side, a row per system, which is the runs that differ in nothing but their "
+             "seed")
+    add = result.add_argument_group("scoring a split").add_argument
+    add("--split", choices=("test", "dev", "train"), default="test", help="which records")
+    add("--data", metavar="DIR", help="corpus folder; default: the one trained on")
     for part, name in (("t5", "T5"), ("vit", "ViT"), ("init", "full run below the experts")):
-        split.add_argument(f"--{part}", metavar="DIR", help=f"folder of the {name} that CKPT was "
-                           "trained on, where it is no longer at its place; sha256 must agree")
-    split.add_argument("--units", nargs="+", choices=UNITS, metavar="UNIT",
-                       help=f"only these columns ({' '.join(UNITS)}); default: all in the corpus")
-    split.add_argument("--missing-images", choices=("error", "mask"),
-                       help="mask: rows whose image file is missing are answered without it, and "
-                            "counted; default: as in training, for examples error")
-    split.add_argument("--out", type=Path, metavar="FILE",
-                       help="predictions, one JSON object a row; scores go beside them; default: "
-                            "CKPT/predictions-SPLIT.jsonl and CKPT/scores-SPLIT.json, for examples "
-                            "they are printed")
-    split.add_argument("--details", action="store_true",
-                       help="print P, R, F1 and counts of every type, too")
-    split.add_argument("--csv", type=Path, metavar="FILE", help="several CKPT: write the rows of "
-                       "the comparison there, too")
-    decoding = result.add_argument_group("decoding")
-    decoding.add_argument("--beams", type=int, default=1, metavar="N",
-                          help="beam search over N beams; 1 is greedy")
-    decoding.add_argument("--batch-size", type=int, default=32, metavar="N",
-                          help="rows decoded together")
-    decoding.add_argument("--impl", choices=("auto", "reference", "cuda"),
-                          help="expert layers on PyTorch (reference) or on clorae.cu (cuda); "
-                               "default: auto, on clorae.cu where it can be built")
+        add(f"--{part}", metavar="DIR", help=f"folder of the {name} that CKPT was trained on, "
+            "where it is no longer at its place; sha256 must agree")
+    add("--units", nargs="+", choices=UNITS, metavar="UNIT",
+        help=f"only these columns ({' '.join(UNITS)}); default: all in the corpus")
+    add("--missing-images", choices=("error", "mask"),
+        help="mask: rows whose image file is missing are answered without it, and counted; "
+             "default: as in training, for examples error")
+    add("--out", type=Path, metavar="FILE",
+        help="predictions, one JSON object a row; scores go beside them; default: "
+             "CKPT/predictions-SPLIT.jsonl and CKPT/scores-SPLIT.json, for examples they are "
+             "printed")
+    add("--details", action="store_true", help="print P, R, F1 and counts of every type, too")
+    add("--csv", type=Path, metavar="FILE",
+        help="several CKPT: write the rows of the comparison there, too")
+    add = result.add_argument_group("decoding").add_argument
+    add("--beams", type=int, default=1, metavar="N",
+        help="beam search over N beams; 1 is greedy")
+    add("--batch-size", type=int, default=32, metavar="N", help="rows decoded together")
+    add("--impl", choices=("auto", "reference", "cuda"),
+        help="expert layers on PyTorch (reference) or on clorae.cu (cuda); default: auto, on "
+             "clorae.cu where it can be built")
     add_examples(result)
     add_pictures(result)
-    group = result.add_argument_group("export (instead of scoring)")
-    group.add_argument("--export", type=Path, metavar="DIR", help="what was trained, without the "
-                       "backbone: a CKPT for any machine that has it; with --task, the LoRA for "
-                       "T5, in PEFT's format, that the task's experts are under their mean gates")
+    add = result.add_argument_group("export (instead of scoring)").add_argument
+    add("--export", type=Path, metavar="DIR",
+        help="what was trained, without the backbone: a CKPT for any machine that has it; with "
+             "--task, the LoRA for T5, in PEFT's format, that the task's experts are under their "
+             "mean gates")
     return result
 
 

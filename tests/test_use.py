@@ -388,7 +388,8 @@ def test_nothing_on_a_page_covers_another_text_or_leaves_the_page(folder, tokens
     page = figure.bbox.padded(1)
     assert all(page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
                for _, box in written)
-    assert "".join(tokens) in "".join(name for name, _ in written)
+    labels = {mark.label for mark in evaluate.marks(row, MEE)}
+    assert "".join(tokens) in "".join(name for name, _ in written if name not in labels)
 
 
 def test_a_page_shows_every_box_label_and_dollar(folder):
