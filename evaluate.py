@@ -1752,6 +1752,11 @@ def has_image(record: Record) -> bool:
     return record.image is not None and Path(record.image).is_file()
 
 
+SPOKEN = COLOURS[:6]  # of marks on a page
+TERMINAL = (34, 33, 32, 35, 36, 31)  # codes of about the same colours
+HARMLESS = str.maketrans(dict.fromkeys((*range(32), *range(127, 160)), "?"))  # on a terminal
+
+
 @dataclass(frozen=True)
 class Mark:
     """A place in the text or the image, and what the answer says of it."""
@@ -1801,16 +1806,13 @@ def answer_lines(row: Row) -> list[str]:
     return (lines or ["nothing found"]) + [f"note: {note}" for note in notes]
 
 
-HARMLESS = str.maketrans(dict.fromkeys((*range(32), *range(127, 160)), "?"))  # on a terminal
-
-
 def coloured(row: Row, dataset: Dataset) -> str:
     """The text for a terminal, the words of each item in a colour."""
     words = [token.translate(HARMLESS) for token in row.record.tokens]
     for mark in marks(row, dataset):
         if mark.item.span:
             start, end = mark.item.span
-            words[start] = f"\033[1;{(34, 33, 32, 35, 36, 31)[mark.colour]}m{words[start]}"
+            words[start] = f"\033[1;{TERMINAL[mark.colour]}m{words[start]}"
             words[end - 1] += "\033[0m"
     return " ".join(words)
 
@@ -1845,13 +1847,17 @@ def answer_examples(args: argparse.Namespace, world: "train.World") -> None:
     setup = train.load_model(job.checkpoint, world.device, **job.changes)
     config, datasets = setup.config, setup.datasets
     records = example_records(args, datasets)
+
+    def note(text: str) -> None:
+        if world.main:
+            print(text, file=sys.stderr)
+
     examples = data.encode_records(records, datasets, setup.tokenizer, config.max_source,
-                                   config.max_target, partial(print, file=sys.stderr))
+                                   config.max_target, note)
     crowded = [record.source for record in records if len(record.objects) > config.max_objects]
     if crowded:
-        print(f"note: {len(crowded)} example(s), first {crowded[0]}, have more than "
-              f"{config.max_objects} objects; the model sees the first {config.max_objects}",
-              file=sys.stderr)
+        note(f"note: {len(crowded)} example(s), first {crowded[0]}, have more than "
+             f"{config.max_objects} objects; the model sees the first {config.max_objects}")
     features = GivenImages(setup.sources.vit, records, config.max_objects, world.device)
     world.join()
     rows = evaluate_split(setup.model, examples, datasets, features, setup.tokenizer, world.device,
@@ -1859,22 +1865,22 @@ def answer_examples(args: argparse.Namespace, world: "train.World") -> None:
     if not world.main:
         return
     why = lacks_gate(config)
-    strips = [[] if why or not (args.draw or args.text is not None) else
-              token_strips(setup, example, row, features, world.device, job.decoding)
-              for example, row in zip(examples, rows)]
+    wanted = not why and (args.draw or args.text is not None)
+    strips = [token_strips(setup, example, row, features, world.device, job.decoding)
+              if wanted else [] for example, row in zip(examples, rows)]
     lines = list(map(answer_json, rows, strips))
     if args.out:
         write_whole(args.out, "".join(line + "\n" for line in lines))
-    for number, (row, some, line) in enumerate(zip(rows, strips, lines), 1):
+    for number, (row, line) in enumerate(zip(rows, lines)):
         dataset = datasets[row.record.dataset]
-        name = f"{number:04d}-{re.sub(r'[^A-Za-z0-9.]+', '-', row.record.id)[:80]}.png"
-        path = args.draw / name if args.draw and args.examples else args.draw
         if not args.json:
             tell(row, dataset)
         if not args.out:
             print(line)
-        if path:
-            draw_example(row, dataset, some, why, path)
+        if args.draw:
+            name = re.sub(r"[^A-Za-z0-9.]+", "-", row.record.id)[:80]
+            path = args.draw / f"{number + 1:04d}-{name}.png" if args.examples else args.draw
+            draw_example(row, dataset, strips[number], why, path)
             if not args.json:
                 print(f"picture: {path}")
 
@@ -1884,10 +1890,11 @@ def answer_examples(args: argparse.Namespace, world: "train.World") -> None:
 
 PAGE, SIDE, MARGIN = 11.0, 3.6, 0.35  # width, side of the image, margins and gaps
 CHAR, LINE = 13 / DPI, 0.21  # of matplotlib's monospaced font at 10 points, hinted at 150 DPI
-WORDS = 1.3  # lines from one line of the text to the next
+LEADING = 1.3  # from one line of the text to the next, in LINE
 BAR, BARS = 0.24, 0.65  # width of a bar, height of a row of bars
+SCALE = 0.3  # left of a row of bars
+ROW = PAGE - 2 * MARGIN - SCALE  # its width
 UNIVERSAL, TASK = COLOURS[:2]
-SPOKEN = COLOURS[:6]  # of marks
 
 
 @dataclass(frozen=True)
@@ -1914,8 +1921,8 @@ def token_strips(setup: "train.Setup", example: Example, row: Row, features: Fea
 
     Those of a target token are those that wrote it; the prompt before the text is one mean.
     """
-    tokenizer, record, ids, answer = (setup.tokenizer, example.record, example.input_ids,
-                                      row.answer.ids)
+    tokenizer, record = setup.tokenizer, example.record
+    ids, answer = example.input_ids, row.answer.ids
     batch = data.collate([dataclasses.replace(example, labels=list(answer))], features,
                          features.width).to(device)
     layers: dict[str, list[Tensor]] = {}
@@ -1965,13 +1972,13 @@ def draw_text(ax: object, title: str, lines: Sequence[Sequence[Word]], spans: Se
         for mark in spans:
             ends = [(x, x + len(word)) for x, word, inside, _ in line if mark in inside]
             if ends:
-                ax.add_patch(Rectangle((ends[0][0], WORDS * y), ends[-1][1] - ends[0][0], 1,
+                ax.add_patch(Rectangle((ends[0][0], LEADING * y), ends[-1][1] - ends[0][0], 1,
                                        alpha=0.35, linewidth=0, facecolor=SPOKEN[mark.colour]))
         for x, word, _, is_label in line:
             size, colour = (8, "#444444") if is_label else (10, "black")
-            ax.text(x, WORDS * y + 0.5, word, fontsize=size, color=colour, **font)
+            ax.text(x, LEADING * y + 0.5, word, fontsize=size, color=colour, **font)
     for y, text in enumerate(below, 1):
-        ax.text(0, WORDS * (len(lines) + 1) + y, text, fontsize=9, **font)
+        ax.text(0, LEADING * (len(lines) + 1) + y, text, fontsize=9, **font)
 
 
 def draw_image(ax: object, record: Record, found: Sequence[Mark], image: object) -> None:
@@ -2031,7 +2038,7 @@ def strip_rows(strips: Sequence[Strip]) -> list[tuple[str, list[tuple[float, str
         x = 0.0
         for name, gate in zip(strip.names, strip.gates):
             x += 0.35 * (name[0] in " <" and x > 0)
-            if x > (PAGE - 2 * MARGIN - 0.3) / BAR - 1:
+            if x > ROW / BAR - 1:
                 rows.append(("", []))
                 x = 0.0
             rows[-1][1].append((x, name.strip(), gate))
@@ -2048,7 +2055,7 @@ def draw_strip(ax: object, title: str, bars: Sequence[tuple[float, str, float]])
         ax.text(x, 0.04, f"{gate:.2f}".removeprefix("0"), fontsize=6.5, ha="center", va="bottom",
                 color="black" if gate > 0.2 else "white")
     ax.plot([-0.5, at[-1] + 0.5], [0.5, 0.5], color="black", linewidth=0.8, linestyle=":")
-    ax.set_xlim(-0.6, (PAGE - 2 * MARGIN - 0.3) / BAR - 0.4)
+    ax.set_xlim(-0.6, ROW / BAR - 0.4)
     ax.set_ylim(0, 1)
     ax.set_xticks(at, names, rotation=90, fontsize=8, family="monospace")
     ax.set_yticks([0, 0.5, 1], ["0", ".5", "1"], fontsize=7)
@@ -2078,7 +2085,7 @@ def example_figure(row: Row, dataset: Dataset, strips: Sequence[Strip], why: str
     lines = lay_out(record.tokens or ("(no text)",), spans, width)
     below = [line for text in answer_lines(row) for line in
              textwrap.wrap(text, width, subsequent_indent="  ")]
-    tall = max(LINE * (WORDS * (len(lines) + 1) + len(below) + 1), SIDE * bool(image) + 0.3)
+    tall = max(LINE * (LEADING * (len(lines) + 1) + len(below) + 1), SIDE * bool(image) + 0.3)
     bars = strip_rows(strips)
     feet = [0.1 + 0.068 * max(len(name) for _, name, _ in some) for _, some in bars]
     height = MARGIN + tall + 0.5 + sum(0.4 + BARS + foot for foot in feet)
@@ -2104,7 +2111,7 @@ def example_figure(row: Row, dataset: Dataset, strips: Sequence[Strip], why: str
                       frameon=False, fontsize=9, loc="upper right",
                       bbox_to_anchor=(1 - MARGIN / PAGE, 1 - y / height))
     for (title, some), foot in zip(bars, feet):
-        draw_strip(panel(MARGIN + 0.3, y + 0.4, PAGE - 2 * MARGIN - 0.3, BARS), title, some)
+        draw_strip(panel(MARGIN + SCALE, y + 0.4, ROW, BARS), title, some)
         y += 0.4 + BARS + foot
     return figure
 
