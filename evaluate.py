@@ -14,11 +14,13 @@ Scoring is integer counting per record; percentages are formed once, at the end,
 Batches are built from the whole split and dealt to the processes whole, so the texts, and with them
 the counts, do not depend on how many processes there are.
 
-In this order: counts, matching, scoring, table, files, decoding, one system or several, costs,
-routing, replay, pictures of runs, answering examples, picture of one example, export, the command.
-Nothing up to "one system or several" needs what follows it: a reader of the scores can stop there.
+In this order: counts, matching, scoring, table, decoding, files, one system, systems side by side,
+costs, routing, replay, pictures of runs, answering examples, picture of one example, export, the
+command.  Nothing up to "systems side by side" needs what follows it: a reader of the scores can
+stop there.
 
-Shapes: T target tokens, V visual tokens, F image-feature width.
+Shapes: B rows, S source, T target and V visual tokens, D model width, E experts, R universal and
+r task rank, F image-feature width.
 """
 
 import argparse
@@ -55,8 +57,9 @@ from tqdm import tqdm
 import clorae
 import data
 import losses
+import vision
 from data import UNITS, DataError, Dataset, Example, Item, Record, Tokenizer
-from t5 import T5, Attention, FeedForward, RMSNorm, T5Config, hf_names
+from t5 import T5, Attention, RMSNorm, T5Config, hf_names
 from vision import UMIE, FeatureCache, ViT, load_image, resolve_image
 
 if TYPE_CHECKING:
@@ -97,6 +100,11 @@ VARIANTS = {
 
 
 # ---------------------------------------------------------------------------------------- counts
+
+def percent(part: int, whole: int) -> float:
+    """100 part / whole, and 0 when there is nothing to score."""
+    return 100.0 * part / whole if whole else 0.0
+
 
 @dataclass(frozen=True)
 class Counts:
@@ -157,11 +165,6 @@ def parts(scores: Scores, unit: str, mark: str) -> Scores:
     """The parts of a unit that stand behind `mark`, sorted by their own names."""
     return {name.removeprefix(unit + mark): scores[name] for name in sorted(scores)
             if name.startswith(unit + mark)}
-
-
-def percent(part: int, whole: int) -> float:
-    """100 part / whole, and 0 when there is nothing to score."""
-    return 100.0 * part / whole if whole else 0.0
 
 
 def unit_f1(scores: Scores) -> dict[str, float]:
@@ -267,7 +270,7 @@ class Answer:
     text: str
     cut: bool = False  # it reached the length limit, so its last item may be incomplete
     missing: bool = False  # the record names an image, and the model was shown none
-    ids: tuple[int, ...] = field(default=(), compare=False, repr=False)  # the same, with eos
+    ids: tuple[int, ...] = ()  # the same, with eos
 
 
 @dataclass(frozen=True)
@@ -295,7 +298,8 @@ def score_rows(records: Sequence[Record], answers: Sequence[Answer],
     given = list(zip(records, answers, strict=True))
     for i in sorted(range(len(given)), key=lambda i: records[i].task == "meae"):
         record, answer = given[i]
-        dataset, known = datasets[record.dataset], triggers.setdefault(pair_of(record), {})
+        pair = record.dataset, record.id.rsplit("/", 1)[0]  # ids are PAIR/med and PAIR/meae
+        dataset, known = datasets[record.dataset], triggers.setdefault(pair, {})
         predicted, malformed = data.predicted_items(record, answer.text, dataset, known, answer.cut)
         if record.task == "med":
             for item in predicted:
@@ -307,11 +311,6 @@ def score_rows(records: Sequence[Record], answers: Sequence[Answer],
                       counts + Counts(missing=int(answer.missing)),
                       breakdown(record.task, gold, predicted, malformed))
     return [rows[i] for i in range(len(rows))]
-
-
-def pair_of(record: Record) -> tuple[str, str]:
-    """What the trigger and the argument record of one sentence-image pair have in common."""
-    return record.dataset, record.id.rsplit("/", 1)[0]
 
 
 def breakdown(task: str, gold: list[Item], predicted: list[Item], malformed: int) -> Scores:
@@ -356,9 +355,8 @@ def m2e2_variants(rows: Sequence[Row]) -> Scores:
 
 def m2e2_sentence(record: Record) -> str | None:
     """The sentence of a record whose id is SENTENCE+IMAGE/TASK, as those of M2E2 are."""
-    _, pair = pair_of(record)
-    mark = f"+{record.image}"
-    return pair.removesuffix(mark) if pair.endswith(mark) else None
+    rest = f"+{record.image}/{record.task}"
+    return record.id.removesuffix(rest) if record.id.endswith(rest) else None
 
 
 def count_once(rows: Sequence[Row]) -> Counts:
@@ -383,7 +381,7 @@ def count_accepted(row: Row) -> Counts:
     """tp, pred and gold of a row without the predictions that are wrong by its gold, but right by
     `record.accepted`."""
     wrong = list(row.predicted)
-    pair_off(list(row.gold), wrong, right)
+    pair_off(list(row.gold), wrong, right)  # takes out what is right
     other = dataclasses.replace(row.record, events=row.record.accepted)
     excused = pair_off(data.gold_items(other), wrong, right)
     return Counts(row.counts.tp, row.counts.pred - excused, row.counts.gold)
@@ -405,7 +403,8 @@ def table(scores: Scores, datasets: Mapping[str, Dataset] | None = None) -> str:
              "P": {unit: scores[unit].precision for unit in present},
              "R": {unit: scores[unit].recall for unit in present},
              "F1 UMIE": {unit: scores[f"{unit}~umie"].rounded_f1 for unit in present},
-             "accuracy": {unit: scores[unit].accuracy for unit in present if is_relation(unit)}}
+             "accuracy": {unit: scores[unit].accuracy for unit in present
+                          if data.UNIT_TASK[unit] == "mre"}}
     lines = [f"{'':10}" + "".join(f"{name:>8}" for name in UNITS) + f"{'All':>9}{'mean':>8}"]
     for name, cells in rates.items():
         if cells:
@@ -416,11 +415,6 @@ def table(scores: Scores, datasets: Mapping[str, Dataset] | None = None) -> str:
         cells = {unit: getattr(scores[unit], name) for unit in present}
         lines.append(table_row(name.replace("_", " "), cells, "d") + f"{sum(cells.values()):9d}")
     return "\n".join([*lines, "", *legend(scores), *notes(scores, datasets or {})])
-
-
-def is_relation(unit: str) -> bool:
-    """Whether accuracy means something in this column."""
-    return data.UNIT_TASK.get(unit) == "mre"
 
 
 def table_row(name: str, cells: Mapping[str, float], form: str) -> str:
@@ -472,108 +466,6 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows)]
     return [row[0].ljust(widths[0]) + "".join(cell.rjust(width + 2) for cell, width
                                               in zip(row[1:], widths[1:])) for row in rows]
-
-
-# ----------------------------------------------------------------------------------------- files
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    aside = path.with_name(path.name + ".tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside.write_text(text, encoding="utf-8", newline="")
-    os.replace(aside, path)
-
-
-def save_csv(path: Path, rows: Sequence[Mapping]) -> None:
-    """Write rows under the names of the first one."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(path, text.getvalue())
-
-
-def save_predictions(path: Path, rows: Sequence[Row]) -> None:
-    """Write one JSON object per row."""
-    lines = [{"id": row.record.id, "dataset": row.record.dataset, "task": row.record.task,
-              "unit": row.unit, "gold": data.target(row.record), "text": row.answer.text,
-              "cut": row.answer.cut, "predicted_items": items_json(row.predicted),
-              "gold_items": items_json(row.gold), "malformed": row.counts.malformed,
-              "missing_image": bool(row.counts.missing), "tp": row.counts.tp,
-              "pred": row.counts.pred, "n_gold": row.counts.gold} for row in rows]
-    write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-
-
-def items_json(items: Sequence[Item]) -> list[dict]:
-    """Items as JSON objects without their empty fields; only arguments belong to an event."""
-    return [{name: value for name, value in dataclasses.asdict(item).items()
-             if value is not None and value is not False and (name != "event" or item.role)}
-            for item in items]
-
-
-def save_scores(path: Path, rows: Sequence[Row], checkpoint: Path, config: "train.Config",
-                split: str, decoding: "Decoding | None" = None) -> None:
-    """Write what was scored, by which rules and with which result, as one JSON object.
-
-    "made_from" is what the scores depend on; "scores" has the keys of `Scores`; "records" holds
-    [tp, pred, gold] of every record, for comparing two systems on the same ones.
-    """
-    corpus, scores = corpus_of(config), total(rows)
-    records: dict[str, dict[str, list[int]]] = {}
-    for row in rows:
-        records.setdefault(row.unit, {})[f"{row.record.dataset}/{row.record.id}"] = [
-            row.counts.tp, row.counts.pred, row.counts.gold]
-    report = {"made_from": made_from(checkpoint, config, split, decoding or Decoding.of(config)),
-              "data": str(corpus), "notes": notes(scores, data.load_datasets(corpus)),
-              "scores": {name: counts_json(name, counts) for name, counts in scores.items()},
-              "records": records}
-    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}"
-                       for key, value in report.items())
-    write_whole(path, f"{{{lines}}}\n")
-
-
-def counts_json(name: str, counts: Counts) -> dict[str, float]:
-    """One entry of `Scores` as JSON; only whole units have classes of errors."""
-    if name.endswith("~umie"):
-        return {"tp": counts.tp, "pred": counts.pred, "gold": counts.gold, "f1": counts.rounded_f1}
-    shown = ["tp", "pred", "gold", "f1", "precision", "recall"]
-    if name in UNITS:
-        shown += COUNTED[3:]
-    if is_relation(name):
-        shown.append("accuracy")
-    return {value: getattr(counts, value) for value in shown}
-
-
-def made_from(checkpoint: Path, config: "train.Config", split: str, decoding: "Decoding") -> dict:
-    """Everything that scores depend on, as JSON; equal for two that need not be made twice."""
-    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    return {"checkpoint": state["sha256"]["model.safetensors"], "split": split,
-            "data": split_digest(corpus_of(config), split),
-            "units": list(config.units) if config.units else None,
-            "missing_images": config.missing_images, "decoding": dataclasses.asdict(decoding),
-            "definitions": {**DEFINITIONS, **RULES, **VARIANTS}}
-
-
-def corpus_of(config: "train.Config") -> Path:
-    return Path(config.data or "data/demo")
-
-
-def split_digest(corpus: Path, split: str) -> str:
-    """sha256 over the files of a split and the names of the images that are there."""
-    digest = hashlib.sha256()
-    for path in sorted([*corpus.glob("*/dataset.json"), *corpus.glob(f"*/{split}.jsonl")]):
-        digest.update(path.read_bytes())
-    images = sorted(str(path.relative_to(corpus)) for path in corpus.glob("*/images/**/*"))
-    digest.update("\n".join(images).encode(errors="surrogateescape"))
-    return digest.hexdigest()
-
-
-def still_true(path: Path, wanted: dict) -> bool:
-    """Whether the scores in a file were made from exactly what is wanted."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["made_from"] == wanted
-    except (OSError, ValueError, TypeError, KeyError):
-        return False  # none, or not whole: they will be made
 
 
 # -------------------------------------------------------------------------------------- decoding
@@ -659,7 +551,107 @@ def evaluate_split(model: nn.Module, examples: Sequence[Example], datasets: Mapp
     return score_rows([example.record for example in examples], answers, datasets)
 
 
-# -------------------------------------------------------------------------- one system, or several
+# ----------------------------------------------------------------------------------------- files
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, whole or not at all, and the folders that lead to it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    vision.write_whole(path, text.encode())
+
+
+def save_csv(path: Path, rows: Sequence[Mapping]) -> None:
+    """Write rows under the names of the first one."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue())
+
+
+def save_predictions(path: Path, rows: Sequence[Row]) -> None:
+    """Write one JSON object per row."""
+    lines = [{"id": row.record.id, "dataset": row.record.dataset, "task": row.record.task,
+              "unit": row.unit, "gold": data.target(row.record), "text": row.answer.text,
+              "cut": row.answer.cut, "predicted_items": items_json(row.predicted),
+              "gold_items": items_json(row.gold), "malformed": row.counts.malformed,
+              "missing_image": bool(row.counts.missing), "tp": row.counts.tp,
+              "pred": row.counts.pred, "n_gold": row.counts.gold} for row in rows]
+    write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def items_json(items: Sequence[Item]) -> list[dict]:
+    """Items as JSON objects without their empty fields; only arguments belong to an event."""
+    return [{name: value for name, value in dataclasses.asdict(item).items()
+             if value is not None and value is not False and (name != "event" or item.role)}
+            for item in items]
+
+
+def save_scores(path: Path, rows: Sequence[Row], checkpoint: Path, config: "train.Config",
+                split: str, decoding: Decoding | None = None) -> None:
+    """Write what was scored, by which rules and with which result, as one JSON object.
+
+    "made_from" is what the scores depend on; "scores" has the keys of `Scores`; "records" holds
+    [tp, pred, gold] of every record, for comparing two systems on the same ones.
+    """
+    corpus, scores = corpus_of(config), total(rows)
+    records: dict[str, dict[str, list[int]]] = {}
+    for row in rows:
+        records.setdefault(row.unit, {})[f"{row.record.dataset}/{row.record.id}"] = [
+            row.counts.tp, row.counts.pred, row.counts.gold]
+    report = {"made_from": made_from(checkpoint, config, split, decoding or Decoding.of(config)),
+              "data": str(corpus), "notes": notes(scores, data.load_datasets(corpus)),
+              "scores": {name: counts_json(name, counts) for name, counts in scores.items()},
+              "records": records}
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}"
+                       for key, value in report.items())
+    write_whole(path, f"{{{lines}}}\n")
+
+
+def counts_json(name: str, counts: Counts) -> dict[str, float]:
+    """One entry of `Scores` as JSON; only whole units have classes of errors."""
+    if name.endswith("~umie"):
+        return {"tp": counts.tp, "pred": counts.pred, "gold": counts.gold, "f1": counts.rounded_f1}
+    shown = ["tp", "pred", "gold", "f1", "precision", "recall"]
+    if name in UNITS:
+        shown += COUNTED[3:]
+    if data.UNIT_TASK.get(name) == "mre":
+        shown.append("accuracy")
+    return {value: getattr(counts, value) for value in shown}
+
+
+def made_from(checkpoint: Path, config: "train.Config", split: str, decoding: Decoding) -> dict:
+    """Everything that scores depend on, as JSON; equal for two that need not be made twice."""
+    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    return {"checkpoint": state["sha256"]["model.safetensors"], "split": split,
+            "data": split_digest(corpus_of(config), split),
+            "units": list(config.units) if config.units else None,
+            "missing_images": config.missing_images, "decoding": dataclasses.asdict(decoding),
+            "definitions": {**DEFINITIONS, **RULES, **VARIANTS}}
+
+
+def corpus_of(config: "train.Config") -> Path:
+    return Path(config.data or "data/demo")
+
+
+def split_digest(corpus: Path, split: str) -> str:
+    """sha256 over the files of a split and the names of the images that are there."""
+    digest = hashlib.sha256()
+    for path in sorted([*corpus.glob("*/dataset.json"), *corpus.glob(f"*/{split}.jsonl")]):
+        digest.update(path.read_bytes())
+    images = sorted(str(path.relative_to(corpus)) for path in corpus.glob("*/images/**/*"))
+    digest.update("\n".join(images).encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def still_true(path: Path, wanted: dict) -> bool:
+    """Whether the scores in a file were made from exactly what is wanted."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["made_from"] == wanted
+    except (OSError, ValueError, TypeError, KeyError):
+        return False  # none, or not whole: they will be made
+
+
+# ------------------------------------------------------------------------------------ one system
 
 def changed(args: argparse.Namespace) -> dict:
     """The stored settings that the command line replaces; all units unless it names some."""
@@ -742,39 +734,7 @@ def score_one(args: argparse.Namespace, world: "train.World") -> None:
         world.print("", type_table(scores))
 
 
-def refresh(jobs: Sequence[Job], world: "train.World") -> None:
-    """Score the runs whose stored scores, if there are any, are not of this very checkpoint, split,
-    data and decoding.  All processes look before any of them writes."""
-    stored = [still_true(job.scores, job.made_from) for job in jobs]
-    for job, known in zip(jobs, stored):
-        world.print(f"{job.checkpoint}: " + (f"scores of {job.scores}" if known else "decoding"))
-        if not known:
-            job.score(world)
-
-
-def compare(args: argparse.Namespace, world: "train.World") -> None:
-    """Print several systems side by side, and what they differ by; --csv writes it, too."""
-    import train
-    jobs = [Job.of(folder, args) for folder in args.checkpoint]
-    names = system_names([job.config for job in jobs])
-    runs = [(name, job.config.seed) for name, job in zip(names, jobs)]
-    twice = next((run for run in runs if runs.count(run) > 1), None)
-    if twice:
-        raise train.UsageError("checkpoints: expected runs that differ in a setting or the seed, "
-                               f"got two of {twice[0]} with seed {twice[1]}; name one of them")
-    if len({job.made_from["data"] for job in jobs}) > 1:
-        raise train.UsageError("checkpoints: expected runs on one corpus, got "
-                               f"{', '.join(str(corpus_of(job.config)) for job in jobs)}, which "
-                               "differ; name one for all with --data DIR")
-    refresh(jobs, world)
-    if world.main:
-        systems = collect(jobs, names)
-        lines = [comparison_line(system, systems[0]) for system in systems]
-        world.print(f"{args.split} split", comparison_table(lines), "",
-                    *comparison_legend(systems))
-        if args.csv:
-            save_csv(args.csv, lines)
-
+# ------------------------------------------------------------------------- systems side by side
 
 def system_names(configs: Sequence["train.Config"]) -> list[str]:
     """Method and options of each run, as far as the runs differ in them, seed and folder apart.
@@ -856,7 +816,8 @@ def draws(random: numpy.random.Generator, n: int) -> numpy.ndarray:
 
 def resampled_f1(system: System, unit: str, ids: Sequence[str], records: numpy.ndarray,
                  seeds: numpy.ndarray) -> numpy.ndarray:
-    """F1 in % of a unit, mean over the seeds; draws of records and of seeds -> [1 + RESAMPLES]."""
+    """F1 in % of a unit, mean over the seeds, under `draws` of the records `ids` and of the seeds
+    -> [1 + RESAMPLES]."""
     counts = numpy.array([[report["records"][unit][i] for i in ids] for report in system.reports])
     tp, pred, gold = numpy.moveaxis(records @ counts, -1, 0)  # each [seeds, 1 + RESAMPLES]
     f1 = 200 * tp / numpy.maximum(pred + gold, 1)
@@ -924,10 +885,46 @@ def comparison_legend(systems: Sequence[System]) -> list[str]:
             *COMPARISON, *sorted({note for report in reports for note in report["notes"]})]
 
 
+def refresh(jobs: Sequence[Job], world: "train.World") -> None:
+    """Score the runs whose stored scores, if there are any, are not of this very checkpoint, split,
+    data and decoding.  All processes look before any of them writes."""
+    stored = [still_true(job.scores, job.made_from) for job in jobs]
+    for job, known in zip(jobs, stored):
+        world.print(f"{job.checkpoint}: " + (f"scores of {job.scores}" if known else "decoding"))
+        if not known:
+            job.score(world)
+
+
+def compare(args: argparse.Namespace, world: "train.World") -> None:
+    """Print several systems side by side, and what they differ by; --csv writes it, too."""
+    import train
+    jobs = [Job.of(folder, args) for folder in args.checkpoint]
+    names = system_names([job.config for job in jobs])
+    runs = [(name, job.config.seed) for name, job in zip(names, jobs)]
+    twice = next((run for run in runs if runs.count(run) > 1), None)
+    if twice:
+        raise train.UsageError("checkpoints: expected runs that differ in a setting or the seed, "
+                               f"got two of {twice[0]} with seed {twice[1]}; name one of them")
+    if len({job.made_from["data"] for job in jobs}) > 1:
+        raise train.UsageError("checkpoints: expected runs on one corpus, got "
+                               f"{', '.join(str(corpus_of(job.config)) for job in jobs)}, which "
+                               "differ; name one for all with --data DIR")
+    refresh(jobs, world)
+    if world.main:
+        systems = collect(jobs, names)
+        lines = [comparison_line(system, systems[0]) for system in systems]
+        world.print(f"{args.split} split", comparison_table(lines), "",
+                    *comparison_legend(systems))
+        if args.csv:
+            save_csv(args.csv, lines)
+
+
 # -------------------------------------------------------------------------------------------- costs
 # What a method costs: parameters and FLOPs, Table 5.
 
+# flan-t5: model width D, feed-forward width, layers of the encoder and of the decoder, heads
 GEOMETRY = {"base": (768, 2048, 12, 12), "large": (1024, 2816, 24, 16), "xl": (2048, 5120, 24, 32)}
+# method as it is printed: options of clorae.adapt
 COSTED = {"full": {}, "lora": {}, "moslora": {}, "loramoe": {}, "clorae": {}, "tlora": {},
           "clorae --no-egr": {"egr": False}, "clorae --no-mim": {"mim": False}}
 VISUAL_POLICIES = ("frozen", "paper", "train")  # of train.Config, each adding to the one before
@@ -943,10 +940,8 @@ UMIE_FEATURES = 512  # F in UMIE
 
 
 def passing(path: str) -> str:
-    """Whose tokens pass through a linear: "memory", "target", "visual", or one mean per "row"."""
+    """The token stream that passes through a module of a UMIE: "memory", "target" or "visual"."""
     names = path.split(".")
-    if "proj_text" in names or "proj_visual" in names:
-        return "row"
     if names[0] == "visual_embedding" or names[0] == "fusion" and names[-1] in ("k", "v"):
         return "visual"
     return clorae.stream_of(path)
@@ -963,7 +958,7 @@ class FlopCounter:
 
     def __init__(self, model: nn.Module, source: float, target: float, visual: float):
         embedded = model.t5.shared.weight.requires_grad
-        self.tokens = {"memory": source, "target": target, "visual": visual, "row": 1}
+        self.tokens = {"memory": source, "target": target, "visual": visual}
         self.live = {"memory": embedded, "target": embedded, "visual": False}
         self.forward = self.backward = 0.0
         if visual:
@@ -980,16 +975,13 @@ class FlopCounter:
 
     def walk(self, path: str, module: nn.Module) -> None:
         """Count what lies below a module, and note whether its stream is live behind it."""
-        stream = "memory" if passing(path) == "row" else passing(path)
+        stream = passing(path)
         if isinstance(module, Attention):
             self.attention(path, module)
-        elif isinstance(module, FeedForward):
-            up = [self.linear(part, self.tokens[stream], self.live[stream])
-                  for part in (module.gate, module.up) if part is not None]
-            self.live[stream] |= self.linear(module.down, self.tokens[stream], any(up))
         elif isinstance(module, nn.Linear):
+            tokens = 1 if path.startswith("fusion.proj_") else self.tokens[stream]  # reads a mean
             live = self.live[stream] and not path.startswith("visual_embedding")  # reads data
-            self.live[stream] |= self.linear(module, self.tokens[passing(path)], live)
+            self.live[stream] |= self.linear(module, tokens, live)
         elif isinstance(module, (RMSNorm, nn.Embedding)):
             self.live[stream] |= module.weight.requires_grad
         else:
@@ -1019,15 +1011,18 @@ class FlopCounter:
         return live or any(weight.requires_grad for weight in module.parameters())
 
 
-def mim_flops(model: nn.Module, lengths: Sequence[float]) -> float:
-    """FLOPs that L_MIM adds to a training step of one row, forward and backward
-    (clorae.stream_moments).  The part with D_out is the same for any number of rows of one task.
-    """
+def mim_flops(model: nn.Module, lengths: Sequence[float]) -> tuple[float, float]:
+    """FLOPs that L_MIM (clorae.stream_moments) adds to a training step, forward and backward: once
+    for all rows of one task, and for each row of these lengths (source, target, visual)."""
     tokens = dict(zip(("memory", "target", "visual"), lengths))
-    layers = [m for m in clorae.expert_layers(model).values() if hasattr(m, "rho")]
-    ranks = [(layer.B_U.shape[1], layer.B_T.shape[2]) for layer in layers]
-    return sum(2 * (len(layer.rho) + tokens[layer.stream]) * (2 * R * R + 2 * R * r + 3 * r * r)
-               for layer, (R, r) in zip(layers, ranks))
+    once = each = 0.0
+    for layer in clorae.expert_layers(model).values():
+        if hasattr(layer, "rho"):
+            R, r = layer.B_U.shape[1], layer.B_T.shape[2]
+            one = 2 * (2 * R * R + 2 * R * r + 3 * r * r)  # a token, or a channel of the output
+            once += one * len(layer.rho)
+            each += one * tokens[layer.stream]
+    return once, each
 
 
 @dataclass(frozen=True)
@@ -1040,30 +1035,41 @@ class Geometry:
     features: int  # F
     objects: int  # most object tokens of a row
     lengths: tuple[float, float, float]  # source, target, visual tokens of a row
+    fusion: str = "gate"
 
     @classmethod
-    def of_size(cls, size: str, rank: int, lengths: Sequence[float]) -> "Geometry":
+    def of_size(cls, size: str, rank: int, lengths: Sequence[int]) -> "Geometry":
         """flan-t5-SIZE with UMIE's image features."""
+        import train
+        if min(lengths[:2]) < 1 or lengths[2] < 0:
+            raise train.UsageError("--lengths: expected source and target tokens, and visual ones "
+                                   f"or 0, got {' '.join(map(str, lengths))}; correct them")
         D, hidden, layers, heads = GEOMETRY[size]
         t5 = T5Config(32128, D, 64, hidden, layers, heads, feed_forward_proj="gated-gelu",
                       tie_head=False, scale_logits=False)
-        objects = max(16, math.ceil(lengths[2]) - 1)
+        objects = max(16, lengths[2] - 1)
         return cls(f"flan-t5-{size}", t5, rank, UMIE_FEATURES, objects, tuple(lengths))
 
     @classmethod
     def of_run(cls, setup: "train.Setup", examples: Sequence[Example]) -> "Geometry":
-        """A run's own backbone and rank, at the mean lengths of these rows."""
-        most = setup.config.max_objects
+        """A run's own backbone, fusion and rank, at the mean lengths of these rows."""
+        import train
+        config, tasks = setup.config, len(data.TASKS)
+        if config.rank < tasks:
+            raise train.UsageError(f"--costs: expected a run of rank {tasks} or more, one for each "
+                                   f"task expert of the methods it is compared with, got rank "
+                                   f"{config.rank}; name another run, or --size instead of one")
+        most = config.max_objects
         visual = [1 + min(len(e.record.objects), most) for e in examples if e.record.image]
         sums = sum(len(e.input_ids) for e in examples), sum(len(e.labels) for e in examples)
         lengths = tuple(n / max(len(examples), 1) for n in (*sums, sum(visual)))
-        return cls("this run", setup.model.t5.config, setup.config.rank,
-                   ViT.feature_width(setup.sources.vit), most, lengths)
+        return cls("this run", setup.model.t5.config, config.rank,
+                   ViT.feature_width(setup.sources.vit), most, lengths, config.fusion)
 
     def model(self, method: str, **options: object) -> nn.Module:
         """The adapted model, on the meta device: without memory for its weights."""
         with torch.device("meta"):
-            model = UMIE(T5(self.t5), self.features, self.objects)
+            model = UMIE(T5(self.t5), self.features, self.objects, self.fusion)
         return clorae.adapt(model, method, self.rank, data.TASKS, **options)
 
     def forward(self, method: str) -> float:
@@ -1124,7 +1130,7 @@ def paper_notes(geometry: Geometry, found: Costs, paper: Mapping[str, tuple]) ->
                         for label in ("full", "clorae", "lora"))
     halved = dataclasses.replace(geometry, rank=R // 2)
     half, pair = (halved.forward(method) + means + scores for method in ("lora", "loramoe"))
-    twice = half + (lora - full) * t5.d_model / (2 * R)  # q and v are square: 2 D^2 from 4 D R
+    twice = half + (lora - full) * t5.d_model / (2 * R)  # a frozen q or v has 2 D^2, its LoRA 4 D R
     millions = {label: sum(each["paper"].trainable.values()) / 1e6 for label, each in found.items()}
     return [
         f"full: UMIE projects each token for its gate, we the means (+{means:.3f}); the paper's "
@@ -1146,7 +1152,7 @@ def cost_report(geometry: Geometry, paper: Mapping[str, tuple]) -> str:
     found, model = costs(geometry), geometry.model("clorae")
     ours, full = found["clorae"]["train"], found["full"]["train"]
     share = (ours.forward + ours.backward) / (full.forward + full.backward)
-    fixed, each = mim_flops(model, (0, 0, 0)) / 1e9, mim_flops(model, geometry.lengths) / 1e9
+    once, each = mim_flops(model, geometry.lengths)
     S, T, V = geometry.lengths
     lines = [
         f"{geometry.name}, rank {geometry.rank}; one row of {S:.4g} source, {T:.4g} target, "
@@ -1157,7 +1163,7 @@ def cost_report(geometry: Geometry, paper: Mapping[str, tuple]) -> str:
         "above the lowest trained weight, weight gradients of trained weights.",
         f"clorae:train costs {100 * share:.0f} % of full, by 3 fwd "
         f"{100 * ours.forward / full.forward:.0f} %.  L_MIM comes on top, in training: "
-        f"{fixed:.2f} GFLOPs per micro-batch of one task, {each - fixed:.2f} per row.  Not "
+        f"{once / 1e9:.2f} GFLOPs per micro-batch of one task, {each / 1e9:.2f} per row.  Not "
         "counted: image tower, optimizer, norms, softmax."]
     if paper and geometry.lengths == PAPER_LENGTHS:
         lines += paper_notes(geometry, found, paper)

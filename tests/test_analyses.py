@@ -92,7 +92,7 @@ def test_the_mutual_information_loss_costs_what_it_adds_to_a_training_step():
     without = sum(watched(model, 9, 3, 4))
     model.train()
     model.routing.mim_batch = 1
-    assert sum(watched(model, 9, 3, 4)) - without == evaluate.mim_flops(model, (9, 3, 4))
+    assert sum(watched(model, 9, 3, 4)) - without == sum(evaluate.mim_flops(model, (9, 3, 4)))
 
 
 # -------------------------------------------------------------------------------- costs: the paper
@@ -151,6 +151,34 @@ def test_the_cost_command_needs_no_checkpoint_and_prints_the_paper_beside_it(bas
     with pytest.raises(SystemExit):
         evaluate.main([])
     assert "only --costs works without" in capsys.readouterr().err
+
+
+def a_run(**config: object) -> SimpleNamespace:
+    """A run as far as its costs go: its settings, its T5 and where its image tower lies."""
+    return SimpleNamespace(config=train.Config(**config), model=SimpleNamespace(t5=T5(TINY)),
+                           sources=SimpleNamespace(vit=None))
+
+
+def test_the_costs_of_a_run_are_those_of_its_own_fusion(monkeypatch):
+    """With concat the encoder reads the visual tokens too, and nothing else fuses them."""
+    monkeypatch.setattr(evaluate.ViT, "feature_width", lambda folder: 7)
+    record = data.Record("1", "d", "mner", ("a",), "a.jpg", objects=((0, 0, 1, 1),) * 3)
+    rows = [data.Example(record, 0, 0, [1] * 9, [1] * 3, 0)]
+    for fusion in ("gate", "concat"):
+        geometry = Geometry.of_run(a_run(rank=6, max_objects=8, fusion=fusion), rows)
+        assert geometry.lengths == (9, 3, 4)
+        model = tiny("full", "train", fusion=fusion)
+        assert geometry.forward("full") * 1e9 == pytest.approx(counted(model, 9, 3, 4)[0])
+
+
+def test_a_geometry_that_no_method_can_have_is_refused():
+    """A task expert needs a rank of its own; a row has source and target tokens."""
+    with pytest.raises(train.UsageError, match="rank 3 or more.*got rank 2"):
+        Geometry.of_run(a_run(method="lora", rank=2), [])
+    for lengths in ((0, 1, 21), (95, 0, 21), (95, 1, -1)):
+        with pytest.raises(train.UsageError, match="--lengths.*got " + " ".join(map(str, lengths))):
+            Geometry.of_size("base", 6, lengths)
+    assert Geometry.of_size("base", 6, (95, 1, 0)).lengths == (95, 1, 0)
 
 
 # ----------------------------------------------------------------------------------------- routing

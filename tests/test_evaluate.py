@@ -673,15 +673,18 @@ def some_records() -> list[Record]:
                       for task in ("med", "meae")]
 
 
-def some_examples(tokenizer: data.Tokenizer) -> list[data.Example]:
-    return data.encode_records(some_records(), DATASETS, tokenizer)
+def decode(model: nn.Module, tokenizer: data.Tokenizer, decoding: Decoding = Decoding(),
+           rank: int = 0, world: int = 1) -> list[evaluate.Row]:
+    """What a model makes of some_records(), without images."""
+    examples = data.encode_records(some_records(), DATASETS, tokenizer)
+    return evaluate.evaluate_split(model, examples, DATASETS, NoImages(), tokenizer,
+                                   torch.device("cpu"), decoding, rank, world)
 
 
 def test_a_model_that_writes_its_targets_scores_100(tokenizer: data.Tokenizer) -> None:
     """Encoding, batching, decoding, parsing and matching lose nothing and mix up no rows."""
     model = Parrot(tokenizer.vocab_size + 128).train()
-    rows = evaluate.evaluate_split(model, some_examples(tokenizer), DATASETS, NoImages(), tokenizer,
-                                   torch.device("cpu"), Decoding(batch_size=3))
+    rows = decode(model, tokenizer, Decoding(batch_size=3))
     assert {unit: c.f1 for unit, c in evaluate.total(rows).items() if unit in data.UNITS} == {
         "T15": 100, "V1": 100, "MED": 100, "MEAE": 100}
     assert [row.record.id for row in rows] == [record.id for record in some_records()]
@@ -690,18 +693,15 @@ def test_a_model_that_writes_its_targets_scores_100(tokenizer: data.Tokenizer) -
 
 def test_rows_that_miss_their_image_are_counted(tokenizer: data.Tokenizer) -> None:
     """A record that names an image but got no visual tokens; records without image do not count."""
-    rows = evaluate.evaluate_split(Parrot(tokenizer.vocab_size + 128), some_examples(tokenizer),
-                                   DATASETS, NoImages(), tokenizer, torch.device("cpu"))
+    rows = decode(Parrot(tokenizer.vocab_size + 128), tokenizer)
     assert {unit: c.missing for unit, c in evaluate.total(rows).items() if unit in data.UNITS} == {
         "T15": 0, "V1": 0, "MED": 1, "MEAE": 1}
 
 
 def test_an_answer_without_eos_is_marked_as_cut(tokenizer: data.Tokenizer) -> None:
     """Two new tokens cannot finish any answer here but "none"."""
-    answers = evaluate.generate_answers(
-        Parrot(tokenizer.vocab_size + 128), some_examples(tokenizer), NoImages(), tokenizer,
-        torch.device("cpu"), Decoding(max_new_tokens=2))
-    assert all(answer.cut for answer in answers)
+    rows = decode(Parrot(tokenizer.vocab_size + 128), tokenizer, Decoding(max_new_tokens=2))
+    assert all(row.answer.cut for row in rows)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 7])
@@ -730,9 +730,8 @@ def decode_in_process(rank: int, world: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
                             world_size=world)
     tokenizer = data.Tokenizer(SPIECE)
-    rows = evaluate.evaluate_split(tiny_model(tokenizer.vocab_size + 128), some_examples(tokenizer),
-                                   DATASETS, NoImages(), tokenizer, torch.device("cpu"),
-                                   Decoding(2, max_new_tokens=9), rank, world)
+    rows = decode(tiny_model(tokenizer.vocab_size + 128), tokenizer, Decoding(2, max_new_tokens=9),
+                  rank, world)
     evaluate.save_predictions(Path(folder) / f"{rank}.jsonl", rows)
     dist.destroy_process_group()
 
@@ -740,9 +739,7 @@ def decode_in_process(rank: int, world: int, folder: str) -> None:
 def test_texts_and_counts_are_the_same_for_two_processes_as_for_one(
         tmp_path: Path, tokenizer: data.Tokenizer) -> None:
     """A real model and a real process group: byte-equal predictions on both ranks and alone."""
-    rows = evaluate.evaluate_split(tiny_model(tokenizer.vocab_size + 128), some_examples(tokenizer),
-                                   DATASETS, NoImages(), tokenizer, torch.device("cpu"),
-                                   Decoding(2, max_new_tokens=9))
+    rows = decode(tiny_model(tokenizer.vocab_size + 128), tokenizer, Decoding(2, max_new_tokens=9))
     evaluate.save_predictions(tmp_path / "alone.jsonl", rows)
     mp.spawn(decode_in_process, args=(2, str(tmp_path)), nprocs=2)
     alone, *shared = [(tmp_path / f"{name}.jsonl").read_bytes() for name in ("alone", 0, 1)]
