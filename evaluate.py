@@ -2218,13 +2218,13 @@ def plain_lora(args: argparse.Namespace, world: "train.World") -> tuple[Callable
                                f"T5, got {config.method if config.method == 'full' else '--init'}: "
                                "all of its T5 was trained; export it without --task")
     task = data.TASKS.index("mee" if args.task in ("med", "meae") else args.task)
-    dev, rows = ([e for e in some if e.task == task]
-                 for some in (job.examples(setup, "dev", world), examples))
-    if not dev or not rows:
+    dev, split = ([e for e in some if e.task == task]
+                  for some in (job.examples(setup, "dev", world), examples))
+    if not dev or not split:
         raise train.UsageError(f"--export with --task {args.task}: expected rows of it in the dev "
                                f"and the {job.split} split of {setup.sources.corpus}, got "
-                               f"{len(dev)} and {len(rows)}; name another task")
-    features = job.features(setup, dev + rows, world)
+                               f"{len(dev)} and {len(split)}; name another task")
+    features = job.features(setup, dev + split, world)
     world.join()
     here = {"device": world.device, "decoding": job.decoding, "rank": world.rank,
             "world": world.size}
@@ -2233,12 +2233,12 @@ def plain_lora(args: argparse.Namespace, world: "train.World") -> tuple[Callable
     gates = dict.fromkeys(clorae.expert_layers(model))
     if any(hasattr(layer, "W_g") for layer in clorae.expert_layers(model).values()):
         gates = mean_gates(model, gate_sums(model, dev, [0] * len(dev), features, **here))
-    before = score(rows)
+    before = score(split)
     fix_gates(model, task, gates)
-    scores = {"before": before, "after, gates fixed": score(rows),
-              "after, without images": score(list(map(without_image, rows)))}
+    scores = {"before": before, "after, gates fixed": score(split),
+              "after, without images": score(list(map(without_image, split)))}
     rank = next(iter(clorae.expert_layers(model.t5).values())).config.rank
-    record = rows[0].record
+    record = split[0].record
     return partial(write_peft, model, train.SIZES[config.size].t5), [
         f"{args.export}: LoRA of rank {rank} for {data.TASKS[task]} on the q and v of T5, sha256 "
         f"{train.folder_hash(setup.sources.t5)[:12]}",
