@@ -2294,8 +2294,8 @@ def add_examples(result: data.Parser) -> None:
     add("--objects", nargs="+", metavar="BOX", default=(),
         help="boxes O1, O2 ... in the image, each x1,y1,x2,y2 in pixels, or .json files with lists "
              "of [x1,y1,x2,y2]; default: none")
-    for end in ("head", "tail"):
-        add(f"--{end}", metavar="WORDS", help=f"mre: the {end} entity, as in the text")
+    add("--head", metavar="WORDS", help="mre: the head entity, as in the text")
+    add("--tail", metavar="WORDS", help="mre: the tail entity, as in the text")
     add("--examples", type=Path, metavar="PATH",
         help="many examples: a .jsonl file with records as at the top of data.py (gold may lack), "
              'or rows {"text", "image", "objects", "head", "tail", "task", "dataset"}, all but the '
@@ -2380,7 +2380,7 @@ def misuse(args: argparse.Namespace) -> str | None:
         return f"{mode} and {' and '.join(others)} exclude each other; give one at a time"
     for name, places in GOES_WITH.items():
         if getattr(args, name) and mode not in places:
-            return f"--{name} goes with {' or '.join(places)}, and would do nothing here"
+            return f"--{name} would do nothing here; it goes with {' or '.join(places)}"
     several, draw = len(args.checkpoint) > 1, args.draw
     return next((message for wrong, message in (
         (not args.checkpoint and mode != "--costs",
@@ -2388,7 +2388,7 @@ def misuse(args: argparse.Namespace) -> str | None:
         (several and (mode not in ("scoring", "--plot") or args.out or args.details),
          "several CKPT are compared, with --plot drawn; anything else is for a single CKPT"),
         (mode == "--text" and not args.task, "--text needs --task mner, mre, med or meae"),
-        (args.objects and not args.image, "--objects are boxes in the --image; name it"),
+        (args.objects and not args.image, "--objects are boxes in an image; name it with --image"),
         (mode == "--text" and draw and (draw.suffix != ".png" or draw.is_dir()),
          f"--draw {draw}: name a .png file"),
         (mode == "--examples" and draw and draw.is_file(),
