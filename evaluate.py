@@ -630,6 +630,7 @@ def made_from(checkpoint: Path, config: "train.Config", split: str, decoding: De
 
 
 def corpus_of(config: "train.Config") -> Path:
+    """The corpus that settings name, else the demo world."""
     return Path(config.data or "data/demo")
 
 
@@ -677,9 +678,12 @@ class Job:
         import train
         checkpoint, changes = train.find_checkpoint(folder), changed(args)
         config = train.stored_config(checkpoint, **changes)
+        out = args.out or folder / f"predictions-{args.split}.jsonl"
+        if out.is_dir():
+            raise train.UsageError(f"--out {out}: expected a file to be written, got a folder; "
+                                   "name a file in it")
         return cls(folder, checkpoint, changes, config, args.split,
-                   Decoding.of(config, args.batch_size, args.beams),
-                   args.out or folder / f"predictions-{args.split}.jsonl")
+                   Decoding.of(config, args.batch_size, args.beams), out)
 
     @property
     def scores(self) -> Path:
@@ -776,7 +780,7 @@ COMPARISON = (
 
 @dataclass
 class System:
-    """Runs that differ only in their seed."""
+    """Runs that differ only in their seed, so they are scored on the same units."""
 
     name: str
     config: "train.Config"  # of the first seed
@@ -785,13 +789,10 @@ class System:
 
     def columns(self) -> dict[str, list[float]]:
         """F1 of every unit, their sum and their mean: one value per seed."""
-        found: dict[str, list[float]] = {}
-        for report in self.reports:
-            f1 = {u: report["scores"][u]["f1"] for u in UNITS if u in report["scores"]}
-            whole = sum(f1.values())
-            for name, value in {**f1, "All": whole, "mean": whole / max(len(f1), 1)}.items():
-                found.setdefault(name, []).append(value)
-        return found
+        f1 = {unit: [report["scores"][unit]["f1"] for report in self.reports]
+              for unit in UNITS if unit in self.reports[0]["scores"]}
+        sums = list(map(sum, zip(*f1.values())))
+        return {**f1, "All": sums, "mean": [whole / len(f1) for whole in sums]}
 
 
 def collect(jobs: Sequence[Job], names: Sequence[str]) -> list[System]:
@@ -879,10 +880,10 @@ def comparison_table(lines: Sequence[dict]) -> str:
 
 def comparison_legend(systems: Sequence[System]) -> list[str]:
     """By which rules the numbers of a comparison are made, and the notes on their data."""
-    reports = [report for system in systems for report in system.reports]
-    units = [unit for unit in UNITS if any(unit in report["scores"] for report in reports)]
+    units = [unit for unit in UNITS if unit in systems[0].reports[0]["scores"]]
+    said = {note for system in systems for report in system.reports for note in report["notes"]}
     return [*(f"{unit:5}{DEFINITIONS[unit]}" for unit in units), f"F1: {RULES['F1, P, R']}",
-            *COMPARISON, *sorted({note for report in reports for note in report["notes"]})]
+            *COMPARISON, *sorted(said)]
 
 
 def refresh(jobs: Sequence[Job], world: "train.World") -> None:
@@ -1112,7 +1113,7 @@ def cost_tables(found: Costs, paper: Mapping[str, tuple]) -> list[str]:
                "paper fwd+bwd"]]
     for label, each in found.items():
         splits, forward = [each[p].trainable for p in policies], each["train"].forward
-        counts = [*(splits[0][kind] for kind in kinds), *(split["visual"] for split in splits),
+        counts = [*(splits[0][name] for name in kinds), *(split["visual"] for split in splits),
                   *(sum(split.values()) for split in splits)]
         work = [forward, 3 * forward, *(forward + each[p].backward for p in policies)]
         theirs = paper.get(label, ("-", "-", "-"))

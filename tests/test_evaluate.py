@@ -839,6 +839,14 @@ def test_out_moves_the_scores_too(run_folder: Path, tmp_path: Path) -> None:
     assert os.listdir(run_folder) == ["best-00000001"]
 
 
+def test_out_that_is_a_folder_is_refused_before_anything_is_decoded(
+        make_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        evaluate.main([str(make_run("a")), "--out", str(tmp_path)])
+    assert "got a folder; name a file in it" in capsys.readouterr().err
+    assert make_run.decoded == []
+
+
 def test_a_table_of_one_system_obeys_out_as_well(run_folder: Path, tmp_path: Path) -> None:
     """--csv with one run is a comparison of one line; its scores are stored where --out says."""
     out = tmp_path / "new" / "a.jsonl"
