@@ -1364,7 +1364,8 @@ def plot_routing(rows: Sequence[Mapping], layers: Sequence[int] | None, path: Pa
     columns = list(dict.fromkeys(f"{row['dataset']} {row['task']}" for row in rows))
     panels = {name: cells for name, stacks in PANELS.items() if (cells := pooled(chosen, stacks))}
     depth = len({row["layer"] for row in chosen})
-    figure, axes = canvas(4 + 1.1 * len(columns), 2.5 + 0.7 * depth, 2, 2, sharex=True)
+    figure, axes = canvas(1.5 + (0.8 + 0.45 * len(columns)) * len(panels), 3 + 0.35 * depth,
+                          columns=len(panels))
     for ax, (name, cells) in zip(axes, panels.items()):
         found = sorted({layer for layer, _ in cells})
         grid = [[cells.get((layer, column), math.nan) for column in columns] for layer in found]
@@ -1375,10 +1376,6 @@ def plot_routing(rows: Sequence[Mapping], layers: Sequence[int] | None, path: Pa
         for (i, line), (j, _) in itertools.product(enumerate(grid), enumerate(columns)):
             ax.text(j, i, f"{line[j]:.2f}", ha="center", va="center", fontsize=8,
                     color="white" if abs(line[j] - 0.5) > 0.35 else "black")
-    for ax in axes[len(panels):]:
-        ax.axis("off")
-    for ax in axes[len(panels) - 2:len(panels)]:  # nothing drawn below them
-        ax.tick_params(labelbottom=True)
     figure.colorbar(image, ax=axes, label="mean gate of the task expert")
     return write_figure(figure, path)
 
@@ -1387,7 +1384,7 @@ def plot_replay(rows: Sequence[Mapping], path: Path) -> Path:
     """A panel per unit: the run's weight, before the range over all settings and over the p_m."""
     units = list(dict.fromkeys(row["unit"] for row in rows))
     epochs = sorted({row["after_epoch"] for row in rows})
-    figure, axes = canvas(11, 5, 2, math.ceil(len(units) / 2), sharey=True)
+    figure, axes = canvas(2.5 + 1.6 * len(units), 3.6, columns=len(units), sharey=True)
     for ax, unit in zip(axes, units):
         weights = {(row["setting"], row["after_epoch"]): row["weight"] for row in rows
                    if row["unit"] == unit}
@@ -1399,8 +1396,6 @@ def plot_replay(rows: Sequence[Mapping], path: Path) -> Path:
         ax.plot(epochs, [weights["run", t] for t in epochs], **STYLES[unit], label="run")
         ax.set_title(unit)
         ax.xaxis.get_major_locator().set_params(integer=True)
-    for ax in axes[len(units):]:
-        ax.axis("off")
     figure.supxlabel("after epoch")
     figure.supylabel("weight of the unit's loss")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
