@@ -38,8 +38,7 @@ import sys
 import textwrap
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -51,7 +50,7 @@ import numpy
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -1177,34 +1176,34 @@ def cost_report(geometry: Geometry, paper: Mapping[str, tuple]) -> str:
 # ------------------------------------------------------------------------------------------ routing
 # Where the gates send the tokens, Fig. 6.
 
-@contextmanager
-def gates_logged(model: nn.Module,
-                 log: Callable[[int, nn.Module, Tensor], None]) -> Iterator[None]:
-    """In eval mode, call log(number, layer, gates [B,S,E]) whenever an expert layer runs."""
-    def hook(number: int, layer: nn.Module, inputs: tuple[Tensor]) -> None:
-        log(number, layer, layer.gates(inputs[0]))
+def lacks_gate(config: "train.Config") -> str | None:
+    """Why a run has no gate between a universal and a task expert; None if it has one."""
+    if config.method == "clorae" and config.egr:
+        return None
+    why = "whose gate knows no task expert" if config.method == "loramoe" else "which has none"
+    return f"method {config.method}{'' if config.egr else ' --no-egr'}, {why}"
 
-    hooks = [layer.register_forward_pre_hook(partial(hook, number)) for number, layer
-             in enumerate(clorae.expert_layers(model).values())]
+
+def gates_on(model: nn.Module, batch: data.Batch, precision: str) -> dict[nn.Module, Tensor]:
+    """{expert layer: its gates [B,S,E], Eq. (6), at the tokens that it meets}, teacher-forced.
+
+    In eval mode.  Layers that meet nothing are absent: those of the visual stack without images.
+    """
+    found: dict[nn.Module, Tensor] = {}
+
+    def hook(layer: nn.Module, inputs: tuple[Tensor]) -> None:
+        found[layer] = layer.gates(inputs[0])
+
+    hooks = [layer.register_forward_pre_hook(hook)
+             for layer in clorae.expert_layers(model).values()]
     was_training = model.training
     model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-        for handle in hooks:
-            handle.remove()
-
-
-def lacks_gate(setup: "train.Setup") -> str | None:
-    """Why a model has no gate between a universal and a task expert; None if it has one."""
-    layers = clorae.expert_layers(setup.model).values()
-    if layers and all(hasattr(m, "W_g") and hasattr(m, "A_T") for m in layers):
-        return None
-    why = "which has none"
-    if setup.config.method == "loramoe":
-        why = "whose gate knows no task expert"
-    return f"method {setup.config.method}{'' if setup.config.egr else ' --no-egr'}, {why}"
+    with torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        model(batch)
+    model.train(was_training)
+    for handle in hooks:
+        handle.remove()
+    return found
 
 
 @torch.inference_mode()
@@ -1213,27 +1212,21 @@ def gate_sums(model: nn.Module, examples: Sequence[Example], groups: Sequence[in
               world: int = 1) -> Tensor:
     """Sums over valid tokens [layers, groups, 6] float64, complete on every process.
 
-    Teacher-forced; groups[i] is the group of example i.  Summed: 1, g1, g2, g2 > .5, g2^2, entropy.
+    groups[i] is the group of example i.  Summed: 1, g1, g2, g2 > .5, g2^2, entropy.
     """
-    layers = clorae.expert_layers(model).values()
+    layers = list(clorae.expert_layers(model).values())
     sums = torch.zeros(len(layers), max(groups) + 1, 6, dtype=torch.float64, device=device)
     group = {example.row: g for example, g in zip(examples, groups, strict=True)}
-    rows = torch.zeros(0, dtype=torch.long)  # group of each row of the batch in progress
-
-    def log(place: int, layer: nn.Module, gates: Tensor) -> None:
-        g1, g2 = gates.double().unbind(dim=-1)
-        entropy = -(g1.xlogy(g1) + g2.xlogy(g2))
-        values = torch.stack([torch.ones_like(g2), g1, g2, g2 > 0.5, g2 * g2, entropy], dim=-1)
-        valid = layer.routing.masks[layer.stream][..., None]
-        sums[place].index_add_(0, rows, (values * valid).sum(dim=1))
-
     batches = deal([len(e.input_ids) for e in examples], decoding.batch_size, rank, world)
-    with gates_logged(model, log):
-        for chosen in tqdm(batches, desc="routing", unit="batch", disable=rank > 0, leave=False):
-            batch = data.collate([examples[i] for i in chosen], features, features.width).to(device)
-            rows = torch.tensor([group[row] for row in batch.rows.tolist()], device=device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=decoding.precision == "bf16"):
-                model(batch)
+    for chosen in tqdm(batches, desc="routing", unit="batch", disable=rank > 0, leave=False):
+        batch = data.collate([examples[i] for i in chosen], features, features.width).to(device)
+        rows = torch.tensor([group[row] for row in batch.rows.tolist()], device=device)
+        for layer, gates in gates_on(model, batch, decoding.precision).items():
+            g1, g2 = gates.double().unbind(dim=-1)
+            entropy = -(g1.xlogy(g1) + g2.xlogy(g2))
+            values = torch.stack([torch.ones_like(g2), g1, g2, g2 > 0.5, g2 * g2, entropy], dim=-1)
+            valid = layer.routing.masks[layer.stream][..., None]
+            sums[layers.index(layer)].index_add_(0, rows, (values * valid).sum(dim=1))
     if world > 1:
         dist.all_reduce(sums)
     return sums
@@ -1244,7 +1237,7 @@ def routing_rows(paths: Sequence[str], groups: Sequence[tuple[str, str]],
     """One row per wrapped linear and (task, dataset) with tokens there, from `gate_sums`."""
     rows = []
     for path, layer in zip(paths, sums.tolist(), strict=True):
-        parts = path.split(".")
+        parts = path.split(".")  # ..., stack, "blocks", layer, site, projection
         place = {"stack": next(s for s in ("vstack", "encoder", "decoder") if s in parts),
                  "layer": int(parts[-3]), "site": parts[-2].split("_")[0], "proj": parts[-1]}
         for (task, dataset), (n, *totals) in zip(groups, layer, strict=True):
@@ -1258,26 +1251,27 @@ def routing_rows(paths: Sequence[str], groups: Sequence[tuple[str, str]],
 
 def pooled(rows: Sequence[Mapping], stacks: Sequence[str]) -> dict[tuple[int, str], float]:
     """{(layer, "dataset task"): soft share of the task expert}, each token with equal weight."""
-    sums: dict[tuple[int, str], list[float]] = {}
+    tokens, heard = Counter(), Counter()
     for row in rows:
         if row["stack"] in stacks:
-            total = sums.setdefault((row["layer"], f"{row['dataset']} {row['task']}"), [0, 0.0])
-            total[0] += row["n_tokens"]
-            total[1] += row["n_tokens"] * row["soft"]
-    return {key: total / n for key, (n, total) in sums.items()}
+            key = row["layer"], f"{row['dataset']} {row['task']}"
+            tokens[key] += row["n_tokens"]
+            heard[key] += row["n_tokens"] * row["soft"]
+    return {key: heard[key] / n for key, n in tokens.items()}
 
 
 def route(job: Job, folder: Path, chosen: Sequence[int] | None, world: "train.World") -> list[Path]:
-    """Fig. 6: routing.csv over all layers, routing.png over the `chosen` ones (D37)."""
+    """Fig. 6: write routing.csv over all layers, routing.png over the `chosen` ones."""
     import train
-    setup, examples = job.load(world)
-    layers = clorae.expert_layers(setup.model)
-    if why := lacks_gate(setup):
+    if why := lacks_gate(job.config):
         raise train.UsageError("expected a run with a live gate between a universal and a task "
                                f"expert, got {why}; name a run of clorae with --egr")
-    if chosen and not set(chosen) & {int(path.split(".")[-3]) for path in layers}:
-        raise train.UsageError(f"--layers: expected numbers of layers, counted from 0, got "
-                               f"{chosen}; leave it out for all")
+    setup, examples = job.load(world)
+    paths = list(clorae.expert_layers(setup.model))
+    deepest = max(int(path.split(".")[-3]) for path in paths)
+    if chosen and not set(chosen) <= set(range(deepest + 1)):
+        raise train.UsageError(f"--layers: expected numbers from 0 to {deepest}, got "
+                               f"{' '.join(map(str, chosen))}; leave it out for all layers")
     pairs = [(e.unit, e.record.task, e.record.dataset) for e in examples]
     groups = sorted(set(pairs))  # in the order of the table
     features = job.features(setup, examples, world)
@@ -1285,7 +1279,7 @@ def route(job: Job, folder: Path, chosen: Sequence[int] | None, world: "train.Wo
     sums = gate_sums(setup.model, examples, list(map(groups.index, pairs)), features, world.device,
                      job.decoding, world.rank, world.size)
     if world.main:
-        rows = routing_rows(list(layers), [group[1:] for group in groups], sums.cpu())
+        rows = routing_rows(paths, [group[1:] for group in groups], sums.cpu())
         save_csv(folder / "routing.csv", rows)
         plot_routing(rows, chosen, folder / "routing.png")
     return [folder / "routing.csv", folder / "routing.png"]
@@ -1308,22 +1302,22 @@ def replay_table(rows: Sequence[Mapping]) -> list[str]:
     return aligned(table)
 
 
-def replay(checkpoint: Path, out: Path) -> tuple[list[Path], str]:
+def replay(job: Job, folder: Path) -> tuple[list[Path], list[str]]:
     """Write aml.csv and aml.png; how much the weights of a run depend on what was assumed."""
     import train
-    newest = train.newest_checkpoint(checkpoint) or train.find_checkpoint(checkpoint)
-    state = train.read_state(newest)
-    config, history = train.Config(**state["config"]), state["history"]
+    newest = train.newest_checkpoint(job.folder) or job.checkpoint
+    state, config, corpus = train.read_state(newest), job.config, corpus_of(job.config)
+    history = state["history"]
     if not history:
         raise train.UsageError(f"{newest}: expected a run that has finished an epoch, got none; "
                                "let it train on: its dev F1 is what is replayed")
-    units, corpus = list(history[0]["f1"]), Path(config.data or "data/demo")
+    units = list(history[0]["f1"])
     own = {"reference": state["reference"], "margin": config.aml_margin,
            "gamma": config.aml_gamma, "temperature": 1.0}
     counts = train.unit_rows(data.load_corpus(corpus, "train", units), data.load_datasets(corpus))
     rows = losses.replay(history, losses.variants(own), counts)
-    save_csv(out / "aml.csv", rows)
-    plot_replay(rows, out / "aml.png")
+    save_csv(folder / "aml.csv", rows)
+    plot_replay(rows, folder / "aml.png")
     steepest = max(abs(slope) for past in history
                    for slope in losses.weight_slopes(past["f1"], **own).values())
     trained = {(past["epoch"], m): past["weights"][m] for past in history for m in units}
@@ -1333,8 +1327,11 @@ def replay(checkpoint: Path, out: Path) -> tuple[list[Path], str]:
              f"{steepest / 10:.3f}"]
     if off > 1e-9:
         lines.append(f"note: the run trained with other weights, up to {off:.3f} away: without AML")
-    return [out / "aml.csv", out / "aml.png"], "\n".join(lines)
+    return [folder / "aml.csv", folder / "aml.png"], lines
 
+
+# --------------------------------------------------------------------------------- pictures of runs
+# Routing (Fig. 6), AML weights and curves of a run; systems (Fig. 4), ranks (Fig. 5), errors.
 
 DPI = 150
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
@@ -1342,41 +1339,35 @@ STYLES = {unit: {"color": colour, "marker": marker, "markersize": 4}
           for unit, colour, marker in zip(UNITS, COLOURS, "osD^vPX")}
 PANELS = {"encoder": ("encoder",), "decoder": ("decoder",),
           "encoder + decoder": ("encoder", "decoder"), "visual stack": ("vstack",)}
+ERRORS = ("wrong_type", "boundary", "missed", "spurious", "malformed")  # of Counts
 Results = Mapping[object, Mapping[str, Sequence[float]]]  # {system: {unit: F1 in %, one a seed}}
 
 
-# --------------------------------------------------------------------------------- pictures of runs
-# Curves, systems (Fig. 4), ranks (Fig. 5), routing (Fig. 6), AML weights, errors.
-
-def canvas(path: Path, width: float, height: float, rows: int = 1, columns: int = 1,
+def canvas(width: float, height: float, rows: int = 1, columns: int = 1,
            **options: object) -> tuple:
-    """(axes in reading order, figure, function that writes it to `path`)."""
+    """(figure of so many inches, its axes in reading order)."""
     from matplotlib.figure import Figure  # imported only where a picture is wanted
     figure = Figure((width, height), layout="constrained", dpi=DPI)
-    axes = figure.subplots(rows, columns, squeeze=False, **options).flatten().tolist()
-    return axes, figure, partial(write_figure, figure, path)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options).flatten().tolist()
 
 
-def write_figure(figure: object, path: Path) -> None:
+def write_figure(figure: object, path: Path) -> Path:
     """Save as PNG; a character that matplotlib's own font lacks is drawn as an empty box."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(path)
+    return path
 
 
-def spread(values: Sequence[float]) -> float:
-    """Standard deviation over seeds; NaN, which draws no error bar, for a single one."""
-    return stdev(values) if len(values) > 1 else math.nan
-
-
-def plot_routing(rows: Sequence[Mapping], layers: Sequence[int] | None, path: Path) -> None:
+def plot_routing(rows: Sequence[Mapping], layers: Sequence[int] | None, path: Path) -> Path:
     """Fig. 6: mean gate of the task expert, layers x datasets, values in the cells."""
-    chosen = [row for row in rows if layers is None or row["layer"] in layers]
+    chosen = [row for row in rows if not layers or row["layer"] in layers]
     columns = list(dict.fromkeys(f"{row['dataset']} {row['task']}" for row in rows))
     panels = {name: cells for name, stacks in PANELS.items() if (cells := pooled(chosen, stacks))}
     depth = len({row["layer"] for row in chosen})
-    axes, figure, save = canvas(path, 4 + 1.1 * len(columns), 2.5 + 0.7 * depth, 2, 2, sharex=True)
+    figure, axes = canvas(1.5 + (0.8 + 0.45 * len(columns)) * len(panels), 3 + 0.35 * depth,
+                          columns=len(panels))
     for ax, (name, cells) in zip(axes, panels.items()):
         found = sorted({layer for layer, _ in cells})
         grid = [[cells.get((layer, column), math.nan) for column in columns] for layer in found]
@@ -1387,19 +1378,15 @@ def plot_routing(rows: Sequence[Mapping], layers: Sequence[int] | None, path: Pa
         for (i, line), (j, _) in itertools.product(enumerate(grid), enumerate(columns)):
             ax.text(j, i, f"{line[j]:.2f}", ha="center", va="center", fontsize=8,
                     color="white" if abs(line[j] - 0.5) > 0.35 else "black")
-    for ax in axes[len(panels):]:
-        ax.axis("off")
-    for ax in axes[len(panels) - 2:len(panels)]:  # nothing drawn below them
-        ax.tick_params(labelbottom=True)
     figure.colorbar(image, ax=axes, label="mean gate of the task expert")
-    save()
+    return write_figure(figure, path)
 
 
-def plot_replay(rows: Sequence[Mapping], path: Path) -> None:
+def plot_replay(rows: Sequence[Mapping], path: Path) -> Path:
     """A panel per unit: the run's weight, before the range over all settings and over the p_m."""
     units = list(dict.fromkeys(row["unit"] for row in rows))
     epochs = sorted({row["after_epoch"] for row in rows})
-    axes, figure, save = canvas(path, 11, 5, 2, math.ceil(len(units) / 2), sharey=True)
+    figure, axes = canvas(2.5 + 1.6 * len(units), 3.6, columns=len(units), sharey=True)
     for ax, unit in zip(axes, units):
         weights = {(row["setting"], row["after_epoch"]): row["weight"] for row in rows
                    if row["unit"] == unit}
@@ -1411,62 +1398,25 @@ def plot_replay(rows: Sequence[Mapping], path: Path) -> None:
         ax.plot(epochs, [weights["run", t] for t in epochs], **STYLES[unit], label="run")
         ax.set_title(unit)
         ax.xaxis.get_major_locator().set_params(integer=True)
-    for ax in axes[len(units):]:
-        ax.axis("off")
     figure.supxlabel("after epoch")
     figure.supylabel("weight of the unit's loss")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
-    save()
+    return write_figure(figure, path)
 
 
-def plot_systems(results: Results, path: Path) -> None:
-    """Fig. 4: F1 relative to each unit's best system; means and deviations over seeds."""
-    units = [u for u in UNITS if any(u in scores for scores in results.values())]
-    best = {u: max(fmean(s[u]) for s in results.values() if u in s) or 1.0 for u in units}
-    (ax,), figure, save = canvas(path, 4 + 1.2 * len(units), 4)
-    width, lowest = 0.8 / len(results), 1.0
-    for i, (system, scores) in enumerate(results.items()):
-        at = {j: [f1 / best[u] for f1 in scores[u]] for j, u in enumerate(units) if u in scores}
-        ax.bar([j + (i + 0.5) * width - 0.4 for j in at], [fmean(r) for r in at.values()], width,
-               yerr=[spread(r) for r in at.values()], capsize=2, label=system, edgecolor="white",
-               color=COLOURS[i % len(COLOURS)], hatch="//" * (i // len(COLOURS)))
-        lowest = min([lowest, *(min(r) for r in at.values())])
-    start = max(0, math.floor(10 * lowest - 0.5) / 10)
-    ax.set_ylim(bottom=start)
-    ax.set_xticks(range(len(units)), units)
-    ax.set_ylabel(f"F1 / F1 of the best system (from {start:g})")
-    figure.legend(loc="outside right upper")
-    save()
-
-
-def plot_sweep(results: Results, name: str, path: Path) -> None:
-    """Fig. 5: F1 of each unit, and their mean, at each value of a setting (the results' keys)."""
-    values = sorted(results)
-    units = [u for u in UNITS if all(u in results[x] for x in values)]
-    (ax,), figure, save = canvas(path, 7, 4.5)
-    for unit in units:
-        ax.errorbar(range(len(values)), [fmean(results[x][unit]) for x in values],
-                    [spread(results[x][unit]) for x in values], capsize=2, label=unit,
-                    **STYLES[unit])
-    ax.errorbar(range(len(values)), [fmean(fmean(results[x][u]) for u in units) for x in values],
-                label="mean", color="#777777", linestyle="--", linewidth=2.5)
-    ax.set_xticks(range(len(values)), [f"{x:g}" for x in values])
-    ax.set_xlabel(name)
-    ax.set_ylabel("F1, %")
-    figure.legend(loc="outside right upper")
-    save()
-
-
-def plot_curves(run: Path, path: Path) -> None:
+def plot_curves(run: Path, path: Path) -> Path:
     """Losses per step, dev F1 and AML weights per epoch, from a run's metrics.csv and eval.jsonl;
     the latter is not there before the first epoch has ended."""
-    metrics, evals = ((run / name).read_text(encoding="utf-8").split("\n")[:-1]  # may be torn
-                      if (run / name).exists() else [] for name in ("metrics.csv", "eval.jsonl"))
-    rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(metrics)]
-    history = list(map(json.loads, evals))
-    units = [unit for unit in UNITS if rows and f"CE_{unit}" in rows[0]]
+    import train
+    rows = [{name: float(value) for name, value in row.items()}
+            for row in csv.DictReader(whole_lines(run / "metrics.csv"))]
+    history = list(map(json.loads, whole_lines(run / "eval.jsonl")))
+    if not rows:
+        raise train.UsageError(f"{run}: expected a run folder with a metrics.csv that has a row, "
+                               "got none; name a run that has taken a step")
+    units = [unit for unit in UNITS if f"CE_{unit}" in rows[0]]
     window = max(1, len(rows) // 40)
-    (whole, each, dev, weights), figure, save = canvas(path, 12, 8, 2, 2)
+    figure, (whole, each, dev, weights) = canvas(12, 8, 2, 2)
     steps = [row["step"] for row in rows]
     whole.plot(steps, [row["loss"] for row in rows], color="#BBBBBB", linewidth=0.6)
     whole.plot(steps, running_mean([row["loss"] for row in rows], window), color="black")
@@ -1485,110 +1435,153 @@ def plot_curves(run: Path, path: Path) -> None:
     if not history:
         dev.text(0.5, 0.5, "no epoch has ended yet", ha="center", transform=dev.transAxes)
     figure.legend(*each.get_legend_handles_labels(), loc="outside right upper")
-    save()
+    return write_figure(figure, path)
+
+
+def whole_lines(log: Path) -> list[str]:
+    """The lines of a file, without a last one that is still being written; [] without the file."""
+    return log.read_text(encoding="utf-8").split("\n")[:-1] if log.exists() else []
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
     """Mean of the last `window` values at each place, without those that are NaN (no such rows)."""
-    values = numpy.asarray(values)
-    sums, numbers = (numpy.concatenate([[0], numpy.cumsum(part)]) for part in (
+    sums, numbers = (numpy.convolve(part, numpy.ones(window))[:len(values)] for part in (
         numpy.nan_to_num(values), ~numpy.isnan(values)))
-    stop = numpy.arange(1, len(values) + 1)
-    start = numpy.maximum(stop - window, 0)
     with numpy.errstate(invalid="ignore"):
-        return ((sums[stop] - sums[start]) / (numbers[stop] - numbers[start])).tolist()
+        return (sums / numbers).tolist()
 
 
-def plot_errors(counts: Mapping[str, Mapping[str, float]], path: Path) -> None:
-    """Stacked bars of {bar: {error class: count}} in % of a bar's errors, whose number is named."""
-    kinds = list(dict.fromkeys(kind for classes in counts.values() for kind in classes))
-    (ax,), figure, save = canvas(path, 9, 1.5 + 0.4 * len(counts))
-    left = [0.0] * len(counts)
-    for i, kind in enumerate(kinds):
-        parts = [percent(c.get(kind, 0), sum(c.values())) for c in counts.values()]
-        bars = ax.barh(range(len(counts)), parts, 0.7, left, label=kind, edgecolor="white",
-                       color=COLOURS[i % len(COLOURS)])
-        ax.bar_label(bars, [f"{c.get(kind, 0):.0f}" if part > 4 else "" for c, part
-                            in zip(counts.values(), parts)], label_type="center", color="white")
-        left = [a + b for a, b in zip(left, parts)]
-    ax.set_yticks(range(len(counts)), [f"{bar} ({sum(c.values()):.0f})"
-                                       for bar, c in counts.items()])
-    ax.invert_yaxis()
-    ax.set_xlabel("% of the errors (their number per seed)")
+def plot_systems(results: Results, path: Path) -> Path:
+    """Fig. 4: F1 relative to each unit's best system; means and deviations over seeds."""
+    units = [u for u in UNITS if any(u in scores for scores in results.values())]
+    best = {u: max(fmean(s[u]) for s in results.values() if u in s) or 1.0 for u in units}
+    figure, (ax,) = canvas(4 + 1.2 * len(units), 4)
+    width, lowest = 0.8 / len(results), 1.0
+    for i, (system, scores) in enumerate(results.items()):
+        at = {j: [f1 / best[u] for f1 in scores[u]] for j, u in enumerate(units) if u in scores}
+        ax.bar([j + (i + 0.5) * width - 0.4 for j in at], [fmean(r) for r in at.values()], width,
+               yerr=[deviation(r) for r in at.values()], capsize=2, label=system, edgecolor="white",
+               color=COLOURS[i % len(COLOURS)], hatch="//" * (i // len(COLOURS)))
+        lowest = min([lowest, *(min(r) for r in at.values())])
+    start = max(0, math.floor(10 * lowest - 0.5) / 10)
+    ax.set_ylim(bottom=start)
+    ax.set_xticks(range(len(units)), units)
+    ax.set_ylabel(f"F1 / F1 of the best system (from {start:g})")
     figure.legend(loc="outside right upper")
-    save()
+    return write_figure(figure, path)
 
 
-def swept(configs: Mapping[str, Mapping]) -> str | None:
+def deviation(values: Sequence[float]) -> float:
+    """Standard deviation over seeds; NaN, which draws no error bar, for a single one."""
+    return stdev(values) if len(values) > 1 else math.nan
+
+
+def plot_sweep(results: Results, name: str, path: Path) -> Path:
+    """Fig. 5: F1 of each unit, and their mean, at each value of a setting (the results' keys)."""
+    values = sorted(results)
+    units = [u for u in UNITS if all(u in results[x] for x in values)]
+    figure, (ax,) = canvas(7, 4.5)
+    for unit in units:
+        ax.errorbar(range(len(values)), [fmean(results[x][unit]) for x in values],
+                    [deviation(results[x][unit]) for x in values], capsize=2, label=unit,
+                    **STYLES[unit])
+    ax.errorbar(range(len(values)), [fmean(fmean(results[x][u]) for u in units) for x in values],
+                label="mean", color="#777777", linestyle="--", linewidth=2.5)
+    ax.set_xticks(range(len(values)), [f"{x:g}" for x in values])
+    ax.set_xlabel(name)
+    ax.set_ylabel("F1, %")
+    figure.legend(loc="outside right upper")
+    return write_figure(figure, path)
+
+
+def swept(systems: Sequence[System]) -> str | None:
     """The one setting, rank or dropout, in which systems differ, if there is one."""
     for name in ("rank", "dropout"):
-        rest = [{k: v for k, v in c.items() if k not in (name, "seed")} for c in configs.values()]
-        if len({c.get(name) for c in configs.values()}) == len(configs) > 1 \
-                and all(other == rest[0] for other in rest):
+        rest = [dataclasses.replace(system.config, **dict.fromkeys((
+            name, "seed", "out", "save_every"))) for system in systems]
+        values = {getattr(system.config, name) for system in systems}
+        if len(values) == len(systems) > 1 and all(other == rest[0] for other in rest):
             return name
     return None
 
 
-def draw(out: Path, runs: Sequence[Path], results: Results, configs: Mapping[str, Mapping],
-         errors: Mapping[str, Mapping[str, int]]) -> list[Path]:
-    """All pictures that these runs, and the scores and settings of these systems, allow."""
-    jobs = {f"curves-{run.name}.png": partial(plot_curves, run) for run in runs
-            if (run / "metrics.csv").exists()}
-    if len(results) > 1:
-        jobs["systems.png"] = partial(plot_systems, results)
-    if name := swept(configs):
-        jobs[f"{name}.png"] = partial(plot_sweep, {configs[system][name]: scores for system, scores
-                                                   in results.items()}, name)
-    if errors:
-        jobs["errors.png"] = partial(plot_errors, errors)
-    for name, job in jobs.items():
-        job(out / name)
-    return [out / name for name in jobs]
+def error_counts(systems: Sequence[System]) -> dict[str, Counter]:
+    """{system, or of a single one its unit: {class of errors: number per seed}}."""
+    bars: dict[str, Counter] = {}
+    for system, unit in itertools.product(systems, UNITS):
+        bar = bars.setdefault(unit if len(systems) == 1 else system.name, Counter())
+        for report, kind in itertools.product(system.reports, ERRORS):
+            bar[kind] += report["scores"].get(unit, {}).get(kind, 0) / len(system.reports)
+    return {name: bar for name, bar in bars.items() if bar.total()}
 
 
-ERRORS = ("wrong_type", "boundary", "missed", "spurious", "malformed")
+def plot_errors(counts: Mapping[str, Counter], path: Path) -> Path:
+    """Stacked bars of `error_counts`, in % of a bar's errors, whose number is named."""
+    figure, (ax,) = canvas(9, 1.5 + 0.4 * len(counts))
+    left = [0.0] * len(counts)
+    for kind, colour in zip(ERRORS, COLOURS):
+        parts = [percent(bar[kind], bar.total()) for bar in counts.values()]
+        bars = ax.barh(range(len(counts)), parts, 0.7, left, label=kind.replace("_", " "),
+                       edgecolor="white", color=colour)
+        ax.bar_label(bars, [f"{bar[kind]:.0f}" if part > 4 else "" for bar, part
+                            in zip(counts.values(), parts)], label_type="center", color="white")
+        left = [a + b for a, b in zip(left, parts)]
+    ax.set_yticks(range(len(counts)), [f"{name} ({bar.total():.0f})"
+                                       for name, bar in counts.items()])
+    ax.invert_yaxis()
+    ax.set_xlabel("% of the errors (their number per seed)")
+    figure.legend(loc="outside right upper")
+    return write_figure(figure, path)
 
 
-def pictures_of_one(job: Job, args: argparse.Namespace, world: "train.World") -> list[str]:
-    """Routing and AML weights of a run, where it has them; else why not."""
+def draw_systems(systems: Sequence[System], folder: Path) -> list[Path]:
+    """Systems side by side, over the setting in which they differ, and their errors."""
+    results = {system.name: {unit: f1 for unit, f1 in system.columns().items() if unit in UNITS}
+               for system in systems}
+    made = []
+    if len(systems) > 1:
+        made.append(plot_systems(results, folder / "systems.png"))
+    if name := swept(systems):
+        made.append(plot_sweep({getattr(system.config, name): results[system.name]
+                                for system in systems}, name, folder / f"{name}.png"))
+    if errors := error_counts(systems):
+        made.append(plot_errors(errors, folder / "errors.png"))
+    return made
+
+
+def draw_run(job: Job, folder: Path, args: argparse.Namespace,
+             world: "train.World") -> list[str]:
+    """A run's routing, curves and AML weights: what was made, and what was not and why."""
     import train
-    lines, makers = [], {"routing.png": lambda: route(job, args.plot, args.layers, world)}
-    if job.config.aml and world.main:
-        makers["aml.png"] = lambda: replay(job.folder, args.plot)[0]
+    run, lines = job.checkpoint.parent, []
+    curves = folder / f"curves-{run.resolve().name}.png"
+    makers = {"routing": lambda: route(job, folder, args.layers, world)}
+    if world.main:
+        makers["curves"] = lambda: [plot_curves(run, curves)]
+    if world.main and job.config.aml:
+        makers["AML weights"] = lambda: replay(job, folder)[0]
     for name, make in makers.items():
         try:
             lines += map(str, make())
         except train.UsageError as why:
             lines.append(f"no {name}: {why}")
-    return lines + ["no aml.png: trained without achievement weights"] * (not job.config.aml)
+    return lines + ["no AML weights: trained without them"] * (not job.config.aml)
 
 
 def pictures(args: argparse.Namespace, world: "train.World") -> list[str]:
-    """Draw what these runs allow: of a single one also its routing and its AML weights.
+    """Draw what these runs and their systems allow; what was made, and what was not and why.
 
-    Needs fresh scores in every folder.  Returns what was made, and what was not and why.
+    Needs fresh scores in every folder.  Of several runs each has a folder of its own for what
+    concerns it alone, numbered in the order of the command line.
     """
-    jobs = [Job.of(folder, args) for folder in args.checkpoint]
-    lines = pictures_of_one(jobs[0], args, world) if len(jobs) == 1 else []
-    if not world.main:
-        return []
-    runs = [job.folder if (job.folder / "metrics.csv").exists() else job.folder.parent
-            for job in jobs]
-    lines += [f"no curves of {job.folder}: it has no metrics.csv" for job, run in zip(jobs, runs)
-              if not (run / "metrics.csv").exists()]
-    systems = collect(jobs, system_names([job.config for job in jobs]))
-    results = {system.name: {unit: f1 for unit, f1 in system.columns().items() if unit in UNITS}
-               for system in systems}
-    errors: dict[str, dict[str, float]] = {}
-    for system, unit in itertools.product(systems, UNITS):
-        bar = errors.setdefault(unit if len(systems) == 1 else system.name, {})
-        for report, kind in itertools.product(system.reports, ERRORS):
-            number = report["scores"].get(unit, {}).get(kind, 0) / len(system.reports)
-            bar[kind.replace("_", " ")] = bar.get(kind.replace("_", " "), 0) + number
-    errors = {bar: classes for bar, classes in errors.items() if sum(classes.values())}
-    made = draw(args.plot, runs, results,
-                {system.name: dataclasses.asdict(system.config) for system in systems}, errors)
-    return lines + list(map(str, made))
+    jobs, lines = [Job.of(folder, args) for folder in args.checkpoint], []
+    for number, job in enumerate(jobs, 1):
+        own = f"{number:02d}-{job.checkpoint.parent.resolve().name}" if len(jobs) > 1 else ""
+        lines += draw_run(job, args.plot / own, args, world)
+    if world.main:
+        systems = collect(jobs, system_names([job.config for job in jobs]))
+        lines += map(str, draw_systems(systems, args.plot))
+    return lines
 
 
 # --------------------------------------------------------------------------- answering examples
@@ -1627,7 +1620,7 @@ def folder_rows(folder: Path) -> Given:
     """A row per name in the folder: NAME.txt is its text, NAME.png or the like its image."""
     found: dict[str, dict[str, Path]] = {}
     for file in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
-        part = "text" if file.suffix == ".txt" else "image"
+        part = "text" if file.suffix.lower() == ".txt" else "image"
         files = found.setdefault(file.stem, {})
         if part in files or file.suffix.lower() not in (".txt", *IMAGE_SUFFIXES):
             raise DataError(f"{file}: expected one .txt and at most one image ("
@@ -1637,10 +1630,13 @@ def folder_rows(folder: Path) -> Given:
     if not found:
         raise DataError(f"{folder}: expected a .jsonl file, or .txt and image files, found none; "
                         "name the folder that holds them")
-    return [(str(files.get("text", files.get("image"))), folder, {
-        "id": name, "image": files["image"].name if "image" in files else None,
-        "text": data.read_bytes(files["text"]).decode("utf-8", "surrogateescape")
-        if "text" in files else ""}) for name, files in found.items()]
+    rows: Given = []
+    for name, files in found.items():
+        text, image = files.get("text"), files.get("image")
+        words = data.read_bytes(text).decode("utf-8", "surrogateescape") if text else ""
+        rows.append((str(text or image), folder,
+                     {"id": name, "text": words, "image": image and image.name}))
+    return rows
 
 
 def parse_boxes(words: Sequence[str]) -> list:
@@ -1688,9 +1684,11 @@ def completed(row: bytes | dict, folder: Path, name: str, args: argparse.Namespa
     if not isinstance(row, dict):
         raise DataError(f"row: {data.show(row)} is no JSON object: write one per line")
     raw = {"id": name, "task": args.task, "image": None, "size": None, "objects": [], **row}
-    able = [key for key, dataset in datasets.items() if raw["task"] in tuple(dataset.units)]
-    raw = {"dataset": args.dataset or (able or [None])[0],
-           **(data.get(GOLDLESS, raw["task"]) or {}), **raw}
+    if raw["task"] not in data.RECORD_TASKS:
+        raise DataError(f"task: expected one of {', '.join(data.RECORD_TASKS)}, got "
+                        f"{raw['task']!r}; write it into the row, or name one for all by --task")
+    able = [key for key, dataset in datasets.items() if raw["task"] in dataset.units]
+    raw = {"dataset": args.dataset or (able or [None])[0], **GOLDLESS[raw["task"]], **raw}
     if raw["dataset"] not in able:
         raise DataError(f"dataset: expected one with the task {raw['task']}, got "
                         f"{raw['dataset']!r}; use one of: "
@@ -1758,6 +1756,11 @@ def has_image(record: Record) -> bool:
     return record.image is not None and Path(record.image).is_file()
 
 
+SPOKEN = COLOURS[:6]  # of marks on a page
+TERMINAL = (34, 33, 32, 35, 36, 31)  # codes of about the same colours
+HARMLESS = str.maketrans(dict.fromkeys((*range(32), *range(127, 160)), "?"))  # on a terminal
+
+
 @dataclass(frozen=True)
 class Mark:
     """A place in the text or the image, and what the answer says of it."""
@@ -1807,75 +1810,83 @@ def answer_lines(row: Row) -> list[str]:
     return (lines or ["nothing found"]) + [f"note: {note}" for note in notes]
 
 
-HARMLESS = str.maketrans(dict.fromkeys((*range(32), *range(127, 160)), "?"))  # on a terminal
-
-
 def coloured(row: Row, dataset: Dataset) -> str:
     """The text for a terminal, the words of each item in a colour."""
     words = [token.translate(HARMLESS) for token in row.record.tokens]
     for mark in marks(row, dataset):
         if mark.item.span:
             start, end = mark.item.span
-            words[start] = f"\033[1;{(34, 33, 32, 35, 36, 31)[mark.colour]}m{words[start]}"
+            words[start] = f"\033[1;{TERMINAL[mark.colour]}m{words[start]}"
             words[end - 1] += "\033[0m"
     return " ".join(words)
 
 
-def answer_json(row: Row) -> str:
-    """An answer as one line of JSON; spans count the tokens."""
+def tell(row: Row, dataset: Dataset) -> None:
+    """Print an answer in words, below its text."""
+    text = " ".join(row.record.tokens).translate(HARMLESS)
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+        text = coloured(row, dataset)
+    lines = [line.translate(HARMLESS) for line in answer_lines(row)]
+    print(text or "(no text)", *lines, sep="\n  ")
+
+
+def answer_json(row: Row, strips: Sequence["Strip"]) -> str:
+    """An answer as one line of JSON; spans count the tokens.
+
+    "gates": {token stream: mean gate of the task expert}, empty where no `strips` were made.
+    """
     record, answer = row.record, row.answer
     return json.dumps({"id": record.id, "dataset": record.dataset, "task": record.task,
                        "tokens": record.tokens, "image": record.image, "answer": answer.text,
                        "items": items_json(row.predicted), "malformed": row.counts.malformed,
-                       "cut": answer.cut, "missing_image": answer.missing}, ensure_ascii=False)
+                       "cut": answer.cut, "missing_image": answer.missing,
+                       "gates": {strip.stream: fmean(strip.gates) for strip in strips}},
+                      ensure_ascii=False)
 
 
 def answer_examples(args: argparse.Namespace, world: "train.World") -> None:
     """Answer the examples of the command line: in words, as JSON, as pictures."""
     import train
-    setup = train.load_model(train.find_checkpoint(args.checkpoint[0]), world.device,
-                             **changed(args))
+    job = Job.of(args.checkpoint[0], args)
+    setup = train.load_model(job.checkpoint, world.device, **job.changes)
     config, datasets = setup.config, setup.datasets
     records = example_records(args, datasets)
+
+    def note(text: str) -> None:
+        if world.main:
+            print(text, file=sys.stderr)
+
     examples = data.encode_records(records, datasets, setup.tokenizer, config.max_source,
-                                   config.max_target, partial(print, file=sys.stderr))
+                                   config.max_target, note)
     crowded = [record.source for record in records if len(record.objects) > config.max_objects]
     if crowded:
-        print(f"note: {len(crowded)} example(s), first {crowded[0]}, have more than "
-              f"{config.max_objects} objects; the model sees the first {config.max_objects}",
-              file=sys.stderr)
+        note(f"note: {len(crowded)} example(s), first {crowded[0]}, have more than "
+             f"{config.max_objects} objects; the model sees the first {config.max_objects}")
     features = GivenImages(setup.sources.vit, records, config.max_objects, world.device)
-    decoding = Decoding.of(config, args.batch_size, args.beams)
     world.join()
     rows = evaluate_split(setup.model, examples, datasets, features, setup.tokenizer, world.device,
-                          decoding, world.rank, world.size)
+                          job.decoding, world.rank, world.size)
     if not world.main:
         return
-    tell(rows, datasets, args)
-    why = lacks_gate(setup)
-    for number, (row, example) in enumerate(zip(rows, examples) if args.draw else (), 1):
-        name = f"{number:04d}-{re.sub(r'[^A-Za-z0-9.]+', '-', row.record.id)[:80]}.png"
-        path = args.draw / name if args.examples else args.draw
-        strips = [] if why else token_strips(setup, example, row, features, world.device, decoding)
-        draw_example(row, datasets[row.record.dataset], strips or why, path)
-        if not args.json:
-            print(f"picture: {path}")
-
-
-def tell(rows: Sequence[Row], datasets: Mapping[str, Dataset], args: argparse.Namespace) -> None:
-    """Print the answers, in words unless --json, and as JSON here or in --out."""
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    for row in rows if not args.json else ():
-        text = " ".join(row.record.tokens).translate(HARMLESS)
-        text = coloured(row, datasets[row.record.dataset]) if colour else text
-        lines = [line.translate(HARMLESS) for line in answer_lines(row)]
-        print(text or "(no text)", *lines, sep="\n  ")
-        if not args.out:
-            print(answer_json(row))
+    why = lacks_gate(config)
+    wanted = not why and (args.draw or args.text is not None)
+    strips = [token_strips(setup, example, row, features, world.device, job.decoding)
+              if wanted else [] for example, row in zip(examples, rows)]
+    lines = list(map(answer_json, rows, strips))
     if args.out:
-        write_whole(args.out, "".join(answer_json(row) + "\n" for row in rows))
-    elif args.json:
-        print(*map(answer_json, rows), sep="\n")
+        write_whole(args.out, "".join(line + "\n" for line in lines))
+    for number, (row, line) in enumerate(zip(rows, lines)):
+        dataset = datasets[row.record.dataset]
+        if not args.json:
+            tell(row, dataset)
+        if not args.out:
+            print(line)
+        if args.draw:
+            name = re.sub(r"[^A-Za-z0-9.]+", "-", row.record.id)[:80]
+            path = args.draw / f"{number + 1:04d}-{name}.png" if args.examples else args.draw
+            draw_example(row, dataset, strips[number], why, path)
+            if not args.json:
+                print(f"picture: {path}")
 
 
 # ------------------------------------------------------------------------- picture of one example
@@ -1883,151 +1894,142 @@ def tell(rows: Sequence[Row], datasets: Mapping[str, Dataset], args: argparse.Na
 
 PAGE, SIDE, MARGIN = 11.0, 3.6, 0.35  # width, side of the image, margins and gaps
 CHAR, LINE = 13 / DPI, 0.21  # of matplotlib's monospaced font at 10 points, hinted at 150 DPI
+LEADING = 1.3  # from one line of the text to the next, in LINE
 BAR, BARS = 0.24, 0.65  # width of a bar, height of a row of bars
+SCALE = 0.3  # left of a row of bars
+ROW = PAGE - 2 * MARGIN - SCALE  # its width
 UNIVERSAL, TASK = COLOURS[:2]
-SPOKEN = COLOURS[:6]  # of marks
 
 
 @dataclass(frozen=True)
 class Strip:
     """The task expert's gate at each token of one stream, mean over the layers that see it."""
 
+    stream: str  # "memory", "visual" or "target"
     title: str
     names: list[str]  # of the tokens; one that begins a word begins with a blank
     gates: list[float]
 
 
+def piece(tokenizer: Tokenizer, i: int) -> str:
+    """A token as it is drawn; a blank in front begins a word."""
+    if i >= tokenizer.vocab_size:
+        return tokenizer.decode([i])
+    return tokenizer.pieces.id_to_piece(i).replace("\u2581", " ")
+
+
 @torch.inference_mode()
-def token_gates(model: nn.Module, example: Example, ids: Sequence[int], features: Features,
-                device: torch.device, decoding: Decoding) -> dict[str, list[float]]:
-    """{stream: gate of the task expert at each token, mean over the stream's layers}, while the
-    model reads the example and writes `ids`; the gates of a target token are those that wrote it.
-    """
-    found: dict[str, list[Tensor]] = {}
-
-    def log(place: int, layer: nn.Module, gates: Tensor) -> None:
-        found.setdefault(layer.stream, []).append(gates[0, :, 1].double())
-
-    batch = data.collate([dataclasses.replace(example, labels=list(ids))], features, features.width)
-    with gates_logged(model, log), torch.autocast(device.type, torch.bfloat16,
-                                                  enabled=decoding.precision == "bf16"):
-        model(batch.to(device))
-    return {stream: torch.stack(some).mean(dim=0).tolist() for stream, some in found.items()}
-
-
 def token_strips(setup: "train.Setup", example: Example, row: Row, features: Features,
                  device: torch.device, decoding: Decoding) -> list[Strip]:
-    """Reading, looking, writing; the tokens of the prompt before the text are one mean."""
-    tokenizer, ids, record = setup.tokenizer, example.input_ids, example.record
-    found = token_gates(setup.model, example, row.answer.ids, features, device, decoding)
+    """The gates while the model reads an example, looks at its image and writes its answer.
+
+    Those of a target token are those that wrote it; the prompt before the text is one mean.
+    """
+    tokenizer, record = setup.tokenizer, example.record
+    ids, answer = example.input_ids, row.answer.ids
+    batch = data.collate([dataclasses.replace(example, labels=list(answer))], features,
+                         features.width).to(device)
+    layers: dict[str, list[Tensor]] = {}
+    for layer, gates in gates_on(setup.model, batch, decoding.precision).items():
+        layers.setdefault(layer.stream, []).append(gates[0, :, 1].double())
+    found = {stream: torch.stack(some).mean(dim=0).tolist() for stream, some in layers.items()}
     prefix, _ = data.prompt(record, setup.datasets[record.dataset])
     n = len(os.path.commonprefix([ids, tokenizer.encode(prefix)]))
     source = found["memory"][-len(ids):]  # visual tokens may come first
-    strips = [Strip(f"reading the text (prompt: mean of {n} tokens)", ["prompt", *(
-        piece(tokenizer, i) for i in ids[n:])], [fmean(source[:n]), *source[n:]])]
+    strips = [Strip("memory", f"reading the text (prompt: mean of {n} tokens)",
+                    ["prompt", *(piece(tokenizer, i) for i in ids[n:])],
+                    [fmean(source[:n]), *source[n:]])]
     if "visual" in found:
-        strips.append(Strip("looking at the picture", ["image", *(
-            f" O{k}" for k in range(1, len(found["visual"])))], found["visual"]))
-    return [*strips, Strip("writing the answer", [piece(tokenizer, i) for i in row.answer.ids],
+        objects = [f" O{k}" for k in range(1, len(found["visual"]))]
+        strips.append(Strip("visual", "looking at the picture", ["image", *objects],
+                            found["visual"]))
+    return [*strips, Strip("target", "writing the answer", [piece(tokenizer, i) for i in answer],
                            found["target"])]
 
 
-def lay_out(tokens: Sequence[str], spans: Sequence[Mark],
-            width: int) -> list[list[tuple[int, str, str, list[int]]]]:
-    """Words in lines of `width` characters: (column, word, label below, spans that it is in).
+Word = tuple[int, str, list[Mark], bool]  # column, text, spans it is in, whether it is a label
 
-    A label stands below the first word of its span; where it is longer than the words above it,
-    the next labelled word moves to its right.
-    """
-    lines, column, free = [[]], 0, 0  # free: first column of the line without a label
+
+def lay_out(tokens: Sequence[str], spans: Sequence[Mark], width: int) -> list[list[Word]]:
+    """The words of a text, and behind each span its label, in lines of `width` characters."""
+    words: list[tuple[str, list[Mark], bool]] = []
     for i, token in enumerate(tokens):
-        label = " + ".join(mark.label for mark in spans if mark.item.span[0] == i)
-        inside = [k for k, mark in enumerate(spans) if i in range(*mark.item.span)]
-        for part in range(0, len(token), width):
-            word, below = token[part:part + width], "" if part else label
-            column = max(column, free) if below else column
-            if column + max(len(word), len(below)) > width and lines[-1]:
-                lines, column, free = [*lines, []], 0, 0
-            lines[-1].append((column, word, below, inside))
-            free = column + len(below) + 1 if below else free
-            column += len(word) + 1
+        inside = [mark for mark in spans if i in range(*mark.item.span)]
+        words += [(part, inside, False) for part in textwrap.wrap(token, width)]
+        words += [(mark.label, [mark], True) for mark in inside if mark.item.span[1] == i + 1]
+    lines, column = [[]], 0
+    for word, inside, is_label in words:
+        if column and column + len(word) > width:
+            lines, column = [*lines, []], 0
+        lines[-1].append((column, word, inside, is_label))
+        column += len(word) + 1
     return lines
 
 
-def draw_words(ax: object, lines: Sequence[list], below: Sequence[str], spans: Sequence[Mark],
-               start: float) -> None:
-    """Lines of text from `lay_out`, from y = start down, and plain lines below; x in characters,
-    y in lines."""
+def draw_text(ax: object, title: str, lines: Sequence[Sequence[Word]], spans: Sequence[Mark],
+              below: Sequence[str]) -> None:
+    """A title, the lines of `lay_out` and plain lines below; x in characters, y in lines."""
     from matplotlib.patches import Rectangle
-    font, y = {"family": "monospace", "va": "center"}, start
-    for line in lines:
-        for k in sorted({k for *_, inside in line for k in inside}):
-            ends = [(x, x + len(word)) for x, word, _, inside in line if k in inside]
-            ax.add_patch(Rectangle((ends[0][0], y), ends[-1][1] - ends[0][0], 1, alpha=0.35,
-                                   linewidth=0, facecolor=SPOKEN[spans[k].colour]))
-        for x, word, label, inside in line:
-            ax.text(x, y + 0.5, word, fontsize=10, **font)
-            ax.text(x, y + 1.4, label, fontsize=8, color="#444444", **font)
-        y += line_height(line)
-    for i, text in enumerate(below):
-        ax.text(0, y + 1.2 + i, text, fontsize=9, **font)
-
-
-def line_height(line: Sequence[tuple]) -> float:
-    return 2.1 if any(label for _, _, label, _ in line) else 1.2
+    ax.text(0, 0.3, title, fontsize=10, weight="bold")
+    font = {"family": "monospace", "va": "center"}
+    for y, line in enumerate(lines, 1):
+        for mark in spans:
+            ends = [(x, x + len(word)) for x, word, inside, _ in line if mark in inside]
+            if ends:
+                ax.add_patch(Rectangle((ends[0][0], LEADING * y), ends[-1][1] - ends[0][0], 1,
+                                       alpha=0.35, linewidth=0, facecolor=SPOKEN[mark.colour]))
+        for x, word, _, is_label in line:
+            size, colour = (8, "#444444") if is_label else (10, "black")
+            ax.text(x, LEADING * y + 0.5, word, fontsize=size, color=colour, **font)
+    for y, text in enumerate(below, 1):
+        ax.text(0, LEADING * (len(lines) + 1) + y, text, fontsize=9, **font)
 
 
 def draw_image(ax: object, record: Record, found: Sequence[Mark], image: object) -> None:
-    """The image with its numbered boxes and what the answer says of them, those that it names
-    first: each label stands where it covers no earlier one, if there is such a corner."""
+    """The image with its numbered boxes and what the answer says of them, in image pixels.
+
+    Boxes that the answer names come first, and each label stands where it covers no earlier one.
+    """
     from matplotlib.patches import Rectangle
-    ax.imshow(image)
+    ax.imshow(image, extent=(0, image.width, image.height, 0))
     ax.set(xticks=[], yticks=[], anchor="NW")
-    ax.apply_aspect()  # now, as texts are measured below
-    whole = [mark for mark in found if mark.item.whole_image]
-    if whole:
+    ax.apply_aspect()  # now, as labels are measured below
+    pixel = image.width / ax.bbox.width  # one of the page, in those of the image
+    if whole := [mark for mark in found if mark.item.whole_image]:
         ax.spines[:].set(linewidth=5, color=SPOKEN[whole[0].colour])
         ax.set_xlabel(f"O0, the whole image: {', '.join(mark.label for mark in whole)}", loc="left")
-    taken: list = []
     said = {k: [mark for mark in found if mark.item.object == k and mark.item.box]
             for k in range(1, len(record.objects) + 1)}
+    taken: list[data.Box] = []
     for k in sorted(said, key=lambda k: not said[k]):
-        x1, y1, x2, y2 = record.objects[k - 1]
+        x1, y1, x2, y2 = box = record.objects[k - 1]
         colour, width, above = (SPOKEN[said[k][0].colour], 2.5, 3) if said[k] else ("#777777", 1, 2)
         ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour,
                                linewidth=width, zorder=above))
-        label = ax.text(x1, y1, "\n".join([f"O{k}", *(mark.label for mark in said[k])]), fontsize=8,
-                        color="white", zorder=above + 2, bbox={"facecolor": colour, "pad": 1.5,
-                                                               "edgecolor": "none"})
-        taken.append(best_place(label, (x1, y1, x2, y2), taken, ax))
+        label = ax.text(0, 0, "\n".join([f"O{k}", *(mark.label for mark in said[k])]), fontsize=8,
+                        color="white", va="top", zorder=above + 2,
+                        bbox={"facecolor": colour, "pad": 1.5, "edgecolor": "none"})
+        extent = label.get_window_extent().padded(3)
+        size = extent.width * pixel, extent.height * pixel
+        x, y = label_place(size, box, taken, image.size)
+        label.set_position((x + 3 * pixel, y + 3 * pixel))
+        taken.append((x, y, x + size[0], y + size[1]))
+        if not (x <= x2 and x1 <= x + size[0] and y <= y2 and y1 <= y + size[1]):
+            ax.plot([x, x1], [y, y1], color=colour, linewidth=1, scalex=False, scaley=False)
 
 
-def best_place(label: object, box: Sequence[float], taken: Sequence, ax: object) -> object:
-    """Move a box' label to a corner of the box where it lies in the axes and on no other label,
-    else to the nearest such place, with a line to the box; returns the label's extent."""
-    x1, y1, x2, y2 = box
-    sides = ((y1, "bottom"), (y2, "top"), (y1, "top"), (y2, "bottom"))
-    corners = [(x, y, ha, va) for y, va in sides for x, ha in ((x1, "left"), (x2, "right"))]
-    grid = [(x, y, "left", "top") for x in numpy.linspace(*ax.get_xlim(), 16)
-            for y in numpy.linspace(*ax.get_ylim(), 25)]
-
-    def extent(spot: tuple) -> object:
-        label.set(**dict(zip(("x", "y", "ha", "va"), spot)))
-        return label.get_window_extent().padded(3)
-
-    def covered(spot: tuple) -> float:
-        mine = extent(spot)
-        inside = mine.intersection(mine, ax.bbox)
-        lost = mine.width * mine.height - (inside.width * inside.height if inside else 0)
-        return round(lost + sum(both.width * both.height for other in taken
-                                if (both := mine.intersection(mine, other))))
-
-    best = min(corners, key=covered)
-    if covered(best):
-        best = min(grid, key=lambda spot: (covered(spot), math.dist(spot[:2], (x1, y1))))
-        ax.plot([best[0], x1], [best[1], y1], color=label.get_bbox_patch().get_facecolor(),
-                linewidth=1, scalex=False, scaley=False)
-    return extent(best)
+def label_place(size: tuple[float, float], box: data.Box, taken: Sequence[data.Box],
+                image: tuple[int, int]) -> tuple[float, float]:
+    """Top left corner for a label of `size` in an `image` where it covers nothing that is `taken`:
+    at a corner of its box, outside or inside, else as near as there is room."""
+    (x1, y1, x2, y2), (w, h) = box, size
+    right, bottom = (max(0, whole - part) for whole, part in zip(image, size))
+    corners = [(min(max(0, x), right), min(max(0, y), bottom))
+               for y in (y1 - h, y2, y1, y2 - h) for x in (x1, x2 - w)]
+    grid = itertools.product(numpy.linspace(0, right, 16), numpy.linspace(0, bottom, 25))
+    places = [*corners, *sorted(grid, key=lambda place: math.dist(place, (x1, y1)))]
+    return next(((x, y) for x, y in places if not any(
+        data.iou((x, y, x + w, y + h), other) for other in taken)), corners[0])
 
 
 def strip_rows(strips: Sequence[Strip]) -> list[tuple[str, list[tuple[float, str, float]]]]:
@@ -2040,7 +2042,7 @@ def strip_rows(strips: Sequence[Strip]) -> list[tuple[str, list[tuple[float, str
         x = 0.0
         for name, gate in zip(strip.names, strip.gates):
             x += 0.35 * (name[0] in " <" and x > 0)
-            if x > (PAGE - 2 * MARGIN - 0.3) / BAR - 1:
+            if x > ROW / BAR - 1:
                 rows.append(("", []))
                 x = 0.0
             rows[-1][1].append((x, name.strip(), gate))
@@ -2057,7 +2059,7 @@ def draw_strip(ax: object, title: str, bars: Sequence[tuple[float, str, float]])
         ax.text(x, 0.04, f"{gate:.2f}".removeprefix("0"), fontsize=6.5, ha="center", va="bottom",
                 color="black" if gate > 0.2 else "white")
     ax.plot([-0.5, at[-1] + 0.5], [0.5, 0.5], color="black", linewidth=0.8, linestyle=":")
-    ax.set_xlim(-0.6, (PAGE - 2 * MARGIN - 0.3) / BAR - 0.4)
+    ax.set_xlim(-0.6, ROW / BAR - 0.4)
     ax.set_ylim(0, 1)
     ax.set_xticks(at, names, rotation=90, fontsize=8, family="monospace")
     ax.set_yticks([0, 0.5, 1], ["0", ".5", "1"], fontsize=7)
@@ -2066,14 +2068,15 @@ def draw_strip(ax: object, title: str, bars: Sequence[tuple[float, str, float]])
     ax.set_title(title, fontsize=9, loc="left", pad=3)
 
 
-def draw_example(row: Row, dataset: Dataset, strips: Sequence[Strip] | str, path: Path) -> None:
-    """One page: the image and its boxes, the text and what was found, the gates or why none."""
+def draw_example(row: Row, dataset: Dataset, strips: Sequence[Strip], why: str | None,
+                 path: Path) -> None:
+    """One page: the image and its boxes, the text and what was found, the gates or `why` none."""
     from matplotlib import rc_context
     with rc_context({"text.parse_math": False}):  # a $ in a text is a $
-        write_figure(example_figure(row, dataset, strips), path)
+        write_figure(example_figure(row, dataset, strips, why), path)
 
 
-def example_figure(row: Row, dataset: Dataset, strips: Sequence[Strip] | str) -> object:
+def example_figure(row: Row, dataset: Dataset, strips: Sequence[Strip], why: str | None) -> object:
     """The page of `draw_example`: its parts are measured first, then set from the top down."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -2086,12 +2089,12 @@ def example_figure(row: Row, dataset: Dataset, strips: Sequence[Strip] | str) ->
     lines = lay_out(record.tokens or ("(no text)",), spans, width)
     below = [line for text in answer_lines(row) for line in
              textwrap.wrap(text, width, subsequent_indent="  ")]
-    tall = max(LINE * (sum(map(line_height, lines)) + len(below) + 3), SIDE * bool(image) + 0.3)
-    bars = strip_rows(strips) if not isinstance(strips, str) else []
+    tall = max(LINE * (LEADING * (len(lines) + 1) + len(below) + 1), SIDE * bool(image) + 0.3)
+    bars = strip_rows(strips)
     feet = [0.1 + 0.068 * max(len(name) for _, name, _ in some) for _, some in bars]
     height = MARGIN + tall + 0.5 + sum(0.4 + BARS + foot for foot in feet)
     figure = Figure((PAGE, height), dpi=DPI)
-    FigureCanvasAgg(figure)
+    FigureCanvasAgg(figure)  # which can measure texts
 
     def panel(x: float, y: float, w: float, h: float) -> object:
         return figure.add_axes((x / PAGE, 1 - (y + h) / height, w / PAGE, h / height))
@@ -2101,11 +2104,10 @@ def example_figure(row: Row, dataset: Dataset, strips: Sequence[Strip] | str) ->
     text = panel(left, MARGIN, width * CHAR, tall)
     text.set(xlim=(0, width), ylim=(tall / LINE, 0))
     text.axis("off")
-    text.text(0, 0.3, f"{record.task} by the labels of {dataset.name}", fontsize=10, weight="bold")
-    draw_words(text, lines, below, spans, 1.2)
+    draw_text(text, f"{record.task} by the labels of {dataset.name}", lines, spans, below)
     y = MARGIN + tall + 0.2
-    if isinstance(strips, str):
-        figure.text(MARGIN / PAGE, 1 - y / height, f"no gates to draw: {strips}", fontsize=9)
+    if why:
+        figure.text(MARGIN / PAGE, 1 - y / height, f"no gates to draw: {why}", fontsize=9)
     else:
         task = record.task if record.task in data.TASKS else "mee"
         figure.legend(handles=[Patch(color=UNIVERSAL, label="universal expert"),
@@ -2113,34 +2115,9 @@ def example_figure(row: Row, dataset: Dataset, strips: Sequence[Strip] | str) ->
                       frameon=False, fontsize=9, loc="upper right",
                       bbox_to_anchor=(1 - MARGIN / PAGE, 1 - y / height))
     for (title, some), foot in zip(bars, feet):
-        draw_strip(panel(MARGIN + 0.3, y + 0.4, PAGE - 2 * MARGIN - 0.3, BARS), title, some)
+        draw_strip(panel(MARGIN + SCALE, y + 0.4, ROW, BARS), title, some)
         y += 0.4 + BARS + foot
     return figure
-
-
-
-def piece(tokenizer: Tokenizer, i: int) -> str:
-    """A token as it is drawn; a blank in front begins a word."""
-    if i >= tokenizer.vocab_size:
-        return tokenizer.decode([i])
-    return tokenizer.pieces.id_to_piece(i).replace("\u2581", " ")
-
-
-def analyse(args: argparse.Namespace, world: "train.World") -> str | None:
-    """What the command line asks for instead of scores, as text; None if it wants scores."""
-    import train
-    if not args.checkpoint:
-        geometry = Geometry.of_size(args.size, train.SIZES[args.size].rank, args.lengths)
-        return cost_report(geometry, PAPER_COSTS.get(args.size, {}))
-    if args.aml_replay:
-        made, report = replay(args.checkpoint[0], args.aml_replay) if world.main else ([], "")
-        return "\n".join([report, *map(str, made)])
-    if args.costs:
-        return cost_report(Geometry.of_run(*Job.of(args.checkpoint[0], args).load(world)), {})
-    if args.routing:
-        made = route(Job.of(args.checkpoint[0], args), args.routing, args.layers, world)
-        return "\n".join(["tokens given to the task expert:", *map(str, made)])
-    return None
 
 
 # ---------------------------------------------------------------------------------------- export
@@ -2170,14 +2147,14 @@ def adapter(args: argparse.Namespace, world: "train.World") -> tuple[Callable, l
     corpus = Path(args.data or corpus_of(train.stored_config(checkpoint)))
     tensors = {name: tensor for name, tensor in load_file(checkpoint / "model.safetensors").items()
                if not name.endswith(".rho")}
-    nowhere = dict.fromkeys(("data", "t5", "vit", "init", "aml_reference"))
-    config = {**state["config"], **nowhere, "mim": False}
+    config = {**state["config"], "mim": False,
+              **dict.fromkeys(("data", "t5", "vit", "init", "aml_reference"))}
 
     def make(folder: Path) -> None:
         for name in data.load_datasets(corpus):
             (folder / "corpus" / name).mkdir(parents=True)
             shutil.copy(corpus / name / "dataset.json", folder / "corpus" / name)
-        save_file(tensors, folder / "model.safetensors")
+        (folder / "model.safetensors").write_bytes(save(tensors))
         digest = {"model.safetensors": train.file_hash(folder / "model.safetensors")}
         train.write_state(folder, {**state, **dict.fromkeys(("t5", "vit", "init")),
                                    "config": config}, digest)
@@ -2194,10 +2171,10 @@ def adapter(args: argparse.Namespace, world: "train.World") -> tuple[Callable, l
         "in the hub's cache"]
 
 
-def mean_gates(model: nn.Module, sums: Tensor) -> dict[str, tuple[float, ...] | None]:
-    """{path: gates of a wrapped linear, averaged over the tokens of `gate_sums`}; None: no gate."""
-    return {path: tuple((total[1:3] / total[0]).tolist()) if hasattr(layer, "W_g") else None
-            for (path, layer), total in zip(clorae.expert_layers(model).items(), sums[:, 0].cpu())}
+def mean_gates(model: nn.Module, sums: Tensor) -> dict[str, tuple[float, ...]]:
+    """{path: gates of a wrapped linear, averaged over the tokens of `gate_sums`}."""
+    return {path: tuple((total[1:3] / total[0]).tolist()) for path, total in
+            zip(clorae.expert_layers(model), sums[:, 0].cpu(), strict=True)}
 
 
 def fix_gates(model: nn.Module, task: int, gates: Mapping[str, Sequence[float] | None]) -> None:
@@ -2216,22 +2193,12 @@ def write_peft(model: nn.Module, base: str | None, folder: Path) -> None:
         tensors |= {f"{key}.lora_A.weight": layer.A_U.detach().cpu().contiguous(),
                     f"{key}.lora_B.weight": layer.B_U.detach().cpu().contiguous()}
     folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_model.safetensors").write_bytes(save(tensors, {"format": "pt"}))
     write_whole(folder / "adapter_config.json", json.dumps({
         "peft_type": "LORA", "task_type": "SEQ_2_SEQ_LM", "base_model_name_or_path": base,
         "r": layer.config.rank, "lora_alpha": layer.config.alpha, "lora_dropout": 0.0,
         "target_modules": list(layer.config.targets), "bias": "none", "inference_mode": True},
         indent=1) + "\n")
-
-
-@dataclass(frozen=True)
-class NoImages:
-    """Features of records as a model sees them that was given their text alone."""
-
-    width: int
-
-    def __call__(self, record: Record) -> None:
-        return None
 
 
 def plain_lora(args: argparse.Namespace, world: "train.World") -> tuple[Callable, list[str]]:
@@ -2249,169 +2216,181 @@ def plain_lora(args: argparse.Namespace, world: "train.World") -> tuple[Callable
                                f"T5, got {config.method if config.method == 'full' else '--init'}: "
                                "all of its T5 was trained; export it without --task")
     task = data.TASKS.index("mee" if args.task in ("med", "meae") else args.task)
-    dev = [e for e in job.examples(setup, "dev", world) if e.task == task]
-    examples = [e for e in examples if e.task == task]
-    features = job.features(setup, dev + examples, world)
+    dev, split = ([e for e in some if e.task == task]
+                  for some in (job.examples(setup, "dev", world), examples))
+    if not dev or not split:
+        raise train.UsageError(f"--export with --task {args.task}: expected rows of it in the dev "
+                               f"and the {job.split} split of {setup.sources.corpus}, got "
+                               f"{len(dev)} and {len(split)}; name another task")
+    features = job.features(setup, dev + split, world)
     world.join()
-    score = partial(evaluate_split, datasets=setup.datasets, tokenizer=setup.tokenizer,
-                    device=world.device, decoding=job.decoding, rank=world.rank, world=world.size)
+    here = {"device": world.device, "decoding": job.decoding, "rank": world.rank,
+            "world": world.size}
+    score = partial(evaluate_split, model, datasets=setup.datasets, features=features,
+                    tokenizer=setup.tokenizer, **here)
     gates = dict.fromkeys(clorae.expert_layers(model))
     if any(hasattr(layer, "W_g") for layer in clorae.expert_layers(model).values()):
-        gates = mean_gates(model, gate_sums(model, dev, [0] * len(dev), features, world.device,
-                                            job.decoding, world.rank, world.size))
-    before = score(model, examples, features=features)
+        gates = mean_gates(model, gate_sums(model, dev, [0] * len(dev), features, **here))
+    before = score(split)
     fix_gates(model, task, gates)
-    after = score(model, examples, features=features)
-    alone = score(model, examples, features=NoImages(features.width))
-    scores = {"before": before, "after, gates fixed": after, "after, without images": alone}
+    scores = {"before": before, "after, gates fixed": score(split),
+              "after, without images": score(list(map(without_image, split)))}
     rank = next(iter(clorae.expert_layers(model.t5).values())).config.rank
-    prompt = "".join(data.prompt(examples[0].record, setup.datasets[examples[0].record.dataset]))
+    record = split[0].record
     return partial(write_peft, model, train.SIZES[config.size].t5), [
         f"{args.export}: LoRA of rank {rank} for {data.TASKS[task]} on the q and v of T5, sha256 "
         f"{train.folder_hash(setup.sources.t5)[:12]}",
-        *(f"F1 {name}: " + ", ".join(f"{u} {f1:.2f}" for u, f1 in unit_f1(total(rows)).items())
-          for name, rows in scores.items()),
+        *(f"F1 {name}: " + ", ".join(f"{u} {f1:.2f}" for u, f1 in unit_f1(total(some)).items())
+          for name, some in scores.items()),
         "the visual adapter, with its experts, is not part of it: in PEFT the model reads text "
-        "alone, as in the last line, such as", prompt]
+        "alone, as in the last line, such as",
+        "".join(data.prompt(record, setup.datasets[record.dataset]))]
+
+
+def without_image(example: Example) -> Example:
+    """The same row for a model that is given its text alone."""
+    return dataclasses.replace(example, record=dataclasses.replace(example.record, image=None))
 
 
 # ------------------------------------------------------------------------------------ the command
 
 def add_pictures(result: data.Parser) -> None:
     """The options that ask for analyses and pictures of runs."""
-    group = result.add_argument_group("pictures of runs")
-    group.add_argument("--plot", type=Path, metavar="DIR",
-                       help="of one CKPT its losses, dev F1, AML weights (and under other "
-                            "assumptions), routing and classes of errors; of several the systems "
-                            "side by side and the setting in which they differ; scores that still "
-                            "hold are not made again")
-    group.add_argument("--layers", nargs="+", type=int, metavar="N",
-                       help="layers that the routing picture shows; default: all")
-    group = result.add_argument_group("analyses (instead of scoring)")
-    group.add_argument("--routing", type=Path, metavar="DIR",
-                       help="share of tokens that the gates give the task experts, as Fig. 6")
-    group.add_argument("--aml-replay", type=Path, metavar="DIR",
-                       help="AML weights of the run's history under other references p_m, margins, "
-                            "exponents and temperatures; nothing is trained")
-    group.add_argument("--costs", action="store_true",
-                       help="parameters and FLOPs of every method, as Table 5: of flan-t5-SIZE, or "
-                            "with CKPT of its backbone at its rows' mean lengths")
-    group.add_argument("--size", choices=tuple(GEOMETRY), default="base",
-                       help="--costs without CKPT: the backbone")
-    group.add_argument("--lengths", nargs=3, type=int, default=PAPER_LENGTHS,
-                       metavar=("N_E", "N_D", "N_V"), help="--costs without CKPT: source, target, "
-                       "visual tokens of a row; default: 95 1 21, which give the paper's figures")
+    add = result.add_argument_group("pictures of runs").add_argument
+    add("--plot", type=Path, metavar="DIR",
+        help="of one CKPT its losses, dev F1, AML weights (and under other assumptions), routing "
+             "and classes of errors; of several the systems side by side, the setting in which "
+             "they differ, and the pictures of each in a folder of its own; scores that still hold "
+             "are not made again")
+    add("--layers", nargs="+", type=int, metavar="N",
+        help="layers that the routing picture shows; default: all")
+    add = result.add_argument_group("analyses (instead of scoring)").add_argument
+    add("--routing", type=Path, metavar="DIR",
+        help="share of tokens that the gates give the task experts, as Fig. 6")
+    add("--aml-replay", type=Path, metavar="DIR",
+        help="AML weights of the run's history under other references p_m, margins, exponents and "
+             "temperatures; nothing is trained")
+    add("--costs", action="store_true",
+        help="parameters and FLOPs of every method, as Table 5: of flan-t5-SIZE, or with CKPT of "
+             "its backbone at its rows' mean lengths")
+    add("--size", choices=tuple(GEOMETRY), default="base",
+        help="--costs without CKPT: the backbone")
+    add("--lengths", nargs=3, type=int, default=PAPER_LENGTHS, metavar=("N_E", "N_D", "N_V"),
+        help="--costs without CKPT: source, target, visual tokens of a row; default: 95 1 21, "
+             "which give the paper's figures")
 
 
 def add_examples(result: data.Parser) -> None:
     """The options that describe examples to be answered."""
-    group = result.add_argument_group(
+    add = result.add_argument_group(
         "answering examples (instead of scoring)", "Printed are the text, in colours on a terminal "
-        "unless NO_COLOR is set, what was found, and a line of JSON.")
-    group.add_argument("--text", metavar="T", help="the sentence, tokens separated by spaces")
-    group.add_argument("--image", type=Path, metavar="FILE", help="its image, if it has one")
-    group.add_argument("--task", choices=data.RECORD_TASKS, help="what to extract")
-    group.add_argument("--objects", nargs="+", metavar="BOX", default=(),
-                       help="boxes O1, O2 ... in the image, each x1,y1,x2,y2 in pixels, or .json "
-                            "files with lists of [x1,y1,x2,y2]; default: none")
-    group.add_argument("--head", metavar="WORDS", help="mre: the head entity, as in the text")
-    group.add_argument("--tail", metavar="WORDS", help="mre: the tail entity, as in the text")
-    group.add_argument("--examples", type=Path, metavar="PATH",
-                       help="many examples: a .jsonl file with records as at the top of data.py "
-                            "(gold may lack), or rows {\"text\", \"image\", \"objects\", \"head\", "
-                            "\"tail\", \"task\", \"dataset\"}, all but the text optional; or a "
-                            "folder with one such file, or with NAME.txt and NAME.png (jpg, webp, "
-                            "gif). Images are looked for beside the file and in images/ there")
-    group.add_argument("--dataset", metavar="NAME", help="whose labels to offer where a row does "
-                       "not say; default: the first dataset with the task")
-    group.add_argument("--json", action="store_true", help="print the JSON alone")
-    group.add_argument("--draw", type=Path, metavar="FILE", help="a picture (.png) of the image "
-                       "with its boxes, the text with its spans and the gates token by token; with "
-                       "--examples a folder for one picture each")
+        "unless NO_COLOR is set, what was found, and a line of JSON, with --text or --draw with "
+        "the mean gates of the task expert.").add_argument
+    add("--text", metavar="T", help="the sentence, tokens separated by spaces")
+    add("--image", type=Path, metavar="FILE", help="its image, if it has one")
+    add("--task", choices=data.RECORD_TASKS, help="what to extract")
+    add("--objects", nargs="+", metavar="BOX", default=(),
+        help="boxes O1, O2 ... in the image, each x1,y1,x2,y2 in pixels, or .json files with lists "
+             "of [x1,y1,x2,y2]; default: none")
+    add("--head", metavar="WORDS", help="mre: the head entity, as in the text")
+    add("--tail", metavar="WORDS", help="mre: the tail entity, as in the text")
+    add("--examples", type=Path, metavar="PATH",
+        help="many examples: a .jsonl file with records as at the top of data.py (gold may lack), "
+             'or rows {"text", "image", "objects", "head", "tail", "task", "dataset"}, all but the '
+             "text optional; or a folder with one such file, or with NAME.txt and NAME.png (jpg, "
+             "webp, gif). Images are looked for beside the file and in images/ there")
+    add("--dataset", metavar="NAME",
+        help="whose labels to offer where a row does not say; default: the first dataset with the "
+             "task")
+    add("--json", action="store_true", help="print the JSON alone")
+    add("--draw", type=Path, metavar="FILE",
+        help="a picture (.png) of the image with its boxes, the text with its spans and the gates "
+             "token by token; with --examples a folder for one picture each")
 
 
 def parser() -> data.Parser:
+    """All options, in groups; `misuse` says which go together."""
     result = data.Parser(
         description="Score a trained model on a split, compare several, draw them, or let one "
                     "answer examples.",
         epilog="The model is rebuilt from what its checkpoint stores; no training flag is "
                "repeated.  Under torchrun the processes share the decoding; the result is equal.",
         usage="%(prog)s [CKPT ...] [options]")
-    what = result.add_argument_group("what to evaluate")
-    what.add_argument("checkpoint", type=Path, metavar="CKPT", nargs="*",
-                      help="run folder (its best checkpoint is used) or checkpoint folder; several "
-                           "are printed side by side, a row per system, which is the runs that "
-                           "differ in nothing but their seed")
-    split = result.add_argument_group("scoring a split")
-    split.add_argument("--split", choices=("test", "dev", "train"), default="test",
-                       help="which records")
-    split.add_argument("--data", metavar="DIR", help="corpus folder; default: the one trained on")
+    add = result.add_argument_group("what to evaluate").add_argument
+    add("checkpoint", type=Path, metavar="CKPT", nargs="*",
+        help="run folder (its best checkpoint is used) or checkpoint folder; several are printed "
+             "side by side, a row per system, which is the runs that differ in nothing but their "
+             "seed")
+    add = result.add_argument_group("scoring a split").add_argument
+    add("--split", choices=("test", "dev", "train"), default="test", help="which records")
+    add("--data", metavar="DIR", help="corpus folder; default: the one trained on")
     for part, name in (("t5", "T5"), ("vit", "ViT"), ("init", "full run below the experts")):
-        split.add_argument(f"--{part}", metavar="DIR", help=f"folder of the {name} that CKPT was "
-                           "trained on, where it is no longer at its place; sha256 must agree")
-    split.add_argument("--units", nargs="+", choices=UNITS, metavar="UNIT",
-                       help=f"only these columns ({' '.join(UNITS)}); default: all in the corpus")
-    split.add_argument("--missing-images", choices=("error", "mask"),
-                       help="mask: rows whose image file is missing are answered without it, and "
-                            "counted; default: as in training, for examples error")
-    split.add_argument("--out", type=Path, metavar="FILE",
-                       help="predictions, one JSON object a row; scores go beside them; default: "
-                            "CKPT/predictions-SPLIT.jsonl and CKPT/scores-SPLIT.json, for examples "
-                            "they are printed")
-    split.add_argument("--details", action="store_true",
-                       help="print P, R, F1 and counts of every type, too")
-    split.add_argument("--csv", type=Path, metavar="FILE", help="several CKPT: write the rows of "
-                       "the comparison there, too")
-    decoding = result.add_argument_group("decoding")
-    decoding.add_argument("--beams", type=int, default=1, metavar="N",
-                          help="beam search over N beams; 1 is greedy")
-    decoding.add_argument("--batch-size", type=int, default=32, metavar="N",
-                          help="rows decoded together")
-    decoding.add_argument("--impl", choices=("auto", "reference", "cuda"),
-                          help="expert layers on PyTorch (reference) or on clorae.cu (cuda); "
-                               "default: auto, on clorae.cu where it can be built")
+        add(f"--{part}", metavar="DIR", help=f"folder of the {name} that CKPT was trained on, "
+            "where it is no longer at its place; sha256 must agree")
+    add("--units", nargs="+", choices=UNITS, metavar="UNIT",
+        help=f"only these columns ({' '.join(UNITS)}); default: all in the corpus")
+    add("--missing-images", choices=("error", "mask"),
+        help="mask: rows whose image file is missing are answered without it, and counted; "
+             "default: as in training, for examples error")
+    add("--out", type=Path, metavar="FILE",
+        help="predictions, one JSON object a row; scores go beside them; default: "
+             "CKPT/predictions-SPLIT.jsonl and CKPT/scores-SPLIT.json, for examples they are "
+             "printed")
+    add("--details", action="store_true", help="print P, R, F1 and counts of every type, too")
+    add("--csv", type=Path, metavar="FILE",
+        help="several CKPT: write the rows of the comparison there, too")
+    add = result.add_argument_group("decoding").add_argument
+    add("--beams", type=int, default=1, metavar="N",
+        help="beam search over N beams; 1 is greedy")
+    add("--batch-size", type=int, default=32, metavar="N", help="rows decoded together")
+    add("--impl", choices=("auto", "reference", "cuda"),
+        help="expert layers on PyTorch (reference) or on clorae.cu (cuda); default: auto, on "
+             "clorae.cu where it can be built")
     add_examples(result)
     add_pictures(result)
-    group = result.add_argument_group("export (instead of scoring)")
-    group.add_argument("--export", type=Path, metavar="DIR", help="what was trained, without the "
-                       "backbone: a CKPT for any machine that has it; with --task, the LoRA for "
-                       "T5, in PEFT's format, that the task's experts are under their mean gates")
+    add = result.add_argument_group("export (instead of scoring)").add_argument
+    add("--export", type=Path, metavar="DIR",
+        help="what was trained, without the backbone: a CKPT for any machine that has it; with "
+             "--task, the LoRA for T5, in PEFT's format, that the task's experts are under their "
+             "mean gates")
     return result
+
+
+MODES = ("--text", "--examples", "--costs", "--routing", "--aml-replay", "--export", "--plot")
+GOES_WITH = {  # options that would do nothing with others
+    "image": ("--text",), "objects": ("--text",), "head": ("--text",), "tail": ("--text",),
+    "dataset": MODES[:2], "json": MODES[:2], "draw": MODES[:2], "task": (*MODES[:2], "--export"),
+    "out": (*MODES[:2], "scoring"), "details": ("scoring",), "csv": ("scoring", "--plot"),
+    "layers": ("--routing", "--plot"),
+}
+
+
+def modes(args: argparse.Namespace) -> list[str]:
+    """What the command line asks for: one of MODES or, without any, scoring."""
+    values = {flag: getattr(args, flag[2:].replace("-", "_")) for flag in MODES}
+    return [flag for flag, value in values.items() if value not in (None, False)] or ["scoring"]
 
 
 def misuse(args: argparse.Namespace) -> str | None:
     """What is wrong with a combination of options, if anything is."""
-    one, many = args.text is not None, args.examples is not None
-    examples, several = one or many, len(args.checkpoint) > 1
-    analysis = args.costs or args.routing or args.aml_replay
-    given = [flag for flag, value in (
-        ("--image", args.image), ("--head", args.head), ("--tail", args.tail),
-        ("--objects", args.objects)) if value]
+    mode, *others = modes(args)
+    if others:
+        return f"{mode} and {' and '.join(others)} exclude each other; give one at a time"
+    for name, places in GOES_WITH.items():
+        if getattr(args, name) and mode not in places:
+            return f"--{name} would do nothing here; it goes with {' or '.join(places)}"
+    several, draw = len(args.checkpoint) > 1, args.draw
     return next((message for wrong, message in (
-        (not args.checkpoint and not args.costs,
+        (not args.checkpoint and mode != "--costs",
          "give a run folder or a checkpoint folder; only --costs works without"),
-        (one and many, "give one --text, or --examples, not both"),
-        (one and args.task is None, "--text needs --task mner, mre, med or meae"),
-        (given and not one, f"{', '.join(given)} go with one example; give its --text too"),
-        (not examples and (args.task and not args.export or args.json or args.draw
-                           or args.dataset),
-         "--task, --dataset, --json and --draw go with --text or --examples"),
-        (args.objects and not args.image, "--objects are boxes in the --image; name it"),
-        (one and args.draw and (args.draw.suffix != ".png" or args.draw.is_dir()),
-         f"--draw {args.draw}: name a .png file"),
-        (many and args.draw and args.draw.is_file(),
-         f"--draw {args.draw}: with --examples name a folder"),
-        (several and (args.out or args.details or examples or analysis or args.export),
-         "--out, --details, --text, --examples, --costs, --routing, --aml-replay and --export go "
-         "with a single CKPT"),
-        (args.export and (args.out or args.details or args.plot or args.csv or examples
-                          or analysis),
-         "--export goes without other things to do; give those a command of their own"),
-        (examples and (args.plot or args.csv or args.details or analysis),
-         "--text and --examples go without --plot, --csv, --details and analyses"),
-        (args.plot and (args.out or args.details or analysis),
-         "--plot uses the scores in the run folders and makes the other pictures, too; leave out "
-         "--out, --details and analyses"),
+        (several and (mode not in ("scoring", "--plot") or args.out or args.details),
+         "several CKPT are compared, with --plot drawn; anything else is for a single CKPT"),
+        (mode == "--text" and not args.task, "--text needs --task mner, mre, med or meae"),
+        (args.objects and not args.image, "--objects are boxes in an image; name it with --image"),
+        (mode == "--text" and draw and (draw.suffix != ".png" or draw.is_dir()),
+         f"--draw {draw}: name a .png file"),
+        (mode == "--examples" and draw and draw.is_file(),
+         f"--draw {draw}: with --examples name a folder"),
         (min(args.beams, args.batch_size) < 1, "--beams and --batch-size must be at least 1"),
     ) if wrong), None)
 
@@ -2419,21 +2398,30 @@ def misuse(args: argparse.Namespace) -> str | None:
 def run(args: argparse.Namespace) -> None:
     """Do what the command line asks."""
     import train
-    world = train.World()
-    if args.text is not None or args.examples:
+    world, (mode,) = train.World(), modes(args)
+    first = args.checkpoint[0] if args.checkpoint else None
+    if mode in ("--text", "--examples"):
         answer_examples(args, world)
-    elif (report := analyse(args, world)) is not None:
-        world.print(report)
-    elif args.export:
+    elif mode == "--costs" and first:
+        world.print(cost_report(Geometry.of_run(*Job.of(first, args).load(world)), {}))
+    elif mode == "--costs":
+        geometry = Geometry.of_size(args.size, train.SIZES[args.size].rank, args.lengths)
+        world.print(cost_report(geometry, PAPER_COSTS.get(args.size, {})))
+    elif mode == "--routing":
+        made = route(Job.of(first, args), args.routing, args.layers, world)
+        world.print("tokens given to the task expert:", *map(str, made))
+    elif mode == "--aml-replay":
+        made, report = replay(Job.of(first, args), args.aml_replay) if world.main else ([], [])
+        world.print(*report, *map(str, made))
+    elif mode == "--export":
         world.print(*export(args, world))
     elif len(args.checkpoint) > 1 or args.csv:
         compare(args, world)
-    elif args.plot:
-        job = Job.of(args.checkpoint[0], args)
-        refresh([job], world)
+    elif mode == "--plot":
+        refresh([Job.of(first, args)], world)
     else:
         score_one(args, world)
-    if args.plot:
+    if mode == "--plot":
         world.print("pictures:", *pictures(args, world))
     world.leave()
 

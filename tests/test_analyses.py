@@ -273,8 +273,7 @@ def test_fresh_gates_are_half_and_half_and_no_token_is_beyond(world, small):
 @pytest.mark.parametrize("method, reason", [("lora", "which has none"),
                                             ("loramoe", "knows no task expert")])
 def test_a_method_without_a_gate_to_a_task_expert_is_refused(method, reason):
-    setup = SimpleNamespace(model=tiny(method, "train"), config=train.Config(method=method))
-    job = SimpleNamespace(load=lambda world: (setup, []))
+    job = SimpleNamespace(config=train.Config(method=method))
     with pytest.raises(train.UsageError, match=reason):
         evaluate.route(job, Path(), None, None)
 
@@ -368,26 +367,42 @@ def assert_drawn(path: Path) -> None:
     assert 500 <= width <= 4000 and 300 <= height <= 4000
 
 
-def test_everything_that_some_runs_allow_is_drawn(tmp_path):
-    """Learning curves of a run, systems side by side, the sweep in which they differ, errors."""
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "metrics.csv").write_text("step,loss,CE_T15,CE_V1\n" + "".join(
-        f"{i},{1 / i},nan,{1 / i}\n" for i in range(1, 9)))
-    (run / "eval.jsonl").write_text("".join(json.dumps(past) + "\n" for past in HISTORY))
-    results = {"r8": {u: [f1, f1 + 1] for u, f1 in LATE.items()}, "r16": {"T15": [70.0]}}
-    configs = {name: {"rank": rank, "dropout": 0.1, "seed": rank}
-               for name, rank in (("r8", 8), ("r16", 16))}
-    made = evaluate.draw(tmp_path / "out", [run], results, configs,
-                         {"r8": {"missed": 3, "boundary": 1}, "r16": {"missed": 2}})
-    assert [path.name for path in made] == ["curves-run.png", "systems.png", "rank.png",
-                                            "errors.png"]
+def system(name: str, f1: dict[str, tuple[float, ...]], missed: int = 0,
+           **config: object) -> evaluate.System:
+    """Runs of one setting with these F1, one value a seed."""
+    reports = [{"scores": {unit: {"f1": values[seed], "missed": missed, "boundary": 1}
+                           for unit, values in f1.items()}} for seed in range(len(f1["T15"]))]
+    return evaluate.System(name, train.Config(out=name, **config), 0, reports)
+
+
+def test_systems_are_drawn_side_by_side_and_over_the_setting_in_which_they_differ(tmp_path):
+    """Fig. 4 and 5, and their errors; seed and folder are no setting."""
+    systems = [system("r8", {u: (f1, f1 + 1) for u, f1 in LATE.items()}, 3, rank=8),
+               system("r16", {"T15": (70.0,)}, 2, rank=16, seed=5)]
+    made = evaluate.draw_systems(systems, tmp_path)
+    assert [path.name for path in made] == ["systems.png", "rank.png", "errors.png"]
     for path in made:
         assert_drawn(path)
+    both = [system("a", {"T15": (1.0,)}, rank=8), system("b", {"T15": (1.0,)}, rank=16, dropout=.2)]
+    assert evaluate.swept(both) is None and evaluate.swept(both[:1]) is None
 
 
-def test_a_single_run_gives_its_curves_and_no_comparison(tmp_path):
-    one = {"one": {"T15": [1.0]}}
-    assert evaluate.draw(tmp_path, [tmp_path], one, {"one": {"rank": 8}}, {}) == []
-    two = {"a": {"rank": 8, "dropout": 0.1}, "b": {"rank": 16, "dropout": 0.2}}
-    assert evaluate.swept(two) is None  # they differ in more than one setting
+def test_errors_are_told_by_unit_of_one_system_and_by_system_of_several():
+    """A number per seed; bars without errors are left out."""
+    one = system("one", {"T15": (1.0, 2.0), "V1": (3.0, 4.0)}, missed=4)
+    assert evaluate.error_counts([one])["V1"] == {
+        "missed": 4, "boundary": 1, "wrong_type": 0, "spurious": 0, "malformed": 0}
+    assert list(evaluate.error_counts([one])) == ["T15", "V1"]
+    found = evaluate.error_counts([one, system("two", {"T15": (1.0,)})])
+    assert {name: bar.total() for name, bar in found.items()} == {"one": 10, "two": 1}
+
+
+def test_curves_are_drawn_and_a_run_without_a_step_has_none(tmp_path):
+    """A unit that a step had no rows of is NaN there."""
+    (tmp_path / "metrics.csv").write_text("step,loss,CE_T15,CE_V1\n")
+    with pytest.raises(train.UsageError, match="name a run that has taken a step"):
+        evaluate.plot_curves(tmp_path, tmp_path / "curves.png")
+    (tmp_path / "metrics.csv").write_text("step,loss,CE_T15,CE_V1\n" + "".join(
+        f"{i},{1 / i},nan,{1 / i}\n" for i in range(1, 9)))
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps(past) + "\n" for past in HISTORY))
+    assert_drawn(evaluate.plot_curves(tmp_path, tmp_path / "curves.png"))

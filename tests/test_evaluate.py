@@ -998,10 +998,11 @@ def test_the_interval_covers_what_a_slow_bootstrap_covers() -> None:
 
 # --------------------------------------------------------------------------- one example, misuse
 
-def test_the_command_answers_one_example_as_json(run_folder: Path,
+def test_the_command_answers_one_example_as_json(make_run: Callable[..., Path],
                                                  capsys: pytest.CaptureFixture) -> None:
     """The parrot repeats the target of a record without gold, which is "none"."""
-    evaluate.main([str(run_folder), "--text", "hi Bob", "--task", "mner", "--json"])
+    run = make_run("run", egr=False)  # a parrot has no gates
+    evaluate.main([str(run), "--text", "hi Bob", "--task", "mner", "--json"])
     answer = json.loads(capsys.readouterr().out)
     assert (answer["tokens"], answer["answer"], answer["items"]) == (["hi", "Bob"], "none", [])
 

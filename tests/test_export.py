@@ -312,6 +312,9 @@ def test_an_adapter_holds_no_path_no_moments_and_no_variances(runs, small, tmp_p
     evaluate.main([str(runs("clorae")), "--export", str(tmp_path / "adapter")])
     files = {str(path.relative_to(tmp_path / "adapter")) for path in
              (tmp_path / "adapter").rglob("*") if path.is_file()}
+    modes = {(tmp_path / "adapter" / name).stat().st_mode & 0o777 for name in files}
+    (tmp_path / "new").touch()
+    assert modes == {(tmp_path / "new").stat().st_mode & 0o777}  # as the umask has it
     labels = {f"corpus/{name}/dataset.json" for name in data.load_datasets(small["data"])}
     assert files == {"state.json", "model.safetensors"} | labels
     text = (tmp_path / "adapter" / "state.json").read_text()
@@ -405,6 +408,9 @@ def test_the_exported_lora_merged_into_the_backbone_is_our_model_with_fixed_gate
     assert all(f"F1 {name}: V1 " in said for name in
                ("before", "after, gates fixed", "after, without images"))
     assert "the visual adapter, with its experts, is not part of it" in said
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "lora").iterdir()}
+    (tmp_path / "new").touch()
+    assert modes == {(tmp_path / "new").stat().st_mode & 0o777}
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     pairs = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     merged = load_file(Path(small["t5"]) / "model.safetensors")
@@ -445,6 +451,15 @@ def test_mean_gates_are_means_over_the_tokens_of_the_task(runs, small):
         clorae.expert_layers(setup.model)), 1, 6)
     gates = evaluate.mean_gates(setup.model, sums)
     assert set(gates.values()) == {(0.25, 0.75)}
+
+
+def test_a_task_without_rows_has_no_lora_to_export(runs, tmp_path, capsys):
+    """Its gates could not be averaged, its loss not be told."""
+    with pytest.raises(SystemExit):
+        evaluate.main([str(runs("clorae")), "--export", str(tmp_path / "lora"), "--task", "mner",
+                       "--units", "V1"])
+    assert "expected rows of it in the dev and the test split" in capsys.readouterr().err
+    assert not (tmp_path / "lora").exists()
 
 
 def test_a_full_run_has_no_lora_to_export(runs, tmp_path, capsys):

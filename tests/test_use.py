@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -125,6 +126,30 @@ def test_one_command_makes_every_picture_of_a_run(finished, tmp_path, capsys):
     assert (finished / "scores-test.json").stat().st_mtime_ns == before
 
 
+def test_of_several_runs_each_has_a_folder_for_its_own_pictures(finished, tmp_path, capsys):
+    """Whatever they are called; what concerns all of them lies above.  Here one has no curves."""
+    other = tmp_path / "other" / "run"
+    other.mkdir(parents=True)
+    best = next(finished.glob("best-*"))
+    shutil.copytree(best, other / best.name)
+    state = train.read_state(other / best.name)
+    digests = {name: digest for name, digest in state["sha256"].items() if name != "state.json"}
+    state["config"]["seed"] = 1
+    train.write_state(other / best.name, state, digests)
+    evaluate.main([str(finished), str(other), "--plot", str(tmp_path / "drawn")])
+    told = capsys.readouterr().out
+    made = {str(path.relative_to(tmp_path / "drawn")) for path in (tmp_path / "drawn").rglob("*.*")}
+    assert made == {"errors.png", "01-run/curves-run.png", *(f"{run}/{name}.{kind}" for run in (
+        "01-run", "02-run") for name in ("aml", "routing") for kind in ("csv", "png"))}
+    assert f"no curves: {other}: expected a run folder with a metrics.csv" in told
+
+
+def test_layers_that_are_not_there_are_named(finished, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main([str(finished), "--routing", str(tmp_path), "--layers", "0", "7"])
+    assert "--layers: expected numbers from 0 to 1, got 0 7" in capsys.readouterr().err
+
+
 def test_the_curves_of_a_run_are_drawn_before_its_first_epoch_has_ended(finished, tmp_path):
     """And while the last row is being written."""
     (tmp_path / "metrics.csv").write_text((finished / "metrics.csv").read_text() + "3,1,0.")
@@ -200,6 +225,8 @@ def test_a_folder_of_texts_and_images_pairs_them_by_name(small, folder):
     assert records_of(small, "--examples", folder / "images", "--task", "med")[0].tokens == ()
     with pytest.raises(data.DataError, match="a.png: tokens: .*only med and meae"):
         records_of(small, "--examples", folder / "images", "--task", "mner")
+    (folder / "images" / "b.txt").rename(folder / "images" / "b.TXT")
+    assert records_of(small, "--examples", folder / "images", "--task", "med")[1].tokens[0] == "Kim"
     (folder / "images" / "a.webp").touch()
     with pytest.raises(data.DataError, match="a.webp: expected one .txt and at most one image"):
         records_of(small, "--examples", folder / "images", "--task", "med")
@@ -207,7 +234,8 @@ def test_a_folder_of_texts_and_images_pairs_them_by_name(small, folder):
 
 @pytest.mark.parametrize("line, problem", [
     ("{", "row: not JSON in UTF-8"), ("[1]", "row: .* is no JSON object"),
-    ('{"text": "Kim"}', "dataset: expected one with the task None"),
+    ('{"text": "Kim"}', "task: expected one of mner, .*, got None"),
+    ('{"text": "Kim", "task": ["mner"]}', "task: expected one of mner, .*, got .*mner"),
     ('{"text": "Kim", "task": "mner", "dataset": "x"}', "'x'; use one of: demo_snap, demo_t15"),
     ('{"text": "Kim", "task": "mre", "head": "Bo", "tail": "Kim"}', "head: .*'Bo'.* not in 'Kim'"),
     ('{"text": "Kim", "task": "mre", "head": "Kim"}', 'key "tail" is missing'),
@@ -257,25 +285,31 @@ def test_examples_are_answered_in_words_as_json_and_as_pictures(finished, folder
     assert [path.name for path in pictures] == [f"000{i}-{i}.png" for i in range(1, 5)]
     assert all(size_of(path)[0] == 1650 for path in pictures)
     evaluate.main([str(finished), "--text", "Kim", "--task", "mner", "--json"])
-    assert json.loads(capsys.readouterr().out)["tokens"] == ["Kim"]
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["tokens"] == ["Kim"] and list(answer["gates"]) == ["memory", "target"]
+    assert all(0 < gate < 1 for gate in answer["gates"].values())
 
 
 @pytest.mark.parametrize("words, reason", [
-    (["--text", "hi", "--examples", "x", "--task", "mner"], "not both"),
-    (["--examples", "x", "--head", "Bo"], "--head go with one example"),
-    (["--text", "hi", "--task", "med", "--objects", "1,2,3,4"], "boxes in the --image"),
+    (["--text", "hi", "--examples", "x", "--task", "mner"], "exclude each other"),
+    (["--examples", "x", "--head", "Bo"], "--head would do nothing here; it goes with --text"),
+    (["--text", "hi", "--task", "med", "--objects", "1,2,3,4"], "name it with --image"),
     (["--text", "hi", "--task", "mner", "--draw", "a.jpg"], "name a .png file"),
-    (["--text", "hi", "--task", "mner", "--plot", "d"], "without --plot"),
-    (["--draw", "a.png"], "go with --text or --examples"),
+    (["--text", "hi", "--task", "mner", "--plot", "d"], "exclude each other"),
+    (["--draw", "a.png"], "it goes with --text or --examples"),
     (["--examples", "tests/golden", "--task", "mner"], "expected one .txt and at most one image"),
-    (["--plot", "d", "--routing", "d"], "leave out"),
+    (["--plot", "d", "--routing", "d"], "--routing and --plot exclude each other"),
+    (["--export", "d", "--csv", "f"], "it goes with scoring or --plot"),
+    (["--layers", "0"], "it goes with --routing or --plot"),
     (["--text", "hi", "--task", "med", "--image", "nowhere.png"], "nowhere.png: expected a whole"),
     (["--text", "hi", "--task", "mre"], "head: expected words of the text"),
     (["--examples", "nowhere.jsonl"], "nowhere.jsonl: cannot be read")])
 def test_what_cannot_be_answered_is_refused_with_the_reason(finished, capsys, words, reason):
+    """And no other flag is suggested for one that is known."""
     with pytest.raises(SystemExit) as exit:
         evaluate.main([str(finished), *words])
-    assert exit.value.code == 2 and reason in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert exit.value.code == 2 and reason in told and "did you mean" not in told
 
 
 # ---------------------------------------------------------------------------------- words, colours
@@ -325,7 +359,7 @@ def test_spans_are_coloured_on_a_terminal_only(finished, monkeypatch, capsys):
 
 # ------------------------------------------------------------------------------------- the picture
 
-STRIPS = [Strip("reading", ["prompt", *(f" {word}" for word in TOKENS * 6)],
+STRIPS = [Strip("memory", "reading", ["prompt", *(f" {word}" for word in TOKENS * 6)],
                 [i / 60 for i in range(55)])]
 
 
@@ -348,7 +382,7 @@ CROWD = tuple((x, y, x + 4, y + 2) for x in (2, 3, 8, 9) for y in (1, 2, 3))
 def test_nothing_on_a_page_covers_another_text_or_leaves_the_page(folder, tokens, items, boxes):
     """Long texts and long words wrap, labels make room, bars stand in rows."""
     row = row_of(*items, tokens=tokens, boxes=boxes, image=str(folder / "images" / "a.png"))
-    figure = evaluate.example_figure(row, MEE, STRIPS)
+    figure = evaluate.example_figure(row, MEE, STRIPS, None)
     written = texts_of(figure)
     for (name, a), (other, b) in itertools.combinations(written, 2):
         both = a.intersection(a, b)
@@ -356,29 +390,30 @@ def test_nothing_on_a_page_covers_another_text_or_leaves_the_page(folder, tokens
     page = figure.bbox.padded(1)
     assert all(page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
                for _, box in written)
-    assert "".join(tokens) in "".join(name for name, _ in written)
+    labels = {mark.label for mark in evaluate.marks(row, MEE)}
+    assert "".join(tokens) in "".join(name for name, _ in written if name not in labels)
 
 
 def test_a_page_shows_every_box_label_and_dollar(folder):
     """Boxes are numbered in the order of the record, named ones say their role; "$5 ... $6" is no
     formula, as long as the page is drawn by `draw_example`."""
     row = row_of(*FOUND, image=str(folder / "images" / "a.png"))
-    figure = evaluate.example_figure(row, MEE, STRIPS)
+    figure = evaluate.example_figure(row, MEE, STRIPS, None)
     written = [name for name, _ in texts_of(figure)]
     assert {"O1\ntarget", "O2\ntarget", "O3", "attacker", "$5", "$6"} <= set(written)
-    evaluate.draw_example(row, MEE, STRIPS, folder / "page.png")
+    evaluate.draw_example(row, MEE, STRIPS, None, folder / "page.png")
     assert size_of(folder / "page.png")[0] == 1650
     whole = row_of(Item("meet", whole_image=True, text="O0", object=0), task="med",
                    image=row.record.image)
-    written = [name for name, _ in texts_of(evaluate.example_figure(whole, MEE, STRIPS))]
+    written = [name for name, _ in texts_of(evaluate.example_figure(whole, MEE, STRIPS, None))]
     assert "O0, the whole image: meet" in written
 
 
 def test_without_image_there_is_no_image_and_without_gate_no_strip():
-    figure = evaluate.example_figure(row_of(*FOUND), MEE, "method lora, which has none")
+    figure = evaluate.example_figure(row_of(*FOUND), MEE, [], "method lora, which has none")
     assert not any(ax.images or ax.containers for ax in figure.axes)
     assert "no gates to draw: method lora, which has none" in [n for n, _ in texts_of(figure)]
-    figure = evaluate.example_figure(row_of(*FOUND), MEE, STRIPS)
+    figure = evaluate.example_figure(row_of(*FOUND), MEE, STRIPS, None)
     assert sum(bool(ax.containers) for ax in figure.axes) == 2  # two rows of bars
 
 
@@ -437,7 +472,7 @@ def test_the_strips_are_the_gates_of_the_tokens_read_seen_and_written(setup, sma
     assert strips[1].names == ["image", " O1", " O2"]
     wrote = mean(r"decoder\S*(self_attention|cross_attention\.q)", last=T)
     assert strips[2].gates == pytest.approx(wrote, abs=1e-5) and T == len(strips[2].names)
-    figure = evaluate.example_figure(row, setup.datasets["demo_t15"], strips)
+    figure = evaluate.example_figure(row, setup.datasets["demo_t15"], strips, None)
     bars = [patch.get_height() for ax in figure.axes for patch in
             (ax.containers[0] if ax.containers else ())]
     assert bars == sum((strip.gates for strip in strips), [])
@@ -448,7 +483,10 @@ def test_the_strips_are_the_gates_of_the_tokens_read_seen_and_written(setup, sma
     ("clorae", False, "method clorae --no-egr, which has none"),
     ("loramoe", True, "whose gate knows no task expert"), ("clorae", True, None)])
 def test_a_method_without_gate_says_so(small, method, egr, reason):
-    model = clorae.adapt(UMIE(T5.from_pretrained(small["t5"]), 16), method, rank=6, egr=egr)
-    found = evaluate.lacks_gate(SimpleNamespace(model=model,
-                                                config=train.Config(method=method, egr=egr)))
+    """What the settings say is true of the model's layers."""
+    found = evaluate.lacks_gate(train.Config(method=method, egr=egr))
     assert found == reason or reason in found
+    model = clorae.adapt(UMIE(T5.from_pretrained(small["t5"]), 16), method, rank=6, egr=egr)
+    layers = clorae.expert_layers(model).values()
+    alive = [hasattr(layer, "W_g") and hasattr(layer, "A_T") for layer in layers]
+    assert alive == [found is None] * len(layers)
