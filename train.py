@@ -37,7 +37,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -68,12 +68,12 @@ CHECKPOINTS_KEPT = 2
 FAILED_SAVES = 3  # in a row, then the run ends
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 REAL_PIECES = 4000  # vocabulary of a tiny backbone made from a real corpus
+RUN_FILES = ("step-*", "best-*", "metrics.csv", "eval.jsonl", "table.txt", "predictions-*.jsonl",
+             "scores-*.json")  # what a run writes into its folder
 
 
 class UsageError(ValueError):
     """A command that cannot be carried out, with what to do instead."""
-
-    exit_code = 2
 
 
 class DiskFull(UsageError):
@@ -111,8 +111,22 @@ SIZES = {"tiny": Size(None, None, 24, 32, 32, 3, 1e-3, 2, 0.0, 40),
 
 
 def option(default: object, text: str, kind: type = str, **more: object) -> object:
-    """A Config field that is also a command-line option; `kind` converts its argument."""
-    return field(default=default, metadata={"help": text, "type": kind, **more})
+    """A field that is also a command-line option: `kind` converts its argument, and a bool has
+    none but a --no- form; `more` goes to argparse."""
+    reads = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+    return field(default=default, metadata={"help": text, **reads, **more})
+
+
+# What numbers must be: in words, as a test, for these fields of Config.
+BOUNDS: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
+    (f"at least {len(TASKS)}", lambda value: value >= len(TASKS), ("rank",)),
+    ("at least 2", lambda value: value >= 2, ("max_source", "max_target")),
+    ("at least 1", lambda value: value >= 1,
+     ("epochs", "steps", "batch", "micro_batch", "lr_epochs", "save_every")),
+    ("at least 0", lambda value: value >= 0,
+     ("max_objects", "backbone_steps", "beta", "aml_gamma")),
+    ("above 0", lambda value: value > 0, ("lr", "clip", "aml_margin")),
+    ("in [0, 1)", lambda value: 0 <= value < 1, ("dropout", "backbone_dropout")))
 
 
 @dataclass
@@ -125,9 +139,8 @@ class Config:
     mim: bool = option(True, "mutual-information loss, Eq. (5)", bool)
     data: str | None = option(None, "corpus folder (see data.py convert); default: the demo world",
                              metavar="DIR")
-    units: tuple[str, ...] | None = option(None, "train on these units only (" + ", ".join(UNITS)
-                                           + "); default: all", nargs="+", choices=UNITS,
-                                           metavar="UNIT")
+    units: list[str] | None = option(None, "train on these units only (" + ", ".join(UNITS)
+                                     + "); default: all", nargs="+", choices=UNITS, metavar="UNIT")
     hold_out: str = option("none", "Table 4: never train on T17 and V2; 'clean' leaves out SNAP "
                            "and every training text of their test splits as well",
                            choices=("none", "paper", "clean"))
@@ -193,13 +206,9 @@ class Config:
 
     def check(self) -> None:
         """Refuse numbers that cannot work, before anything slow has begun."""
-        least = {"rank": len(TASKS), "epochs": 1, "batch": 1, "micro_batch": 1, "lr_epochs": 1,
-                 "save_every": 1, "max_source": 2, "max_target": 2, "max_objects": 0}
-        bad = [f"--{name.replace('_', '-')} at least {low}, got {getattr(self, name)}"
-               for name, low in least.items() if getattr(self, name) < low]
-        bad += [f"--{name.replace('_', '-')} in [0, 1), got {value}" for name, value in
-                (("dropout", self.dropout), ("backbone_dropout", self.backbone_dropout or 0.0))
-                if not 0 <= value < 1]
+        bad = [f"--{name.replace('_', '-')} {words}, got {value}"
+               for words, holds, names in BOUNDS for name in names
+               if (value := getattr(self, name)) is not None and not holds(value)]
         if self.visual_policy != "train" and (self.init is None or self.method == "full"):
             bad.append("--visual-policy other than train with --init RUN (a run of method full) "
                        f"and a method with experts, got --init {self.init}, --method "
@@ -221,38 +230,27 @@ GROUPS = {"size": "what to train", "data": "data", "t5": "model", "epochs": "opt
 class Launch:
     """What one start of a run needs besides its Config; nothing here changes what is computed."""
 
-    resume: str = "auto"
-    allow_world_change: bool = False
-    timeout: float = 300.0  # seconds
-    dry_run: bool = False
+    resume: str = option("auto", "'auto' goes on with the newest checkpoint of --out, 'none' "
+                         "starts over, a path names a checkpoint")
+    allow_world_change: bool = option(False, "resume with another number of processes: the same "
+                                      "batches, equal but for rounding", bool, action="store_true")
+    timeout: float = option(300.0, "seconds that the processes wait for one that does not answer",
+                            float)
+    dry_run: bool = option(False, "find, make or fetch corpus and backbone, print files, "
+                           "parameters, rows, steps and memory, and stop: no weight is loaded, "
+                           "nothing is written to --out", bool, action="store_true")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[Config, Launch]:
-    """The command line: one option per Config field, and those of Launch."""
+    """The command line: one option per field of Config and of Launch."""
     parser = data.Parser(description=__doc__.split("\n\n")[0], usage="%(prog)s [options]")
-    for spec in dataclasses.fields(Config):
+    for spec in dataclasses.fields(Config) + dataclasses.fields(Launch):
         if spec.name in GROUPS:
             group = parser.add_argument_group(GROUPS[spec.name])
-        more = dict(spec.metadata)
-        kind, flag = more.pop("type"), "--" + spec.name.replace("_", "-")
-        if kind is bool:
-            group.add_argument(flag, default=spec.default, help=more["help"],
-                               action=argparse.BooleanOptionalAction)
-        else:
-            group.add_argument(flag, type=kind, default=spec.default, **more)
-    group.add_argument("--resume", default="auto", help="'auto' goes on with the newest "
-                       "checkpoint of --out, 'none' starts over, a path names a checkpoint")
-    group.add_argument("--allow-world-change", action="store_true", help="resume with another "
-                       "number of processes: the same batches, equal but for rounding")
-    group.add_argument("--timeout", type=float, default=Launch.timeout, help="seconds that the "
-                       "processes wait for one that does not answer")
-    group.add_argument("--dry-run", action="store_true", help="find, make or fetch corpus and "
-                       "backbone, print files, parameters, rows, steps and memory, and stop: no "
-                       "weight is loaded, nothing is written to --out")
+        group.add_argument("--" + spec.name.replace("_", "-"), default=spec.default,
+                           **spec.metadata)
     values = vars(parser.parse_args(argv))
     launch = Launch(**{spec.name: values.pop(spec.name) for spec in dataclasses.fields(Launch)})
-    if values["units"] is not None:
-        values["units"] = tuple(values["units"])
     config = Config(**values).resolved()
     config.check()
     if not launch.timeout > 0:
@@ -309,9 +307,6 @@ class World:
         self.heard = time.monotonic()
         return tensor
 
-    def barrier(self) -> None:
-        self.sum(torch.zeros(1, device=self.device))
-
     def print(self, *lines: str) -> None:
         if self.main:
             print(*lines, sep="\n", flush=True)
@@ -342,6 +337,23 @@ class World:
         self.resting, self.heard = False, time.monotonic()
 
 
+def verdict(problem: BaseException) -> tuple[int, str]:
+    """Exit code and message of a command that ends with this exception."""
+    match problem:
+        case UsageError() | data.DataError() | ImageError() | WeightsError():
+            return getattr(problem, "exit_code", 2), f"error: {problem}"
+        case KeyboardInterrupt():
+            return 128 + signal.SIGINT, "interrupted"
+        case Stopped():
+            return 128 + problem.args[0], ""
+        case OSError() if problem.errno in NO_SPACE:
+            return DiskFull.exit_code, f"error: {problem}; make room, run it again"
+        case PermissionError() | IsADirectoryError() | NotADirectoryError():
+            return 2, (f"error: {problem.filename}: expected a place that can be written to, got "
+                       f"{problem.strerror}; name another one")
+    return 1, "".join(traceback.format_exception(problem))
+
+
 @contextmanager
 def exit_codes() -> Iterator[None]:
     """End the process with the exit code that this file's docstring promises, and its message.
@@ -355,21 +367,10 @@ def exit_codes() -> Iterator[None]:
     try:
         yield
         return
-    except (UsageError, data.DataError, ImageError, WeightsError) as problem:
-        code, message = getattr(problem, "exit_code", 2), f"error: {problem}"
-    except KeyboardInterrupt:
-        code, message = 128 + signal.SIGINT, "interrupted"
-    except Stopped as stop:
-        code, message = 128 + stop.args[0], ""
     except BaseException as problem:
         if isinstance(problem, SystemExit) and not dist.is_initialized():
             raise  # argparse has spoken
-        code, message = 1, traceback.format_exc()
-        if isinstance(problem, (PermissionError, IsADirectoryError, NotADirectoryError)):
-            code, message = 2, (f"error: {problem.filename}: expected a place that can be written "
-                                f"to, got {problem.strerror}; name another one")
-        if isinstance(problem, OSError) and problem.errno in NO_SPACE:
-            code, message = DiskFull.exit_code, f"error: {problem}; make room, run it again"
+        code, message = verdict(problem)
         if isinstance(problem, RuntimeError) and not alone:
             lost = re.search(r".*(gloo|NCCL|by peer|[Tt]imed out).*", str(problem))
         if lost:
@@ -379,7 +380,8 @@ def exit_codes() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
         time.sleep(1)
     sys.stdout.flush()
-    print(message, file=sys.stderr, end="\n" if message else "", flush=True)
+    if message:
+        print(message, file=sys.stderr, flush=True)
     if alone:
         sys.exit(code)
     os._exit(code)
@@ -432,38 +434,43 @@ def fault(folder: Path, part: str) -> str | None:
 
 
 def find_weights(part: str, given: str | Path | None, name: str | None) -> Path:
-    """A whole model folder for "t5" or "vit": the one given, or that of a hub name in weights/, in
-    the hub cache, or downloaded into that.  UsageError says what is where, and what to fetch."""
-    local = Path("weights", name.split("/")[-1]) if name else None
-    places = [Path(given)] if given else [local, *hub_snapshots(name)]
-    faults = {place: fault(place, part) for place in places if given or place.is_dir()}
-    for place, problem in faults.items():
-        if problem is None:
-            return place
-        if not given:
-            print(f"passed over: {problem}", file=sys.stderr)
+    """A whole model folder for "t5" or "vit": the one given; without it that of the hub's `name`
+    in weights/, in the hub cache, or downloaded."""
     if given:
-        raise UsageError(f"--{part}: {faults[places[0]]}")
+        if problem := fault(Path(given), part):
+            raise UsageError(f"--{part}: {problem}")
+        return Path(given)
+    local = Path("weights", name.split("/")[-1])
+    for folder in filter(Path.is_dir, (local, *hub_snapshots(name))):
+        problem = fault(folder, part)
+        if problem is None:
+            return folder
+        print(f"passed over: {problem}", file=sys.stderr)
+    return download(part, name, local)
+
+
+def download(part: str, name: str, local: Path) -> Path:
+    """Fetch a hub model into the hub cache; where that fails, UsageError says what to fetch
+    elsewhere and that `local` is a place for it."""
     from huggingface_hub import constants, snapshot_download
-    size = f"about {HUB_GB[name]} GB" if name in HUB_GB else "of unknown size"
-    patterns = HUB_FILES[:None if part == "t5" else -1]  # a ViT has no tokenizer
+    patterns = HUB_FILES if part == "t5" else HUB_FILES[:-1]  # a ViT has no tokenizer
+    size = f"about {HUB_GB[name]} GB"
     print(f"{name}: not on this machine, asking the hub ({size})", file=sys.stderr)
     try:
         folder = Path(snapshot_download(name, allow_patterns=patterns))
-        faults[folder] = fault(folder, part)
-        if faults[folder] is None:
+        problem = fault(folder, part)
+        if problem is None:
             return folder
-        problem = faults[folder]
     except Exception as cause:  # whatever the reason: the same remedy
-        problem = cause.__cause__ or cause
-        problem = f"{type(problem).__name__}: {str(problem).splitlines()[0]}"
+        first = cause.__cause__ or cause
+        problem = f"{type(first).__name__}: " + str(first).partition("\n")[0]
     raise UsageError(
         f"{name}: expected config.json, model.safetensors (or all its shards and their index)"
         f"{' and spiece.model' * (part == 't5')} in {local}/ or in the hub cache "
-        f"({constants.HF_HUB_CACHE}), found {'no whole copy' if faults else 'neither folder'}, and "
-        f"the download failed ({problem}); name its folder with --{part} DIR, or fetch it ({size}) "
-        f"where there is a network, and bring the folder here:\n    hf download {name} --local-dir "
-        f"{local} " + " ".join(f"--include '{pattern}'" for pattern in patterns))
+        f"({constants.HF_HUB_CACHE}), found no whole copy, and the download failed ({problem}); "
+        f"name its folder with --{part} DIR, or fetch it ({size}) where there is a network, and "
+        f"bring the folder here:\n    hf download {name} --local-dir {local} "
+        + " ".join(f"--include '{pattern}'" for pattern in patterns))
 
 
 @dataclass
@@ -485,7 +492,7 @@ class Sources:
 def prepare(config: Config) -> Sources:
     """Find, make or fetch the corpus and the backbone; the slow part of a first start."""
     with locked(Path("weights/.lock")):
-        corpus = Path(config.data or "data/demo")
+        corpus = evaluate.corpus_of(config)
         if config.data is None and not corpus.exists():
             whole(corpus, demo.make_world)
         made, found, absent = None, [], []
@@ -528,6 +535,48 @@ def tiny_backbone(corpus: Path, config: Config) -> Path:
         avoid = set(re.findall(r"\w+", labels))  # lessons never use a label as an answer
         whole(folder, lambda aside: demo.make_backbone(aside, texts, tiny=tiny, avoid=avoid))
     return folder
+
+
+def read_splits(corpus: Path, datasets: dict[str, data.Dataset],
+                units: Sequence[str] | None) -> dict[str, list[data.Record]]:
+    """{split: its records of these units (None: all)}; empty where none of their datasets has it."""
+    wanted = set(units or UNITS)
+    folders = [corpus / name for name, dataset in datasets.items()
+               if wanted & set(dataset.units.values())]
+    return {split: data.load_corpus(corpus, split, units)
+            if any((folder / f"{split}.jsonl").exists() for folder in folders) else []
+            for split in data.SPLITS}
+
+
+def hold_out(records: dict[str, list[data.Record]], datasets: dict[str, data.Dataset],
+             how: str) -> str | None:
+    """Take Table 4's units out of the train and dev records, in place; what was done, in words.
+
+    paper: T17 and V2.  clean: also SNAP, drawn from the same pool of tweets as T17, and every text
+    of another dataset that stands in the test split of T17 or V2 (V1 holds 183 of T17's).
+    """
+    if how == "none":
+        return None
+    away = {"T17", "V2"} | ({"SNAP"} if how == "clean" else set())
+
+    def unit(record: data.Record) -> str:
+        return datasets[record.dataset].units[record.task]
+
+    seen = data.texts_of(r for r in records["test"] if unit(r) in ("T17", "V2"))
+    dropped = 0
+    for split in ("train", "dev"):
+        kept = [record for record in records[split] if unit(record) not in away]
+        records[split] = [record for record in kept
+                          if how == "paper" or data.normalised(record) not in seen]
+        dropped += len(kept) - len(records[split])
+    return (f"hold-out ({how}): {', '.join(u for u in UNITS if u in away)} neither in train nor in "
+            f"dev; {dropped} more records left out, whose text is in the test split of T17 or V2")
+
+
+def unit_rows(records: Sequence[data.Record], datasets: dict[str, data.Dataset]) -> dict[str, int]:
+    """Rows per unit, in the order of the table."""
+    names = [datasets[record.dataset].units[record.task] for record in records]
+    return {unit: names.count(unit) for unit in UNITS if unit in names}
 
 
 class Features:
@@ -605,8 +654,8 @@ def build(config: Config, sources: Sources, device: torch.device) -> Setup:
 
     On the device "meta" it has names, shapes and types, and of the weights only headers are read.
     """
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    dtype, meta = torch.float32 if config.method == "full" else dtype, device.type == "meta"
+    meta, half = device.type == "meta", config.precision == "bf16" and config.method != "full"
+    dtype = torch.bfloat16 if half else torch.float32
     t5 = outline(sources.t5, dtype) if meta else T5.from_pretrained(sources.t5, dtype=dtype)
     tokenizer, ids = data.Tokenizer(sources.t5), t5.config.vocab_size
     if tokenizer.sentinel(0) >= ids:
@@ -650,7 +699,7 @@ def start_from(model: UMIE, checkpoint: Path) -> None:
 
 
 def free_visual_adapter(model: UMIE, policy: str) -> None:
-    """Choose what learns besides the experts (D3).
+    """Choose what learns besides the experts.
 
     train: everything but T5, in full, the linears below VStack's experts included; hub checkpoints
     have no visual adapter, and random frozen weights would be noise.  paper: the visual embedding
@@ -661,75 +710,6 @@ def free_visual_adapter(model: UMIE, policy: str) -> None:
     for name, parameter in model.named_parameters():
         if name.startswith(parts):
             parameter.requires_grad_(True)
-
-
-def stored_config(checkpoint: Path, **changes: object) -> Config:
-    """The settings of a checkpoint; an exported adapter brings its datasets' labels along."""
-    config = dataclasses.replace(Config(**read_state(checkpoint)["config"]), **changes)
-    brought = checkpoint / "corpus"
-    if config.data is None and brought.is_dir():
-        config = dataclasses.replace(config, data=str(brought))
-    return config
-
-
-def stored_sources(checkpoint: Path, config: Config, **given: str | None) -> Sources:
-    """The folders that a checkpoint was trained on: those given now, else where they lay then, else
-    the hub's by the size.  UsageError unless each has the very content it had then."""
-    state, folders = read_state(checkpoint), {}
-    for part in ("t5", "vit", "init"):
-        digest, folder = state.get(f"{part}_sha256"), given.get(part) or state.get(part)
-        name = None if part == "init" else getattr(SIZES[config.size], part)
-        if digest and not folder and not name:  # tiny backbones lie in weights/, named by a hash
-            folder = next((str(made) for made in sorted(Path("weights").glob(f"*/{part}"))
-                           if folder_hash(made) == digest), None)
-        known = folder and (given.get(part) or Path(folder).is_dir())
-        if digest and not known and not name:
-            raise UsageError(f"{checkpoint}: expected the folder of its {part} (sha256 "
-                             f"{digest[:12]}), got {folder or 'none'}; name it with --{part} DIR")
-        if digest and part != "init":
-            folders[part] = find_weights(part, folder if known else None, name)
-        elif digest:
-            folders[part] = find_checkpoint(Path(folder))
-    sources = Sources(Path(config.data or "data/demo"), **folders)
-    for name, digest in sources.fingerprints().items():
-        if name in state and state[name] != digest:
-            part, _, what = name.removesuffix("_sha256").partition("_")
-            raise UsageError(f"{getattr(sources, part)}: expected the {what or 'weights'} that "
-                             f"{checkpoint} was trained on (sha256 {state[name][:12]}), got others "
-                             f"({digest[:12]}); restore that folder, or name it with --{part} DIR")
-    return sources
-
-
-def load_model(checkpoint: Path, device: torch.device, **changes: object) -> Setup:
-    """Rebuild the model of a checkpoint folder from what the checkpoint itself says.
-
-    changes: Config fields that may differ in evaluation (data, missing_images, and where the
-    backbone lies: t5, vit, init).  Raises UsageError if the backbone is not the one trained on, or
-    a tensor does not fit.
-    """
-    config = stored_config(checkpoint, **changes)
-    given = {part: changes.get(part) for part in ("t5", "vit", "init")}
-    setup = build(config, stored_sources(checkpoint, config, **given), device)
-    load_trainables(setup.model, checkpoint)
-    return setup
-
-
-def load_trainables(model: nn.Module, checkpoint: Path) -> None:
-    """Copy a checkpoint's tensors into the trainable parameters; names and shapes must agree."""
-    saved = load_file(checkpoint / "model.safetensors")
-    wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    both = sorted(saved.keys() & wanted.keys())
-    odd = [name for name in both if saved[name].shape != wanted[name].shape]
-    odd += sorted(saved.keys() ^ wanted.keys())
-    if odd:
-        name = odd[0]
-        shapes = [list(side[name].shape) if name in side else "nothing" for side in (wanted, saved)]
-        raise UsageError(f"{checkpoint}/model.safetensors: {name}: expected {shapes[0]}, got "
-                         f"{shapes[1]} ({len(odd)} tensors differ); use the rank, tasks, method "
-                         "and backbone that the checkpoint was made with")
-    with torch.no_grad():
-        for name, parameter in wanted.items():
-            parameter.copy_(saved[name])
 
 
 class FlatParameters:
@@ -837,9 +817,9 @@ def discard(folder: Path) -> None:
 def write_state(folder: Path, state: dict, digests: dict[str, str]) -> None:
     """Put state.json, or a newer one, into a checkpoint folder; one rename, so never half of it."""
     aside = folder / ".state.json.writing"
-    state = {**state, "sha256": digests}
-    state["sha256"] = {**digests, "state.json": state_hash(state)}
-    aside.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+    digests = {**digests, "state.json": state_hash({**state, "sha256": digests})}
+    text = json.dumps({**state, "sha256": digests}, indent=1) + "\n"
+    aside.write_text(text, encoding="utf-8")
     sync(aside)
     aside.rename(folder / "state.json")
     sync(folder)
@@ -924,6 +904,75 @@ def find_checkpoint(path: Path) -> Path:
     return best
 
 
+def stored_config(checkpoint: Path, **changes: object) -> Config:
+    """The settings of a checkpoint; an exported adapter brings its datasets' labels along."""
+    config = dataclasses.replace(Config(**read_state(checkpoint)["config"]), **changes)
+    brought = checkpoint / "corpus"
+    if config.data is None and brought.is_dir():
+        config = dataclasses.replace(config, data=str(brought))
+    return config
+
+
+def stored_sources(checkpoint: Path, config: Config, given: Mapping[str, object]) -> Sources:
+    """The folders that a checkpoint was trained on: those given now ("t5", "vit", "init"), else
+    where they lay then, else by hash in weights/ (tiny) or by name from the hub (other sizes).
+    UsageError unless each has the very content it had then."""
+    state, folders = read_state(checkpoint), {}
+    for part in ("t5", "vit", "init"):
+        digest, then = state.get(f"{part}_sha256"), state.get(part)
+        if digest is None:  # a run without --init
+            continue
+        folder = given.get(part) or (then if then and Path(then).is_dir() else None)
+        name = getattr(SIZES[config.size], part, None)
+        if not folder and not name:
+            folder = next((made for made in sorted(Path("weights").glob(f"*/{part}"))
+                           if folder_hash(made) == digest), None)
+            if not folder:
+                raise UsageError(f"{checkpoint}: expected the folder of its {part} (sha256 "
+                                 f"{digest[:12]}), got {then or 'none'}; name it with --{part} DIR")
+        folders[part] = (find_checkpoint(Path(folder)) if part == "init"
+                         else find_weights(part, folder, name))
+    sources = Sources(evaluate.corpus_of(config), **folders)
+    for name, digest in sources.fingerprints().items():
+        if name in state and state[name] != digest:
+            part, _, what = name.removesuffix("_sha256").partition("_")
+            raise UsageError(f"{getattr(sources, part)}: expected the {what or 'weights'} that "
+                             f"{checkpoint} was trained on (sha256 {state[name][:12]}), got others "
+                             f"({digest[:12]}); restore that folder, or name it with --{part} DIR")
+    return sources
+
+
+def load_model(checkpoint: Path, device: torch.device, **changes: object) -> Setup:
+    """Rebuild the model of a checkpoint folder from what the checkpoint itself says.
+
+    changes: Config fields that may differ in evaluation (data, missing_images, and where the
+    backbone lies: t5, vit, init).  Raises UsageError if the backbone is not the one trained on, or
+    a tensor does not fit.
+    """
+    config = stored_config(checkpoint, **changes)
+    setup = build(config, stored_sources(checkpoint, config, changes), device)
+    load_trainables(setup.model, checkpoint)
+    return setup
+
+
+def load_trainables(model: nn.Module, checkpoint: Path) -> None:
+    """Copy a checkpoint's tensors into the trainable parameters; names and shapes must agree."""
+    saved = load_file(checkpoint / "model.safetensors")
+    wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    both = sorted(saved.keys() & wanted.keys())
+    odd = [name for name in both if saved[name].shape != wanted[name].shape]
+    odd += sorted(saved.keys() ^ wanted.keys())
+    if odd:
+        name = odd[0]
+        shapes = [list(side[name].shape) if name in side else "nothing" for side in (wanted, saved)]
+        raise UsageError(f"{checkpoint}/model.safetensors: {name}: expected {shapes[0]}, got "
+                         f"{shapes[1]} ({len(odd)} tensors differ); use the rank, tasks, method "
+                         "and backbone that the checkpoint was made with")
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(saved[name])
+
+
 # ------------------------------------------------------------------------------------------ a run
 
 class Run:
@@ -936,9 +985,7 @@ class Run:
         self.model, self.routing = self.setup.model, self.setup.model.routing
         self.flat = None if dry else FlatParameters(self.model, config.lr)
         self.layers = len(clorae.expert_layers(self.model))
-        self.records = {split: data.load_corpus(sources.corpus, split, config.units)
-                        if any(sources.corpus.glob(f"*/{split}.jsonl")) else []
-                        for split in data.SPLITS}
+        self.records = read_splits(sources.corpus, self.setup.datasets, config.units)
         self.held_out = hold_out(self.records, self.setup.datasets, config.hold_out)
         self.features = Features(sources, sum(self.records.values(), []), config.missing_images,
                                  config.max_objects, device)
@@ -956,8 +1003,8 @@ class Run:
         self.stopping = False  # some process was asked to stop
         self.unsaved: set[int] = set()  # steps since the last checkpoint that could not be written
         self.unlogged = ""  # rows for which metrics.csv had no room
-        self.on_disk: Path | None = None  # the checkpoint whose weights are those of now
-        if config.fusion == "gate" and not dry:
+        self.on_disk: Path | None = None  # the newest checkpoint of this run that is whole
+        if config.fusion == "gate" and sources.init is None and not dry:
             self.open_gate()
         self.origin = {"t5": str(sources.t5), "vit": str(sources.vit),
                        "init": sources.init and str(sources.init), **sources.fingerprints()}
@@ -983,8 +1030,9 @@ class Run:
         if given is None:
             return demo.P_M if self.config.data is None else losses.SINGLE_TASK_F1
         try:
-            found = json.loads(Path(given).read_text(encoding="utf-8"))
-            lost = [unit for unit in self.units if not float(found.get(unit, 0)) > 0]
+            stored = json.loads(Path(given).read_text(encoding="utf-8"))
+            found = {unit: float(stored.get(unit, 0)) for unit in self.units}
+            lost = [unit for unit in self.units if not found[unit] > 0]
         except (OSError, ValueError, TypeError, AttributeError) as cause:
             found, lost = {}, [f"(unreadable: {cause})"]
         if lost:
@@ -998,7 +1046,7 @@ class Run:
     # ---------------------------------------------------------------- checkpoints and resume
 
     def state(self) -> dict:
-        """What state.json holds; the dropout RNG needs no more than the seed and the step."""
+        """What state.json holds; dropout needs no more than the seed and the step to go on."""
         config = {name: value for name, value in dataclasses.asdict(self.config).items()
                   if name not in ("out", "save_every", "impl")}  # they change no mathematics
         return {"config": config, **dataclasses.asdict(self.progress), "world": self.world.size,
@@ -1058,16 +1106,15 @@ class Run:
 
     def resume(self, launch: Launch) -> str:
         """Go on from a checkpoint; returns the line that says what was found."""
-        how = launch.resume
-        for torn in self.out.glob(".*-*") if self.world.main else ():  # what a kill left
-            shutil.rmtree(torn, ignore_errors=True)
-        if how == "none" and not self.world.restarts:
-            if self.world.main:
-                for old in self.out.glob("[!.]*"):
-                    shutil.rmtree(old) if old.is_dir() else old.unlink()
-            self.world.barrier()
+        anew = launch.resume == "none" and not self.world.restarts
+        if self.world.main:
+            names = (".step-*", ".best-*", *RUN_FILES * anew)  # the hidden ones are left by kills
+            for old in (path for name in names for path in self.out.glob(name)):
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+        if anew:
             return "start: from the beginning (--resume none)"
-        found = newest_checkpoint(self.out) if how in ("auto", "none") else Path(how)
+        found = (newest_checkpoint(self.out) if launch.resume in ("auto", "none")
+                 else Path(launch.resume))
         if found is None:
             self.restore_logs()
             return f"start: from the beginning, no checkpoint in {self.out}"
@@ -1082,12 +1129,12 @@ class Run:
         return f"start: resumed {found} at step {state['step']}, epoch {state['epoch'] + 1}"
 
     def check_same(self, state: dict, found: Path, any_world: bool) -> None:
-        """A run may only go on with the settings and weights that it began with."""
+        """A run may only go on with the settings, references and weights that it began with."""
         mine = json.loads(json.dumps(self.state()))
         changed = [name for name, value in mine["config"].items()
                    if state["config"].get(name) != value]
-        changed += [name for name in mine if name.endswith("_sha256")
-                    and state.get(name, mine[name]) != mine[name]]
+        changed += [name for name in mine if name == "reference" or name.endswith("_sha256")
+                    if state.get(name, mine[name]) != mine[name]]
         if changed:
             was = ", ".join(f"{name} {state['config'].get(name, state.get(name))} -> "
                             f"{mine['config'].get(name, mine.get(name))}" for name in changed)
@@ -1227,7 +1274,7 @@ class Run:
         progress.history.append({"epoch": progress.epoch + 1, "step": progress.step, "f1": f1,
                                  "weights": progress.weights})
         before = progress.best_sum, progress.best_step
-        better = sum(f1.values()) > progress.best_sum
+        better = sum(f1.values()) >= progress.best_sum  # without dev rows: the last epoch
         if better:
             progress.best_sum, progress.best_step = sum(f1.values()), progress.step
         progress.epoch, progress.cursor = progress.epoch + 1, 0
@@ -1236,18 +1283,17 @@ class Run:
         if self.save() and self.world.main:
             self.write_history()
         self.world.print("  dev F1  " + "  ".join(f"{u} {v:.1f}" for u, v in f1.items())
-                         + f"  mean {sum(f1.values()) / max(len(f1), 1):.1f}")
+                         + f"  mean {sum(f1.values()) / len(f1):.1f}")
         if self.config.aml:
             self.world.print("  weights " + "  ".join(f"{u} {v:.2f}" for u, v
                                                       in progress.weights.items()))
 
     def evaluate(self, split: str) -> list[evaluate.Row]:
         """Decode and score a split, shared among the processes; every one returns all rows."""
-        decoding = evaluate.Decoding(max_new_tokens=self.config.max_target,
-                                     precision=self.config.precision)
-        return evaluate.evaluate_split(self.model, self.splits[split], self.setup.datasets,
-                                       self.features, self.setup.tokenizer, self.world.device,
-                                       decoding, self.world.rank, self.world.size)
+        return evaluate.evaluate_split(
+            self.model, self.splits[split], self.setup.datasets, self.features,
+            self.setup.tokenizer, self.world.device, evaluate.Decoding.of(self.config),
+            self.world.rank, self.world.size)
 
     def dev_f1(self) -> dict[str, float]:
         """F1 in % on the dev split of every trained unit: s_t^m of Eq. (9).
@@ -1259,14 +1305,14 @@ class Run:
 
     def test(self) -> str:
         """The table of the test split with the best checkpoint; also written to the run folder."""
-        load_trainables(self.model, find_checkpoint(self.out))
+        best = find_checkpoint(self.out)
+        load_trainables(self.model, best)
         with self.world.rest():
             rows = self.evaluate("test")
         text = evaluate.table(evaluate.total(rows), self.setup.datasets)
         if self.world.main:
             evaluate.save_predictions(self.out / "predictions-test.jsonl", rows)
-            evaluate.save_scores(self.out / "scores-test.json", rows, find_checkpoint(self.out),
-                                 self.config, "test")
+            evaluate.save_scores(self.out / "scores-test.json", rows, best, self.config, "test")
             evaluate.write_whole(self.out / "table.txt", text + "\n")
         return text
 
@@ -1310,7 +1356,8 @@ def describe(run: Run, start: str) -> list[str]:
     rows = "; ".join(f"{name} " + ", ".join(
         f"{unit} {count}" for unit, count in unit_rows(records, run.setup.datasets).items())
         for name, records in run.records.items() if records)
-    steps = len(run.batches(0)) * config.epochs
+    most = len(run.batches(0)) * config.epochs
+    steps = min(config.steps or most, most)
     lines = [
         f"device: {world.device}, torch {torch.__version__}, {world.size} process(es), "
         f"{config.precision}, experts on "
@@ -1323,7 +1370,7 @@ def describe(run: Run, start: str) -> list[str]:
         + ", ".join(f"{kind} {count:,}" for kind, count in split.items() if count) + ")",
         f"rows: {rows}",
         f"images: {run.features.missing_rows} rows without their image",
-        f"steps: {config.steps or steps} of batch {config.batch} (micro-batches of "
+        f"steps: {steps} of batch {config.batch} (micro-batches of "
         f"{config.micro_batch}), {config.epochs} epochs, lr {config.lr:g} halved every "
         f"{config.lr_epochs}",
         f"backbone: {run.origin['t5']} sha256 {run.origin['t5_sha256'][:12]}, "
@@ -1341,28 +1388,6 @@ def describe(run: Run, start: str) -> list[str]:
         lines.append(f"note: a batch makes {parts} micro-batches for {world.size} processes, so "
                      f"{world.size - parts} only wait; start fewer, or lower --micro-batch")
     return lines
-
-
-def plan(config: Config, sources: Sources, world: World, launch: Launch) -> list[str]:
-    """What a run would use, from configurations, headers and the corpus alone (--dry-run)."""
-    run = Run(config, sources, world, dry=True)
-    found = newest_checkpoint(run.out) if launch.resume == "auto" else launch.resume
-    start = f"start: {'from the beginning' if found in (None, 'none') else f'would resume {found}'}"
-    if finished(config, launch):
-        start = "start: this run is finished, its table would be printed again"
-    files = [path for folder in (sources.t5, sources.vit, *filter(None, [sources.init]))
-             for path in sorted(folder.iterdir())
-             if path.suffix in (".json", ".safetensors", ".model")]
-    files += sorted(path for kind in ("dataset.json", *(f"{split}.jsonl" for split in data.SPLITS))
-                    for path in sources.corpus.glob(f"*/{kind}"))
-    frozen = sum(p.numel() for p in run.model.parameters() if not p.requires_grad)
-    terms = memory(run)
-    return ["dry run: nothing is trained, nothing is written to " + str(run.out),
-            *(f"file: {path}, {path.stat().st_size:,} bytes, sha256 {file_hash(path)[:12]}"
-              for path in files),
-            *describe(run, start), f"frozen: {frozen:,} parameters",
-            f"memory per process: about {sum(terms.values()) / 1e9:.2f} GB = "
-            + " + ".join(f"{name} {value / 1e9:.2f}" for name, value in terms.items())]
 
 
 def memory(run: Run) -> dict[str, float]:
@@ -1401,37 +1426,6 @@ def memory(run: Run) -> dict[str, float]:
             "the process itself": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
 
 
-def hold_out(records: dict[str, list[data.Record]], datasets: dict[str, data.Dataset],
-             how: str) -> str | None:
-    """Take Table 4's units out of the train and dev records, in place; what was done, in words.
-
-    paper: T17 and V2.  clean: also SNAP, drawn from the same pool of tweets as T17, and every text
-    of another dataset that stands in the test split of T17 or V2 (TASKS: V1 holds 183 of T17's).
-    """
-    if how == "none":
-        return None
-    away = {"T17", "V2"} | ({"SNAP"} if how == "clean" else set())
-
-    def unit(record: data.Record) -> str:
-        return datasets[record.dataset].units[record.task]
-
-    seen = data.texts_of(r for r in records["test"] if unit(r) in ("T17", "V2"))
-    dropped = 0
-    for split in ("train", "dev"):
-        kept = [record for record in records[split] if unit(record) not in away]
-        records[split] = [record for record in kept
-                          if how == "paper" or data.normalised(record) not in seen]
-        dropped += len(kept) - len(records[split])
-    return (f"hold-out ({how}): {', '.join(u for u in UNITS if u in away)} neither in train nor in "
-            f"dev; {dropped} more records left out, whose text is in the test split of T17 or V2")
-
-
-def unit_rows(records: Sequence[data.Record], datasets: dict[str, data.Dataset]) -> dict[str, int]:
-    """Rows per unit, in the order of the table."""
-    names = [datasets[record.dataset].units[record.task] for record in records]
-    return {unit: names.count(unit) for unit in UNITS if unit in names}
-
-
 def finished(config: Config, launch: Launch) -> str | None:
     """The table of a run that is complete already, if the same command is given again."""
     table = Path(config.out) / "table.txt"
@@ -1442,6 +1436,28 @@ def finished(config: Config, launch: Launch) -> str | None:
     if newest is None or not read_state(newest)["config"].items() <= mine.items():
         return None
     return table.read_text(encoding="utf-8")
+
+
+def plan(config: Config, sources: Sources, world: World, launch: Launch) -> list[str]:
+    """What a run would use, from configurations, headers and the corpus alone (--dry-run)."""
+    run = Run(config, sources, world, dry=True)
+    found = newest_checkpoint(run.out) if launch.resume == "auto" else launch.resume
+    start = f"start: {'from the beginning' if found in (None, 'none') else f'would resume {found}'}"
+    if finished(config, launch):
+        start = "start: this run is finished, its table would be printed again"
+    files = [path for folder in (sources.t5, sources.vit, *filter(None, [sources.init]))
+             for path in sorted(folder.iterdir())
+             if path.suffix in (".json", ".safetensors", ".model")]
+    files += sorted(path for kind in ("dataset.json", *(f"{split}.jsonl" for split in data.SPLITS))
+                    for path in sources.corpus.glob(f"*/{kind}"))
+    frozen = sum(p.numel() for p in run.model.parameters() if not p.requires_grad)
+    terms = memory(run)
+    return ["dry run: nothing is trained, nothing is written to " + str(run.out),
+            *(f"file: {path}, {path.stat().st_size:,} bytes, sha256 {file_hash(path)[:12]}"
+              for path in files),
+            *describe(run, start), f"frozen: {frozen:,} parameters",
+            f"memory per process: about {sum(terms.values()) / 1e9:.2f} GB = "
+            + " + ".join(f"{name} {value / 1e9:.2f}" for name, value in terms.items())]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
