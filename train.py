@@ -6,7 +6,8 @@
 
 Paper: C-LoRAE, IJCAI 2025, arXiv 2505.06303; `train_step` is Eq. (10), `finish_epoch` is Eq. (9).
 The order of this file is the order of a run: what to run (Config), who runs (World), what is
-needed (prepare), the model (build), its trainable vector (FlatParameters), checkpoints, the run.
+needed (prepare), the model (build) and its trainable vector (FlatParameters), checkpoints and the
+models they hold, the run itself (Run), what is said of it before it begins (describe, plan).
 
 Exactness: the batches of an epoch are a function of (seed, epoch), the dropout masks of (seed,
 step, micro-batch), and every normaliser counts the global batch.  So neither the number of
@@ -17,7 +18,8 @@ Exit codes: 0 done; 2 a command, input or machine that cannot work, said in one 
 74 no checkpoint could be written, the disk is full; 130 and 143 stopped by Ctrl-C and SIGTERM, to
 be resumed; 1 a crash, with its traceback.
 
-Shapes: B rows, T target tokens, V visual tokens, F image-feature width.
+Shapes: B rows, S source, T target and V visual tokens, D model width, H heads, K head width,
+F image-feature width.
 """
 
 import argparse
@@ -27,6 +29,7 @@ import errno
 import fcntl
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -864,33 +867,6 @@ def newest_checkpoint(run: Path, prefix: str = "step") -> Path | None:
     return None
 
 
-def claim(out: Path) -> io.TextIOWrapper:
-    """Hold a run folder until this process ends, however it ends, or until the file is closed."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "w")
-    except OSError as cause:
-        raise UsageError(f"--out {out}: expected a folder that can be written to, got "
-                         f"{'a file' if out.is_file() else cause.strerror}; choose another --out"
-                         ) from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UsageError(f"--out {out}: expected a run folder that no other process writes to, got "
-                         "one in use; wait for that run, end it, or use another --out") from None
-    return lock
-
-
-def append(path: Path, text: str) -> None:
-    """Append to a file, all of it or, where the disk is full, nothing."""
-    content = text.encode()
-    with open(path, "ab", buffering=0) as file:
-        before = file.seek(0, os.SEEK_END)
-        if file.write(content) != len(content):
-            file.truncate(before)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-
-
 def find_checkpoint(path: Path) -> Path:
     """A checkpoint folder as it is, or the best one of a run folder."""
     if (path / "state.json").exists():
@@ -973,6 +949,33 @@ def load_trainables(model: nn.Module, checkpoint: Path) -> None:
             parameter.copy_(saved[name])
 
 
+def claim(out: Path) -> io.TextIOWrapper:
+    """Hold a run folder until this process ends, however it ends, or until the file is closed."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "w")
+    except OSError as cause:
+        raise UsageError(f"--out {out}: expected a folder that can be written to, got "
+                         f"{'a file' if out.is_file() else cause.strerror}; choose another --out"
+                         ) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UsageError(f"--out {out}: expected a run folder that no other process writes to, got "
+                         "one in use; wait for that run, end it, or use another --out") from None
+    return lock
+
+
+def append(path: Path, text: str) -> None:
+    """Append to a file, all of it or, where the disk is full, nothing."""
+    content = text.encode()
+    with open(path, "ab", buffering=0) as file:
+        before = file.seek(0, os.SEEK_END)
+        if file.write(content) != len(content):
+            file.truncate(before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
 # ------------------------------------------------------------------------------------------ a run
 
 class Run:
@@ -996,7 +999,8 @@ class Run:
         self.examples = self.splits["train"]
         if not self.examples:
             raise UsageError(f"{sources.corpus}: expected training records, found no train.jsonl "
-                             "with any; convert a dataset that has a train split")
+                             "with any; convert a dataset that has a train split, or choose other "
+                             "--units or --hold-out")
         self.units = [u for u in UNITS if any(UNITS[e.unit] == u for e in self.examples)]
         self.reference = self.references()
         self.progress = Progress(weights=dict.fromkeys(self.units, 1.0))
@@ -1019,10 +1023,16 @@ class Run:
 
     @torch.no_grad()
     def open_gate(self) -> None:
-        """Turn the fusion gate's fresh projections to the side that lets gradients through."""
-        self.model.eval()
-        with self.autocast():
-            self.model.open_gate(self.collate(self.batches(0)[0][:self.config.micro_batch]))
+        """Turn the fusion gate's fresh projections to the side that lets gradients through.
+
+        Judged by the first rows of the first epoch that have an image.
+        """
+        shown = (i for i in itertools.chain(*self.batches(0))
+                 if self.features(self.examples[i].record) is not None)
+        if rows := list(itertools.islice(shown, self.config.micro_batch)):
+            self.model.eval()
+            with self.autocast():
+                self.model.open_gate(self.collate(rows))
 
     def references(self) -> dict[str, float]:
         """p_m of Eq. (9) for every unit; UsageError if a trained unit has none."""
@@ -1347,7 +1357,7 @@ def unit_sums(totals: Tensor, ce: Tensor, batch: data.Batch) -> Tensor:
     return torch.cat([totals.detach().double(), *per_unit])
 
 
-# ------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------- plan and main
 
 def describe(run: Run, start: str) -> list[str]:
     """What will run, before it runs."""
@@ -1393,11 +1403,12 @@ def describe(run: Run, start: str) -> list[str]:
 def memory(run: Run) -> dict[str, float]:
     """Bytes that training takes, term by term, for a micro-batch of the longest rows there are.
 
-    Activations are what autograd keeps; a frozen weight adds nothing.  Of a token, each attention
-    keeps 3 D (5 with T5's dropout, 4 more with the experts'), 5 H K and 16 k numbers for k columns
-    of the experts, and the feed-forward 3 of its widths (4 with dropout); dropout on a CPU, where
-    no fused kernel has it, adds 3 H scores per key.  On top come three copies of the logits and
-    twice the experts, joined per task and for L_MIM.  Within about 10 % of measured.
+    Activations are what autograd keeps; a frozen weight adds nothing.  Numbers kept per token:
+      attention     3 D (5 D with T5's dropout) + 5 H K + 16 per column of the experts, and 4 D with
+                    the experts' dropout; on a CPU T5's dropout keeps 3 H scores per key as well
+      feed-forward  3 times its width (4 times with dropout)
+    Then three copies of the logits, as far as they are held at once, and two of the experts: joined
+    per task, and for L_MIM.  Within about 10 % of what was measured.
     """
     config, t5 = run.config, run.model.t5.config
     frozen, trained = (sum(p.numel() * p.element_size() for p in run.model.parameters()
