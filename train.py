@@ -23,12 +23,10 @@ F image-feature width.
 """
 
 import argparse
-import csv
 import dataclasses
 import errno
 import fcntl
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -45,6 +43,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
@@ -120,8 +119,8 @@ def option(default: object, text: str, kind: type = str, **more: object) -> obje
     return field(default=default, metadata={"help": text, **reads, **more})
 
 
-# What numbers must be: in words, as a test, for these fields of Config.
-BOUNDS: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
+# What a number must be: in words, as a test, and the fields of Config that it holds for.
+BOUNDS = (
     (f"at least {len(TASKS)}", lambda value: value >= len(TASKS), ("rank",)),
     ("at least 2", lambda value: value >= 2, ("max_source", "max_target")),
     ("at least 1", lambda value: value >= 1,
@@ -268,6 +267,7 @@ class World:
 
     def __init__(self, timeout: float = Launch.timeout) -> None:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.main = self.rank == 0
         self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # by torchrun
         self.timeout = timeout
         self.signal = 0  # the one that asked this process to stop
@@ -281,10 +281,6 @@ class World:
         self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)
-
-    @property
-    def main(self) -> bool:
-        return self.rank == 0
 
     def join(self) -> None:
         """Meet the other processes; called once everything slow is prepared.
@@ -332,7 +328,7 @@ class World:
 
     @contextmanager
     def rest(self) -> Iterator[None]:
-        """Long work that starts from what is on disk: a signal may end it at any line."""
+        """Long work that can be begun again from what is on disk: a signal ends it at any line."""
         self.resting = True
         if self.signal:
             raise Stopped(self.signal)
@@ -361,9 +357,9 @@ def verdict(problem: BaseException) -> tuple[int, str]:
 def exit_codes() -> Iterator[None]:
     """End the process with the exit code that this file's docstring promises, and its message.
 
-    One of several processes ends at once: a destructor might wait for the others.  A message that
-    rank 0 will have as well, or that only says that another process is gone, is held back: by then
-    torchrun has ended this process too, and the cause is not buried.
+    One of several processes ends by os._exit: a destructor might wait for the others.  Often all
+    fail together, and the cause should be read once: whoever is not rank 0, or only has to say that
+    another process is gone, waits a second, in which torchrun ends it before it speaks.
     """
     rank, alone = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", 1)) == 1
     lost = None  # the words that say that another process is gone
@@ -542,7 +538,7 @@ def tiny_backbone(corpus: Path, config: Config) -> Path:
 
 def read_splits(corpus: Path, datasets: dict[str, data.Dataset],
                 units: Sequence[str] | None) -> dict[str, list[data.Record]]:
-    """{split: its records of these units (None: all)}; empty where none of their datasets has it."""
+    """{split: its records of these units}, None for all; empty if no dataset of theirs has it."""
     wanted = set(units or UNITS)
     folders = [corpus / name for name, dataset in datasets.items()
                if wanted & set(dataset.units.values())]
@@ -653,9 +649,8 @@ class Setup:
 
 
 def build(config: Config, sources: Sources, device: torch.device) -> Setup:
-    """The adapted model at its seeded start; trainables fp32, a frozen backbone as `precision`.
-
-    On the device "meta" it has names, shapes and types, and of the weights only headers are read.
+    """The adapted model as its seed makes it: what is trained in fp32, a frozen backbone in the
+    run's precision.  On the device "meta" it has names, shapes and types, and no weight is read.
     """
     meta, half = device.type == "meta", config.precision == "bf16" and config.method != "full"
     dtype = torch.bfloat16 if half else torch.float32
@@ -685,7 +680,7 @@ def build(config: Config, sources: Sources, device: torch.device) -> Setup:
 
 
 def outline(folder: Path, dtype: torch.dtype) -> T5:
-    """The T5 of a folder on the meta device; a stored head counts as one of its own."""
+    """The T5 of a folder on the meta device; a head that is stored counts as untied."""
     raw, stored = read_json(folder / "config.json"), open_weights(folder)
     with torch.device("meta"):
         return T5(T5Config.from_hf(raw, folder, "lm_head.weight" not in stored)).to(dtype)
@@ -883,9 +878,8 @@ def find_checkpoint(path: Path) -> Path:
 def stored_config(checkpoint: Path, **changes: object) -> Config:
     """The settings of a checkpoint; an exported adapter brings its datasets' labels along."""
     config = dataclasses.replace(Config(**read_state(checkpoint)["config"]), **changes)
-    brought = checkpoint / "corpus"
-    if config.data is None and brought.is_dir():
-        config = dataclasses.replace(config, data=str(brought))
+    if config.data is None and (checkpoint / "corpus").is_dir():
+        config.data = str(checkpoint / "corpus")
     return config
 
 
@@ -910,7 +904,7 @@ def stored_sources(checkpoint: Path, config: Config, given: Mapping[str, object]
                          else find_weights(part, folder, name))
     sources = Sources(evaluate.corpus_of(config), **folders)
     for name, digest in sources.fingerprints().items():
-        if name in state and state[name] != digest:
+        if state.get(name, digest) != digest:
             part, _, what = name.removesuffix("_sha256").partition("_")
             raise UsageError(f"{getattr(sources, part)}: expected the {what or 'weights'} that "
                              f"{checkpoint} was trained on (sha256 {state[name][:12]}), got others "
@@ -949,7 +943,7 @@ def load_trainables(model: nn.Module, checkpoint: Path) -> None:
             parameter.copy_(saved[name])
 
 
-def claim(out: Path) -> io.TextIOWrapper:
+def claim(out: Path) -> TextIO:
     """Hold a run folder until this process ends, however it ends, or until the file is closed."""
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -1001,7 +995,7 @@ class Run:
             raise UsageError(f"{sources.corpus}: expected training records, found no train.jsonl "
                              "with any; convert a dataset that has a train split, or choose other "
                              "--units or --hold-out")
-        self.units = [u for u in UNITS if any(UNITS[e.unit] == u for e in self.examples)]
+        self.units = list(unit_rows(self.records["train"], self.setup.datasets))
         self.reference = self.references()
         self.progress = Progress(weights=dict.fromkeys(self.units, 1.0))
         self.stopping = False  # some process was asked to stop
@@ -1080,7 +1074,8 @@ class Run:
                       flush=True)
         if not self.world.sum(failed).item():
             self.unsaved.clear()
-            self.on_disk = folder if prefix == "step" else self.on_disk
+            if prefix == "step":
+                self.on_disk = folder
             return True
         self.unsaved.add(self.progress.step)
         if len(self.unsaved) == FAILED_SAVES:
@@ -1099,8 +1094,8 @@ class Run:
         prefix = folder.name.split("-")[0]
         kept = CHECKPOINTS_KEPT if prefix == "step" else 1
         alike = sorted(self.out.glob(f"{prefix}-*"))
-        later = [other for other in alike if other.name > folder.name]  # broken, or gone back from
-        for old in alike[:-kept - len(later)] + later:
+        end = alike.index(folder) + 1
+        for old in alike[:max(end - kept, 0)] + alike[end:]:  # later ones are broken or abandoned
             discard(old)
 
     def check_room(self) -> None:
@@ -1250,7 +1245,7 @@ class Run:
     def train(self) -> None:
         """All epochs from where the run stands to its end, best checkpoint kept apart."""
         config, progress = self.config, self.progress
-        limit = math.inf if config.steps is None else config.steps
+        limit = config.steps or math.inf
         while progress.epoch < config.epochs and progress.step < limit:
             batches = self.batches(progress.epoch)
             with tqdm(total=len(batches), initial=progress.cursor, disable=not self.world.main,
@@ -1284,7 +1279,7 @@ class Run:
         progress.history.append({"epoch": progress.epoch + 1, "step": progress.step, "f1": f1,
                                  "weights": progress.weights})
         before = progress.best_sum, progress.best_step
-        better = sum(f1.values()) >= progress.best_sum  # without dev rows: the last epoch
+        better = sum(f1.values()) > progress.best_sum or not self.splits["dev"]  # then the last is
         if better:
             progress.best_sum, progress.best_step = sum(f1.values()), progress.step
         progress.epoch, progress.cursor = progress.epoch + 1, 0
@@ -1333,12 +1328,10 @@ class Run:
         """
         if not self.world.main:
             return
-        path, waiting, text = self.out / "metrics.csv", bool(self.unlogged), io.StringIO()
-        writer = csv.DictWriter(text, row, lineterminator="\n")
+        path, waiting = self.out / "metrics.csv", bool(self.unlogged)
         if not waiting and not (path.exists() and path.stat().st_size):
-            writer.writeheader()
-        writer.writerow(row)
-        self.unlogged += text.getvalue()
+            self.unlogged = ",".join(row) + "\n"
+        self.unlogged += ",".join(map(str, row.values())) + "\n"
         try:
             append(path, self.unlogged)
             self.unlogged = ""

@@ -193,7 +193,7 @@ def test_a_number_that_cannot_work_is_refused_before_anything_is_computed(flag, 
 
 
 def test_the_first_epoch_is_not_the_best_where_there_is_no_dev_split(command, small, tmp_path):
-    """A corpus without any dev rows: of equal scores the later one's weights are kept."""
+    """Nothing tells the epochs apart, so the weights of the last one are kept."""
     corpus = tmp_path / "corpus"
     shutil.copytree(small["data"], corpus)
     for path in corpus.glob("*/dev.jsonl"):
