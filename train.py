@@ -1279,7 +1279,8 @@ class Run:
         progress.history.append({"epoch": progress.epoch + 1, "step": progress.step, "f1": f1,
                                  "weights": progress.weights})
         before = progress.best_sum, progress.best_step
-        better = sum(f1.values()) > progress.best_sum or not self.splits["dev"]  # then the last is
+        better = sum(f1.values()) > progress.best_sum
+        better |= not self.splits["dev"]  # nothing tells the epochs apart: the last one is taken
         if better:
             progress.best_sum, progress.best_step = sum(f1.values()), progress.step
         progress.epoch, progress.cursor = progress.epoch + 1, 0

@@ -358,8 +358,8 @@ def test_the_visual_policies_train_what_they_say_at_base_geometry():
 
 
 def test_experts_can_sit_on_a_fully_trained_model(command, tmp_path):
-    """Policies `paper` and `frozen`: --init gives the weights of a full run, which the checkpoint then
-    needs and checks; without one a fresh adapter would stay what it is, so it is refused."""
+    """Policies `paper` and `frozen`: --init gives the weights of a full run, which the checkpoint
+    then needs and checks; without one a fresh adapter would stay what it is, so it is refused."""
     short = ("--steps", 2, "--epochs", 1)
     refused = run(command(tmp_path / "run", *short, "--visual-policy", "paper"))
     assert refused.returncode == 2 and "--init" in refused.stderr
