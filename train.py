@@ -1269,8 +1269,7 @@ class Run:
     def finish_epoch(self) -> None:
         """Dev F1, the weights of the next epoch by Eq. (9), the best checkpoint, the next epoch."""
         progress = self.progress
-        if self.on_disk is None or not self.on_disk.name.endswith(f"-{progress.step:08d}"):
-            self.save()  # a run that ends while it evaluates has only that to repeat
+        self.save()  # a run that ends while it evaluates has only that to repeat
         with self.world.rest():
             f1 = self.dev_f1()
         if self.config.aml:
