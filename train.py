@@ -273,13 +273,13 @@ class World:
         self.signal = 0  # the one that asked this process to stop
         self.resting = False  # nothing would be lost if the process ended now
         self.heard = time.monotonic()  # when the processes last met
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        cuda = torch.cuda.is_available()
-        if cuda and local >= torch.cuda.device_count():
-            raise UsageError(f"--nproc_per_node: expected at most {torch.cuda.device_count()}, the "
-                             f"number of GPUs, got a process {local + 1}; start fewer")
-        self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
-        if cuda:
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+            if local >= count:
+                raise UsageError(f"--nproc_per_node: expected at most {count}, the number of GPUs, "
+                                 f"got a process {local + 1}; start fewer")
+            self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
 
     def join(self) -> None:
@@ -1136,17 +1136,15 @@ class Run:
     def check_same(self, state: dict, found: Path, any_world: bool) -> None:
         """A run may only go on with the settings, references and weights that it began with."""
         mine = json.loads(json.dumps(self.state()))
-        changed = [name for name, value in mine["config"].items()
-                   if state["config"].get(name) != value]
-        changed += [name for name in mine if name == "reference" or name.endswith("_sha256")
-                    if state.get(name, mine[name]) != mine[name]]
+        fixed = [*mine["config"], "reference", *(name for name in mine if name.endswith("_sha256"))]
+        was, now = ({**some, **some["config"]} for some in (state, mine))
+        changed = [f"{name} {was.get(name)} -> {now[name]}" for name in fixed
+                   if was.get(name) != now[name]]
         if changed:
-            was = ", ".join(f"{name} {state['config'].get(name, state.get(name))} -> "
-                            f"{mine['config'].get(name, mine.get(name))}" for name in changed)
             raise UsageError(f"{found}: expected the settings it was started with, got changes: "
-                             f"{was}; repeat the old command, or use another --out, or "
-                             "--resume none to start over")
-        world = state.get("world", self.world.size)
+                             f"{', '.join(changed)}; repeat the old command, or use another --out, "
+                             "or --resume none to start over")
+        world = state["world"]
         if world != self.world.size and not any_world:
             raise UsageError(f"{found}: expected {world} process(es), as it was started with, got "
                              f"{self.world.size}; use torchrun --nproc_per_node={world}, or pass "

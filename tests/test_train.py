@@ -190,12 +190,17 @@ def test_a_number_that_cannot_work_is_refused_before_anything_is_computed(flag, 
 
 
 def test_the_first_epoch_is_not_the_best_where_there_is_no_dev_split(command, corpus, tmp_path):
-    """Nothing tells the epochs apart, so the weights of the last one are kept."""
+    """Nothing tells the epochs apart, so the weights of the last one are kept.
+
+    And --steps beyond the epochs are not announced.
+    """
     for path in corpus.glob("*/dev.jsonl"):
         path.unlink()
-    done = run(command(tmp_path / "run", "--data", corpus, "--units", "V1", "--epochs", 2))
+    done = run(command(tmp_path / "run", "--data", corpus, "--units", "V1", "--epochs", 2,
+                       "--steps", 9999))
     assert done.returncode == 0, done.stderr
     last = re.search(r"trained to step (\d+)", done.stdout)[1]
+    assert f"steps: {last} of batch" in done.stdout
     assert int(last) > 2 and f"best dev epoch ended at step {last}" in done.stdout
 
 
