@@ -6,7 +6,8 @@
 
 Paper: C-LoRAE, IJCAI 2025, arXiv 2505.06303; `train_step` is Eq. (10), `finish_epoch` is Eq. (9).
 The order of this file is the order of a run: what to run (Config), who runs (World), what is
-needed (prepare), the model (build), its trainable vector (FlatParameters), checkpoints, the run.
+needed (prepare), the model (build) and its trainable vector (FlatParameters), checkpoints and the
+models they hold, the run itself (Run), what is said of it before it begins (describe, plan).
 
 Exactness: the batches of an epoch are a function of (seed, epoch), the dropout masks of (seed,
 step, micro-batch), and every normaliser counts the global batch.  So neither the number of
@@ -17,16 +18,16 @@ Exit codes: 0 done; 2 a command, input or machine that cannot work, said in one 
 74 no checkpoint could be written, the disk is full; 130 and 143 stopped by Ctrl-C and SIGTERM, to
 be resumed; 1 a crash, with its traceback.
 
-Shapes: B rows, T target tokens, V visual tokens, F image-feature width.
+Shapes: B rows, S source, T target and V visual tokens, D model width, H heads, K head width,
+F image-feature width.
 """
 
 import argparse
-import csv
 import dataclasses
 import errno
 import fcntl
 import hashlib
-import io
+import itertools
 import json
 import math
 import os
@@ -37,11 +38,12 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
@@ -68,12 +70,12 @@ CHECKPOINTS_KEPT = 2
 FAILED_SAVES = 3  # in a row, then the run ends
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 REAL_PIECES = 4000  # vocabulary of a tiny backbone made from a real corpus
+RUN_FILES = ("step-*", "best-*", "metrics.csv", "eval.jsonl", "table.txt", "predictions-*.jsonl",
+             "scores-*.json")  # what a run writes into its folder
 
 
 class UsageError(ValueError):
     """A command that cannot be carried out, with what to do instead."""
-
-    exit_code = 2
 
 
 class DiskFull(UsageError):
@@ -111,8 +113,22 @@ SIZES = {"tiny": Size(None, None, 24, 32, 32, 3, 1e-3, 2, 0.0, 40),
 
 
 def option(default: object, text: str, kind: type = str, **more: object) -> object:
-    """A Config field that is also a command-line option; `kind` converts its argument."""
-    return field(default=default, metadata={"help": text, "type": kind, **more})
+    """A field that is also a command-line option: `kind` converts its argument, and a bool has
+    none but a --no- form; `more` goes to argparse."""
+    reads = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+    return field(default=default, metadata={"help": text, **reads, **more})
+
+
+# What a number must be: in words, as a test, and the fields of Config that it holds for.
+BOUNDS = (
+    (f"at least {len(TASKS)}", lambda value: value >= len(TASKS), ("rank",)),
+    ("at least 2", lambda value: value >= 2, ("max_source", "max_target")),
+    ("at least 1", lambda value: value >= 1,
+     ("epochs", "steps", "batch", "micro_batch", "lr_epochs", "save_every")),
+    ("at least 0", lambda value: value >= 0,
+     ("max_objects", "backbone_steps", "beta", "aml_gamma")),
+    ("above 0", lambda value: value > 0, ("lr", "clip", "aml_margin")),
+    ("in [0, 1)", lambda value: 0 <= value < 1, ("dropout", "backbone_dropout")))
 
 
 @dataclass
@@ -125,9 +141,8 @@ class Config:
     mim: bool = option(True, "mutual-information loss, Eq. (5)", bool)
     data: str | None = option(None, "corpus folder (see data.py convert); default: the demo world",
                              metavar="DIR")
-    units: tuple[str, ...] | None = option(None, "train on these units only (" + ", ".join(UNITS)
-                                           + "); default: all", nargs="+", choices=UNITS,
-                                           metavar="UNIT")
+    units: list[str] | None = option(None, "train on these units only (" + ", ".join(UNITS)
+                                     + "); default: all", nargs="+", choices=UNITS, metavar="UNIT")
     hold_out: str = option("none", "Table 4: never train on T17 and V2; 'clean' leaves out SNAP "
                            "and every training text of their test splits as well",
                            choices=("none", "paper", "clean"))
@@ -193,13 +208,9 @@ class Config:
 
     def check(self) -> None:
         """Refuse numbers that cannot work, before anything slow has begun."""
-        least = {"rank": len(TASKS), "epochs": 1, "batch": 1, "micro_batch": 1, "lr_epochs": 1,
-                 "save_every": 1, "max_source": 2, "max_target": 2, "max_objects": 0}
-        bad = [f"--{name.replace('_', '-')} at least {low}, got {getattr(self, name)}"
-               for name, low in least.items() if getattr(self, name) < low]
-        bad += [f"--{name.replace('_', '-')} in [0, 1), got {value}" for name, value in
-                (("dropout", self.dropout), ("backbone_dropout", self.backbone_dropout or 0.0))
-                if not 0 <= value < 1]
+        bad = [f"--{name.replace('_', '-')} {words}, got {value}"
+               for words, holds, names in BOUNDS for name in names
+               if (value := getattr(self, name)) is not None and not holds(value)]
         if self.visual_policy != "train" and (self.init is None or self.method == "full"):
             bad.append("--visual-policy other than train with --init RUN (a run of method full) "
                        f"and a method with experts, got --init {self.init}, --method "
@@ -221,38 +232,27 @@ GROUPS = {"size": "what to train", "data": "data", "t5": "model", "epochs": "opt
 class Launch:
     """What one start of a run needs besides its Config; nothing here changes what is computed."""
 
-    resume: str = "auto"
-    allow_world_change: bool = False
-    timeout: float = 300.0  # seconds
-    dry_run: bool = False
+    resume: str = option("auto", "'auto' goes on with the newest checkpoint of --out, 'none' "
+                         "starts over, a path names a checkpoint")
+    allow_world_change: bool = option(False, "resume with another number of processes: the same "
+                                      "batches, equal but for rounding", bool, action="store_true")
+    timeout: float = option(300.0, "seconds that the processes wait for one that does not answer",
+                            float)
+    dry_run: bool = option(False, "find, make or fetch corpus and backbone, print files, "
+                           "parameters, rows, steps and memory, and stop: no weight is loaded, "
+                           "nothing is written to --out", bool, action="store_true")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[Config, Launch]:
-    """The command line: one option per Config field, and those of Launch."""
+    """The command line: one option per field of Config and of Launch."""
     parser = data.Parser(description=__doc__.split("\n\n")[0], usage="%(prog)s [options]")
-    for spec in dataclasses.fields(Config):
+    for spec in dataclasses.fields(Config) + dataclasses.fields(Launch):
         if spec.name in GROUPS:
             group = parser.add_argument_group(GROUPS[spec.name])
-        more = dict(spec.metadata)
-        kind, flag = more.pop("type"), "--" + spec.name.replace("_", "-")
-        if kind is bool:
-            group.add_argument(flag, default=spec.default, help=more["help"],
-                               action=argparse.BooleanOptionalAction)
-        else:
-            group.add_argument(flag, type=kind, default=spec.default, **more)
-    group.add_argument("--resume", default="auto", help="'auto' goes on with the newest "
-                       "checkpoint of --out, 'none' starts over, a path names a checkpoint")
-    group.add_argument("--allow-world-change", action="store_true", help="resume with another "
-                       "number of processes: the same batches, equal but for rounding")
-    group.add_argument("--timeout", type=float, default=Launch.timeout, help="seconds that the "
-                       "processes wait for one that does not answer")
-    group.add_argument("--dry-run", action="store_true", help="find, make or fetch corpus and "
-                       "backbone, print files, parameters, rows, steps and memory, and stop: no "
-                       "weight is loaded, nothing is written to --out")
+        group.add_argument("--" + spec.name.replace("_", "-"), default=spec.default,
+                           **spec.metadata)
     values = vars(parser.parse_args(argv))
     launch = Launch(**{spec.name: values.pop(spec.name) for spec in dataclasses.fields(Launch)})
-    if values["units"] is not None:
-        values["units"] = tuple(values["units"])
     config = Config(**values).resolved()
     config.check()
     if not launch.timeout > 0:
@@ -267,23 +267,20 @@ class World:
 
     def __init__(self, timeout: float = Launch.timeout) -> None:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.main = self.rank == 0
         self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # by torchrun
         self.timeout = timeout
         self.signal = 0  # the one that asked this process to stop
         self.resting = False  # nothing would be lost if the process ended now
         self.heard = time.monotonic()  # when the processes last met
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        cuda = torch.cuda.is_available()
-        if cuda and local >= torch.cuda.device_count():
-            raise UsageError(f"--nproc_per_node: expected at most {torch.cuda.device_count()}, the "
-                             f"number of GPUs, got a process {local + 1}; start fewer")
-        self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
-        if cuda:
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+            if local >= count:
+                raise UsageError(f"--nproc_per_node: expected at most {count}, the number of GPUs, "
+                                 f"got a process {local + 1}; start fewer")
+            self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
-
-    @property
-    def main(self) -> bool:
-        return self.rank == 0
 
     def join(self) -> None:
         """Meet the other processes; called once everything slow is prepared.
@@ -309,9 +306,6 @@ class World:
         self.heard = time.monotonic()
         return tensor
 
-    def barrier(self) -> None:
-        self.sum(torch.zeros(1, device=self.device))
-
     def print(self, *lines: str) -> None:
         if self.main:
             print(*lines, sep="\n", flush=True)
@@ -334,7 +328,7 @@ class World:
 
     @contextmanager
     def rest(self) -> Iterator[None]:
-        """Long work that starts from what is on disk: a signal may end it at any line."""
+        """Long work that can be begun again from what is on disk: a signal ends it at any line."""
         self.resting = True
         if self.signal:
             raise Stopped(self.signal)
@@ -342,34 +336,40 @@ class World:
         self.resting, self.heard = False, time.monotonic()
 
 
+def verdict(problem: BaseException) -> tuple[int, str]:
+    """Exit code and message of a command that ends with this exception."""
+    match problem:
+        case UsageError() | data.DataError() | ImageError() | WeightsError():
+            return getattr(problem, "exit_code", 2), f"error: {problem}"
+        case KeyboardInterrupt():
+            return 128 + signal.SIGINT, "interrupted"
+        case Stopped():
+            return 128 + problem.args[0], ""
+        case OSError() if problem.errno in NO_SPACE:
+            return DiskFull.exit_code, f"error: {problem}; make room, run it again"
+        case PermissionError() | IsADirectoryError() | NotADirectoryError():
+            return 2, (f"error: {problem.filename}: expected a place that can be written to, got "
+                       f"{problem.strerror}; name another one")
+    return 1, "".join(traceback.format_exception(problem))
+
+
 @contextmanager
 def exit_codes() -> Iterator[None]:
     """End the process with the exit code that this file's docstring promises, and its message.
 
-    One of several processes ends at once: a destructor might wait for the others.  A message that
-    rank 0 will have as well, or that only says that another process is gone, is held back: by then
-    torchrun has ended this process too, and the cause is not buried.
+    One of several processes ends by os._exit: a destructor might wait for the others.  Often all
+    fail together, and the cause should be read once: whoever is not rank 0, or only has to say that
+    another process is gone, waits a second, in which torchrun ends it before it speaks.
     """
     rank, alone = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", 1)) == 1
     lost = None  # the words that say that another process is gone
     try:
         yield
         return
-    except (UsageError, data.DataError, ImageError, WeightsError) as problem:
-        code, message = getattr(problem, "exit_code", 2), f"error: {problem}"
-    except KeyboardInterrupt:
-        code, message = 128 + signal.SIGINT, "interrupted"
-    except Stopped as stop:
-        code, message = 128 + stop.args[0], ""
     except BaseException as problem:
         if isinstance(problem, SystemExit) and not dist.is_initialized():
             raise  # argparse has spoken
-        code, message = 1, traceback.format_exc()
-        if isinstance(problem, (PermissionError, IsADirectoryError, NotADirectoryError)):
-            code, message = 2, (f"error: {problem.filename}: expected a place that can be written "
-                                f"to, got {problem.strerror}; name another one")
-        if isinstance(problem, OSError) and problem.errno in NO_SPACE:
-            code, message = DiskFull.exit_code, f"error: {problem}; make room, run it again"
+        code, message = verdict(problem)
         if isinstance(problem, RuntimeError) and not alone:
             lost = re.search(r".*(gloo|NCCL|by peer|[Tt]imed out).*", str(problem))
         if lost:
@@ -379,7 +379,8 @@ def exit_codes() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
         time.sleep(1)
     sys.stdout.flush()
-    print(message, file=sys.stderr, end="\n" if message else "", flush=True)
+    if message:
+        print(message, file=sys.stderr, flush=True)
     if alone:
         sys.exit(code)
     os._exit(code)
@@ -432,38 +433,43 @@ def fault(folder: Path, part: str) -> str | None:
 
 
 def find_weights(part: str, given: str | Path | None, name: str | None) -> Path:
-    """A whole model folder for "t5" or "vit": the one given, or that of a hub name in weights/, in
-    the hub cache, or downloaded into that.  UsageError says what is where, and what to fetch."""
-    local = Path("weights", name.split("/")[-1]) if name else None
-    places = [Path(given)] if given else [local, *hub_snapshots(name)]
-    faults = {place: fault(place, part) for place in places if given or place.is_dir()}
-    for place, problem in faults.items():
-        if problem is None:
-            return place
-        if not given:
-            print(f"passed over: {problem}", file=sys.stderr)
+    """A whole model folder for "t5" or "vit": the one given; without it that of the hub's `name`
+    in weights/, in the hub cache, or downloaded."""
     if given:
-        raise UsageError(f"--{part}: {faults[places[0]]}")
+        if problem := fault(Path(given), part):
+            raise UsageError(f"--{part}: {problem}")
+        return Path(given)
+    local = Path("weights", name.split("/")[-1])
+    for folder in filter(Path.is_dir, (local, *hub_snapshots(name))):
+        problem = fault(folder, part)
+        if problem is None:
+            return folder
+        print(f"passed over: {problem}", file=sys.stderr)
+    return download(part, name, local)
+
+
+def download(part: str, name: str, local: Path) -> Path:
+    """Fetch a hub model into the hub cache; where that fails, UsageError says what to fetch
+    elsewhere and that `local` is a place for it."""
     from huggingface_hub import constants, snapshot_download
-    size = f"about {HUB_GB[name]} GB" if name in HUB_GB else "of unknown size"
-    patterns = HUB_FILES[:None if part == "t5" else -1]  # a ViT has no tokenizer
+    patterns = HUB_FILES if part == "t5" else HUB_FILES[:-1]  # a ViT has no tokenizer
+    size = f"about {HUB_GB[name]} GB"
     print(f"{name}: not on this machine, asking the hub ({size})", file=sys.stderr)
     try:
         folder = Path(snapshot_download(name, allow_patterns=patterns))
-        faults[folder] = fault(folder, part)
-        if faults[folder] is None:
+        problem = fault(folder, part)
+        if problem is None:
             return folder
-        problem = faults[folder]
     except Exception as cause:  # whatever the reason: the same remedy
-        problem = cause.__cause__ or cause
-        problem = f"{type(problem).__name__}: {str(problem).splitlines()[0]}"
+        first = cause.__cause__ or cause
+        problem = f"{type(first).__name__}: " + str(first).partition("\n")[0]
     raise UsageError(
         f"{name}: expected config.json, model.safetensors (or all its shards and their index)"
         f"{' and spiece.model' * (part == 't5')} in {local}/ or in the hub cache "
-        f"({constants.HF_HUB_CACHE}), found {'no whole copy' if faults else 'neither folder'}, and "
-        f"the download failed ({problem}); name its folder with --{part} DIR, or fetch it ({size}) "
-        f"where there is a network, and bring the folder here:\n    hf download {name} --local-dir "
-        f"{local} " + " ".join(f"--include '{pattern}'" for pattern in patterns))
+        f"({constants.HF_HUB_CACHE}), found no whole copy, and the download failed ({problem}); "
+        f"name its folder with --{part} DIR, or fetch it ({size}) where there is a network, and "
+        f"bring the folder here:\n    hf download {name} --local-dir {local} "
+        + " ".join(f"--include '{pattern}'" for pattern in patterns))
 
 
 @dataclass
@@ -485,7 +491,7 @@ class Sources:
 def prepare(config: Config) -> Sources:
     """Find, make or fetch the corpus and the backbone; the slow part of a first start."""
     with locked(Path("weights/.lock")):
-        corpus = Path(config.data or "data/demo")
+        corpus = evaluate.corpus_of(config)
         if config.data is None and not corpus.exists():
             whole(corpus, demo.make_world)
         made, found, absent = None, [], []
@@ -528,6 +534,48 @@ def tiny_backbone(corpus: Path, config: Config) -> Path:
         avoid = set(re.findall(r"\w+", labels))  # lessons never use a label as an answer
         whole(folder, lambda aside: demo.make_backbone(aside, texts, tiny=tiny, avoid=avoid))
     return folder
+
+
+def read_splits(corpus: Path, datasets: dict[str, data.Dataset],
+                units: Sequence[str] | None) -> dict[str, list[data.Record]]:
+    """{split: its records of these units}, None for all; empty if no dataset of theirs has it."""
+    wanted = set(units or UNITS)
+    folders = [corpus / name for name, dataset in datasets.items()
+               if wanted & set(dataset.units.values())]
+    return {split: data.load_corpus(corpus, split, units)
+            if any((folder / f"{split}.jsonl").exists() for folder in folders) else []
+            for split in data.SPLITS}
+
+
+def hold_out(records: dict[str, list[data.Record]], datasets: dict[str, data.Dataset],
+             how: str) -> str | None:
+    """Take Table 4's units out of the train and dev records, in place; what was done, in words.
+
+    paper: T17 and V2.  clean: also SNAP, drawn from the same pool of tweets as T17, and every text
+    of another dataset that stands in the test split of T17 or V2 (V1 holds 183 of T17's).
+    """
+    if how == "none":
+        return None
+    away = {"T17", "V2"} | ({"SNAP"} if how == "clean" else set())
+
+    def unit(record: data.Record) -> str:
+        return datasets[record.dataset].units[record.task]
+
+    seen = data.texts_of(r for r in records["test"] if unit(r) in ("T17", "V2"))
+    dropped = 0
+    for split in ("train", "dev"):
+        kept = [record for record in records[split] if unit(record) not in away]
+        records[split] = [record for record in kept
+                          if how == "paper" or data.normalised(record) not in seen]
+        dropped += len(kept) - len(records[split])
+    return (f"hold-out ({how}): {', '.join(u for u in UNITS if u in away)} neither in train nor in "
+            f"dev; {dropped} more records left out, whose text is in the test split of T17 or V2")
+
+
+def unit_rows(records: Sequence[data.Record], datasets: dict[str, data.Dataset]) -> dict[str, int]:
+    """Rows per unit, in the order of the table."""
+    names = [datasets[record.dataset].units[record.task] for record in records]
+    return {unit: names.count(unit) for unit in UNITS if unit in names}
 
 
 class Features:
@@ -601,12 +649,11 @@ class Setup:
 
 
 def build(config: Config, sources: Sources, device: torch.device) -> Setup:
-    """The adapted model at its seeded start; trainables fp32, a frozen backbone as `precision`.
-
-    On the device "meta" it has names, shapes and types, and of the weights only headers are read.
+    """The adapted model as its seed makes it: what is trained in fp32, a frozen backbone in the
+    run's precision.  On the device "meta" it has names, shapes and types, and no weight is read.
     """
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    dtype, meta = torch.float32 if config.method == "full" else dtype, device.type == "meta"
+    meta, half = device.type == "meta", config.precision == "bf16" and config.method != "full"
+    dtype = torch.bfloat16 if half else torch.float32
     t5 = outline(sources.t5, dtype) if meta else T5.from_pretrained(sources.t5, dtype=dtype)
     tokenizer, ids = data.Tokenizer(sources.t5), t5.config.vocab_size
     if tokenizer.spot_id >= ids:
@@ -633,7 +680,7 @@ def build(config: Config, sources: Sources, device: torch.device) -> Setup:
 
 
 def outline(folder: Path, dtype: torch.dtype) -> T5:
-    """The T5 of a folder on the meta device; a stored head counts as one of its own."""
+    """The T5 of a folder on the meta device; a head that is stored counts as untied."""
     raw, stored = read_json(folder / "config.json"), open_weights(folder)
     with torch.device("meta"):
         return T5(T5Config.from_hf(raw, folder, "lm_head.weight" not in stored)).to(dtype)
@@ -650,7 +697,7 @@ def start_from(model: UMIE, checkpoint: Path) -> None:
 
 
 def free_visual_adapter(model: UMIE, policy: str) -> None:
-    """Choose what learns besides the experts (D3).
+    """Choose what learns besides the experts.
 
     train: everything but T5, in full, the linears below VStack's experts included; hub checkpoints
     have no visual adapter, and random frozen weights would be noise.  paper: the visual embedding
@@ -661,75 +708,6 @@ def free_visual_adapter(model: UMIE, policy: str) -> None:
     for name, parameter in model.named_parameters():
         if name.startswith(parts):
             parameter.requires_grad_(True)
-
-
-def stored_config(checkpoint: Path, **changes: object) -> Config:
-    """The settings of a checkpoint; an exported adapter brings its datasets' labels along."""
-    config = dataclasses.replace(Config(**read_state(checkpoint)["config"]), **changes)
-    brought = checkpoint / "corpus"
-    if config.data is None and brought.is_dir():
-        config = dataclasses.replace(config, data=str(brought))
-    return config
-
-
-def stored_sources(checkpoint: Path, config: Config, **given: str | None) -> Sources:
-    """The folders that a checkpoint was trained on: those given now, else where they lay then, else
-    the hub's by the size.  UsageError unless each has the very content it had then."""
-    state, folders = read_state(checkpoint), {}
-    for part in ("t5", "vit", "init"):
-        digest, folder = state.get(f"{part}_sha256"), given.get(part) or state.get(part)
-        name = None if part == "init" else getattr(SIZES[config.size], part)
-        if digest and not folder and not name:  # tiny backbones lie in weights/, named by a hash
-            folder = next((str(made) for made in sorted(Path("weights").glob(f"*/{part}"))
-                           if folder_hash(made) == digest), None)
-        known = folder and (given.get(part) or Path(folder).is_dir())
-        if digest and not known and not name:
-            raise UsageError(f"{checkpoint}: expected the folder of its {part} (sha256 "
-                             f"{digest[:12]}), got {folder or 'none'}; name it with --{part} DIR")
-        if digest and part != "init":
-            folders[part] = find_weights(part, folder if known else None, name)
-        elif digest:
-            folders[part] = find_checkpoint(Path(folder))
-    sources = Sources(Path(config.data or "data/demo"), **folders)
-    for name, digest in sources.fingerprints().items():
-        if name in state and state[name] != digest:
-            part, _, what = name.removesuffix("_sha256").partition("_")
-            raise UsageError(f"{getattr(sources, part)}: expected the {what or 'weights'} that "
-                             f"{checkpoint} was trained on (sha256 {state[name][:12]}), got others "
-                             f"({digest[:12]}); restore that folder, or name it with --{part} DIR")
-    return sources
-
-
-def load_model(checkpoint: Path, device: torch.device, **changes: object) -> Setup:
-    """Rebuild the model of a checkpoint folder from what the checkpoint itself says.
-
-    changes: Config fields that may differ in evaluation (data, missing_images, and where the
-    backbone lies: t5, vit, init).  Raises UsageError if the backbone is not the one trained on, or
-    a tensor does not fit.
-    """
-    config = stored_config(checkpoint, **changes)
-    given = {part: changes.get(part) for part in ("t5", "vit", "init")}
-    setup = build(config, stored_sources(checkpoint, config, **given), device)
-    load_trainables(setup.model, checkpoint)
-    return setup
-
-
-def load_trainables(model: nn.Module, checkpoint: Path) -> None:
-    """Copy a checkpoint's tensors into the trainable parameters; names and shapes must agree."""
-    saved = load_file(checkpoint / "model.safetensors")
-    wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    both = sorted(saved.keys() & wanted.keys())
-    odd = [name for name in both if saved[name].shape != wanted[name].shape]
-    odd += sorted(saved.keys() ^ wanted.keys())
-    if odd:
-        name = odd[0]
-        shapes = [list(side[name].shape) if name in side else "nothing" for side in (wanted, saved)]
-        raise UsageError(f"{checkpoint}/model.safetensors: {name}: expected {shapes[0]}, got "
-                         f"{shapes[1]} ({len(odd)} tensors differ); use the rank, tasks, method "
-                         "and backbone that the checkpoint was made with")
-    with torch.no_grad():
-        for name, parameter in wanted.items():
-            parameter.copy_(saved[name])
 
 
 class FlatParameters:
@@ -837,9 +815,9 @@ def discard(folder: Path) -> None:
 def write_state(folder: Path, state: dict, digests: dict[str, str]) -> None:
     """Put state.json, or a newer one, into a checkpoint folder; one rename, so never half of it."""
     aside = folder / ".state.json.writing"
-    state = {**state, "sha256": digests}
-    state["sha256"] = {**digests, "state.json": state_hash(state)}
-    aside.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+    digests = {**digests, "state.json": state_hash({**state, "sha256": digests})}
+    text = json.dumps({**state, "sha256": digests}, indent=1) + "\n"
+    aside.write_text(text, encoding="utf-8")
     sync(aside)
     aside.rename(folder / "state.json")
     sync(folder)
@@ -884,7 +862,88 @@ def newest_checkpoint(run: Path, prefix: str = "step") -> Path | None:
     return None
 
 
-def claim(out: Path) -> io.TextIOWrapper:
+def find_checkpoint(path: Path) -> Path:
+    """A checkpoint folder as it is, or the best one of a run folder."""
+    if (path / "state.json").exists():
+        return path
+    best = newest_checkpoint(path, "best") or newest_checkpoint(path)
+    if best is None:
+        other = pickles(path.parent if path.is_file() else path)
+        found = "no checkpoint in it" if path.exists() else "nothing there"
+        raise UsageError(f"{path}: expected a run folder or a checkpoint folder, found {found}; "
+                         f"{other}train first, or name a folder below runs/")
+    return best
+
+
+def stored_config(checkpoint: Path, **changes: object) -> Config:
+    """The settings of a checkpoint; an exported adapter brings its datasets' labels along."""
+    config = dataclasses.replace(Config(**read_state(checkpoint)["config"]), **changes)
+    if config.data is None and (checkpoint / "corpus").is_dir():
+        config.data = str(checkpoint / "corpus")
+    return config
+
+
+def stored_sources(checkpoint: Path, config: Config, given: Mapping[str, object]) -> Sources:
+    """The folders that a checkpoint was trained on: those given now ("t5", "vit", "init"), else
+    where they lay then, else by hash in weights/ (tiny) or by name from the hub (other sizes).
+    UsageError unless each has the very content it had then."""
+    state, folders = read_state(checkpoint), {}
+    for part in ("t5", "vit", "init"):
+        digest, then = state.get(f"{part}_sha256"), state.get(part)
+        if digest is None:  # a run without --init
+            continue
+        folder = given.get(part) or (then if then and Path(then).is_dir() else None)
+        name = getattr(SIZES[config.size], part, None)
+        if not folder and not name:
+            folder = next((made for made in sorted(Path("weights").glob(f"*/{part}"))
+                           if folder_hash(made) == digest), None)
+            if not folder:
+                raise UsageError(f"{checkpoint}: expected the folder of its {part} (sha256 "
+                                 f"{digest[:12]}), got {then or 'none'}; name it with --{part} DIR")
+        folders[part] = (find_checkpoint(Path(folder)) if part == "init"
+                         else find_weights(part, folder, name))
+    sources = Sources(evaluate.corpus_of(config), **folders)
+    for name, digest in sources.fingerprints().items():
+        if state.get(name, digest) != digest:
+            part, _, what = name.removesuffix("_sha256").partition("_")
+            raise UsageError(f"{getattr(sources, part)}: expected the {what or 'weights'} that "
+                             f"{checkpoint} was trained on (sha256 {state[name][:12]}), got others "
+                             f"({digest[:12]}); restore that folder, or name it with --{part} DIR")
+    return sources
+
+
+def load_model(checkpoint: Path, device: torch.device, **changes: object) -> Setup:
+    """Rebuild the model of a checkpoint folder from what the checkpoint itself says.
+
+    changes: Config fields that may differ in evaluation (data, missing_images, and where the
+    backbone lies: t5, vit, init).  Raises UsageError if the backbone is not the one trained on, or
+    a tensor does not fit.
+    """
+    config = stored_config(checkpoint, **changes)
+    setup = build(config, stored_sources(checkpoint, config, changes), device)
+    load_trainables(setup.model, checkpoint)
+    return setup
+
+
+def load_trainables(model: nn.Module, checkpoint: Path) -> None:
+    """Copy a checkpoint's tensors into the trainable parameters; names and shapes must agree."""
+    saved = load_file(checkpoint / "model.safetensors")
+    wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    both = sorted(saved.keys() & wanted.keys())
+    odd = [name for name in both if saved[name].shape != wanted[name].shape]
+    odd += sorted(saved.keys() ^ wanted.keys())
+    if odd:
+        name = odd[0]
+        shapes = [list(side[name].shape) if name in side else "nothing" for side in (wanted, saved)]
+        raise UsageError(f"{checkpoint}/model.safetensors: {name}: expected {shapes[0]}, got "
+                         f"{shapes[1]} ({len(odd)} tensors differ); use the rank, tasks, method "
+                         "and backbone that the checkpoint was made with")
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(saved[name])
+
+
+def claim(out: Path) -> TextIO:
     """Hold a run folder until this process ends, however it ends, or until the file is closed."""
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -911,19 +970,6 @@ def append(path: Path, text: str) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
-def find_checkpoint(path: Path) -> Path:
-    """A checkpoint folder as it is, or the best one of a run folder."""
-    if (path / "state.json").exists():
-        return path
-    best = newest_checkpoint(path, "best") or newest_checkpoint(path)
-    if best is None:
-        other = pickles(path.parent if path.is_file() else path)
-        found = "no checkpoint in it" if path.exists() else "nothing there"
-        raise UsageError(f"{path}: expected a run folder or a checkpoint folder, found {found}; "
-                         f"{other}train first, or name a folder below runs/")
-    return best
-
-
 # ------------------------------------------------------------------------------------------ a run
 
 class Run:
@@ -936,9 +982,7 @@ class Run:
         self.model, self.routing = self.setup.model, self.setup.model.routing
         self.flat = None if dry else FlatParameters(self.model, config.lr)
         self.layers = len(clorae.expert_layers(self.model))
-        self.records = {split: data.load_corpus(sources.corpus, split, config.units)
-                        if any(sources.corpus.glob(f"*/{split}.jsonl")) else []
-                        for split in data.SPLITS}
+        self.records = read_splits(sources.corpus, self.setup.datasets, config.units)
         self.held_out = hold_out(self.records, self.setup.datasets, config.hold_out)
         self.features = Features(sources, sum(self.records.values(), []), config.missing_images,
                                  config.max_objects, device)
@@ -949,15 +993,16 @@ class Run:
         self.examples = self.splits["train"]
         if not self.examples:
             raise UsageError(f"{sources.corpus}: expected training records, found no train.jsonl "
-                             "with any; convert a dataset that has a train split")
-        self.units = [u for u in UNITS if any(UNITS[e.unit] == u for e in self.examples)]
+                             "with any; convert a dataset that has a train split, or choose other "
+                             "--units or --hold-out")
+        self.units = list(unit_rows(self.records["train"], self.setup.datasets))
         self.reference = self.references()
         self.progress = Progress(weights=dict.fromkeys(self.units, 1.0))
         self.stopping = False  # some process was asked to stop
         self.unsaved: set[int] = set()  # steps since the last checkpoint that could not be written
         self.unlogged = ""  # rows for which metrics.csv had no room
-        self.on_disk: Path | None = None  # the checkpoint whose weights are those of now
-        if config.fusion == "gate" and not dry:
+        self.on_disk: Path | None = None  # the newest checkpoint of this run that is whole
+        if config.fusion == "gate" and sources.init is None and not dry:
             self.open_gate()
         self.origin = {"t5": str(sources.t5), "vit": str(sources.vit),
                        "init": sources.init and str(sources.init), **sources.fingerprints()}
@@ -972,10 +1017,16 @@ class Run:
 
     @torch.no_grad()
     def open_gate(self) -> None:
-        """Turn the fusion gate's fresh projections to the side that lets gradients through."""
-        self.model.eval()
-        with self.autocast():
-            self.model.open_gate(self.collate(self.batches(0)[0][:self.config.micro_batch]))
+        """Turn the fusion gate's fresh projections to the side that lets gradients through.
+
+        Judged by the first rows of the first epoch that have an image.
+        """
+        shown = (i for i in itertools.chain(*self.batches(0))
+                 if self.features(self.examples[i].record) is not None)
+        if rows := list(itertools.islice(shown, self.config.micro_batch)):
+            self.model.eval()
+            with self.autocast():
+                self.model.open_gate(self.collate(rows))
 
     def references(self) -> dict[str, float]:
         """p_m of Eq. (9) for every unit; UsageError if a trained unit has none."""
@@ -983,8 +1034,9 @@ class Run:
         if given is None:
             return demo.P_M if self.config.data is None else losses.SINGLE_TASK_F1
         try:
-            found = json.loads(Path(given).read_text(encoding="utf-8"))
-            lost = [unit for unit in self.units if not float(found.get(unit, 0)) > 0]
+            stored = json.loads(Path(given).read_text(encoding="utf-8"))
+            found = {unit: float(stored.get(unit, 0)) for unit in self.units}
+            lost = [unit for unit in self.units if not found[unit] > 0]
         except (OSError, ValueError, TypeError, AttributeError) as cause:
             found, lost = {}, [f"(unreadable: {cause})"]
         if lost:
@@ -998,7 +1050,7 @@ class Run:
     # ---------------------------------------------------------------- checkpoints and resume
 
     def state(self) -> dict:
-        """What state.json holds; the dropout RNG needs no more than the seed and the step."""
+        """What state.json holds; dropout needs no more than the seed and the step to go on."""
         config = {name: value for name, value in dataclasses.asdict(self.config).items()
                   if name not in ("out", "save_every", "impl")}  # they change no mathematics
         return {"config": config, **dataclasses.asdict(self.progress), "world": self.world.size,
@@ -1022,7 +1074,8 @@ class Run:
                       flush=True)
         if not self.world.sum(failed).item():
             self.unsaved.clear()
-            self.on_disk = folder if prefix == "step" else self.on_disk
+            if prefix == "step":
+                self.on_disk = folder
             return True
         self.unsaved.add(self.progress.step)
         if len(self.unsaved) == FAILED_SAVES:
@@ -1041,8 +1094,8 @@ class Run:
         prefix = folder.name.split("-")[0]
         kept = CHECKPOINTS_KEPT if prefix == "step" else 1
         alike = sorted(self.out.glob(f"{prefix}-*"))
-        later = [other for other in alike if other.name > folder.name]  # broken, or gone back from
-        for old in alike[:-kept - len(later)] + later:
+        end = alike.index(folder) + 1
+        for old in alike[:max(end - kept, 0)] + alike[end:]:  # later ones are broken or abandoned
             discard(old)
 
     def check_room(self) -> None:
@@ -1058,16 +1111,15 @@ class Run:
 
     def resume(self, launch: Launch) -> str:
         """Go on from a checkpoint; returns the line that says what was found."""
-        how = launch.resume
-        for torn in self.out.glob(".*-*") if self.world.main else ():  # what a kill left
-            shutil.rmtree(torn, ignore_errors=True)
-        if how == "none" and not self.world.restarts:
-            if self.world.main:
-                for old in self.out.glob("[!.]*"):
-                    shutil.rmtree(old) if old.is_dir() else old.unlink()
-            self.world.barrier()
+        anew = launch.resume == "none" and not self.world.restarts
+        if self.world.main:
+            names = (".step-*", ".best-*", *RUN_FILES * anew)  # the hidden ones are left by kills
+            for old in (path for name in names for path in self.out.glob(name)):
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+        if anew:
             return "start: from the beginning (--resume none)"
-        found = newest_checkpoint(self.out) if how in ("auto", "none") else Path(how)
+        found = (newest_checkpoint(self.out) if launch.resume in ("auto", "none")
+                 else Path(launch.resume))
         if found is None:
             self.restore_logs()
             return f"start: from the beginning, no checkpoint in {self.out}"
@@ -1082,19 +1134,17 @@ class Run:
         return f"start: resumed {found} at step {state['step']}, epoch {state['epoch'] + 1}"
 
     def check_same(self, state: dict, found: Path, any_world: bool) -> None:
-        """A run may only go on with the settings and weights that it began with."""
+        """A run may only go on with the settings, references and weights that it began with."""
         mine = json.loads(json.dumps(self.state()))
-        changed = [name for name, value in mine["config"].items()
-                   if state["config"].get(name) != value]
-        changed += [name for name in mine if name.endswith("_sha256")
-                    and state.get(name, mine[name]) != mine[name]]
+        fixed = [*mine["config"], "reference", *(name for name in mine if name.endswith("_sha256"))]
+        was, now = ({**some, **some["config"]} for some in (state, mine))
+        changed = [f"{name} {was.get(name)} -> {now[name]}" for name in fixed
+                   if was.get(name) != now[name]]
         if changed:
-            was = ", ".join(f"{name} {state['config'].get(name, state.get(name))} -> "
-                            f"{mine['config'].get(name, mine.get(name))}" for name in changed)
             raise UsageError(f"{found}: expected the settings it was started with, got changes: "
-                             f"{was}; repeat the old command, or use another --out, or "
-                             "--resume none to start over")
-        world = state.get("world", self.world.size)
+                             f"{', '.join(changed)}; repeat the old command, or use another --out, "
+                             "or --resume none to start over")
+        world = state["world"]
         if world != self.world.size and not any_world:
             raise UsageError(f"{found}: expected {world} process(es), as it was started with, got "
                              f"{self.world.size}; use torchrun --nproc_per_node={world}, or pass "
@@ -1193,7 +1243,7 @@ class Run:
     def train(self) -> None:
         """All epochs from where the run stands to its end, best checkpoint kept apart."""
         config, progress = self.config, self.progress
-        limit = math.inf if config.steps is None else config.steps
+        limit = config.steps or math.inf
         while progress.epoch < config.epochs and progress.step < limit:
             batches = self.batches(progress.epoch)
             with tqdm(total=len(batches), initial=progress.cursor, disable=not self.world.main,
@@ -1217,8 +1267,7 @@ class Run:
     def finish_epoch(self) -> None:
         """Dev F1, the weights of the next epoch by Eq. (9), the best checkpoint, the next epoch."""
         progress = self.progress
-        if self.on_disk is None or not self.on_disk.name.endswith(f"-{progress.step:08d}"):
-            self.save()  # a run that ends while it evaluates has only that to repeat
+        self.save()  # a run that ends while it evaluates has only that to repeat
         with self.world.rest():
             f1 = self.dev_f1()
         if self.config.aml:
@@ -1228,6 +1277,7 @@ class Run:
                                  "weights": progress.weights})
         before = progress.best_sum, progress.best_step
         better = sum(f1.values()) > progress.best_sum
+        better |= not self.splits["dev"]  # nothing tells the epochs apart: the last one is taken
         if better:
             progress.best_sum, progress.best_step = sum(f1.values()), progress.step
         progress.epoch, progress.cursor = progress.epoch + 1, 0
@@ -1236,18 +1286,17 @@ class Run:
         if self.save() and self.world.main:
             self.write_history()
         self.world.print("  dev F1  " + "  ".join(f"{u} {v:.1f}" for u, v in f1.items())
-                         + f"  mean {sum(f1.values()) / max(len(f1), 1):.1f}")
+                         + f"  mean {sum(f1.values()) / len(f1):.1f}")
         if self.config.aml:
             self.world.print("  weights " + "  ".join(f"{u} {v:.2f}" for u, v
                                                       in progress.weights.items()))
 
     def evaluate(self, split: str) -> list[evaluate.Row]:
         """Decode and score a split, shared among the processes; every one returns all rows."""
-        decoding = evaluate.Decoding(max_new_tokens=self.config.max_target,
-                                     precision=self.config.precision)
-        return evaluate.evaluate_split(self.model, self.splits[split], self.setup.datasets,
-                                       self.features, self.setup.tokenizer, self.world.device,
-                                       decoding, self.world.rank, self.world.size)
+        return evaluate.evaluate_split(
+            self.model, self.splits[split], self.setup.datasets, self.features,
+            self.setup.tokenizer, self.world.device, evaluate.Decoding.of(self.config),
+            self.world.rank, self.world.size)
 
     def dev_f1(self) -> dict[str, float]:
         """F1 in % on the dev split of every trained unit: s_t^m of Eq. (9).
@@ -1259,14 +1308,14 @@ class Run:
 
     def test(self) -> str:
         """The table of the test split with the best checkpoint; also written to the run folder."""
-        load_trainables(self.model, find_checkpoint(self.out))
+        best = find_checkpoint(self.out)
+        load_trainables(self.model, best)
         with self.world.rest():
             rows = self.evaluate("test")
         text = evaluate.table(evaluate.total(rows), self.setup.datasets)
         if self.world.main:
             evaluate.save_predictions(self.out / "predictions-test.jsonl", rows)
-            evaluate.save_scores(self.out / "scores-test.json", rows, find_checkpoint(self.out),
-                                 self.config, "test")
+            evaluate.save_scores(self.out / "scores-test.json", rows, best, self.config, "test")
             evaluate.write_whole(self.out / "table.txt", text + "\n")
         return text
 
@@ -1277,12 +1326,10 @@ class Run:
         """
         if not self.world.main:
             return
-        path, waiting, text = self.out / "metrics.csv", bool(self.unlogged), io.StringIO()
-        writer = csv.DictWriter(text, row, lineterminator="\n")
+        path, waiting = self.out / "metrics.csv", bool(self.unlogged)
         if not waiting and not (path.exists() and path.stat().st_size):
-            writer.writeheader()
-        writer.writerow(row)
-        self.unlogged += text.getvalue()
+            self.unlogged = ",".join(row) + "\n"
+        self.unlogged += ",".join(map(str, row.values())) + "\n"
         try:
             append(path, self.unlogged)
             self.unlogged = ""
@@ -1301,7 +1348,7 @@ def unit_sums(totals: Tensor, ce: Tensor, batch: data.Batch) -> Tensor:
     return torch.cat([totals.detach().double(), *per_unit])
 
 
-# ------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------- plan and main
 
 def describe(run: Run, start: str) -> list[str]:
     """What will run, before it runs."""
@@ -1310,7 +1357,8 @@ def describe(run: Run, start: str) -> list[str]:
     rows = "; ".join(f"{name} " + ", ".join(
         f"{unit} {count}" for unit, count in unit_rows(records, run.setup.datasets).items())
         for name, records in run.records.items() if records)
-    steps = len(run.batches(0)) * config.epochs
+    most = len(run.batches(0)) * config.epochs
+    steps = min(config.steps or most, most)
     lines = [
         f"device: {world.device}, torch {torch.__version__}, {world.size} process(es), "
         f"{config.precision}, experts on "
@@ -1323,7 +1371,7 @@ def describe(run: Run, start: str) -> list[str]:
         + ", ".join(f"{kind} {count:,}" for kind, count in split.items() if count) + ")",
         f"rows: {rows}",
         f"images: {run.features.missing_rows} rows without their image",
-        f"steps: {config.steps or steps} of batch {config.batch} (micro-batches of "
+        f"steps: {steps} of batch {config.batch} (micro-batches of "
         f"{config.micro_batch}), {config.epochs} epochs, lr {config.lr:g} halved every "
         f"{config.lr_epochs}",
         f"backbone: {run.origin['t5']} sha256 {run.origin['t5_sha256'][:12]}, "
@@ -1343,36 +1391,15 @@ def describe(run: Run, start: str) -> list[str]:
     return lines
 
 
-def plan(config: Config, sources: Sources, world: World, launch: Launch) -> list[str]:
-    """What a run would use, from configurations, headers and the corpus alone (--dry-run)."""
-    run = Run(config, sources, world, dry=True)
-    found = newest_checkpoint(run.out) if launch.resume == "auto" else launch.resume
-    start = f"start: {'from the beginning' if found in (None, 'none') else f'would resume {found}'}"
-    if finished(config, launch):
-        start = "start: this run is finished, its table would be printed again"
-    files = [path for folder in (sources.t5, sources.vit, *filter(None, [sources.init]))
-             for path in sorted(folder.iterdir())
-             if path.suffix in (".json", ".safetensors", ".model")]
-    files += sorted(path for kind in ("dataset.json", *(f"{split}.jsonl" for split in data.SPLITS))
-                    for path in sources.corpus.glob(f"*/{kind}"))
-    frozen = sum(p.numel() for p in run.model.parameters() if not p.requires_grad)
-    terms = memory(run)
-    return ["dry run: nothing is trained, nothing is written to " + str(run.out),
-            *(f"file: {path}, {path.stat().st_size:,} bytes, sha256 {file_hash(path)[:12]}"
-              for path in files),
-            *describe(run, start), f"frozen: {frozen:,} parameters",
-            f"memory per process: about {sum(terms.values()) / 1e9:.2f} GB = "
-            + " + ".join(f"{name} {value / 1e9:.2f}" for name, value in terms.items())]
-
-
 def memory(run: Run) -> dict[str, float]:
     """Bytes that training takes, term by term, for a micro-batch of the longest rows there are.
 
-    Activations are what autograd keeps; a frozen weight adds nothing.  Of a token, each attention
-    keeps 3 D (5 with T5's dropout, 4 more with the experts'), 5 H K and 16 k numbers for k columns
-    of the experts, and the feed-forward 3 of its widths (4 with dropout); dropout on a CPU, where
-    no fused kernel has it, adds 3 H scores per key.  On top come three copies of the logits and
-    twice the experts, joined per task and for L_MIM.  Within about 10 % of measured.
+    Activations are what autograd keeps; a frozen weight adds nothing.  Numbers kept per token:
+      attention     3 D (5 D with T5's dropout) + 5 H K + 16 per column of the experts, and 4 D with
+                    the experts' dropout; on a CPU T5's dropout keeps 3 H scores per key as well
+      feed-forward  3 times its width (4 times with dropout)
+    Then three copies of the logits, as far as they are held at once, and two of the experts: joined
+    per task, and for L_MIM.  Within about 10 % of what was measured.
     """
     config, t5 = run.config, run.model.t5.config
     frozen, trained = (sum(p.numel() * p.element_size() for p in run.model.parameters()
@@ -1401,37 +1428,6 @@ def memory(run: Run) -> dict[str, float]:
             "the process itself": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
 
 
-def hold_out(records: dict[str, list[data.Record]], datasets: dict[str, data.Dataset],
-             how: str) -> str | None:
-    """Take Table 4's units out of the train and dev records, in place; what was done, in words.
-
-    paper: T17 and V2.  clean: also SNAP, drawn from the same pool of tweets as T17, and every text
-    of another dataset that stands in the test split of T17 or V2 (TASKS: V1 holds 183 of T17's).
-    """
-    if how == "none":
-        return None
-    away = {"T17", "V2"} | ({"SNAP"} if how == "clean" else set())
-
-    def unit(record: data.Record) -> str:
-        return datasets[record.dataset].units[record.task]
-
-    seen = data.texts_of(r for r in records["test"] if unit(r) in ("T17", "V2"))
-    dropped = 0
-    for split in ("train", "dev"):
-        kept = [record for record in records[split] if unit(record) not in away]
-        records[split] = [record for record in kept
-                          if how == "paper" or data.normalised(record) not in seen]
-        dropped += len(kept) - len(records[split])
-    return (f"hold-out ({how}): {', '.join(u for u in UNITS if u in away)} neither in train nor in "
-            f"dev; {dropped} more records left out, whose text is in the test split of T17 or V2")
-
-
-def unit_rows(records: Sequence[data.Record], datasets: dict[str, data.Dataset]) -> dict[str, int]:
-    """Rows per unit, in the order of the table."""
-    names = [datasets[record.dataset].units[record.task] for record in records]
-    return {unit: names.count(unit) for unit in UNITS if unit in names}
-
-
 def finished(config: Config, launch: Launch) -> str | None:
     """The table of a run that is complete already, if the same command is given again."""
     table = Path(config.out) / "table.txt"
@@ -1442,6 +1438,28 @@ def finished(config: Config, launch: Launch) -> str | None:
     if newest is None or not read_state(newest)["config"].items() <= mine.items():
         return None
     return table.read_text(encoding="utf-8")
+
+
+def plan(config: Config, sources: Sources, world: World, launch: Launch) -> list[str]:
+    """What a run would use, from configurations, headers and the corpus alone (--dry-run)."""
+    run = Run(config, sources, world, dry=True)
+    found = newest_checkpoint(run.out) if launch.resume == "auto" else launch.resume
+    start = f"start: {'from the beginning' if found in (None, 'none') else f'would resume {found}'}"
+    if finished(config, launch):
+        start = "start: this run is finished, its table would be printed again"
+    files = [path for folder in (sources.t5, sources.vit, *filter(None, [sources.init]))
+             for path in sorted(folder.iterdir())
+             if path.suffix in (".json", ".safetensors", ".model")]
+    files += sorted(path for kind in ("dataset.json", *(f"{split}.jsonl" for split in data.SPLITS))
+                    for path in sources.corpus.glob(f"*/{kind}"))
+    frozen = sum(p.numel() for p in run.model.parameters() if not p.requires_grad)
+    terms = memory(run)
+    return ["dry run: nothing is trained, nothing is written to " + str(run.out),
+            *(f"file: {path}, {path.stat().st_size:,} bytes, sha256 {file_hash(path)[:12]}"
+              for path in files),
+            *describe(run, start), f"frozen: {frozen:,} parameters",
+            f"memory per process: about {sum(terms.values()) / 1e9:.2f} GB = "
+            + " + ".join(f"{name} {value / 1e9:.2f}" for name, value in terms.items())]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

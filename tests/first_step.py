@@ -1,4 +1,4 @@
-"""Run one training step of train.py's flags and keep its gradients: FILE, then the flags.
+"""Run one training step of train.py's flags and keep its gradients in the file that --out names.
 
 The tests start it alone and under torchrun, and compare what the processes computed together.
 """
@@ -13,13 +13,12 @@ from safetensors.torch import save_file
 import train
 
 if __name__ == "__main__":
-    target, *flags = sys.argv[1:]
-    config, *_ = train.parse_arguments(flags)
+    config, _ = train.parse_arguments(None)
     world = train.World()
     world.join()
     run = train.Run(config, train.prepare(config), world)
     row = run.train_step(run.batches(0)[0])
     if world.main:
         gradients = {name: grad.clone() for name, grad in run.flat.views(run.flat.grads).items()}
-        save_file(gradients, target, metadata={"loss": repr(row["loss"])})
+        save_file(gradients, config.out, metadata={"loss": repr(row["loss"])})
     world.leave()

@@ -315,7 +315,8 @@ def kill_and_compare(lab: Lab, processes: int, at_random: int, aimed: int) -> tu
             inside += hit
             wanted[aim] -= 1
             kills += 1
-        job.wait() if len(job.codes) < processes else None
+        if len(job.codes) < processes:
+            job.wait()
         survived += kills * lab.finish(out, processes)
         shutil.rmtree(out)
     return survived, torn, inside
@@ -365,11 +366,11 @@ def other_world(lab: Lab, quick: bool) -> tuple[bool, str]:
         return [float(line.split(",")[2]) for line in
                 (out / "metrics.csv").read_text().split("\n")[1:-1]]
 
-    straight, out, worst, refused = lab.out(), lab.out(), 0.0, 0
-    lab.start(straight, "--dropout", 0, "--backbone-dropout", 0, processes=2, fault=real).wait()
+    straight, out, refused = lab.out(), lab.out(), 0
+    common = ("--dropout", 0, "--backbone-dropout", 0)
+    lab.start(straight, *common, processes=2, fault=real).wait()
     sizes = (2, 1) if quick else (2, 1, 4, 3, 2)
     for i, size in enumerate(sizes):
-        common = ("--dropout", 0, "--backbone-dropout", 0)
         if i:
             job = lab.start(out, *common, processes=size, fault=real)
             codes = job.wait()
@@ -658,8 +659,7 @@ def elastic_restart(lab: Lab, quick: bool) -> tuple[bool, str]:
         log, step = out / "metrics.csv", lab.random.randint(3, 9)
         while job.poll() is None and not (log.exists() and log.read_text().count("\n") > step):
             time.sleep(0.01)
-        workers = [pid for pid in descendants(job.pid)]
-        os.kill(lab.random.choice(workers), signal.SIGKILL)
+        os.kill(lab.random.choice(descendants(job.pid)), signal.SIGKILL)
         text = job.communicate(timeout=300)[0]
         ok = job.returncode == 0 and "start: resumed" in text and sums(out) == want
         if not ok:

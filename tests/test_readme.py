@@ -130,7 +130,8 @@ def test_every_flag_that_readme_names_exists():
     programs = [*ROOT.glob("*.py"), ROOT / "tests/benchmark.py", ROOT / "tests/reliability.py"]
     known = {"--help", "--nproc", "--nnodes", "--rdzv", "--max-restarts"}  # not our own
     known |= {flag for path in programs for flag in re.findall(r'"(--[a-z-]+)"', path.read_text())}
-    fields = {f"--{name.replace('_', '-')}" for name in train.Config.__dataclass_fields__}
+    fields = {f"--{name.replace('_', '-')}" for kind in (train.Config, train.Launch)
+              for name in kind.__dataclass_fields__}
     known |= fields | {f"--no-{name.removeprefix('--')}" for name in fields}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
 

@@ -8,12 +8,13 @@ import resource
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, run
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import clorae
@@ -28,10 +29,8 @@ from vision import UMIE
 def first_step(command, tmp_path: Path, *flags: object, processes: int = 1) -> tuple[float, dict]:
     """Loss and gradients of the first step, dropout off."""
     target = tmp_path / f"step-{processes}-{'-'.join(map(str, flags))}.safetensors"
-    line = command(tmp_path / "run", "--dropout", 0, "--backbone-dropout", 0, "--clip", 1e9, *flags,
-                   processes=processes, script="tests/first_step.py")
-    line.insert(line.index(str(ROOT / "tests/first_step.py")) + 1, str(target))
-    done = run(line)
+    done = run(command(target, "--dropout", 0, "--backbone-dropout", 0, "--clip", 1e9, *flags,
+                       processes=processes, script="tests/first_step.py"))
     assert done.returncode == 0, done.stderr
     with safe_open(target, "pt") as file:
         return float(file.metadata()["loss"]), {k: file.get_tensor(k) for k in file.keys()}
@@ -46,23 +45,15 @@ def assert_same_step(ours: tuple[float, dict], reference: tuple[float, dict]) ->
 
 
 def test_two_processes_take_the_step_that_one_takes(command, tmp_path):
-    """D31: at dropout 0, loss and every gradient are equal within 1e-5."""
+    """At dropout 0, loss and every gradient are equal within 1e-5."""
     assert_same_step(first_step(command, tmp_path, processes=2), first_step(command, tmp_path))
 
 
 def test_accumulation_takes_the_step_that_one_pass_takes(command, tmp_path):
-    """D33, invariant 5: micro-batches of 12, 5 or 1 rows give one and the same gradient."""
+    """Micro-batches of 12, 5 or 1 rows give one and the same gradient."""
     whole = first_step(command, tmp_path, "--micro-batch", 12)
     for rows in (5, 1):
         assert_same_step(first_step(command, tmp_path, "--micro-batch", rows), whole)
-
-
-def test_a_finished_run_reprints_its_table(finished):
-    """DESIGN 8.16: the same command on a finished run prints the table and exits 0."""
-    again = run(finished["line"])
-    assert again.returncode == 0
-    assert "is finished" in again.stdout
-    assert (finished["out"] / "table.txt").read_text() in again.stdout
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +66,16 @@ def finished(command, tmp_path_factory) -> dict:
     return {"out": out, "line": line, "stdout": done.stdout}
 
 
+def test_a_finished_run_reprints_its_table(finished):
+    """The same command on a finished run prints the table and exits 0."""
+    again = run(finished["line"])
+    assert again.returncode == 0
+    assert "is finished" in again.stdout
+    assert (finished["out"] / "table.txt").read_text() in again.stdout
+
+
 def test_the_first_lines_say_what_will_run(finished):
-    """RELIABILITY 1.2: device, method, parameters, rows, images, steps, backbone, output, start."""
+    """In this order: device, method, parameters, rows, images, steps, backbone, output, start."""
     heads = [line.split(":")[0] for line in finished["stdout"].split("\n")
              if not line.startswith("truncation")][:9]
     assert heads == ["device", "method", "trainable", "rows", "images", "steps", "backbone",
@@ -97,7 +96,7 @@ def test_evaluate_reproduces_the_table_alone_and_under_torchrun(finished, tmp_pa
 
 
 def test_a_checkpoint_reproduces_logits_on_a_fresh_backbone_bit_for_bit(finished, tmp_path):
-    """Invariant 15: experts, gate, MIM and visual adapter are all that a checkpoint holds."""
+    """Experts, gate, MIM and visual adapter are all that a checkpoint holds."""
     folder, device = train.find_checkpoint(finished["out"]), torch.device("cpu")
     setup = train.load_model(folder, device)
     flat = FlatParameters(setup.model, lr=0.1)
@@ -131,7 +130,7 @@ def test_resuming_with_other_settings_is_refused_by_name(finished, flags, named)
 
 
 def test_other_rank_on_loading_names_the_tensor(finished):
-    """Invariant 15: changing R gives a clear error, not a partial load."""
+    """Changing R gives a clear error, not a partial load."""
     folder, device = train.find_checkpoint(finished["out"]), torch.device("cpu")
     setup = train.load_model(folder, device)
     other = train.build(dataclasses.replace(setup.config, rank=9), setup.sources, device)
@@ -141,22 +140,18 @@ def test_other_rank_on_loading_names_the_tensor(finished):
 
 # ------------------------------------------------------------------------------- arguments, errors
 
-def test_unknown_flags_name_the_nearest_one_and_abbreviations_are_refused(command, tmp_path):
-    for flag, near in (("--epoch", "--epochs"), ("--batchsize", "--batch"),
-                       ("--methd", "--method")):
-        done = run(command(tmp_path, flag, 1))
-        assert done.returncode == 2 and f"did you mean {near}" in done.stderr
+@pytest.fixture
+def corpus(small, tmp_path) -> Path:
+    """A copy of the small world that a test may spoil."""
+    return shutil.copytree(small["data"], tmp_path / "corpus",
+                           ignore=shutil.ignore_patterns(".features"))
 
 
-def test_missing_images_are_an_error_unless_masked_and_then_counted(command, small, tmp_path):
-    """DESIGN 8.4: nothing is substituted; --missing-images mask is explicit and counted."""
-    corpus = tmp_path / "corpus"
-    shutil.copytree(small["data"], corpus)
-    shutil.rmtree(corpus / ".features", ignore_errors=True)
+def test_missing_images_are_an_error_unless_masked_and_then_counted(command, corpus, tmp_path):
+    """Nothing is substituted; --missing-images mask is explicit and counted."""
     for image in (corpus / "demo_t15" / "images").glob("dev_*"):
         image.unlink()
-    line = command(tmp_path / "run", "--steps", 1, "--epochs", 1)
-    line = [str(corpus) if word == small["data"] else word for word in line]
+    line = command(tmp_path / "run", "--steps", 1, "--epochs", 1, "--data", corpus)
     refused = run(line)
     assert refused.returncode == 2 and "Traceback" not in refused.stderr
     assert re.search(r"2 are missing, first \S+dev_\S+ \(\S+dev.jsonl:\d+\)", refused.stderr)
@@ -172,8 +167,81 @@ def test_weights_that_cannot_be_had_offline_say_what_to_fetch_and_where_to_put_i
     assert "google/flan-t5-large" in done.stderr and "weights/flan-t5-large" in done.stderr
 
 
+def test_a_download_that_fails_without_a_word_is_named_by_its_kind(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def refuse(name: str, **_: object) -> None:
+        raise ConnectionError
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(train.UsageError, match="the download failed .ConnectionError: .;"):
+        train.find_weights("vit", None, train.VIT)
+
+
+@pytest.mark.parametrize("flag, value, rule", [
+    ("--rank", "2", "at least 3"), ("--steps", "0", "at least 1"), ("--lr", "nan", "above 0"),
+    ("--clip", "0", "above 0"), ("--aml-margin", "0", "above 0"), ("--beta", "-1", "at least 0"),
+    ("--aml-gamma", "-1", "at least 0"), ("--backbone-dropout", "1", r"in \[0, 1\)"),
+    ("--timeout", "0", "above 0")])
+def test_a_number_that_cannot_work_is_refused_before_anything_is_computed(flag, value, rule):
+    """Some would be found out an epoch later: Eq. (9) divides by the margin."""
+    with pytest.raises(train.UsageError, match=f"{flag} {rule}, got {float(value):g}"):
+        train.parse_arguments([flag, value])
+
+
+def test_the_first_epoch_is_not_the_best_where_there_is_no_dev_split(command, corpus, tmp_path):
+    """Nothing tells the epochs apart, so the weights of the last one are kept.
+
+    And --steps beyond the epochs are not announced.
+    """
+    for path in corpus.glob("*/dev.jsonl"):
+        path.unlink()
+    done = run(command(tmp_path / "run", "--data", corpus, "--units", "V1", "--epochs", 2,
+                       "--steps", 9999))
+    assert done.returncode == 0, done.stderr
+    last = re.search(r"trained to step (\d+)", done.stdout)[1]
+    assert f"steps: {last} of batch" in done.stdout
+    assert int(last) > 2 and f"best dev epoch ended at step {last}" in done.stdout
+
+
+def test_a_split_that_none_of_the_chosen_units_has_is_empty_as_without_a_choice(corpus):
+    """Other units having one is no reason to refuse."""
+    (corpus / "demo_v1" / "test.jsonl").unlink()
+    datasets = data.load_datasets(corpus)
+    records = train.read_splits(corpus, datasets, ["V1"])
+    assert records["train"] and records["dev"] and not records["test"]
+    assert train.read_splits(corpus, datasets, None)["test"]
+
+
+def test_starting_over_deletes_what_a_run_writes_and_nothing_else(tmp_path):
+    """--out may be a folder that holds other things."""
+    own = ["step-00000002", "best-00000002", ".step-00000004.writing"]
+    others = [".git-old", "thesis-2", "notes.txt", ".lock"]
+    for name in (*own, ".git-old", "thesis-2"):
+        (tmp_path / name).mkdir()
+    for name in ("metrics.csv", "table.txt", "scores-test.json", "notes.txt", ".lock"):
+        (tmp_path / name).write_text("")
+    job = train.Run.__new__(train.Run)
+    job.world, job.out = SimpleNamespace(main=True, restarts=0), tmp_path
+    assert "from the beginning" in job.resume(train.Launch(resume="none"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
+
+
+def test_references_are_numbers_and_may_not_change_within_a_run(command, tmp_path):
+    """A number in quotes is one, too; the file may not say something else when a run goes on."""
+    reference, out = tmp_path / "reference.json", tmp_path / "run"
+    reference.write_text(json.dumps(dict.fromkeys(data.UNITS, "70.5")))
+    line = command(out, "--steps", 1, "--epochs", 1, "--aml-reference", reference)
+    done = run(line)
+    assert done.returncode == 0, done.stderr
+    reference.write_text(json.dumps(dict.fromkeys(data.UNITS, 80)))
+    refused = run([*line, "--resume", str(out / "step-00000001")])
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    assert "reference {'T15': 70.5" in refused.stderr and "-> {'T15': 80.0" in refused.stderr
+
+
 def test_defaults_follow_the_size_and_the_paper():
-    """D2, D32, D33: ranks 128 / 64 / 64, global batches 40 / 16 / 8, lr 1e-4, 20 epochs."""
+    """Ranks 128 / 64 / 64, global batches 40 / 16 / 8, lr 1e-4, 20 epochs."""
     for size, rank, batch in (("base", 128, 40), ("large", 64, 16), ("xl", 64, 8)):
         config, *_ = train.parse_arguments(["--size", size])
         assert (config.rank, config.batch, config.lr, config.epochs) == (rank, batch, 1e-4, 20)
@@ -185,7 +253,7 @@ def test_defaults_follow_the_size_and_the_paper():
 # -------------------------------------------------------------------------------------- the vector
 
 def test_the_flat_vector_steps_as_one_adam_per_parameter():
-    """DESIGN 8.20: two slices, variance vectors at ten times the rate, equal to separate Adams."""
+    """Two slices, variance vectors at ten times the rate, equal to separate Adams."""
     def model() -> nn.Module:
         torch.manual_seed(1)
         config = T5Config(vocab_size=20, d_model=8, d_kv=3, d_ff=8, num_layers=1, num_heads=2,
@@ -214,7 +282,7 @@ def test_the_flat_vector_steps_as_one_adam_per_parameter():
 
 
 def test_c_lorae_overfits_what_a_lone_universal_expert_cannot():
-    """Invariant 16: 3 tasks x 8 samples, the same inputs with a different answer per task.
+    """3 tasks x 8 samples, the same inputs with a different answer per task.
 
     Task experts drive the loss below 0.05; plain LoRA sees no task and cannot pass ln(3) a token.
     """
@@ -242,7 +310,7 @@ def test_c_lorae_overfits_what_a_lone_universal_expert_cannot():
 
 
 def test_weights_of_one_and_no_mim_give_the_plain_token_mean(command, tmp_path):
-    """Invariant 11: --no-aml and beta = 0: the logged loss is token-mean cross-entropy."""
+    """--no-aml and beta = 0: the logged loss is token-mean cross-entropy."""
     out = tmp_path / "run"
     done = run(command(out, "--steps", 1, "--epochs", 1, "--no-aml", "--beta", 0))
     assert done.returncode == 0, done.stderr
@@ -252,7 +320,7 @@ def test_weights_of_one_and_no_mim_give_the_plain_token_mean(command, tmp_path):
 
 
 def test_beta_zero_is_bitwise_the_run_without_mim(command, tmp_path):
-    """Invariant 6: --beta 0 and --no-mim end in the same weights."""
+    """--beta 0 and --no-mim end in the same weights."""
     ends = []
     for name, flags in (("beta", ["--beta", "0"]), ("no-mim", ["--no-mim"])):
         done = run(command(tmp_path / name, "--steps", 3, "--epochs", 1, *flags))
@@ -262,7 +330,7 @@ def test_beta_zero_is_bitwise_the_run_without_mim(command, tmp_path):
 
 
 def test_resume_restores_the_achievement_weights(finished):
-    """Invariant 10: history and weights are in the checkpoint, equal to Eq. (9) of its dev F1."""
+    """History and weights are in the checkpoint, equal to Eq. (9) of its dev F1."""
     state = json.loads((train.find_checkpoint(finished["out"]) / "state.json").read_text())
     entry = state["history"][-1]
     weights = losses.achievement_weights(entry["f1"], losses.SINGLE_TASK_F1)
@@ -270,7 +338,7 @@ def test_resume_restores_the_achievement_weights(finished):
 
 
 def test_the_visual_policies_train_what_they_say_at_base_geometry():
-    """D3: all of VStack 14.16 M, gate layer 7.08 M, four projections 0.69 M and the visual
+    """All of VStack 14.16 M, gate layer 7.08 M, four projections 0.69 M and the visual
     embedding; or the embedding alone; or nothing."""
     with torch.device("meta"):
         config = T5Config(vocab_size=32128, d_model=768, d_kv=64, d_ff=2048, num_layers=12,
@@ -288,8 +356,8 @@ def test_the_visual_policies_train_what_they_say_at_base_geometry():
 
 
 def test_experts_can_sit_on_a_fully_trained_model(command, tmp_path):
-    """D3, `paper` and `frozen`: --init gives the weights of a full run, which the checkpoint then
-    needs and checks; without one a fresh adapter would stay what it is, so it is refused."""
+    """Policies `paper` and `frozen`: --init gives the weights of a full run, which the checkpoint
+    then needs and checks; without one a fresh adapter would stay what it is, so it is refused."""
     short = ("--steps", 2, "--epochs", 1)
     refused = run(command(tmp_path / "run", *short, "--visual-policy", "paper"))
     assert refused.returncode == 2 and "--init" in refused.stderr
@@ -309,6 +377,41 @@ def test_experts_can_sit_on_a_fully_trained_model(command, tmp_path):
         train.load_model(train.find_checkpoint(tmp_path / "run"), torch.device("cpu"))
     wrong = run(command(tmp_path / "other", *short, "--init", tmp_path / "run"))
     assert wrong.returncode == 2 and "got method clorae" in wrong.stderr
+
+
+def begun(line: list[str]) -> train.Run:
+    """What a command has made before its first step, in this process."""
+    config, _ = train.parse_arguments(line[2:])
+    return train.Run(config, train.prepare(config), train.World())
+
+
+def test_a_fresh_gate_is_turned_by_rows_that_have_an_image(command, tmp_path):
+    """Even if the first micro-batch has none: shut, its projection is turned around again."""
+    job = begun(command(tmp_path / "run"))
+    first = [job.examples[i].record for i in job.batches(0)[0][:4]]
+    job.features.missing |= {job.features.path(record) for record in first if record.image}
+    job.open_gate()
+    weight = job.model.fusion.proj_visual[1].weight
+    opened = weight.detach().clone()
+    weight.data.neg_()
+    job.open_gate()
+    assert torch.equal(weight, opened)
+
+
+def test_a_trained_gate_is_left_as_it_is(command, tmp_path):
+    """With --init it may be frozen, and then no checkpoint would tell that it was turned."""
+    done = run(command(tmp_path / "full", "--steps", 1, "--epochs", 1, "--method", "full"))
+    assert done.returncode == 0, done.stderr
+    full = train.find_checkpoint(tmp_path / "full")
+    state, saved = train.read_state(full), load_file(full / "model.safetensors")
+    for _ in range(2):  # of a projection and its opposite, one shuts the gate
+        saved["fusion.proj_visual.1.weight"].neg_()
+        save_file(saved, full / "model.safetensors")
+        train.write_state(full, state, {name: train.file_hash(full / name) for name in (
+            "model.safetensors", "optimizer.safetensors")})
+        job = begun(command(tmp_path / "run", "--init", full, "--visual-policy", "frozen"))
+        assert torch.equal(job.model.fusion.proj_visual[1].weight,
+                           saved["fusion.proj_visual.1.weight"])
 
 
 def test_hold_out_never_trains_on_what_it_tests():
@@ -341,7 +444,7 @@ def test_hold_out_never_trains_on_what_it_tests():
                                    ["--method", "full"], ["--fusion", "concat"],
                                    ["--precision", "bf16"]], ids=" ".join)
 def test_every_method_fusion_and_precision_trains_and_prints_its_table(command, tmp_path, flags):
-    """METHOD 7, DESIGN 3, D35: the same loop serves them all; the loss stays finite."""
+    """The same loop serves them all; the loss stays finite."""
     done = run(command(tmp_path / "run", "--steps", 2, "--epochs", 1, *flags))
     assert done.returncode == 0, done.stderr
     assert "test split, best checkpoint:" in done.stdout
@@ -349,13 +452,10 @@ def test_every_method_fusion_and_precision_trains_and_prints_its_table(command, 
     assert math.isfinite(float(last.split(",")[2]))
 
 
-def test_a_corpus_without_training_records_is_refused(command, small, tmp_path):
-    corpus = tmp_path / "corpus"
-    shutil.copytree(small["data"], corpus)
+def test_a_corpus_without_training_records_is_refused(command, corpus, tmp_path):
     for path in corpus.glob("*/train.jsonl"):
         path.unlink()
-    line = command(tmp_path / "run")
-    done = run([str(corpus) if word == small["data"] else word for word in line])
+    done = run(command(tmp_path / "run", "--data", corpus))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "expected training records" in done.stderr
 
