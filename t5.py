@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -344,8 +345,8 @@ class Attention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         """q [B,H,Q,K], k and v [B,H,M,K], bias broadcastable to [B,H,Q,M] -> [B,Q,D]."""
-        if q.device.type == "cpu" and self.training and self.dropout.p > 0:
-            # SDPA has no fused kernel for dropout on a CPU, and our dropout is faster than its own.
+        if q.device.type == "cpu" and self.training:
+            # SDPA has no fused kernel for dropout there, and a slow backward pass without.
             scores = q @ k.mT
             scores = scores if bias is None else scores.add_(bias)
             out = self.dropout(scores.softmax(-1)) @ v
@@ -696,6 +697,8 @@ class T5(nn.Module):
         raw["tie_word_embeddings"] = raw.pop("tie_head")
         raw["scale_decoder_outputs"] = raw.pop("scale_logits")
         (folder / "config.json.tmp").write_text(json.dumps(raw, indent=2) + "\n")
+        # That library lets only the owner read its files.
+        shutil.copymode(folder / "config.json.tmp", folder / "model.safetensors.tmp")
         for name in ("model.safetensors", "config.json"):
             os.replace(folder / f"{name}.tmp", folder / name)
 

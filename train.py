@@ -795,6 +795,8 @@ def write_checkpoint(folder: Path, flat: FlatParameters, state: dict) -> None:
         for file in aside.iterdir():
             sync(file)
         write_state(aside, state, digests)
+        for file in aside.glob("*.safetensors"):  # which that library lets only its owner read
+            shutil.copymode(aside / "state.json", file)
     except Exception:
         shutil.rmtree(aside, ignore_errors=True)  # on a full disk, its space is needed
         raise
@@ -1198,7 +1200,7 @@ class Run:
         with self.autocast():
             hidden = self.model.hidden(batch)
             ce = losses.token_cross_entropy(hidden, batch.labels, self.model.t5.head)  # [B]
-        L_MT = (w[batch.units] * ce).sum() / tokens
+        L_MT = (w[batch.units] * ce).sum() / tokens  # each row weighs as much as its unit
         L_MIM = losses.mutual_information(self.routing.moments() if config.uses_mim else [],
                                           max(self.layers, 1)).to(device)
         loss = L_MT + config.beta * L_MIM  # Eq. (10)

@@ -272,7 +272,7 @@ def test_dropout_acts_in_training_only_and_at_each_of_its_places():
     for place in places:
         place.p = 0.0
     plain = model.eval()(ids, mask, labels)[0]
-    assert torch.equal(model.train()(ids, mask, labels)[0], plain)
+    assert largest_error(model.train()(ids, mask, labels)[0], plain) < 1e-5
     for place in places:
         place.p = 0.9
         assert not torch.equal(model(ids, mask, labels)[0], plain)

@@ -491,3 +491,12 @@ def test_base_geometry_takes_a_step_and_decodes_on_a_cpu(capsys):
     with capsys.disabled():
         print(f"\nbase geometry, 6 rows: step {stepped - started:.1f} s, 16 tokens "
               f"{decoded - stepped:.1f} s, peak {peak:.1f} GiB, loss {loss.item():.2f}")
+
+
+def test_checkpoints_may_be_read_by_whom_the_umask_lets(tmp_path):
+    """safetensors writes files for their owner alone; a run's are as readable as its other files."""
+    flat = train.FlatParameters(torch.nn.Linear(3, 2), 1e-3)
+    flat.optimizer.step()
+    train.write_checkpoint(tmp_path / "step-1", flat, {})
+    modes = {file.stat().st_mode for file in (tmp_path / "step-1").iterdir()}
+    assert len(modes) == 1
