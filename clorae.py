@@ -16,7 +16,7 @@ methods that the paper compares with are variants of the same layer: a mixer bet
     g^1, g^2            gates         [B,S,2]        weight of the universal and of the task expert
     (MoSLoRA) W         M_U           [R,R]          mixer of A's and B's subspaces
     (LoRAMoE) A_e, B_e  A_E, B_E      [E,R,D_in], [E,D_out,R]      experts; their W_g is [E,D_in]
-    alpha / r           scale         scalar         alpha / R for both experts
+    alpha / r           scale, s      scalar         alpha / R for both experts (r here is another)
     (Ahn) sigma^2       rho           [D_out]        variance of the MIM student, before softplus
 
 Shapes: B rows of the batch, S tokens of a row (source, target or visual ones), D_in and D_out the
@@ -532,7 +532,7 @@ class ExpertLinear(nn.Module):
         return A, B if gates is None else weigh(B.T, B.new_tensor(gates)[:, None], 1, widths).T
 
     def merged_weight(self, task: int, gates: Sequence[float] | None = None) -> Tensor:
-        """W_0 + (alpha / r) (g^1 B_U A_U + g^2 B_n A_n) [D_out,D_in] for one task, fixed gates."""
+        """W_0 + s (g^1 B_U A_U + g^2 B_n A_n) [D_out,D_in] for one task, fixed gates."""
         A, B = self.stacked(task, gates)
         return self.base.weight.detach() + self.scale * B @ A
 

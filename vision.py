@@ -211,7 +211,7 @@ class ViTBlock(nn.Module):
         self.down = nn.Linear(config.intermediate_size, D)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B,1+P,D] -> [B,1+P,D]."""
+        """[B,1+P,F] -> [B,1+P,F]."""
         y = self.attention_norm(x)
         q, k, v = (project(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B,H,1+P,K]
                    for project in (self.q, self.k, self.v))
@@ -247,11 +247,11 @@ class ViT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """pixel_values [B,3,size,size] -> [B,1+P,D]; token 0 stands for the whole picture."""
+        """pixel_values [B,3,size,size] -> [B,1+P,F]; token 0 stands for the whole picture."""
         if pixel_values.shape[1:] != (3, self.size, self.size):
             raise ImageError(f"ViT: expected pixels [B, 3, {self.size}, {self.size}], got "
                              f"{list(pixel_values.shape)}; use preprocess(image, {self.size})")
-        x = self.patches(pixel_values).flatten(2).transpose(1, 2)  # [B,P,D]
+        x = self.patches(pixel_values).flatten(2).transpose(1, 2)  # [B,P,F]
         x = torch.cat((self.class_token.expand(len(x), 1, -1), x), dim=1) + self.positions
         x = self.first_norm(x)
         for block in self.blocks:
@@ -413,7 +413,8 @@ class FeatureCache:
         return [self.names[request] for request in requests]
 
     def name(self, request: Request) -> str:
-        """What a request's tensor is called: it changes with all that the features depend on."""
+        """What a request's tensor is called: it changes with all that the features depend on, but
+        for rounding."""
         if request not in self.names:
             (path, boxes, size), vit = request, self.vit
             try:
@@ -458,8 +459,10 @@ class FeatureCache:
         for start in range(0, len(items), self.AHEAD):
             names, requests = zip(*items[start:start + self.AHEAD])
             pixels, boxes = zip(*pool.map(self.pixels, requests))
-            tokens = torch.cat([self.vit(some.to(device))[:, 0].float().cpu()
-                                for some in torch.cat(pixels).split(self.CROPS)])
+            # In full float32: features of a GPU and of a CPU may share a folder.
+            with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+                tokens = torch.cat([self.vit(some.to(device))[:, 0].float().cpu()
+                                    for some in torch.cat(pixels).split(self.CROPS)])
             rows = tokens.split([len(views) for views in pixels])
             features |= {name: row.clone() for name, row in zip(names, rows)}
             features |= {f"{name}.boxes": some for name, some in zip(names, boxes)}
@@ -524,7 +527,7 @@ class GateFusion(nn.Module):
                                    self.proj_visual(seen.to(dtype)).to(wide), dim=-1)
 
     def gate(self, h: Tensor, mask: Tensor, visual: Tensor, visual_mask: Tensor) -> Tensor:
-        """lambda [B] = leaky_relu twice of exp(0.5) cosine."""
+        """lambda [B], UMIE's: leaky_relu twice, each 0.01 below 0, of exp(0.5) cosine."""
         cosine = self.cosine(h, mask, visual, visual_mask)
         return F.leaky_relu(F.leaky_relu(math.exp(0.5) * cosine))
 
@@ -541,10 +544,11 @@ class GateFusion(nn.Module):
 
 
 class UMIE(nn.Module):
-    """T5 with visual tokens, Eq. (1) and Fig. 3; these first pass VStack, two encoder layers.
+    """T5 with visual tokens, Eq. (1). These first pass VStack, two T5 encoder layers of their own.
 
-    fusion "gate": GateFusion after the text encoder, M = S. fusion "concat": the encoder reads
-    visual tokens before the text, M = V + S. A batch is anything with input_ids, attention_mask
+    fusion "gate": UMIE's GateFusion after the text encoder, M = S. fusion "concat", as in the
+    paper's Fig. 3: the encoder reads visual tokens before the text, M = V + S. A T5 in bfloat16
+    needs autocast, as the visual parts are float32. A batch is anything with input_ids, attention_mask
     [B,S], labels [B,T] (-100 at padding) or None, tasks [B], features [B,V,F], boxes [B,V,5] and
     visual_mask [B,V], all False in a row without image; V may be 0. `routing`, where set, is told
     each batch's tasks and masks: expert layers, unknown here, read them from it.

@@ -223,7 +223,7 @@ def rows_of(world: tuple, **how: int) -> list[dict]:
 
 
 def test_shares_of_the_two_experts_add_up_to_one_and_lie_between(world):
-    """Invariant 13."""
+    """0 <= share <= 1, and the shares of a row sum to 1."""
     rows = rows_of(world)
     for row in rows:
         assert row["soft"] + row["soft_universal"] == pytest.approx(1, abs=1e-6)
@@ -256,7 +256,7 @@ def test_neither_amount_nor_content_of_padding_changes_a_sum(world, monkeypatch)
 
 
 def test_the_shares_of_three_processes_add_up_to_those_of_one(world, monkeypatch):
-    """D37: sums are reduced, not means, so shares are exact."""
+    """Sums are reduced, not means, so shares are exact."""
     monkeypatch.setattr(evaluate.dist, "all_reduce", lambda tensor: None)
     parts = [sums_of(world, rank, 3) for rank in range(3)]
     assert torch.allclose(sum(parts), sums_of(world), rtol=1e-12, atol=0)

@@ -93,7 +93,7 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("method, options", METHODS)
 @pytest.mark.parametrize("training", [True, False])
 def test_zero_initialised_experts_leave_the_linear_unchanged_bit_for_bit(method, options, training):
-    """Invariant 1: B_U = B_n = 0, so y = W_0 x exactly, with dropout drawn or not."""
+    """B_U = B_n = 0, so y = W_0 x exactly, with dropout drawn or not."""
     m = layer(method, awake=False, dropout=0.1, **options).train(training)
     x, tasks, _ = inputs()
     assert torch.equal(run(m, x, tasks), m.base(x))
@@ -101,7 +101,7 @@ def test_zero_initialised_experts_leave_the_linear_unchanged_bit_for_bit(method,
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
 def test_gates_start_at_one_half_and_stay_a_distribution(dtype, tolerance):
-    """Invariants 1 and 2: W_g = 0 gives g = (.5, .5); later g >= 0 and g1 + g2 = 1."""
+    """W_g = 0 gives g = (.5, .5); later g >= 0 and g1 + g2 = 1."""
     x, _, _ = inputs(dtype)
     assert torch.equal(layer(dtype=dtype, awake=False).gates(x),
                        torch.full((B, S, 2), 0.5, dtype=dtype))
@@ -112,7 +112,7 @@ def test_gates_start_at_one_half_and_stay_a_distribution(dtype, tolerance):
 
 @pytest.mark.parametrize("method, options", METHODS)
 def test_rank_space_layer_equals_the_paper_equations_with_every_gradient(method, options):
-    """Invariant 7: y = W_0 x + s [B_U B_n] [g1 A_U x ; g2 A_n x], to 1e-10 in float64."""
+    """y = W_0 x + s [B_U B_n] [g1 A_U x ; g2 A_n x], to 1e-10 in float64."""
     m, (x, tasks, _) = layer(method, torch.float64, **options), inputs(torch.float64)
     x.requires_grad_()
     upstream = torch.randn(B, S, D_OUT, dtype=torch.float64)
@@ -163,7 +163,7 @@ def test_bf16_layer_stays_within_twice_the_error_of_the_naive_form():
 
 
 def test_first_backward_reaches_only_the_up_projections():
-    """Invariant 3: with B = 0, B_U and B_n get gradient; A's and W_g exactly zero; all finite."""
+    """With B = 0, B_U and B_n get gradient; A's and W_g exactly zero; all finite."""
     m, (x, tasks, mask) = layer(awake=False).train(), inputs()
     y = run(m, x, tasks, mask, batch=B)
     loss = y.square().sum() + losses.mutual_information(m.routing.moments(), 1)
@@ -176,7 +176,7 @@ def test_first_backward_reaches_only_the_up_projections():
 
 
 def test_a_batch_of_one_task_trains_no_other_expert():
-    """Invariant 4: gradients of A_k, B_k are exactly 0 for every absent task k."""
+    """Gradients of A_k, B_k are exactly 0 for every absent task k."""
     m, (x, _, mask) = layer().train(), inputs()
     y = run(m, x, torch.full((B,), 1), mask, batch=B)
     (y.square().sum() + losses.mutual_information(m.routing.moments(), 1)).backward()
@@ -186,7 +186,7 @@ def test_a_batch_of_one_task_trains_no_other_expert():
 
 
 def test_the_task_changes_the_output_only_once_task_experts_have_learned():
-    """Invariant 4: a task label matters iff B_n is not zero."""
+    """A task label matters iff B_n is not zero."""
     x, tasks, _ = inputs()
     for awake in (False, True):
         m = layer(awake=awake)
@@ -195,7 +195,7 @@ def test_the_task_changes_the_output_only_once_task_experts_have_learned():
 
 
 def test_rows_in_any_order_of_tasks_equal_rows_alone():
-    """Invariant 5: a mixed batch is the sum of its rows, sorted by task or not."""
+    """A mixed batch is the sum of its rows, sorted by task or not."""
     m, (x, _, _) = layer(), inputs()
     tasks = torch.tensor([2, 0, 1, 0, 2])
     together = run(m, x, tasks)
@@ -204,7 +204,7 @@ def test_rows_in_any_order_of_tasks_equal_rows_alone():
 
 
 def test_mixed_batch_gradients_equal_any_micro_batch_split():
-    """Invariant 5: with global normalisers, loss and gradients add up over micro-batches."""
+    """With global normalisers, loss and gradients add up over micro-batches."""
     m, (x, tasks, mask) = layer(dtype=torch.float64).train(), inputs(torch.float64)
 
     def gradients(parts: list[list[int]]) -> dict[str, Tensor]:
@@ -221,7 +221,7 @@ def test_mixed_batch_gradients_equal_any_micro_batch_split():
 
 
 def test_rank_space_mim_equals_the_materialised_loss_with_every_gradient():
-    """D16-D22, DESIGN 8.1: C S C^T gives the same L_MIM and gradients as forming U and D."""
+    """C S C^T gives the same L_MIM and gradients as forming U and D."""
     m, (x, tasks, mask) = layer(dtype=torch.float64).train(), inputs(torch.float64)
     wanted = [m.A_T, m.B_T, m.rho]
     x.requires_grad_()
@@ -236,7 +236,7 @@ def test_rank_space_mim_equals_the_materialised_loss_with_every_gradient():
 
 
 def test_mim_starts_at_zero_and_never_falls_below_its_floor():
-    """D20, invariants 1 and 6: 0 within 1e-9 at the start (U = D = 0, sigma = 1), >= ln(.1) / 2."""
+    """0 within 1e-9 at the start (U = D = 0, sigma = 1), >= ln(.1) / 2."""
     x, tasks, mask = inputs()
     mask[3, 0] = True  # the mean is over the batch: a row without tokens would lower its weight
     m = layer(awake=False).train()
@@ -250,7 +250,7 @@ def test_mim_starts_at_zero_and_never_falls_below_its_floor():
 
 
 def test_mim_gives_the_teacher_no_gradient_and_the_student_some():
-    """D17, invariant 6: U is detached, D learns."""
+    """U is detached, D learns."""
     m, (x, tasks, mask) = layer().train(), inputs()
     run(m, x, tasks, mask, batch=B)
     losses.mutual_information(m.routing.moments(), 1).backward()
@@ -261,7 +261,7 @@ def test_mim_gives_the_teacher_no_gradient_and_the_student_some():
 
 
 def test_padding_changes_no_mim():
-    """D22, invariant 6: neither the content nor the amount of padding matters."""
+    """Neither the content nor the amount of padding matters."""
     m, (x, tasks, mask) = layer().train(), inputs()
     values = []
     for padded, valid in ((x, mask), (x.masked_fill(~mask[..., None], 9.0), mask),
@@ -288,7 +288,7 @@ def copy(source: ExpertLinear, target: ExpertLinear) -> ExpertLinear:
 
 @pytest.mark.parametrize("gates, method", [((1.0, 0.0), "lora"), ((0.0, 1.0), "tlora")])
 def test_c_lorae_with_a_closed_gate_is_plain_lora(gates, method):
-    """Invariant 8: g = (1, 0) leaves the universal expert, g = (0, 1) the task experts."""
+    """g = (1, 0) leaves the universal expert, g = (0, 1) the task experts."""
     x, tasks, _ = inputs()
     full = layer()
     full.routing.fixed_gates = gates
@@ -296,7 +296,7 @@ def test_c_lorae_with_a_closed_gate_is_plain_lora(gates, method):
 
 
 def test_c_lorae_without_router_and_task_experts_is_plain_lora():
-    """Invariant 8: --no-egr with B_n = 0 gives h = U."""
+    """--no-egr with B_n = 0 gives h = U."""
     x, tasks, _ = inputs()
     m = layer(egr=False)
     nn.init.zeros_(m.B_T)
@@ -304,7 +304,7 @@ def test_c_lorae_without_router_and_task_experts_is_plain_lora():
 
 
 def test_moslora_with_the_identity_as_mixer_is_plain_lora():
-    """Invariant 8: M = I."""
+    """M = I."""
     x, tasks, _ = inputs()
     m = layer("moslora")
     nn.init.eye_(m.M_U)
@@ -313,7 +313,7 @@ def test_moslora_with_the_identity_as_mixer_is_plain_lora():
 
 @pytest.mark.parametrize("experts", [1, 2, 3])
 def test_loramoe_with_equal_experts_or_only_one_is_plain_lora(experts):
-    """Invariant 8: gates sum to 1, so that equal experts are one."""
+    """Gates sum to 1, so that equal experts are one."""
     x, tasks, _ = inputs()
     m, plain = layer("loramoe", experts=experts), layer("lora")
     with torch.no_grad():
@@ -341,7 +341,7 @@ def test_methods_without_task_experts_never_look_at_the_task(method):
 
 
 def test_merging_needs_a_fixed_gate_and_then_is_exact():
-    """Invariant 7: W_0 + s (g1 B_U A_U + g2 B_n A_n) equals the layer; a live gate refuses."""
+    """W_0 + s (g1 B_U A_U + g2 B_n A_n) equals the layer; a live gate refuses."""
     x, _, _ = inputs()
     m = layer()
     with pytest.raises(ValueError, match="live gate"):
@@ -408,7 +408,7 @@ def test_a_dropout_near_one_drops_nearly_everything():
 
 
 def test_dropout_drops_its_share_scales_the_rest_and_follows_the_seed():
-    """D14: each element is 0 with probability p, else x / (1 - p); the mean stays."""
+    """Each element is 0 with probability p, else x / (1 - p); the mean stays."""
     m, x = layer(dropout=0.1).train(), torch.ones(7, 333, 101)
     torch.manual_seed(3)
     first = m.dropped(x)
@@ -421,7 +421,7 @@ def test_dropout_drops_its_share_scales_the_rest_and_follows_the_seed():
 
 
 def test_beams_and_dropped_rows_keep_their_tasks():
-    """Invariant 12: row k of the decoder computes with the task of request index[k]."""
+    """Row k of the decoder computes with the task of request index[k]."""
     m, (x, _, _) = layer(), inputs()
     m.routing.set(torch.tensor([0, 1, 2, 1, 0]))
     index = torch.tensor([1, 1, 3, 4])
@@ -468,7 +468,7 @@ def tiny_umie(d_kv: int = 5) -> UMIE:
 
 
 def test_adapt_wraps_q_and_v_of_t5_and_vstack_and_nothing_else():
-    """D1: encoder, decoder self and cross, VStack; never the fusion, k, o, or a proj_v."""
+    """Encoder, decoder self and cross, VStack; never the fusion, k, o, or a proj_v."""
     model = tiny_umie()
     model.vstack.proj_v = nn.Linear(4, 4)
     clorae.adapt(model, rank=6)
@@ -495,7 +495,7 @@ def test_adapting_twice_or_in_vain_is_an_error():
 
 @pytest.mark.parametrize("method, options", METHODS)
 def test_an_adapted_t5_equals_the_frozen_one_bit_for_bit(method, options):
-    """Invariant 1 for a whole model, D_in != D_out (invariant 14), before any routing is set."""
+    """B = 0 leaves a whole model as it is, D_in != D_out, before any routing is set."""
     ids, mask = torch.randint(2, 40, (2, 6)), torch.ones(2, 6, dtype=torch.bool)
     labels = torch.randint(2, 40, (2, 5))
     t5 = tiny_umie().t5.eval().requires_grad_(False)  # as the frozen model: same kernels
@@ -504,7 +504,7 @@ def test_an_adapted_t5_equals_the_frozen_one_bit_for_bit(method, options):
     assert torch.equal(t5(ids, mask, labels)[0], before)
 
 
-# flan-t5 geometries and the counts of METHOD 7 (in parameters, experts of the method only).
+# flan-t5 geometries and what must be counted there (in parameters, experts of the method only).
 GEOMETRIES = {"base": (768, 12, 12, 2048, 128), "large": (1024, 24, 16, 2816, 64),
               "xl": (2048, 24, 32, 5120, 64)}
 COUNTS = {("lora", ()): (14.942, 19.399, 38.797), ("tlora", ()): (14.709, 19.096, 38.191),
@@ -517,7 +517,7 @@ COUNTS = {("lora", ()): (14.942, 19.399, 38.797), ("tlora", ()): (14.709, 19.096
 @pytest.mark.parametrize("size", GEOMETRIES)
 @pytest.mark.parametrize("method, without", COUNTS)
 def test_parameter_counts_equal_the_table_at_published_geometry(size, method, without):
-    """METHOD 7: 76 / 148 / 148 wrapped linears; LoRA 2dr, task experts 2d*3*floor(r/3), gate 2d,
+    """76 / 148 / 148 wrapped linears; LoRA 2dr, task experts 2d*3*floor(r/3), gate 2d,
     MIM d, MoSLoRA's mixer r^2, LoRAMoE two LoRAs and a router of 2d per linear, exactly."""
     d, layers, heads, d_ff, rank = GEOMETRIES[size]
     with torch.device("meta"):
@@ -541,14 +541,14 @@ def test_parameter_counts_equal_the_table_at_published_geometry(size, method, wi
 
 
 def test_full_fine_tuning_wraps_nothing_and_trains_everything():
-    """METHOD 7, `full`: every parameter of T5 and of the visual adapter."""
+    """Method `full`: every parameter of T5 and of the visual adapter."""
     model = clorae.adapt(tiny_umie(), "full")
     assert not clorae.expert_layers(model) and model.routing is None
     assert all(p.requires_grad for p in model.parameters())
 
 
 def test_frozen_weights_never_move():
-    """Invariant 9: after optimizer steps the backbone is unchanged and asks for no gradient."""
+    """After optimizer steps the backbone is unchanged and asks for no gradient."""
     t5 = tiny_umie().t5
     before = {n: p.clone() for n, p in t5.named_parameters()}
     clorae.adapt(t5, rank=6)
@@ -569,7 +569,7 @@ def test_frozen_weights_never_move():
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_tasks_survive_beams_and_dropped_rows_in_a_whole_model(beams):
-    """Invariant 12: a mixed batch decodes as its rows do alone, whatever ends first."""
+    """A mixed batch decodes as its rows do alone, whatever ends first."""
     model = clorae.adapt(tiny_umie(), rank=6).eval()
     with torch.no_grad():
         for m in clorae.expert_layers(model).values():

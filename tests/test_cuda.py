@@ -206,7 +206,7 @@ def test_the_fused_layer_equals_the_equations_with_every_gradient(layer, case, d
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_of_the_layer_equals_the_equations(layer, variant, dtype):
-    """Gates from outside, dropout on the experts' input alone (D14), one expert alone."""
+    """Gates from outside, dropout on the experts' input alone, one expert alone."""
     function, device = layer
     assert_close(function, problem("large: 64 and 21", variant, dtype, device), dtype)
 

@@ -123,7 +123,7 @@ def test_a_tokenizer_that_cannot_be_read_says_which_file(tmp_path: Path) -> None
 # ---------------------------------------------------------------------------- prompts
 
 def test_prompts_name_the_labels_first_and_the_text_last() -> None:
-    """TASKS 2.2; labels sorted, the same in training and test, `none` among the relations."""
+    """Labels sorted, the same in training and test, `none` among the relations."""
     assert data.prompt(tweet("I love Paris"), TWEETS) == (
         "Please extract the following entity type: location, person. Text: ", "I love Paris")
     assert data.prompt(pair("Ann Lee met Bob", (3, 4), "couple", (0, 2)), PAIRS) == (
@@ -330,7 +330,7 @@ def assert_reads_back(record: Record, dataset: Dataset) -> None:
 @pytest.mark.parametrize("task, dataset", [("mner", TWEETS), ("mre", PAIRS), ("med", NEWS),
                                            ("meae", NEWS)])
 def test_reading_what_was_written_is_the_identity(task: str, dataset: Dataset) -> None:
-    """TASKS 2.3, on words made of `<spot>`, `none`, `O1`, `%3C`, commas, `</s>` and the like."""
+    """On words made of `<spot>`, `none`, `O1`, `%3C`, commas, `</s>` and the like."""
     rng = random.Random(7)
     for _ in range(1500):
         assert_reads_back(random_record(task, rng), dataset)
@@ -998,7 +998,7 @@ def test_a_malformed_tweet_is_named_by_file_and_line(text: str, line: int, tmp_p
 
 
 def test_tokens_of_tweets_are_kept_as_they_are(tmp_path: Path) -> None:
-    """TASKS 7.1-7.6: what str.split() and strip() would lose or split, @ and URLs, characters that
+    """What str.split() and strip() would lose or split, @ and URLs, characters that
     T5 lacks, repeated strings, one string with two types, an entity with a comma."""
     tokens = ["\u00a0", "\ufe0f", "\u200b", "\u2028", "\x85", "\U0001f602", "@", "@Bob", "http://t",
               "https://t", "<", "{", "~", "`", "Bob", "Bob", "Paris", ",", "Texas"]
@@ -1038,7 +1038,7 @@ def test_relations_are_python_literals_with_offsets(tmp_path: Path) -> None:
 
 
 def test_a_pair_may_overlap_and_come_in_any_order(tmp_path: Path) -> None:
-    """TASKS 7.7; and the picture's name, which gives V1's label away (7.2), never reaches the
+    """Nor does the picture's name, which gives V1's label away: it never reaches the
     model."""
     line = V1_LINE.replace("[1, 3]", "[2, 5]").replace("[4, 5]", "[0, 3]").replace(
         "17", "'noRel_17.jpg'").replace("/misc/misc/held_on", "none")
@@ -1188,7 +1188,7 @@ def test_the_two_modes_do_not_share_a_corpus(tmp_path: Path) -> None:
 
 def test_other_events_of_a_sentence_are_accepted(tmp_path: Path,
                                                  capsys: pytest.CaptureFixture) -> None:
-    """38 sentences of M2E2 are in both of its text files with different events (TASKS 4)."""
+    """38 sentences of M2E2 are in both of its text files with different events."""
     meeting = M2E2_TEXT["golden-event-mentions"][0] | {
         "event_type": "Contact:Meet", "arguments": [{"role": "Place", "start": 6, "end": 7}]}
     only = [M2E2_TEXT | {"golden-event-mentions": [meeting]},
@@ -1279,8 +1279,8 @@ def ace_files(*sentences: dict, name: str = "train.oneie.json") -> dict[str, str
 @pytest.mark.parametrize("name", ["train.oneie.json", "train.json"])
 def test_every_ace_sentence_asks_for_triggers_and_those_with_events_for_arguments(
         name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Sentences without event teach MED to say none (TASKS 7.9). Arguments stand where their
-    entity mentions stand. By default types and roles are M2E2's (DESIGN 8.10), the rest counted."""
+    """Sentences without event teach MED to say none. Arguments stand where their
+    entity mentions stand. By default types and roles are M2E2's, the rest counted."""
     corpus = run_convert("ace2005", ace_files(ACE, QUIET, name=name), tmp_path)
     med, meae, quiet = data.load_corpus(corpus, "train", ["MED", "MEAE"])
     assert [r.id for r in (med, meae, quiet)] == ["CNN_1-3/med", "CNN_1-3/meae", "CNN_1-4/med"]
@@ -1408,7 +1408,7 @@ def test_a_gold_box_beyond_the_limit_is_unreachable(tmp_path: Path) -> None:
 
 
 def test_the_number_of_an_object_carries_no_information(tmp_path: Path) -> None:
-    """TASKS 4: over many pictures every place in the list is gold equally often (chi-square with
+    """Over many pictures every place in the list is gold equally often (chi-square with
     15 degrees of freedom stays below its 99.9 % quantile), and the same picture is the same."""
     rng, pictures = random.Random(5), {}
     for k in range(400):
@@ -1425,7 +1425,7 @@ def test_the_number_of_an_object_carries_no_information(tmp_path: Path) -> None:
 
 def test_the_quirks_of_the_role_mapping_are_corrected_or_left_out(
         tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """TASKS 4: carrying item is the artifact, steering agent the agent; Transfer|MONEY is
+    """Carrying item is the artifact, steering agent the agent; Transfer|MONEY is
     Transfer|Money; roles that M2E2 does not have for the type are left out and counted."""
     box = [10, 20, 110, 120]
     pictures = {f"{verb}_1.jpg": SWIG | {"verb": verb, "bb": dict.fromkeys(roles, box)}
@@ -1635,7 +1635,7 @@ def published_records(root: Path, unit: str, split: str) -> list[Record]:
     (unit, split, counts) for unit, table in (("T15", T15), ("T17", T17))
     for split, counts in table.items()])
 def test_tweet_counts(published: Path, unit: str, split: str, counts: tuple) -> None:
-    """TASKS 1.1: tweets, entities, PER/LOC/ORG/OTHER, tweets without entity, longest tweet."""
+    """Tweets, entities, PER/LOC/ORG/OTHER, tweets without entity, longest tweet."""
     records = published_records(published, unit, split)
     kinds = Counter(e["type"] for record in records for e in record.entities)
     types = tuple(kinds[t] for t in ("person", "location", "organization", "miscellaneous"))
@@ -1651,7 +1651,7 @@ def test_tweet_counts(published: Path, unit: str, split: str, counts: tuple) -> 
     ("V2", "test", 1614, 914, 974)])
 def test_pair_counts(published: Path, unit: str, split: str, instances: int, images: int,
                      none: int) -> None:
-    """TASKS 1.3: instances, pictures, instances without relation."""
+    """Instances, pictures, instances without relation."""
     records = published_records(published, unit, split)
     assert len(records) == instances and len({record.image for record in records}) == images
     assert sum(record.relation == "none" for record in records) == none
@@ -1661,7 +1661,7 @@ def test_pair_counts(published: Path, unit: str, split: str, instances: int, ima
 
 @real
 def test_m2e2_counts(published: Path) -> None:
-    """TASKS 1.5 and 4: 309 pairs of 192 sentences and 203 pictures, 465 arguments in text and 995
+    """309 pairs of 192 sentences and 203 pictures, 465 arguments in text and 995
     in pictures (307 and 741 different ones), 7 of them in the two pictures that disagree."""
     med, meae = (published_records(published, unit, "test") for unit in ("MED", "MEAE"))
     assert len(med) == len(meae) == 309
@@ -1704,7 +1704,7 @@ def ceiling(records: list[Record], dataset: Dataset) -> float:
     ("T17", "dev", 99.77), ("T17", "test", 99.56), ("MED", "test", 100.0)])
 def test_the_ceiling_of_mapping_texts_back_to_offsets(
         published: Path, unit: str, split: str, expected: float) -> None:
-    """DESIGN 8.13, TASKS 2.3: what is lost where a text stands in several places."""
+    """What is lost where a text stands in several places."""
     records = published_records(published, unit, split)
     assert ceiling(records, data.load_datasets(published)[records[0].dataset]) == expected
 
@@ -1728,7 +1728,7 @@ def test_the_ceiling_of_text_arguments(published: Path, known: bool, expected: f
 @real
 def test_duplicates_and_lengths_are_reported(
         published: Path, capsys: pytest.CaptureFixture) -> None:
-    """TASKS 1.1: near-duplicate tweets between the splits of one corpus; 7.8: lengths in words."""
+    """Near-duplicate tweets between the splits of one corpus; lengths in words."""
     data.check(published, require_images=False)
     out = capsys.readouterr().out
     for line in ("twitter2015 dev in twitter2015 train: 3 of 1000 texts",
@@ -1748,7 +1748,7 @@ def test_duplicates_and_lengths_are_reported(
 @real
 @pytest.mark.parametrize("count, share", [(3, 36.6), (8, 56.0), (16, 63.3), (24, 65.0), (36, 66.1)])
 def test_the_ceiling_of_detections(count: int, share: float, tmp_path: Path) -> None:
-    """TASKS 4: of the 741 gold boxes on 203 pictures, the share that `count` detections show."""
+    """Of the 741 gold boxes on 203 pictures, the share that `count` detections show."""
     source = linked_m2e2(tmp_path)
     rows = data.read_m2e2(source / "crossmedia_coref.txt", "m2e2")
     found = data.detections(source / data.DETECTIONS)
@@ -1759,7 +1759,7 @@ def test_the_ceiling_of_detections(count: int, share: float, tmp_path: Path) -> 
 
 @real
 def test_the_events_of_38_sentences_are_accepted(tmp_path: Path) -> None:
-    """TASKS 4: in both text files with different events, 61 of the 309 pairs."""
+    """In both text files with different events, 61 of the 309 pairs."""
     (tmp_path / "source").mkdir()
     data.convert("m2e2", linked_m2e2(tmp_path / "source"), tmp_path / "corpus")
     records = data.load_corpus(tmp_path / "corpus", "test", ["MED", "MEAE"])
@@ -1774,7 +1774,7 @@ def test_the_events_of_38_sentences_are_accepted(tmp_path: Path) -> None:
 
 @real
 def test_the_published_role_mapping(tmp_path: Path) -> None:
-    """TASKS 1.4: 227 rows, 67 verbs by type; no row yields Police or Money."""
+    """227 rows, 67 verbs by type; no row yields Police or Money."""
     path = Path(REAL) / "ace_sr_mapping.txt"
     verbs = data.read_mapping(path)
     assert len(verbs) == 67 and sum(len(roles) for _, roles in verbs.values()) == 227

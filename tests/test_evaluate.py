@@ -1035,7 +1035,7 @@ def test_head_and_tail_are_found_in_the_text() -> None:
 @pytest.mark.skipif("CLORAE_REALDATA" not in os.environ, reason="CLORAE_REALDATA names no folder "
                     "with the published files")
 def test_gold_scored_against_itself_reaches_the_ceilings_on_the_published_files(tmp_path):
-    """DESIGN 8.13: 100 in each column except where a string cannot be mapped back to its span."""
+    """100 in each column except where a string cannot be mapped back to its span."""
     real = Path(os.environ["CLORAE_REALDATA"])
     ceilings = {("twitter2015", "train"): 99.67, ("twitter2015", "dev"): 99.75,
                 ("twitter2015", "test"): 99.65, ("twitter2017", "train"): 99.79,

@@ -68,7 +68,7 @@ def found(part: str = "t5", given: Path | None = None) -> Path:
 
 
 def test_weights_come_from_the_given_folder_then_weights_then_the_hub_cache(cache, small, tmp_path):
-    """DESIGN 3: in this order, and a folder that is whole is enough."""
+    """In this order, and a folder that is whole is enough."""
     assert found() == snapshot(cache, "t5") and found("vit") == snapshot(cache, "vit")
     shutil.copytree(small["t5"], "weights/flan-t5-large")
     assert found() == Path("weights/flan-t5-large")

@@ -59,7 +59,7 @@ def test_hostile_files_are_refused_quickly_in_little_memory() -> None:
 
 
 def test_missing_images_are_refused_or_masked_and_counted() -> None:
-    """R13 (DESIGN 8.4): never substituted; where it is asked for, counted with the metrics."""
+    """Never substituted; where it is asked for, counted with the metrics."""
     print(hostile.r13())
 
 

@@ -16,7 +16,7 @@ SINGLE = dict(zip(UNITS, (78.9, 89.8, 90.2, 81.8, 82.0, 57.6, 23.4)))
 
 @pytest.mark.parametrize("piece", [1024, 20, 5, 1])
 def test_cross_entropy_per_row_sums_to_the_token_mean(piece):
-    """D30, invariant 11: with all weights 1, sum_i CE_i / tokens is plain token-mean CE, with every
+    """With all weights 1, sum_i CE_i / tokens is plain token-mean CE, with every
     gradient, in one piece or in many."""
     head, hidden = nn.Linear(7, 11), torch.randn(4, 6, 7, requires_grad=True)
     labels = torch.randint(0, 11, (4, 6))
@@ -46,7 +46,7 @@ def test_the_head_sees_real_tokens_only_and_never_more_than_a_piece_of_them():
 
 
 def test_cross_entropy_of_bf16_logits_is_computed_in_fp32():
-    """D35: cross-entropy is an fp32 island."""
+    """Cross-entropy is an fp32 island."""
     logits = torch.randn(2, 3, 50, dtype=torch.bfloat16)
     labels = torch.randint(0, 50, (2, 3))
     rows = losses.token_cross_entropy(logits, labels, nn.Identity())
@@ -56,7 +56,7 @@ def test_cross_entropy_of_bf16_logits_is_computed_in_fp32():
 
 
 def test_without_any_achievement_all_weights_are_one():
-    """Eq. (9), invariant 10: s = 0 for all gives w = 1 for all."""
+    """Eq. (9): s = 0 for all gives w = 1 for all."""
     weights = losses.achievement_weights(dict.fromkeys(UNITS, 0.0), SINGLE)
     assert all(math.isclose(w, 1.0) for w in weights.values())
 
@@ -77,7 +77,7 @@ def test_weights_by_hand_for_two_units():
 
 @pytest.mark.parametrize("seed", range(20))
 def test_weights_have_mean_one_and_stay_in_their_range(seed):
-    """Invariant 10: mean 1; for M = 7 within [0.404, 2.184]."""
+    """Mean 1; for M = 7 within [0.404, 2.184]."""
     generator = torch.Generator().manual_seed(seed)
     f1 = dict(zip(UNITS, (torch.rand(7, generator=generator) * 110).tolist()))
     weights = losses.achievement_weights(f1, SINGLE)
@@ -87,7 +87,7 @@ def test_weights_have_mean_one_and_stay_in_their_range(seed):
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0, 3.0])
 def test_a_units_weight_never_rises_with_its_own_score(gamma):
-    """D24, invariant 10: non-increasing in s, also beyond margin * p, and never NaN."""
+    """Non-increasing in s, also beyond margin * p, and never NaN."""
     others = dict.fromkeys(UNITS, 30.0)
     values = [losses.achievement_weights({**others, "MEAE": s / 2}, SINGLE, gamma=gamma)["MEAE"]
               for s in range(0, 200)]
@@ -96,7 +96,7 @@ def test_a_units_weight_never_rises_with_its_own_score(gamma):
 
 
 def test_weights_follow_their_units_under_any_order():
-    """Invariant 10: permuting the units permutes the weights."""
+    """Permuting the units permutes the weights."""
     f1 = dict(zip(UNITS, (40, 50, 55, 20, 15, 20, 2)))
     weights = losses.achievement_weights(f1, SINGLE)
     reversed_weights = losses.achievement_weights(dict(reversed(f1.items())), SINGLE)
@@ -104,7 +104,7 @@ def test_weights_follow_their_units_under_any_order():
 
 
 def test_an_absent_unit_shrinks_the_total():
-    """Invariant 10: the weights sum to the number of units of this run."""
+    """The weights sum to the number of units of this run."""
     weights = losses.achievement_weights({"T15": 10.0, "MED": 50.0, "V2": 3.0}, SINGLE)
     assert math.isclose(sum(weights.values()), 3)
 
@@ -124,7 +124,7 @@ def test_mim_closed_form_of_one_token():
 
 
 def test_mim_is_the_mean_over_all_layers_also_those_that_saw_nothing():
-    """D21: 1 / |l| sum_l, with |l| the wrapped linears of the model."""
+    """1 / |l| sum_l, with |l| the wrapped linears of the model."""
     layer = Moments(torch.rand(1, 3), torch.tensor(1.0), torch.full((1, 3), 2.0))
     two = Moments(layer.distance.repeat(2, 1), layer.b, layer.variance.repeat(2, 1))
     one = losses.mutual_information([layer], 1)

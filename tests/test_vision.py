@@ -603,7 +603,7 @@ def test_generation_continues_what_forward_scores(fusion: str) -> None:
 
 
 def test_the_expert_layers_paths_do_not_reach_the_gate() -> None:
-    """Attention of T5 and VStack is found by its path, the gate's must not be (D1)."""
+    """Attention of T5 and VStack is found by its path, the gate's must not be."""
     names = [name for name, _ in make_umie().named_modules() if name.endswith(".q")]
     inside = [n for n in names if set(n.split(".")) & {"encoder", "decoder", "vstack"}]
     assert set(names) - set(inside) == {"fusion.attention.q"}
