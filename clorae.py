@@ -220,13 +220,12 @@ def share_out(dfactors: Sequence[Tensor], task: int, dA: Tensor, dB: Tensor) -> 
     """The reverse of `join`: add gradients of A and B to those of the factors."""
     dA_U, dA_T, dB_U, dB_T, dW_g = dfactors
     R, k = len(dA_U), dB.shape[1]
-    dA_U += dA[:R]
-    dB_U += dB[:, :R]
-    dA_T[task] += dA[R:k]
-    dB_T[task] += dB[:, R:]
+    dA_U.add_(dA[:R])
+    dB_U.add_(dB[:, :R])
+    dA_T[task].add_(dA[R:k])
+    dB_T[task].add_(dB[:, R:])
     if len(dW_g):
-        dW_g[0] += dA[k]
-        dW_g[1] -= dA[k]
+        dW_g.add_(torch.stack([dA[k], -dA[k]]))
 
 
 def weigh(z: Tensor, gates: Tensor | None, scale: float, widths: Sequence[int],
@@ -316,7 +315,7 @@ class LowRank(torch.autograd.Function):
         k, d = len(z), dv.new_empty(rows, z.shape[1])
         weigh(dv, g, scale, widths, out=d[:k])
         if dz is not None:
-            d[:k] += dz
+            d[:k].add_(dz)
         if g is None:
             return d, None
         dg = scale * torch.stack([p.sum(0) for p in (dv * z).split(widths)[:len(g)]])
