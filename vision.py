@@ -548,10 +548,12 @@ class UMIE(nn.Module):
 
     fusion "gate": UMIE's GateFusion after the text encoder, M = S. fusion "concat", as in the
     paper's Fig. 3: the encoder reads visual tokens before the text, M = V + S. A T5 in bfloat16
-    needs autocast, as the visual parts are float32. A batch is anything with input_ids, attention_mask
-    [B,S], labels [B,T] (-100 at padding) or None, tasks [B], features [B,V,F], boxes [B,V,5] and
-    visual_mask [B,V], all False in a row without image; V may be 0. `routing`, where set, is told
-    each batch's tasks and masks: expert layers, unknown here, read them from it.
+    needs autocast, as the visual parts are float32.
+
+    A batch is anything with input_ids, attention_mask [B,S], labels [B,T] (-100 at padding) or
+    None, tasks [B], features [B,V,F], boxes [B,V,5] and visual_mask [B,V], all False in a row
+    without image; V may be 0. `routing`, where set, is told each batch's tasks and masks: expert
+    layers, unknown here, read them from it.
     """
 
     def __init__(self, t5: T5, feature_width: int, max_objects: int = 16,

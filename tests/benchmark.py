@@ -15,7 +15,7 @@ those that training computes.
 
 import argparse
 import importlib.util
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -223,9 +223,12 @@ def peak_of(name: str, size: str) -> None:
         run()
     wait()
     cuda = torch.get_default_device().type == "cuda"
-    peak = (torch.cuda.max_memory_allocated() if cuda else
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    print(f"  {name:28}{peak / 2 ** 20:10.0f} MiB", flush=True)
+    if cuda:
+        peak = torch.cuda.max_memory_allocated() / 2 ** 20
+    else:  # ru_maxrss would be the parent's, if that was larger before this process began
+        status = Path("/proc/self/status").read_text()
+        peak = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2 ** 10
+    print(f"  {name:28}{peak:10.0f} MiB", flush=True)
 
 
 def decode(size: str, repeats: int) -> None:

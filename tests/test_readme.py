@@ -138,7 +138,7 @@ def test_every_flag_that_readme_names_exists():
 
 def test_every_name_in_the_table_of_equations_exists():
     """README's table of the method: each function beside an equation is there."""
-    table = README[README.index("## The method in the code"):README.index("Everything but W0 x")]
+    table = README[README.index("## The method in the code"):README.index("Everything but W_0 x")]
     modules = {"clorae.py": clorae, "losses.py": losses, "train.py": train}
     tests = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     for row in table.split("\n"):

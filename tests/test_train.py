@@ -494,7 +494,7 @@ def test_base_geometry_takes_a_step_and_decodes_on_a_cpu(capsys):
 
 
 def test_checkpoints_may_be_read_by_whom_the_umask_lets(tmp_path):
-    """safetensors writes files for their owner alone; a run's are as readable as its other files."""
+    """safetensors writes for the owner alone; a run's files are as readable as one another."""
     flat = train.FlatParameters(torch.nn.Linear(3, 2), 1e-3)
     flat.optimizer.step()
     train.write_checkpoint(tmp_path / "step-1", flat, {})
