@@ -588,6 +588,7 @@ class Features:
     def __init__(self, sources: Sources, records: Sequence[data.Record], missing_images: str,
                  max_objects: int, device: torch.device):
         self.corpus, self.max_objects = sources.corpus, max_objects
+        self.paths: dict[tuple[str, str], Path] = {}
         named = [record for record in records if record.image is not None]
         absent = [record for record in named if not self.path(record).exists()]
         if absent and missing_images == "error":
@@ -621,10 +622,16 @@ class Features:
             raise
 
     def path(self, record: data.Record) -> Path:
-        try:
-            return resolve_image(self.corpus / record.dataset / "images", record.image)
-        except ImageError as problem:
-            raise ImageError(f"{record.source}: {problem}") from None
+        """Where a record's image lies; looked up once, since that takes longer than to load its
+        features."""
+        name = record.dataset, record.image
+        if name not in self.paths:
+            try:
+                folder = self.corpus / record.dataset / "images"
+                self.paths[name] = resolve_image(folder, record.image)
+            except ImageError as problem:
+                raise ImageError(f"{record.source}: {problem}") from None
+        return self.paths[name]
 
     def key(self, record: data.Record) -> tuple:
         return self.path(record), record.objects[:self.max_objects], record.size
