@@ -162,7 +162,8 @@ def test_missing_images_are_an_error_unless_masked_and_then_counted(command, cor
 
 def test_weights_that_cannot_be_had_offline_say_what_to_fetch_and_where_to_put_it(command,
                                                                                   tmp_path):
-    done = run([*command(tmp_path / "run")[:2], "--size", "large", "--data", str(tmp_path)])
+    done = run([*command(tmp_path / "run")[:2], "--size", "large", "--data", str(tmp_path),
+                "--out", str(tmp_path / "run")])
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "google/flan-t5-large" in done.stderr and "weights/flan-t5-large" in done.stderr
 
