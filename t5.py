@@ -16,7 +16,6 @@ import itertools
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
