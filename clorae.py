@@ -120,7 +120,8 @@ class Routing:
         self.mim_batch: int | None = None  # global batch size B while L_MIM is wanted, else None
         # z of each run, for L_MIM; None once it is taken: recomputed layers report only once
         self.codes: list[tuple["ExpertLinear", list[Tensor]]] | None = []
-        self.joined: dict[tuple, Any] = {}  # see ExpertLinear.joined
+        self.packs: dict[tuple, list[Tensor]] = {}  # see ExpertLinear.packs
+        self._shares: dict[tuple, Tensor] = {}
         self._rows: list[int] | None = None
 
     def set(self, tasks: Tensor, memory: Tensor | None = None, target: Tensor | None = None,
@@ -139,12 +140,12 @@ class Routing:
                              "build the experts with every task that the data holds")
         self.tasks, self._rows = rows, rows
         self.masks = {"memory": memory, "target": target, "visual": visual}
-        self.codes, self.joined = [], {}
+        self.codes, self.packs, self._shares = [], {}, {}
 
     def rows(self, index: Tensor) -> None:
         """Follow the decoder: computed row k is row index[k] of the batch given to `set`."""
         if self.tasks is not None:
-            self._rows = [self.tasks[i] for i in index.tolist()]
+            self._rows, self._shares = [self.tasks[i] for i in index.tolist()], {}
 
     def segments(self, rows: int) -> Iterator[tuple[int, slice]]:
         """Runs of equal tasks as (task, rows); a batch sorted by task gives one run per task."""
@@ -159,6 +160,20 @@ class Routing:
             if stop == rows or self._rows[stop] != self._rows[start]:
                 yield self._rows[start], slice(start, stop)
                 start = stop
+
+    def shares(self, rows: int, widths: Sequence[int], scale: float, like: Tensor) -> Tensor:
+        """[rows,2,R + N r]: what s g of a row is made of, for the codes of all experts: the scale s
+        where g^1 counts, at the universal expert's, and where g^2 does, at its own task's; else 0.
+        """
+        key = rows, *widths, scale, like.dtype, like.device
+        if key not in self._shares:
+            R, r = widths
+            shares = like.new_zeros(rows, 2, R + len(self.names) * r)
+            shares[:, 0, :R] = scale
+            for task, run in self.segments(rows):
+                shares[run, 1, R + task * r:R + (task + 1) * r] = scale
+            self._shares[key] = shares
+        return self._shares[key]
 
     def moments(self) -> list[Moments]:
         """What the layers saw since `set`, one report per token stream; then it is forgotten."""
@@ -390,19 +405,32 @@ class ExpertLinear(nn.Module):
             for g, A_U, B_U in zip(gates.split(1, dim=-1), self.A_E, self.B_E):
                 factors = self.factors({"A_U": A_U, "B_U": B_U})
                 y, _ = LowRank.apply(y, x, self.keep(x), g, self.scale, runs, *factors)
-        elif self.answers(x):
-            for task, rows in runs:
-                g = None if gates is None else gates[rows, 0]
-                LowRank.product(y[rows, 0], x[rows, 0], None, g, self.scale, self.widths,
-                                *self.joined(task, y.dtype))
         else:
             y, *codes = LowRank.apply(y, x, self.keep(x), gates, self.scale, runs, *self.factors())
             self.remember(codes)
         return y
 
-    def answers(self, x: Tensor) -> bool:
-        """Whether x holds the next token of each row, as in decoding: factors stay as they are."""
-        return x.shape[1] == 1 and not self.training and not torch.is_grad_enabled()
+    def parts(self) -> tuple[list[Tensor], list[Tensor], Callable[[Tensor], Tensor]] | None:
+        """The layer for the next token of each row, as t5.Product asks: W_0 x + up between(down x)
+        with [W_0, *down], up and the function between.  The experts of all tasks take part, so that
+        rows of different tasks share a product.  None: forward is to be called."""
+        on_kernels = kernels(self.base.weight.device, self.routing.impl) is not None
+        if on_kernels or self.config.method not in ("clorae", "lora", "tlora"):
+            return None
+        A_U, A_T, B_U, B_T, W_g = self.factors()
+        return [self.base.weight, A_U, A_T.flatten(0, 1), W_g], [B_U, *B_T], self.between
+
+    def between(self, codes: Tensor) -> Tensor:
+        """codes [rows,1,K (+ 2)], z of all K = R + N r ranks and the gate's logits -> s g z, which
+        is 0 for the experts of other tasks."""
+        shares = self.routing.shares(len(codes), self.widths, self.scale, codes)
+        z, logits = codes.tensor_split([shares.shape[-1]], dim=-1)
+        if logits.shape[-1]:
+            gates = wide(logits).softmax(dim=-1).to(z.dtype)  # Eq. (6)
+        else:
+            fixed = self.routing.fixed_gates if self.config.method == "clorae" else None
+            gates = z.new_tensor(fixed or (1, 1)).expand(len(z), 1, 2)
+        return z * (gates @ shares)
 
     def remember(self, codes: list[Tensor]) -> None:
         """Keep z of each run for L_MIM, while it is wanted."""
@@ -425,7 +453,7 @@ class ExpertLinear(nn.Module):
         y, z, _ = expert_linear(x, self.base, self.factors(), segments, self.scale,
                                 dropped=self.dropped(x) if drops else None,
                                 gates=self.given_gates(x),
-                                packs=self.packs(x) if self.answers(x) else None)
+                                packs=self.packs(x))
         self.remember([z[rows].flatten(0, 1).T for _, rows in segments])
         return y
 
@@ -491,21 +519,14 @@ class ExpertLinear(nn.Module):
         return [own[name] if name in own and name not in hidden else some.new_empty(shape)
                 for name, shape in shapes.items()]
 
-    def joined(self, task: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """`join`, done once for all the tokens with which a batch is answered."""
-        return self.once((task, dtype), lambda: join(self.factors(), task, dtype))
-
-    def packs(self, x: Tensor) -> list[Tensor]:
-        """`pack`, done once likewise."""
-        dtype = product_dtype(x)
-        return self.once((dtype,), lambda: pack([f.detach() for f in self.factors()], dtype))
-
-    def once(self, key: tuple, make: Callable[[], Any]) -> Any:
-        """What `make` makes, kept under a key until the next batch is announced by `set`."""
-        kept = {} if self.routing.tasks is None else self.routing.joined
-        if (self, *key) not in kept:
-            kept[self, *key] = make()
-        return kept[self, *key]
+    def packs(self, x: Tensor) -> list[Tensor] | None:
+        """`pack`, done once for all the tokens with which a batch is answered; else None."""
+        if x.shape[1] > 1 or self.training or torch.is_grad_enabled():
+            return None
+        kept, key = self.routing.packs if self.routing.tasks else {}, (self, product_dtype(x))
+        if key not in kept:
+            kept[key] = pack([f.detach() for f in self.factors()], key[1])
+        return kept[key]
 
     @torch.no_grad()
     def stacked(self, task: int, gates: Sequence[float] | None = None) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import clorae
 import losses
 from clorae import ExpertConfig, ExpertLinear, Routing
-from t5 import T5, Stack, T5Config
+from t5 import T5, Linear, Product, Stack, T5Config
 from vision import UMIE
 
 TASKS = ("mner", "mre", "mee")
@@ -62,7 +62,7 @@ def naive(m: ExpertLinear, x: Tensor, tasks: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def naive_mim(m: ExpertLinear, x: Tensor, tasks: Tensor, mask: Tensor) -> Tensor:
-    """METHOD D19-D22 word for word: mean over samples of the Gaussian bound, U detached."""
+    """Eq. (5) word for word: mean over samples of the Gaussian bound, U detached."""
     _, U, D = naive(m, x, tasks)
     U, total = U.detach(), x.new_zeros(())
     variance = F.softplus(m.rho) + 0.1
@@ -431,17 +431,38 @@ def test_beams_and_dropped_rows_keep_their_tasks():
     assert torch.equal(followed, expected)
 
 
-@pytest.mark.parametrize("method", ["clorae", "tlora", "lora"])
-def test_experts_joined_for_decoding_are_those_of_the_batch_announced_last(method):
-    """One token at a time, without gradient, gives what the whole gives, also after a change."""
-    m, (x, tasks, _) = layer(method), inputs()
-    for _ in range(2):
-        whole = run(m, x, tasks)
-        with torch.no_grad():
-            steps = [m(x[:, t:t + 1]) for t in range(S)]
-            assert torch.allclose(torch.cat(steps, dim=1), whole, atol=1e-6)
-            for parameter in m.parameters():
-                parameter.data.mul_(1.5)  # as the optimizer does: nobody is told
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method, options", METHODS)
+@pytest.mark.parametrize("gates", [None, (0.0, 1.0), (0.3, 0.4)])
+def test_the_decoders_product_equals_the_layer_for_rows_of_any_tasks(dtype, method, options, gates):
+    """t5.Product on W_0 and the experts of all tasks at once is Eq. (8), one token a row; also
+    when rows change, when gates are fixed, and beside a plain linear that reads the same."""
+    m, (x, tasks, _), k = layer(method, dtype, **options), inputs(dtype), Linear(D_IN, 6, 0.2)
+    k, m.routing.fixed_gates = k.to(dtype), gates
+    m.routing.set(tasks)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.1}[dtype]
+    product = Product([m.eval(), k], dtype)
+    assert (product.down is None) == (method in ("moslora", "loramoe"))
+    for rows in (torch.arange(B), torch.tensor([4, 1, 1, 0]), torch.tensor([2])):
+        m.routing.rows(rows)
+        for t in range(S):
+            y, keys = product(x[rows, t:t + 1])
+            assert torch.allclose(y, m(x[rows, t:t + 1]), atol=tolerance, rtol=0)
+            assert torch.allclose(keys, k(x[rows, t:t + 1]), atol=tolerance, rtol=0)
+
+
+@torch.no_grad()
+def test_the_decoders_product_ignores_experts_of_other_tasks():
+    """A row's output does not depend on B_n of a task that is not its own, bit for bit."""
+    m, (x, _, _) = layer().eval(), inputs()
+    m.routing.set(torch.ones(B, dtype=torch.long))
+    before, = Product([m], torch.float32)(x[:, :1])
+    m.A_T[[0, 2]] += 1
+    m.B_T[[0, 2]] -= 1
+    assert torch.equal(Product([m], torch.float32)(x[:, :1])[0], before)
+    m.B_T[1] += 1
+    assert not torch.equal(Product([m], torch.float32)(x[:, :1])[0], before)
 
 
 def test_unknown_tasks_and_forgotten_rows_are_errors():

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import t5
-from t5 import T5, Attention, Cache, Stack, T5Config, WeightsError
+from t5 import T5, Attention, Stack, T5Config, WeightsError
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = ("t5_flan", "t5_v1", "t5_flan_sharded_bf16")
@@ -413,42 +413,72 @@ def test_cached_batched_search_equals_a_slow_search_without_cache(beams, poll, m
     assert len(lengths) > 2
 
 
-def test_a_step_with_cache_gives_the_logits_of_the_whole_prefix(config):
+@torch.no_grad()
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_incremental_decoder_gives_the_logits_of_the_whole_prefix(config, autocast):
+    """Token by token, from kept keys and values and packed weights, as all tokens at once."""
     model, (ids, mask, labels) = lively(config), small_batch()
     tokens = model.shift_right(labels)
-    with torch.no_grad():
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         memory = model.encode(ids, mask)
-        whole = model.decode(tokens, memory, mask)
-        cache = Cache(model.decoder, memory, mask, beams=1, steps=tokens.shape[1])
-        steps = [model.head(model.decoder(model.embed(tokens[:, t:t + 1]), None, cache=cache))
-                 for t in range(tokens.shape[1])]
-    assert largest_error(torch.cat(steps, 1), whole) < 1e-5
+        whole = model.decode(tokens, memory, mask).float()
+        decoder = t5.IncrementalDecoder(model, memory, mask, beams=1, steps=tokens.shape[1])
+        steps = [decoder(tokens[:, t:t + 1]).float() for t in range(tokens.shape[1])]
+    assert largest_error(torch.stack(steps, 1), whole) < (0.05 if autocast else 1e-5)
+
+
+class Cubed(t5.Linear):
+    """y = W_0 x + (x A^T)^3 B^T, in one piece and in the parts that t5.Product asks for."""
+
+    def __init__(self, width_in, width_out, std):
+        super().__init__(width_in, width_out, std)
+        self.A, self.B = nn.Parameter(torch.randn(2, width_in)), torch.randn(width_out, 2)
+
+    def forward(self, x):
+        return F.linear(x, self.weight) + F.linear(F.linear(x, self.A) ** 3, self.B)
+
+    def parts(self):
+        down = [self.weight, self.A[:1], self.A[1:]]
+        return down, [self.B[:, :1], self.B[:, 1:]], lambda z: z ** 3
+
+
+KINDS = {"one": [t5.Linear], "three": [t5.Linear] * 3, "with factors": [Cubed, t5.Linear, Cubed],
+         "one with factors": [Cubed]}
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 2, 5])
-@pytest.mark.parametrize("heights", [(13,), (13, 1, 7)], ids=str)
-def test_packed_weights_multiply_like_the_weights_until_one_is_written_to(rows, dtype, heights):
-    """x W^T of each, of one weight or of several packed together, and never of an old copy."""
-    layers = [t5.Linear(11, height, 1.0).to(dtype) for height in heights]
-    x, (group,) = torch.randn(rows, 1, 11).to(dtype), t5.packable(layers)
-    group[0].packed = t5.PackedWeights(group, dtype)
-    tolerance = 1e-6 if dtype == torch.float32 else 1e-2
-    assert t5.PackedWeights.of(group, x) is group[0].packed
-    for factor in (1, 3):
-        group[-1].mul_(factor)
-        assert factor == 1 or t5.PackedWeights.of(group, x) is None
-        for y, weight in zip(t5.together(x, layers), group, strict=True):
-            assert largest_error(y, F.linear(x, weight)) < tolerance
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_product_of_layers_is_what_each_makes_of_x_also_after_a_write(rows, dtype, kind):
+    """[W_0; A] x at once, then B; the copies serve until any of the matrices is written to."""
+    layers = [make(11, height, 0.3).to(dtype) for make, height in zip(KINDS[kind], (13, 1, 7))]
+    for layer in layers:
+        if isinstance(layer, Cubed):
+            layer.B = layer.B.to(dtype)
+    x, owner = torch.randn(rows, 1, 11).to(dtype), layers[0].weight
+    tolerance = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    for written in (None, "weight", "A", "B"):
+        if hasattr(layers[-1], written or "weight"):
+            before = t5.Product(layers, dtype) and owner.packed
+            if written:
+                getattr(layers[-1], written).mul_(2)
+            for layer, y in zip(layers, t5.Product(layers, dtype)(x), strict=True):
+                assert largest_error(y, layer(x)) < tolerance * layer(x).abs().max()
+            assert (owner.packed is before) == (written is None)
 
 
-def test_a_wrapped_linear_is_packed_alone_and_so_are_its_neighbours():
-    """What wraps q is asked itself: together only plain linears of one input are computed."""
-    q, k, v = (t5.Linear(11, 13, 1.0) for _ in range(3))
-    wrapped = nn.Sequential(q)
-    assert [list(map(id, group)) for group in t5.packable([wrapped, k, None, v])] == [
-        [id(q.weight)], [id(k.weight)], [id(v.weight)]]
+@torch.no_grad()
+def test_layers_without_parts_are_called_and_so_are_their_neighbours():
+    """What wraps q is asked itself; weights of inference mode count no writes: none is copied."""
+    q, k = (t5.Linear(11, 13, 1.0) for _ in range(2))
+    with torch.inference_mode():
+        frozen = t5.Linear(11, 13, 1.0)
+    for layers in ([nn.Sequential(q), k], [k, frozen]):
+        x = torch.randn(2, 1, 11)
+        for layer, y in zip(layers, t5.Product(layers, torch.float32)(x), strict=True):
+            assert torch.equal(y, layer(x))
+        assert not any(hasattr(weight, "packed") for weight in (q.weight, k.weight, frozen.weight))
 
 
 def test_weights_are_packed_once_follow_a_load_and_training_drops_the_copies():

@@ -439,13 +439,14 @@ class Three:
         return torch.randn(3, 16, generator=draw), torch.rand(3, 5, generator=draw)
 
 
-def test_the_strips_are_the_gates_of_the_tokens_read_seen_and_written(setup, small):
+def test_the_strips_are_the_gates_of_the_tokens_read_seen_and_written(setup, small, monkeypatch):
     """Eq. (6) once more, by hand from every layer's input while the answer is written greedily,
     token by token; layers are told apart by their paths, visual tokens of concat come first."""
     records = data.load_corpus(small["data"], "test", ["T15"])[:1]
     example, = data.encode_records(records, setup.datasets, setup.tokenizer, 256, 24)
     row, = evaluate.evaluate_split(setup.model, [example], setup.datasets, Three(),
                                    setup.tokenizer, CPU, evaluate.Decoding(1, 1, 9))
+    monkeypatch.setattr(clorae.ExpertLinear, "parts", lambda layer: None)  # the decoder calls it
     seen: dict[str, list[torch.Tensor]] = {}
     for path, layer in clorae.expert_layers(setup.model).items():
         layer.register_forward_pre_hook(lambda layer, inputs, path=path: seen.setdefault(
