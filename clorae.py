@@ -118,8 +118,8 @@ class Routing:
         self.fixed_gates: tuple[float, float] | None = None  # replaces Eq. (6) in every layer
         self.impl = "auto"  # see `kernels`: whether layers run on clorae.cu
         self.mim_batch: int | None = None  # global batch size B while L_MIM is wanted, else None
-        # z of each run, for L_MIM; None once it is taken: recomputed layers report only once
-        self.codes: list[tuple["ExpertLinear", list[Tensor]]] | None = []
+        # z, for L_MIM; None once it is taken: recomputed layers report only once
+        self.codes: list[tuple["ExpertLinear", Tensor]] | None = []
         self.packs: dict[tuple, list[Tensor]] = {}  # see ExpertLinear.packs
         self._shares: dict[tuple, Tensor] = {}
         self._rows: list[int] | None = None
@@ -181,15 +181,15 @@ class Routing:
         if lost := {layer.stream for layer, _ in codes if self.masks.get(layer.stream) is None}:
             raise ValueError(f"routing: expected masks of the streams {sorted(lost)}, got none; "
                              "L_MIM weighs tokens by them: give them to set()")
-        tasks = [task for task, _ in self.segments(len(self.tasks or []))]
+        runs = list(self.segments(len(self.tasks or [])))
         streams = {name: [(layer, z) for layer, z in codes if layer.stream == name]
                    for name in self.masks}
-        return [stream_moments(some, self.masks[name], tasks, self.mim_batch)
+        return [stream_moments(some, self.masks[name], runs, self.mim_batch)
                 for name, some in streams.items() if some]
 
 
-def stream_moments(codes: list[tuple["ExpertLinear", list[Tensor]]], mask: Tensor,
-                   tasks: list[int], batch: int) -> Moments:
+def stream_moments(codes: list[tuple["ExpertLinear", Tensor]], mask: Tensor,
+                   runs: Sequence[tuple[int, slice]], batch: int) -> Moments:
     """Second moments for L_MIM, Eq. (5), of all layers at once; the teacher U has no gradient.
 
     J_i are the valid tokens of sample i.  Each counts b_t = 1 / (B |J_i|), and a_t = b_t / rms_i^2,
@@ -197,50 +197,58 @@ def stream_moments(codes: list[tuple["ExpertLinear", list[Tensor]]], mask: Tenso
     C = [-B_U, B_n] and z_t.  So with M = sum_t a_t z_t z_t^T [k,k] the squared distance of each
     channel is a diagonal element of C M C^T, taken apart into U's, the mixed and D's block of M.
     """
-    layers, R = [layer for layer, _ in codes], codes[0][0].config.rank
-    z = [torch.stack(parts) for parts in zip(*(parts for _, parts in codes))]  # runs of [L,k,t]
+    layers, (R, r) = [layer for layer, _ in codes], codes[0][0].widths
+    z_U, z_D = torch.stack([z for _, z in codes])[:, :R + r].split([R, r], dim=1)  # [L,_,B S]
     B_U = torch.stack([layer.B_U for layer in layers]).detach()  # [L,D_out,R]
     B_T = torch.stack([layer.B_T for layer in layers], dim=1)  # [N,L,D_out,r]
     rho = torch.stack([layer.rho for layer in layers])
     with torch.autocast(mask.device.type, enabled=False):  # fp32 island
         share = mask / mask.sum(dim=1, keepdim=True).clamp(min=1).to(rho.dtype)  # [B,S] 1 / |J_i|
-        z_U = wide(torch.cat([part[:, :R] for part in z], dim=2).detach())  # [L,R,B S]
+        z_U, z_D = wide(z_U.detach()), wide(z_D)
         energy = (((B_U.mT @ B_U) @ z_U) * z_U).sum(dim=1)  # |U_t|^2, no U formed
         power = (energy.unflatten(1, mask.shape) * share).sum(dim=-1) / B_U.shape[1]  # [L,B]
         rms = (power.clamp(min=0).sqrt() + RMS_FLOOR)[..., None]  # [L,B,1]
         a = (share / batch / rms.square()).flatten(1)[:, None]  # [L,1,B S]
-        weighted = a * z_U
+        weighted, weighted_D = a * z_U, a * z_D
         distance = ((B_U @ (weighted @ z_U.mT)) * B_U).sum(dim=-1)  # U's block, of all tasks
-        start = 0
-        for task, part in zip(tasks, z):
-            run = slice(start, start := start + part.shape[2])
-            z_D, B_n = wide(part[:, R:]), B_T[task]
-            mixed, own = weighted[..., run] @ z_D.mT, (a[..., run] * z_D) @ z_D.mT
+        tasks, sizes = tokens(runs, mask.shape[1])
+        parts = (z.split(sizes, dim=2) for z in (z_D, weighted, weighted_D))
+        for B_n, z_n, weighted_U, weighted_n in zip(B_T[tasks], *parts):
+            mixed, own = weighted_U @ z_n.mT, weighted_n @ z_n.mT
             distance = distance + ((B_n @ own - 2 * (B_U @ mixed)) * B_n).sum(dim=-1)
         return Moments(distance, share.sum() / batch, F.softplus(rho) + VARIANCE_FLOOR)
 
 
-def join(factors: Sequence[Tensor], task: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The experts of one task side by side: A [k (+ 1),D_in] and B [D_out,k].
+def tokens(runs: Sequence[tuple[int, slice]], S: int) -> tuple[list[int], list[int]]:
+    """Runs of rows of S tokens -> the task of each run, and its number of tokens."""
+    return [task for task, _ in runs], [(rows.stop - rows.start) * S for _, rows in runs]
+
+
+def join(factors: Sequence[Tensor], tasks: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The experts of each of n tasks side by side: A [n,k (+ 1),D_in] and B [n,D_out,k].
 
     factors: A_U, A_T, B_U, B_T, W_g, the absent ones without rows.  Where there is a router, the
     last row of A is W_g[0] - W_g[1]: a softmax over two depends on nothing else.
     """
     A_U, A_T, B_U, B_T, W_g = factors
-    A = torch.cat([A_U, A_T[task], W_g[:1] - W_g[1:]])
-    return A.to(dtype), torch.cat([B_U, B_T[task]], dim=1).to(dtype)
+    n, R, k = len(tasks), len(A_U), len(A_U) + A_T.shape[1]
+    A = A_U.new_empty(n, k + len(W_g) // 2, A_U.shape[1], dtype=dtype)
+    B = A_U.new_empty(n, len(B_U), k, dtype=dtype)
+    A[:, :R], A[:, k:], B[..., :R] = A_U, W_g[:1] - W_g[1:], B_U
+    for A_n, B_n, task in zip(A, B, tasks):
+        A_n[R:k], B_n[:, R:] = A_T[task], B_T[task]
+    return A, B
 
 
-def share_out(dfactors: Sequence[Tensor], task: int, dA: Tensor, dB: Tensor) -> None:
-    """The reverse of `join`: add gradients of A and B to those of the factors."""
-    dA_U, dA_T, dB_U, dB_T, dW_g = dfactors
-    R, k = len(dA_U), dB.shape[1]
-    dA_U.add_(dA[:R])
-    dB_U.add_(dB[:, :R])
-    dA_T[task].add_(dA[R:k])
-    dB_T[task].add_(dB[:, R:])
-    if len(dW_g):
-        dW_g.add_(torch.stack([dA[k], -dA[k]]))
+def share_out(factors: Sequence[Tensor], tasks: list[int], dA: Tensor,
+              dB: Tensor) -> list[Tensor]:
+    """The reverse of `join`: gradients of A and B -> those of the factors."""
+    A_U, A_T, B_U, B_T, W_g = factors
+    R, k, rows = len(A_U), dB.shape[2], torch.tensor(tasks, device=dA.device)
+    dA_T = torch.zeros_like(A_T).index_add_(0, rows, dA[:, R:k].to(A_T.dtype))
+    dB_T = torch.zeros_like(B_T).index_add_(0, rows, dB[..., R:].to(B_T.dtype))
+    dA_U, dB_U, dW_g = (t.sum(0, dtype=A_U.dtype) for t in (dA[:, :R], dB[..., :R], dA[:, k:]))
+    return [dA_U, dA_T, dB_U, dB_T, torch.cat([dW_g, -dW_g])]
 
 
 def weigh(z: Tensor, gates: Tensor | None, scale: float, widths: Sequence[int],
@@ -259,96 +267,105 @@ class LowRank(torch.autograd.Function):
 
     Written by hand for what autograd cannot know: y may be added to in place, since nobody else
     needs W_0 x; the gate's logit is one more row of z; the joined factors, v = s g z and the
-    dropped x are cheaper made again than kept.  The codes z are outputs as well, so that L_MIM's
+    dropped x are cheaper made again than kept.  The codes z are an output as well, so that L_MIM's
     gradient comes back through them.  They have a row per rank and a column per token: each
-    expert's part is then one block of memory.
+    expert's part is then one block of memory.  Only products go run by run.
     """
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, keep: Tensor | None, gates: Tensor | None,
                 scale: float, runs: Sequence[tuple[int, slice]], *factors: Tensor
-                ) -> tuple[Tensor, ...]:
-        """-> y, then z [k,t] of each run of t tokens.
+                ) -> tuple[Tensor, Tensor]:
+        """-> y, and the codes [k (+ 1),B S] of all tokens, the logits of a router in the last row.
 
         y [B,S,D_out], written into; x [B,S,D_in]; keep [B,S,D_in] or None: dropout of the experts'
         input; all of one type.  gates [B,S,E] or None: weights in place of the router's.  runs: the
         task and the rows of each; factors: see `join`.
         """
         widths = len(factors[0]), factors[1].shape[1]  # R, r
-        codes, found = [], []
-        for task, rows in runs:
-            some = (None if t is None else t[rows].flatten(0, 1) for t in (y, x, keep, gates))
-            z, g = LowRank.product(*some, scale, widths, *join(factors, task, y.dtype))
-            codes.append(z)
-            found.append(g)
+        tasks, sizes = tokens(runs, x.shape[1])
+        A, B = join(factors, tasks, y.dtype)
+        codes = LowRank.codes(x.flatten(0, 1), keep, A, sum(widths), sizes)
+        z, logit = codes.tensor_split([sum(widths)])
+        g = None if gates is None else gates.flatten(0, 1).T
+        if gates is None and len(logit):
+            g = wide(logit).sigmoid()  # Eq. (6): a softmax over two
+            g = torch.cat([g, 1 - g])
+        v = weigh(z, g, scale, widths)
+        for y_n, v_n, B_n in zip(y.view(-1, y.shape[-1]).split(sizes), v.split(sizes, 1), B):
+            y_n.addmm_(v_n.T, B_n.T)  # Eq. (7), Eq. (8)
         ctx.mark_dirty(y)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, keep, *factors, *codes, *found)
-        ctx.scale, ctx.widths, ctx.runs, ctx.routed = scale, widths, runs, gates is None
-        return y, *codes
+        ctx.save_for_backward(x, keep, codes, g, *factors)
+        ctx.scale, ctx.widths, ctx.tasks, ctx.sizes = scale, widths, tasks, sizes
+        ctx.routed = gates is None
+        return y, codes
 
     @staticmethod
-    def product(y: Tensor, x: Tensor, keep: Tensor | None, gates: Tensor | None, scale: float,
-                widths: Sequence[int], A: Tensor, B: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Add the experts' part to y [t,D_out], tokens of one task -> z [k,t], gates [E,t]."""
-        k = B.shape[1]
-        if keep is None:
-            z, logit = (A @ x.T).tensor_split([k])  # Eq. (3), Eq. (4) before B; LoRA: Eq. (2)
-        else:  # the gate reads x without dropout
-            z, logit = A[:k] @ (x * keep).T, A[k:] @ x.T
-        if gates is not None:
-            gates = gates.T
-        elif len(logit):
-            g = wide(logit).sigmoid()  # Eq. (6): a softmax over two
-            gates = torch.cat([g, 1 - g])
-        y.addmm_(weigh(z, gates, scale, widths).T, B.T)  # Eq. (7), Eq. (8)
-        return z, gates
+    def codes(x: Tensor, keep: Tensor | None, A: Tensor, k: int,
+              sizes: Sequence[int]) -> Tensor:
+        """x [B S,D_in] -> Eq. (3), Eq. (4) before B, and the gate's logit: [k (+ 1),B S]."""
+        codes = z = x.new_empty(A.shape[1], len(x))
+        if keep is not None:  # the gate reads x without dropout; its row is the same for all tasks
+            torch.mm(A[0, k:], x.T, out=codes[k:])
+            x, A, z = x * keep.flatten(0, 1), A[:, :k], codes[:k]
+        for A_n, x_n, z_n in zip(A, x.split(sizes), z.split(sizes, 1)):
+            torch.mm(A_n, x_n.T, out=z_n)
+        return codes
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, *dcodes: Tensor | None) -> tuple[Tensor | None, ...]:
-        (x, keep, *saved), n = ctx.saved_tensors, len(ctx.runs)
-        factors, codes, found = saved[:5], saved[5:5 + n], saved[5 + n:]
-        dy = x.new_zeros(*x.shape[:2], len(factors[2])) if dy is None else dy
+    def backward(ctx: Any, dy: Tensor | None, dcodes: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, keep, codes, g, *factors = ctx.saved_tensors
+        (A, B), k = join(factors, ctx.tasks, x.dtype), sum(ctx.widths)
+        dy = x.new_zeros(*x.shape[:2], B.shape[1]) if dy is None else dy
+        dv, dB = torch.empty_like(codes[:k]), torch.empty_like(B)
+        v = weigh(codes[:k], g, ctx.scale, ctx.widths)
+        parts = (v.split(ctx.sizes, 1), dv.split(ctx.sizes, 1), dy.flatten(0, 1).split(ctx.sizes))
+        for B_n, dB_n, v_n, dv_n, dy_n in zip(B, dB, *parts):
+            torch.mm(B_n.T, dy_n.T, out=dv_n)
+            torch.mm(dy_n.T, v_n.T, out=dB_n)
+        d, dg = LowRank.code_gradients(dv, codes, g, dcodes, ctx.scale, ctx.widths)
         dx = x.new_empty(x.shape) if ctx.needs_input_grad[1] else None
-        dfactors, dgates = [torch.zeros_like(factor) for factor in factors], []
-        for (task, rows), z, g, dz in zip(ctx.runs, codes, found, dcodes):
-            dy_n, *some = (None if t is None else t[rows].flatten(0, 1) for t in (dy, x, keep, dx))
-            A, B = join(factors, task, x.dtype)
-            d, dg = LowRank.code_gradients(B.T @ dy_n.T, z, g, dz, ctx.scale, ctx.widths, len(A))
-            dA = LowRank.input_gradients(d, A, len(z), *some)
-            share_out(dfactors, task, dA, dy_n.T @ weigh(z, g, ctx.scale, ctx.widths).T)
-            dgates.append(dg)
-        dgates = None if ctx.routed else torch.cat(dgates, dim=1).T.unflatten(0, x.shape[:2])
-        return dy, dx, None, dgates, None, None, *dfactors
+        dA = LowRank.input_gradients(d, A, k, x, keep, ctx.sizes, dx)
+        dgates = None if ctx.routed else dg.T.unflatten(0, x.shape[:2])
+        return dy, dx, None, dgates, None, None, *share_out(factors, ctx.tasks, dA, dB)
 
     @staticmethod
-    def code_gradients(dv: Tensor, z: Tensor, g: Tensor | None, dz: Tensor | None, scale: float,
-                       widths: Sequence[int], rows: int) -> tuple[Tensor, Tensor | None]:
-        """Gradient dv [k,t] of v -> that of z and, in a last row of `rows`, of the gate's logit;
-        that of the gates [E,t].  dz: what L_MIM adds to the gradient of z."""
-        k, d = len(z), dv.new_empty(rows, z.shape[1])
+    def code_gradients(dv: Tensor, codes: Tensor, g: Tensor | None, dcodes: Tensor | None,
+                       scale: float, widths: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """Gradient dv [k,t] of v -> that of the codes [k (+ 1),t]; that of the gates [E,t].
+        dcodes: what L_MIM adds to the gradient of z."""
+        k, d = len(dv), torch.empty_like(codes)
         weigh(dv, g, scale, widths, out=d[:k])
-        if dz is not None:
-            d[:k].add_(dz)
+        if dcodes is not None:
+            d[:k].add_(dcodes[:k])
         if g is None:
             return d, None
-        dg = scale * torch.stack([p.sum(0) for p in (dv * z).split(widths)[:len(g)]])
-        if rows > k:
+        dg = scale * torch.stack([p.sum(0) for p in (dv * codes[:k]).split(widths)[:len(g)]])
+        if len(d) > k:
             d[k] = (dg[0] - dg[1]) * g[0] * g[1]
         return d, dg
 
     @staticmethod
     def input_gradients(d: Tensor, A: Tensor, k: int, x: Tensor, keep: Tensor | None,
-                        dx: Tensor | None) -> Tensor:
-        """Gradient d [k (+ 1),t] of z and of the logit -> that of A; dx [t,D_in] is filled."""
-        if keep is None:
-            if dx is not None:
-                torch.mm(d.T, A, out=dx)
-            return d @ x
-        if dx is not None:
-            torch.mm(d[:k].T, A[:k], out=dx).mul_(keep).addmm_(d[k:].T, A[k:])
-        return torch.cat([d[:k] @ (x * keep), d[k:] @ x])
+                        sizes: Sequence[int], dx: Tensor | None) -> Tensor:
+        """Gradient d [k (+ 1),B S] of the codes -> that of A; dx [B,S,D_in] is filled."""
+        x, dA = x.flatten(0, 1), torch.empty_like(A)
+        d_z, seen, flat = d, x, None if dx is None else dx.view(x.shape)
+        if keep is not None:
+            d_z, seen = d[:k], x * keep.flatten(0, 1)
+            dA[:, k:] = 0
+            torch.mm(d[k:], x, out=dA[0, k:])
+        rows = slice(len(d_z))
+        for dA_n, d_n, x_n in zip(dA, d_z.split(sizes, 1), seen.split(sizes)):
+            torch.mm(d_n, x_n, out=dA_n[rows])
+        if flat is not None:
+            for A_n, d_n, dx_n in zip(A, d_z.split(sizes, 1), flat.split(sizes)):
+                torch.mm(d_n.T, A_n[rows], out=dx_n)
+            if keep is not None:
+                flat.mul_(keep.flatten(0, 1)).addmm_(d[k:].T, A[0, k:])
+        return dA
 
 
 class ExpertLinear(nn.Module):
@@ -406,7 +423,7 @@ class ExpertLinear(nn.Module):
                 factors = self.factors({"A_U": A_U, "B_U": B_U})
                 y, _ = LowRank.apply(y, x, self.keep(x), g, self.scale, runs, *factors)
         else:
-            y, *codes = LowRank.apply(y, x, self.keep(x), gates, self.scale, runs, *self.factors())
+            y, codes = LowRank.apply(y, x, self.keep(x), gates, self.scale, runs, *self.factors())
             self.remember(codes)
         return y
 
@@ -432,8 +449,8 @@ class ExpertLinear(nn.Module):
             gates = z.new_tensor(fixed or (1, 1)).expand(len(z), 1, 2)
         return z * (gates @ shares)
 
-    def remember(self, codes: list[Tensor]) -> None:
-        """Keep z of each run for L_MIM, while it is wanted."""
+    def remember(self, codes: Tensor) -> None:
+        """Keep the codes [R + r (+ 1),B S] for L_MIM, while it is wanted."""
         wanted = self.routing.mim_batch is not None and self.routing.codes is not None
         if wanted and self.training and hasattr(self, "rho"):
             self.routing.codes.append((self, codes))
@@ -454,7 +471,7 @@ class ExpertLinear(nn.Module):
                                 dropped=self.dropped(x) if drops else None,
                                 gates=self.given_gates(x),
                                 packs=self.packs(x))
-        self.remember([z[rows].flatten(0, 1).T for _, rows in segments])
+        self.remember(z.flatten(0, 1).T)
         return y
 
     def segments(self, rows: int) -> Iterator[tuple[int, slice]]:
@@ -547,7 +564,7 @@ class ExpertLinear(nn.Module):
             widths = [self.config.rank] * self.config.experts
         else:
             factors, widths = self.factors(), self.widths
-            A, B = join(factors, task if self.config.has_tasks else 0, factors[0].dtype)
+            (A,), (B,) = join(factors, [task * self.config.has_tasks], factors[0].dtype)
             A, B = A[:B.shape[1]], B @ self.M_U if self.config.method == "moslora" else B
         return A, B if gates is None else weigh(B.T, B.new_tensor(gates)[:, None], 1, widths).T
 

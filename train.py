@@ -1184,7 +1184,8 @@ class Run:
         """One optimizer step on one global batch of examples; the heart of the method."""
         sums = torch.zeros(4 + 2 * len(UNITS), dtype=torch.float64, device=self.world.device)
         self.flat.grads.zero_()
-        self.model.train()
+        if not self.model.training:  # an evaluation was before this step
+            self.model.train()
         parts = data.micro_batches(indices, self.examples, self.config.micro_batch)
         for part, rows in enumerate(parts):
             if part % self.world.size == self.world.rank:
