@@ -213,8 +213,8 @@ def stream_moments(codes: list[tuple["ExpertLinear", Tensor]], mask: Tensor,
         distance = ((B_U @ (weighted @ z_U.mT)) * B_U).sum(dim=-1)  # U's block, of all tasks
         tasks, sizes = tokens(runs, mask.shape[1])
         parts = (z.split(sizes, dim=2) for z in (z_D, weighted, weighted_D))
-        for B_n, z_n, weighted_U, weighted_n in zip(B_T[tasks], *parts):
-            mixed, own = weighted_U @ z_n.mT, weighted_n @ z_n.mT
+        for task, z_n, weighted_U, weighted_n in zip(tasks, *parts):
+            B_n, mixed, own = B_T[task], weighted_U @ z_n.mT, weighted_n @ z_n.mT
             distance = distance + ((B_n @ own - 2 * (B_U @ mixed)) * B_n).sum(dim=-1)
         return Moments(distance, share.sum() / batch, F.softplus(rho) + VARIANCE_FLOOR)
 

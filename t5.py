@@ -432,14 +432,18 @@ class Product:
 
     Each layer computes W_0 x + up between(down x) and says so by `parts()`: the matrices [W_0,
     *down], one below the other, those of `up`, side by side (none: the layer is W_0 x), and the
-    function between.  Layers that have no such form, or do not want it, are called instead.
+    function between.  Layers that have no such form, or do not want it, are called instead; so are
+    plain linears on a GPU, where copies of them would gain little for their memory.
     """
 
     def __init__(self, layers: Sequence[nn.Module], dtype: torch.dtype) -> None:
         self.layers, self.down = layers, None
         parts = [getattr(layer, "parts", lambda: None)() for layer in layers]
-        weights = [w for part in parts if part for w in (*part[0], *part[1])]
-        if None in parts or any(w.is_inference() for w in weights):  # those count no writes
+        if None in parts:
+            return
+        weights = [w for down, up, _ in parts for w in (*down, *up) if w.numel()]
+        pays = weights[0].device.type == "cpu" or any(up for _, up, _ in parts)
+        if not pays or any(w.is_inference() for w in weights):  # those count no writes
             return
         self.between = [between for _, _, between in parts]
         self.heights = [height for (first, *down), up, _ in parts
@@ -506,11 +510,9 @@ class IncrementalBlock:
 
     def select(self, rows: Tensor, requests: Tensor | None, length: int) -> None:
         """See IncrementalDecoder.select; of the keys and values, `length` are there."""
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            chosen = old[:, :, :length].index_select(0, rows)
-            setattr(self, name, old[:len(rows)])
-            getattr(self, name)[:, :, :length] = chosen
+        for old in (self.keys, self.values):
+            old[:len(rows), :, :length] = old[:, :, :length].index_select(0, rows)
+        self.keys, self.values = self.keys[:len(rows)], self.values[:len(rows)]
         if requests is not None:
             self.memory_keys = self.memory_keys.index_select(0, requests)
             self.memory_values = self.memory_values.index_select(0, requests)

@@ -1475,7 +1475,10 @@ def plan(config: Config, sources: Sources, world: World, launch: Launch) -> list
 def main(argv: Sequence[str] | None = None) -> None:
     config, launch = parse_arguments(argv)
     world = World(launch.timeout)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # As use_deterministic_algorithms, which would import a compiler first: over a second.  Filling
+    # fresh memory with NaN is for finding bugs (tests/test_clorae.py) and costs 4 % of a step.
+    torch.set_deterministic_debug_mode("warn")
+    torch.utils.deterministic.fill_uninitialized_memory = False
     if launch.dry_run:
         world.print(*(plan(config, prepare(config), world, launch) if world.main else ()))
         return

@@ -390,6 +390,23 @@ def test_an_input_in_another_memory_order_has_the_same_gradient(dropout):
     assert not x.is_contiguous() and torch.equal(*found)
 
 
+@pytest.mark.parametrize("method, options", METHODS)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_nothing_is_read_before_it_is_written(method, options, dropout):
+    """With all fresh memory full of NaN, as torch can be told to do, no NaN comes out."""
+    m, (x, tasks, mask) = layer(method, dropout=dropout, **options), inputs()
+    torch.set_deterministic_debug_mode("error")
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        y = run(m, x.requires_grad_(), tasks, mask, batch=B)
+        loss = losses.mutual_information(m.routing.moments(), 1) if hasattr(m, "rho") else 0
+        (y.sum() + loss).backward()
+    finally:
+        torch.set_deterministic_debug_mode("default")
+    wanted = [y, x.grad, *(p.grad for p in m.parameters() if p.requires_grad)]
+    assert all(t.isfinite().all() for t in wanted)
+
+
 def test_mim_alone_may_be_differentiated():
     """The loss on y may be absent: then only L_MIM's gradient reaches the factors."""
     m, (x, tasks, mask) = layer(dtype=torch.float64).train(), inputs(torch.float64)
@@ -442,7 +459,8 @@ def test_the_decoders_product_equals_the_layer_for_rows_of_any_tasks(dtype, meth
     k, m.routing.fixed_gates = k.to(dtype), gates
     m.routing.set(tasks)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.1}[dtype]
-    product = Product([m.eval(), k], dtype)
+    with torch.inference_mode():
+        product = Product([m.eval(), k], dtype)
     assert (product.down is None) == (method in ("moslora", "loramoe"))
     for rows in (torch.arange(B), torch.tensor([4, 1, 1, 0]), torch.tensor([2])):
         m.routing.rows(rows)
