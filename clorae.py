@@ -304,7 +304,8 @@ class LowRank(torch.autograd.Function):
     @staticmethod
     def codes(x: Tensor, keep: Tensor | None, A: Tensor, k: int,
               sizes: Sequence[int]) -> Tensor:
-        """x [B S,D_in] -> Eq. (3), Eq. (4) before B, and the gate's logit: [k (+ 1),B S]."""
+        """x [B S,D_in] -> Eq. (3), Eq. (4) before B (LoRA: Eq. (2)), and the gate's logit, as
+        [k (+ 1),B S]."""
         codes = z = x.new_empty(A.shape[1], len(x))
         if keep is not None:  # the gate reads x without dropout; its row is the same for all tasks
             torch.mm(A[0, k:], x.T, out=codes[k:])
