@@ -1139,8 +1139,20 @@ class Run:
         self.progress = Progress(**{f.name: state[f.name] for f in dataclasses.fields(Progress)})
         if found.resolve().parent == self.out.resolve():
             self.on_disk = self.out / found.name
+        else:
+            self.bring_best(found.resolve().parent)
         self.restore_logs()
         return f"start: resumed {found} at step {state['step']}, epoch {state['epoch'] + 1}"
+
+    def bring_best(self, run: Path) -> None:
+        """A run that goes on in another folder takes its best checkpoint along; if that is gone,
+        the best is sought anew."""
+        best = run / f"best-{self.progress.best_step:08d}"
+        if not best.is_dir():
+            self.progress.best_sum, self.progress.best_step = -1.0, 0
+        elif self.world.main and not (self.out / best.name).exists():
+            whole(self.out / best.name, lambda aside: shutil.copytree(best, aside))
+        self.world.sum(torch.zeros(1, device=self.world.device))  # nobody looks before it is there
 
     def check_same(self, state: dict, found: Path, any_world: bool) -> None:
         """A run may only go on with the settings, references and weights that it began with."""

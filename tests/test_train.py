@@ -74,6 +74,22 @@ def test_a_finished_run_reprints_its_table(finished):
     assert (finished["out"] / "table.txt").read_text() in again.stdout
 
 
+@pytest.mark.parametrize("keeps_best", [True, False])
+def test_a_run_that_goes_on_in_another_folder_has_its_best_checkpoint(finished, command, tmp_path,
+                                                                     keeps_best):
+    """--resume CHECKPOINT --out NEW brings the best along; if it is gone, the next one is best."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(finished["out"], old)
+    if not keeps_best:
+        shutil.rmtree(old / "best-00000006")
+    step = 6 if keeps_best else 4  # after or before the only evaluation
+    done = run(command(new, "--steps", 6, "--epochs", 1, "--save-every", 2, "--resume",
+                       old / f"step-{step:08d}"))
+    assert done.returncode == 0, done.stderr
+    for name in ("table.txt", "best-00000006/model.safetensors"):
+        assert (new / name).read_bytes() == (finished["out"] / name).read_bytes()
+
+
 def test_the_first_lines_say_what_will_run(finished):
     """In this order: device, method, parameters, rows, images, steps, backbone, output, start."""
     heads = [line.split(":")[0] for line in finished["stdout"].split("\n")
