@@ -409,6 +409,13 @@ def folder_hash(folder: Path) -> str:
     return hashlib.sha256("".join(map(file_hash, files)).encode()).hexdigest()
 
 
+def corpus_hash(corpus: Path) -> str:
+    """sha256 over the rows and label sets of a corpus, in hex; images count by their names."""
+    files = sorted(file for file in corpus.glob("*/*") if file.suffix in (".json", ".jsonl"))
+    named = (f"{file.parent.name}/{file.name} {file_hash(file)}\n" for file in files)
+    return hashlib.sha256("".join(named).encode()).hexdigest()
+
+
 def hub_snapshots(name: str) -> list[Path]:
     """Folders of a hub model in the hub's cache on this machine, that of its main branch first."""
     from huggingface_hub import constants  # imported only when it is needed; knows HF_HOME
@@ -1014,7 +1021,8 @@ class Run:
         if config.fusion == "gate" and sources.init is None and not dry:
             self.open_gate()
         self.origin = {"t5": str(sources.t5), "vit": str(sources.vit),
-                       "init": sources.init and str(sources.init), **sources.fingerprints()}
+                       "init": sources.init and str(sources.init), **sources.fingerprints(),
+                       "corpus_sha256": corpus_hash(sources.corpus)}
 
     def collate(self, indices: list[int]) -> data.Batch:
         return data.collate([self.examples[i] for i in indices], self.features,

@@ -90,6 +90,19 @@ def test_a_run_that_goes_on_in_another_folder_has_its_best_checkpoint(finished, 
         assert (new / name).read_bytes() == (finished["out"] / name).read_bytes()
 
 
+def test_a_run_does_not_go_on_with_other_rows(finished, command, small, tmp_path):
+    """Results of one run have one corpus behind them: a changed label is noticed on resuming."""
+    rows = next(Path(small["data"]).glob("*/dev.jsonl"))
+    before = rows.read_text(encoding="utf-8")
+    rows.write_text("\n".join(before.splitlines()[1:]) + "\n", encoding="utf-8")
+    try:
+        done = run(command(tmp_path / "new", "--steps", 6, "--epochs", 1, "--save-every", 2,
+                           "--resume", finished["out"] / "step-00000004"))
+    finally:
+        rows.write_text(before, encoding="utf-8")
+    assert done.returncode == 2 and "corpus_sha256" in done.stderr
+
+
 def test_the_first_lines_say_what_will_run(finished):
     """In this order: device, method, parameters, rows, images, steps, backbone, output, start."""
     heads = [line.split(":")[0] for line in finished["stdout"].split("\n")
