@@ -3,7 +3,8 @@
 A pre-norm transformer without linear biases. Positions enter as a learned bias on the attention
 scores, chosen by the distance between key and query and shared by all layers of a stack. Scores
 are not divided by sqrt(K): the initialisation of q makes up for it. Whatever calls like nn.Linear
-may stand in for the q, k, v, o of an attention; this file knows nothing of who does so.
+may stand in for the q, k, v, o of an attention, and may tell the decoder of a faster form
+(`Product`); this file knows nothing of who does so.
 
 References: Raffel et al. 2020, arXiv 1910.10683; gated feed-forward: Shazeer 2020, arXiv
 2002.05202; weight names and decoding rules: Hugging Face transformers, models/t5 and generation.
