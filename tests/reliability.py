@@ -14,7 +14,6 @@ drawn from the weights: real ones would be zero for so small a model, and hide d
 
 import argparse
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json

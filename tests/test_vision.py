@@ -8,11 +8,7 @@ import dataclasses
 import json
 import math
 import os
-import resource
 import shutil
-import struct
-import time
-import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
