@@ -683,7 +683,7 @@ def even_steps(rng: random.Random) -> bool:
         run.world = SimpleNamespace(rank=rank, size=world, signal=0, device="cpu",
                                     sum=lambda tensor: met.append(len(tensor)) or tensor)
         run.config = SimpleNamespace(micro_batch=micro)
-        run.examples, run.model = examples, SimpleNamespace(train=lambda: None)
+        run.examples, run.model = examples, SimpleNamespace(training=True)
         run.flat = SimpleNamespace(grads=torch.zeros(1))
         run.backward = lambda part, number, indices: seen.extend(part) or torch.zeros(
             3 + 2 * len(UNITS))
