@@ -198,13 +198,14 @@ def stream_moments(codes: list[tuple["ExpertLinear", Tensor]], mask: Tensor,
     channel is a diagonal element of C M C^T, taken apart into U's, the mixed and D's block of M.
     """
     layers, (R, r) = [layer for layer, _ in codes], codes[0][0].widths
-    z_U, z_D = torch.stack([z for _, z in codes])[:, :R + r].split([R, r], dim=1)  # [L,_,B S]
+    z_U = torch.stack([z.detach()[:R] for _, z in codes])  # [L,R,B S]
+    z_D = torch.stack([z[R:R + r] for _, z in codes])  # [L,r,B S]
     B_U = torch.stack([layer.B_U for layer in layers]).detach()  # [L,D_out,R]
     B_T = torch.stack([layer.B_T for layer in layers], dim=1)  # [N,L,D_out,r]
     rho = torch.stack([layer.rho for layer in layers])
     with torch.autocast(mask.device.type, enabled=False):  # fp32 island
         share = mask / mask.sum(dim=1, keepdim=True).clamp(min=1).to(rho.dtype)  # [B,S] 1 / |J_i|
-        z_U, z_D = wide(z_U.detach()), wide(z_D)
+        z_U, z_D = wide(z_U), wide(z_D)
         energy = (((B_U.mT @ B_U) @ z_U) * z_U).sum(dim=1)  # |U_t|^2, no U formed
         power = (energy.unflatten(1, mask.shape) * share).sum(dim=-1) / B_U.shape[1]  # [L,B]
         rms = (power.clamp(min=0).sqrt() + RMS_FLOOR)[..., None]  # [L,B,1]
