@@ -434,7 +434,8 @@ class ExpertLinear(nn.Module):
         with [W_0, *down], up and the function between.  The experts of all tasks take part, so that
         rows of different tasks share a product.  None: forward is to be called."""
         on_kernels = kernels(self.base.weight.device, self.routing.impl) is not None
-        if on_kernels or self.config.method not in ("clorae", "lora", "tlora"):
+        known = self.config.method in ("clorae", "lora", "tlora") and self.base.bias is None
+        if on_kernels or not known:
             return None
         A_U, A_T, B_U, B_T, W_g = self.factors()
         return [self.base.weight, A_U, A_T.flatten(0, 1), W_g], [B_U, *B_T], self.between
