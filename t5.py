@@ -420,8 +420,11 @@ def remembered(owner: Tensor, weights: Sequence[Tensor], dtype: torch.dtype, mak
     """What `make` makes of the weights in a type, kept with `owner` until one is written to.
 
     A write through another view of the storage, such as an optimizer's flat vector, goes unseen:
-    T5.train() therefore drops what is kept.
+    T5.train() therefore drops what is kept.  Weights of inference mode count no writes: nothing is
+    kept for them.
     """
+    if any(w.is_inference() for w in weights):
+        return make()
     key = dtype, *((w.data_ptr(), w._version) for w in weights)
     if getattr(owner, "packed", (None,))[0] != key:
         owner.packed = key, make()
@@ -444,7 +447,7 @@ class Product:
             return
         weights = [w for down, up, _ in parts for w in (*down, *up) if w.numel()]
         pays = weights[0].device.type == "cpu" or any(up for _, up, _ in parts)
-        if not pays or any(w.is_inference() for w in weights):  # those count no writes
+        if not pays:
             return
         self.between = [between for _, _, between in parts]
         self.heights = [height for (first, *down), up, _ in parts

@@ -1496,7 +1496,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, launch = parse_arguments(argv)
     world = World(launch.timeout)
     # As use_deterministic_algorithms, which would import a compiler first: over a second.  Filling
-    # fresh memory with NaN is for finding bugs (tests/test_clorae.py) and costs 4 % of a step.
+    # fresh memory with NaN is for finding bugs (tests/test_clorae.py) and costs 2 to 5 % of a step.
     torch.set_deterministic_debug_mode("warn")
     torch.utils.deterministic.fill_uninitialized_memory = False
     if launch.dry_run:

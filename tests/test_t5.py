@@ -470,15 +470,27 @@ def test_a_product_of_layers_is_what_each_makes_of_x_also_after_a_write(rows, dt
 
 @torch.no_grad()
 def test_layers_without_parts_are_called_and_so_are_their_neighbours():
-    """What wraps q is asked itself; weights of inference mode count no writes: none is copied."""
-    q, k = (t5.Linear(11, 13, 1.0) for _ in range(2))
+    """What wraps q is asked itself."""
+    q, k, x = t5.Linear(11, 13, 1.0), t5.Linear(11, 13, 1.0), torch.randn(2, 1, 11)
+    layers = [nn.Sequential(q), k]
+    for layer, y in zip(layers, t5.Product(layers, torch.float32)(x), strict=True):
+        assert torch.equal(y, layer(x))
+    assert not any(hasattr(weight, "packed") for weight in (q.weight, k.weight))
+
+
+def test_a_model_made_in_inference_mode_decodes_and_keeps_no_copies():
+    """Its weights count no writes, so that an outdated copy would go unseen."""
+    (ids, mask, _), wanted = small_batch(), lively(SMALL)
     with torch.inference_mode():
-        frozen = t5.Linear(11, 13, 1.0)
-    for layers in ([nn.Sequential(q), k], [k, frozen]):
-        x = torch.randn(2, 1, 11)
-        for layer, y in zip(layers, t5.Product(layers, torch.float32)(x), strict=True):
-            assert torch.equal(y, layer(x))
-        assert not any(hasattr(weight, "packed") for weight in (q.weight, k.weight, frozen.weight))
+        model = lively(SMALL)
+        for _ in range(2):
+            assert torch.equal(model.generate(ids, mask, 6), wanted.generate(ids, mask, 6))
+            for parameter, other in zip(model.parameters(), wanted.parameters()):
+                parameter.mul_(1.1)
+                other.data.mul_(1.1)
+            wanted.train().eval()  # nobody was told of the writes
+    assert model.head_weight.is_inference()
+    assert not any(hasattr(parameter, "packed") for parameter in model.parameters())
 
 
 def test_weights_are_packed_once_follow_a_load_and_training_drops_the_copies():
