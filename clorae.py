@@ -31,6 +31,7 @@ D_out wide, are never formed.  The MIM loss (Eq. 5) needs only second moments of
 """
 
 import hashlib
+import itertools
 import math
 import os
 import platform
@@ -104,6 +105,9 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+Runs = list[tuple[int, int]]  # the task, and the number of tokens, of rows that share experts
+
+
 class Routing:
     """Which task each row belongs to: one object shared by all expert layers of a model.
 
@@ -119,9 +123,10 @@ class Routing:
         self.impl = "auto"  # see `kernels`: whether layers run on clorae.cu
         self.mim_batch: int | None = None  # global batch size B while L_MIM is wanted, else None
         # z, for L_MIM; None once it is taken: recomputed layers report only once
-        self.codes: list[tuple["ExpertLinear", Tensor]] | None = []
+        self.codes: list[tuple["ExpertLinear", Runs, Tensor]] | None = []
         self.packs: dict[tuple, list[Tensor]] = {}  # see ExpertLinear.packs
         self._shares: dict[tuple, Tensor] = {}
+        self._lengths: dict[str, list[int]] = {}  # real tokens of each row, by stream
         self._rows: list[int] | None = None
 
     def set(self, tasks: Tensor, memory: Tensor | None = None, target: Tensor | None = None,
@@ -140,7 +145,23 @@ class Routing:
                              "build the experts with every task that the data holds")
         self.tasks, self._rows = rows, rows
         self.masks = {"memory": memory, "target": target, "visual": visual}
-        self.codes, self.packs, self._shares = [], {}, {}
+        self.codes, self.packs, self._shares, self._lengths = [], {}, {}, {}
+
+    def runs(self, x: Tensor, stream: str) -> Runs:
+        """The runs of rows of one task in x, with their numbers of tokens; x [B,S,D_in], or the
+        real tokens [t,D_in] alone, as the stream's mask counts them."""
+        if x.dim() == 3:
+            return [(task, (rows.stop - rows.start) * x.shape[1])
+                    for task, rows in self.segments(len(x))]
+        if stream not in self._lengths:
+            mask = self.masks.get(stream)
+            self._lengths[stream] = [] if mask is None else mask.sum(dim=1).tolist()
+        lengths = self._lengths[stream]
+        if sum(lengths) != len(x):
+            raise ValueError(f"routing: expected the {sum(lengths)} tokens of the stream {stream} "
+                             f"that the mask given to set() calls real, got {len(x)}; give set() "
+                             "the masks that the model is given")
+        return [(task, sum(lengths[rows])) for task, rows in self.segments(len(lengths))]
 
     def rows(self, index: Tensor) -> None:
         """Follow the decoder: computed row k is row index[k] of the batch given to `set`."""
@@ -178,51 +199,50 @@ class Routing:
     def moments(self) -> list[Moments]:
         """What the layers saw since `set`, one report per token stream; then it is forgotten."""
         codes, self.codes = self.codes or [], None
-        if lost := {layer.stream for layer, _ in codes if self.masks.get(layer.stream) is None}:
+        if lost := {layer.stream for layer, _, _ in codes if self.masks.get(layer.stream) is None}:
             raise ValueError(f"routing: expected masks of the streams {sorted(lost)}, got none; "
                              "L_MIM weighs tokens by them: give them to set()")
-        runs = list(self.segments(len(self.tasks or [])))
-        streams = {name: [(layer, z) for layer, z in codes if layer.stream == name]
+        streams = {name: [(layer, runs, z) for layer, runs, z in codes if layer.stream == name]
                    for name in self.masks}
-        return [stream_moments(some, self.masks[name], runs, self.mim_batch)
-                for name, some in streams.items() if some]
+        return [stream_moments([(layer, z) for layer, _, z in some], self.masks[name], some[0][1],
+                               self.mim_batch) for name, some in streams.items() if some]
 
 
-def stream_moments(codes: list[tuple["ExpertLinear", Tensor]], mask: Tensor,
-                   runs: Sequence[tuple[int, slice]], batch: int) -> Moments:
+def stream_moments(codes: list[tuple["ExpertLinear", Tensor]], mask: Tensor, runs: Runs,
+                   batch: int) -> Moments:
     """Second moments for L_MIM, Eq. (5), of all layers at once; the teacher U has no gradient.
 
-    J_i are the valid tokens of sample i.  Each counts b_t = 1 / (B |J_i|), and a_t = b_t / rms_i^2,
+    codes: the layers and their z [k (+ 1),t] of all tokens of `mask` [B,S], or of the real ones.
+    J_i are the real tokens of sample i.  Each counts b_t = 1 / (B |J_i|), and a_t = b_t / rms_i^2,
     with rms_i the RMS of U over the sample's tokens and channels.  D_t - U_t is the product of
     C = [-B_U, B_n] and z_t.  So with M = sum_t a_t z_t z_t^T [k,k] the squared distance of each
     channel is a diagonal element of C M C^T, taken apart into U's, the mixed and D's block of M.
     """
     layers, (R, r) = [layer for layer, _ in codes], codes[0][0].widths
-    z_U = torch.stack([z.detach()[:R] for _, z in codes])  # [L,R,B S]
-    z_D = torch.stack([z[R:R + r] for _, z in codes])  # [L,r,B S]
+    z_U = torch.stack([z.detach()[:R] for _, z in codes])  # [L,R,t]
+    z_D = torch.stack([z[R:R + r] for _, z in codes])  # [L,r,t]
     B_U = torch.stack([layer.B_U for layer in layers]).detach()  # [L,D_out,R]
     B_T = torch.stack([layer.B_T for layer in layers], dim=1)  # [N,L,D_out,r]
     rho = torch.stack([layer.rho for layer in layers])
     with torch.autocast(mask.device.type, enabled=False):  # fp32 island
         share = mask / mask.sum(dim=1, keepdim=True).clamp(min=1).to(rho.dtype)  # [B,S] 1 / |J_i|
+        real = mask.flatten() if z_U.shape[-1] < mask.numel() else None  # z lacks the padding
         z_U, z_D = wide(z_U), wide(z_D)
-        energy = (((B_U.mT @ B_U) @ z_U) * z_U).sum(dim=1)  # |U_t|^2, no U formed
+        energy = (((B_U.mT @ B_U) @ z_U) * z_U).sum(dim=1)  # [L,t] |U_t|^2, no U formed
+        if real is not None:
+            energy = energy.new_zeros(len(layers), len(real)).masked_scatter(real, energy)
         power = (energy.unflatten(1, mask.shape) * share).sum(dim=-1) / B_U.shape[1]  # [L,B]
         rms = (power.clamp(min=0).sqrt() + RMS_FLOOR)[..., None]  # [L,B,1]
-        a = (share / batch / rms.square()).flatten(1)[:, None]  # [L,1,B S]
+        a = (share / batch / rms.square()).flatten(1)  # [L,B S]
+        a = (a if real is None else a[:, real])[:, None]  # [L,1,t]
         weighted, weighted_D = a * z_U, a * z_D
         distance = ((B_U @ (weighted @ z_U.mT)) * B_U).sum(dim=-1)  # U's block, of all tasks
-        tasks, sizes = tokens(runs, mask.shape[1])
+        tasks, sizes = zip(*runs)
         parts = (z.split(sizes, dim=2) for z in (z_D, weighted, weighted_D))
         for task, z_n, weighted_U, weighted_n in zip(tasks, *parts):
             B_n, mixed, own = B_T[task], weighted_U @ z_n.mT, weighted_n @ z_n.mT
             distance = distance + ((B_n @ own - 2 * (B_U @ mixed)) * B_n).sum(dim=-1)
         return Moments(distance, share.sum() / batch, F.softplus(rho) + VARIANCE_FLOOR)
-
-
-def tokens(runs: Sequence[tuple[int, slice]], S: int) -> tuple[list[int], list[int]]:
-    """Runs of rows of S tokens -> the task of each run, and its number of tokens."""
-    return [task for task, _ in runs], [(rows.stop - rows.start) * S for _, rows in runs]
 
 
 def join(factors: Sequence[Tensor], tasks: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -264,7 +284,7 @@ def weigh(z: Tensor, gates: Tensor | None, scale: float, widths: Sequence[int],
 
 
 class LowRank(torch.autograd.Function):
-    """y + B (s g z) with z = A x, run by run of rows that share their experts.
+    """y + B (s g z) with z = A x, run by run of tokens that share their experts.
 
     Written by hand for what autograd cannot know: y may be added to in place, since nobody else
     needs W_0 x; the gate's logit is one more row of z; the joined factors, v = s g z and the
@@ -275,25 +295,24 @@ class LowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, keep: Tensor | None, gates: Tensor | None,
-                scale: float, runs: Sequence[tuple[int, slice]], *factors: Tensor
-                ) -> tuple[Tensor, Tensor]:
-        """-> y, and the codes [k (+ 1),B S] of all tokens, the logits of a router in the last row.
+                scale: float, runs: Runs, *factors: Tensor) -> tuple[Tensor, Tensor]:
+        """-> y, and the codes [k (+ 1),t] of all tokens, the logits of a router in the last row.
 
-        y [B,S,D_out], written into; x [B,S,D_in]; keep [B,S,D_in] or None: dropout of the experts'
-        input; all of one type.  gates [B,S,E] or None: weights in place of the router's.  runs: the
-        task and the rows of each; factors: see `join`.
+        y [t,D_out], written into; x [t,D_in]; keep [t,D_in] or None: dropout of the experts' input;
+        all of one type.  gates [t,E] or None: weights in place of the router's.  factors: see
+        `join`.
         """
         widths = len(factors[0]), factors[1].shape[1]  # R, r
-        tasks, sizes = tokens(runs, x.shape[1])
+        tasks, sizes = zip(*runs)
         A, B = join(factors, tasks, y.dtype)
-        codes = LowRank.codes(x.flatten(0, 1), keep, A, sum(widths), sizes)
+        codes = LowRank.codes(x, keep, A, sum(widths), sizes)
         z, logit = codes.tensor_split([sum(widths)])
-        g = None if gates is None else gates.flatten(0, 1).T
+        g = None if gates is None else gates.T
         if gates is None and len(logit):
             g = wide(logit).sigmoid()  # Eq. (6): a softmax over two
             g = torch.cat([g, 1 - g])
         v = weigh(z, g, scale, widths)
-        for y_n, v_n, B_n in zip(y.view(-1, y.shape[-1]).split(sizes), v.split(sizes, 1), B):
+        for y_n, v_n, B_n in zip(y.split(sizes), v.split(sizes, 1), B):
             y_n.addmm_(v_n.T, B_n.T)  # Eq. (7), Eq. (8)
         ctx.mark_dirty(y)
         ctx.set_materialize_grads(False)
@@ -305,12 +324,12 @@ class LowRank(torch.autograd.Function):
     @staticmethod
     def codes(x: Tensor, keep: Tensor | None, A: Tensor, k: int,
               sizes: Sequence[int]) -> Tensor:
-        """x [B S,D_in] -> Eq. (3), Eq. (4) before B (LoRA: Eq. (2)), and the gate's logit, as
-        [k (+ 1),B S]."""
+        """x [t,D_in] -> Eq. (3), Eq. (4) before B (LoRA: Eq. (2)), and the gate's logit, as
+        [k (+ 1),t]."""
         codes = z = x.new_empty(A.shape[1], len(x))
         if keep is not None:  # the gate reads x without dropout; its row is the same for all tasks
             torch.mm(A[0, k:], x.T, out=codes[k:])
-            x, A, z = x * keep.flatten(0, 1), A[:, :k], codes[:k]
+            x, A, z = x * keep, A[:, :k], codes[:k]
         for A_n, x_n, z_n in zip(A, x.split(sizes), z.split(sizes, 1)):
             torch.mm(A_n, x_n.T, out=z_n)
         return codes
@@ -320,17 +339,17 @@ class LowRank(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, dcodes: Tensor | None) -> tuple[Tensor | None, ...]:
         x, keep, codes, g, *factors = ctx.saved_tensors
         (A, B), k = join(factors, ctx.tasks, x.dtype), sum(ctx.widths)
-        dy = x.new_zeros(*x.shape[:2], B.shape[1]) if dy is None else dy
+        dy = x.new_zeros(len(x), B.shape[1]) if dy is None else dy
         dv, dB = torch.empty_like(codes[:k]), torch.empty_like(B)
         v = weigh(codes[:k], g, ctx.scale, ctx.widths)
-        parts = (v.split(ctx.sizes, 1), dv.split(ctx.sizes, 1), dy.flatten(0, 1).split(ctx.sizes))
+        parts = (v.split(ctx.sizes, 1), dv.split(ctx.sizes, 1), dy.split(ctx.sizes))
         for B_n, dB_n, v_n, dv_n, dy_n in zip(B, dB, *parts):
             torch.mm(B_n.T, dy_n.T, out=dv_n)
             torch.mm(dy_n.T, v_n.T, out=dB_n)
         d, dg = LowRank.code_gradients(dv, codes, g, dcodes, ctx.scale, ctx.widths)
-        dx = x.new_empty(x.shape) if ctx.needs_input_grad[1] else None
+        dx = torch.empty_like(x) if ctx.needs_input_grad[1] else None
         dA = LowRank.input_gradients(d, A, k, x, keep, ctx.sizes, dx)
-        dgates = None if ctx.routed else dg.T.unflatten(0, x.shape[:2])
+        dgates = None if ctx.routed else dg.T
         return dy, dx, None, dgates, None, None, *share_out(factors, ctx.tasks, dA, dB)
 
     @staticmethod
@@ -352,21 +371,20 @@ class LowRank(torch.autograd.Function):
     @staticmethod
     def input_gradients(d: Tensor, A: Tensor, k: int, x: Tensor, keep: Tensor | None,
                         sizes: Sequence[int], dx: Tensor | None) -> Tensor:
-        """Gradient d [k (+ 1),B S] of the codes -> that of A; dx [B,S,D_in] is filled."""
-        x, dA = x.flatten(0, 1), torch.empty_like(A)
-        d_z, seen, flat = d, x, None if dx is None else dx.view(x.shape)
+        """Gradient d [k (+ 1),t] of the codes -> that of A; dx [t,D_in] is filled."""
+        dA, d_z, seen = torch.empty_like(A), d, x
         if keep is not None:
-            d_z, seen = d[:k], x * keep.flatten(0, 1)
+            d_z, seen = d[:k], x * keep
             dA[:, k:] = 0
             torch.mm(d[k:], x, out=dA[0, k:])
         rows = slice(len(d_z))
         for dA_n, d_n, x_n in zip(dA, d_z.split(sizes, 1), seen.split(sizes)):
             torch.mm(d_n, x_n, out=dA_n[rows])
-        if flat is not None:
-            for A_n, d_n, dx_n in zip(A, d_z.split(sizes, 1), flat.split(sizes)):
+        if dx is not None:
+            for A_n, d_n, dx_n in zip(A, d_z.split(sizes, 1), dx.split(sizes)):
                 torch.mm(d_n.T, A_n[rows], out=dx_n)
             if keep is not None:
-                flat.mul_(keep.flatten(0, 1)).addmm_(d[k:].T, A[0, k:])
+                dx.mul_(keep).addmm_(d[k:].T, A[0, k:])
         return dA
 
 
@@ -411,22 +429,29 @@ class ExpertLinear(nn.Module):
             nn.init.constant_(self.rho, RHO_INIT)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B,S,D_in] -> y [B,S,D_out] = W_0 x + s h, Eq. (8)."""
+        """x [B,S,D_in], or [t,D_in] of the real tokens alone -> y in that shape
+        = W_0 x + s h, Eq. (8)."""
+        runs = self.runs(x)
         if self.runs_on_kernels(x):
-            return self.fused(x)
-        y = self.base(x)
-        x = x.to(y.dtype)
+            return self.fused(x, runs)
+        tokens = x.flatten(0, -2)
+        y = self.base(tokens)
+        tokens = tokens.to(y.dtype)
+        return self.adapted(y, tokens, runs).view(*x.shape[:-1], y.shape[-1])
+
+    def adapted(self, y: Tensor, x: Tensor, runs: Runs) -> Tensor:
+        """y [t,D_out] = W_0 x, which may be written into, and x [t,D_in] -> y + s h."""
         if self.config.method == "moslora":  # B M A x: the mixer joins all ranks
             A, M, B = (factor.to(y.dtype) for factor in (self.A_U, self.M_U, self.B_U))
             return y + F.linear(self.scale * F.linear(F.linear(self.dropped(x), A), M), B)
-        gates, runs = self.given_gates(x), list(self.segments(len(x)))
+        gates = self.given_gates(x)
         if self.config.method == "loramoe":  # every expert for every row, each under its own mask
             for g, A_U, B_U in zip(gates.split(1, dim=-1), self.A_E, self.B_E):
                 factors = self.factors({"A_U": A_U, "B_U": B_U})
                 y, _ = LowRank.apply(y, x, self.keep(x), g, self.scale, runs, *factors)
-        else:
-            y, codes = LowRank.apply(y, x, self.keep(x), gates, self.scale, runs, *self.factors())
-            self.remember(codes)
+            return y
+        y, codes = LowRank.apply(y, x, self.keep(x), gates, self.scale, runs, *self.factors())
+        self.remember(runs, codes)
         return y
 
     def parts(self) -> tuple[list[Tensor], list[Tensor], Callable[[Tensor], Tensor]] | None:
@@ -452,11 +477,11 @@ class ExpertLinear(nn.Module):
             gates = z.new_tensor(fixed or (1, 1)).expand(len(z), 1, 2)
         return z * (gates @ shares)
 
-    def remember(self, codes: Tensor) -> None:
-        """Keep the codes [R + r (+ 1),B S] for L_MIM, while it is wanted."""
+    def remember(self, runs: Runs, codes: Tensor) -> None:
+        """Keep the codes [R + r (+ 1),t] for L_MIM, while it is wanted."""
         wanted = self.routing.mim_batch is not None and self.routing.codes is not None
         if wanted and self.training and hasattr(self, "rho"):
-            self.routing.codes.append((self, codes))
+            self.routing.codes.append((self, runs, codes))
 
     def runs_on_kernels(self, x: Tensor) -> bool:
         """Whether clorae.cu can do this layer's work: LoRA experts on a frozen linear, bf16 or fp32
@@ -466,22 +491,21 @@ class ExpertLinear(nn.Module):
         return (fits and frozen and not any(width % 8 for width in self.base.weight.shape)
                 and kernels(x.device, self.routing.impl) is not None)
 
-    def fused(self, x: Tensor) -> Tensor:
+    def fused(self, x: Tensor, runs: Runs) -> Tensor:
         """`forward` on the kernels of clorae.cu."""
         drops = self.training and self.config.dropout > 0
-        segments = list(self.segments(len(x)))
-        y, z, _ = expert_linear(x, self.base, self.factors(), segments, self.scale,
-                                dropped=self.dropped(x) if drops else None,
-                                gates=self.given_gates(x),
-                                packs=self.packs(x))
-        self.remember(z.flatten(0, 1).T)
-        return y
+        packs, tokens = self.packs(x), x.flatten(0, -2)
+        y, z, _ = expert_linear(tokens, self.base, self.factors(), runs, self.scale,
+                                dropped=self.dropped(tokens) if drops else None,
+                                gates=self.given_gates(tokens), packs=packs)
+        self.remember(runs, z.T)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
-    def segments(self, rows: int) -> Iterator[tuple[int, slice]]:
-        """The runs of rows that share their experts: all rows where no expert belongs to a task."""
+    def runs(self, x: Tensor) -> Runs:
+        """The runs of x: all tokens are one where no expert belongs to a task."""
         if self.config.has_tasks:
-            return self.routing.segments(rows)
-        return iter([(0, slice(0, rows))])
+            return self.routing.runs(x, self.stream)
+        return [(0, x.shape[:-1].numel())]
 
     def keep(self, x: Tensor) -> Tensor | None:
         """Dropout of the experts' input: 0 with probability p, else 1 / (1 - p), in x's shape and
@@ -506,9 +530,9 @@ class ExpertLinear(nn.Module):
         return x if keep is None else x * keep
 
     def gates(self, x: Tensor) -> Tensor | None:
-        """x [B,S,D_in] -> gates [B,S,2] >= 0 summing to 1, in x's dtype; None without a router.
+        """x [...,D_in] -> gates [...,2] >= 0 summing to 1, in x's dtype; None without a router.
 
-        LoRAMoE routes over its E experts instead: [B,S,E].
+        LoRAMoE routes over its E experts instead: [...,E].
         """
         if self.routing.fixed_gates is not None and self.config.method == "clorae":
             return x.new_tensor(self.routing.fixed_gates).expand(*x.shape[:-1], 2)
@@ -541,7 +565,7 @@ class ExpertLinear(nn.Module):
 
     def packs(self, x: Tensor) -> list[Tensor] | None:
         """`pack`, done once for all the tokens with which a batch is answered; else None."""
-        if x.shape[1] > 1 or self.training or torch.is_grad_enabled():
+        if x.shape[-2] > 1 or self.training or torch.is_grad_enabled():
             return None
         kept, key = self.routing.packs if self.routing.tasks else {}, (self, product_dtype(x))
         if key not in kept:
@@ -903,32 +927,31 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def expert_linear(x: Tensor, base: nn.Linear, parameters: Sequence[Tensor],
-                  segments: Sequence[tuple[int, slice]], scale: float,
-                  dropped: Tensor | None = None, gates: Tensor | None = None,
+def expert_linear(x: Tensor, base: nn.Linear, parameters: Sequence[Tensor], runs: Runs,
+                  scale: float, dropped: Tensor | None = None, gates: Tensor | None = None,
                   packs: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """One ExpertLinear on the kernels: y [B,S,D_out], z [B,S,R + r], gates [B,S,2] (fp32).
+    """One ExpertLinear on the kernels: y [T,D_out], z [T,R + r], gates [T,2] (fp32).
 
-    x [B,S,D_in]; parameters in fp32: A_U, A_T, B_U, B_T, W_g, absent ones without rows ([0,D_in],
-    [1,0,D_in], [D_out,0], [1,D_out,0], [0,D_in]); segments of the rows of x; dropped: x under
-    dropout, for the experts alone; gates [B,S,2]: weights in place of the router's (without either
-    h = U + D); packs: `pack`'s answer, where the parameters do not change between calls.
+    x [T,D_in]; parameters in fp32: A_U, A_T, B_U, B_T, W_g, absent ones without rows ([0,D_in],
+    [1,0,D_in], [D_out,0], [1,D_out,0], [0,D_in]); dropped: x under dropout, for the experts alone;
+    gates [T,2]: weights in place of the router's (without either h = U + D); packs: `pack`'s
+    answer, where the parameters do not change between calls.
     """
-    dtype, (B, S, _) = product_dtype(x), x.shape
-    inputs = [None if t is None else t.to(dtype).flatten(0, 1).contiguous() for t in (x, dropped)]
+    dtype = product_dtype(x)
+    inputs = [None if t is None else t.to(dtype).contiguous() for t in (x, dropped)]
     given, (*experts_own, W_g) = gates, parameters
     if gates is None and len(W_g) == 0:
-        given = x.new_ones(1, 1, 2).expand(B, S, 2)
+        given = x.new_ones(1, 2).expand(len(x), 2)
     if given is not None:
-        given, W_g = given.float().flatten(0, 1).contiguous(), W_g[:0]
+        given, W_g = given.float().contiguous(), W_g[:0]
     parameters = [*experts_own, W_g]
     A, Bt = pack([p.detach() for p in parameters], dtype) if packs is None else packs
     A = A[:len(Bt) + len(W_g) // 2]
-    runs = [n for task, rows in segments for n in (task, rows.start * S, rows.stop * S)]
-    y, z, g = experts(*inputs, base.weight.to(dtype), given, [A, Bt], parameters, runs, scale)
+    stops = list(itertools.accumulate(n for _, n in runs))
+    segments = [n for (task, size), stop in zip(runs, stops) for n in (task, stop - size, stop)]
+    y, z, g = experts(*inputs, base.weight.to(dtype), given, [A, Bt], parameters, segments, scale)
     y = y if base.bias is None else y + base.bias.to(dtype)
-    z = z[:, :parameters[0].shape[0] + parameters[1].shape[1]]
-    return tuple(t.unflatten(0, (B, S)) for t in (y, z, g if given is None else given))
+    return y, z[:, :parameters[0].shape[0] + parameters[1].shape[1]], g if given is None else given
 
 
 if __name__ == "__main__":

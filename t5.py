@@ -8,8 +8,8 @@ may stand in for the q, k, v, o of an attention, and may tell the decoder of a f
 
 References: Raffel et al. 2020, arXiv 1910.10683; gated feed-forward: Shazeer 2020, arXiv
 2002.05202; weight names and decoding rules: Hugging Face transformers, models/t5 and generation.
-Shapes: B batch, S source tokens, T target tokens, D model width, H heads, K head width,
-C vocabulary; in attention Q queries and M keys. Masks are bool, True = real token.
+Shapes: B batch, S source tokens, T target tokens, t real tokens of a batch, D model width, H heads,
+K head width, C vocabulary; in attention Q queries and M keys. Masks are bool, True = real token.
 Check:  python -m pytest tests/test_t5.py
 """
 
@@ -21,7 +21,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 FIRST_UNUSED_ID = 32100  # where T5's vocabulary ends; hub files add untrained rows behind it
 POLL = {"cpu": 1, "cuda": 8}  # steps between two looks at which rows ended: a look stalls a GPU
+ONEDNN_PAYS = 1 << 18  # elements of a frozen weight from which on; see FrozenProduct
 NEVER = -1e9  # score that loses against any real one
 
 
@@ -158,12 +159,101 @@ def mask_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return bias.masked_fill(~mask, torch.finfo(dtype).min)[:, None, None, :M]
 
 
-def prepare_memory(memory: Tensor, mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """memory [B,M,D], mask [B,M] -> memory with zeros at padding, bias [B,1,1,M].
+class Padding:
+    """Takes the padding out of a batch, [B,S,D] -> [t,D], and puts it in again.
+
+    Attention alone looks at more than one token, so all else may go without padding, which is a
+    quarter of a batch's source tokens or more, and a half of its target's. So it is in training on
+    a CPU; elsewhere, and where all tokens are real, tokens stay in rows: texts to be answered come
+    sorted by length, and a GPU's host would have to wait for t.
+    """
+
+    def __init__(self, mask: Tensor | None, training: bool) -> None:
+        """mask [B,S], None: all real."""
+        wanted = training and mask is not None and mask.device.type == "cpu" and not mask.all()
+        self.mask = mask if wanted else None
+        self.known: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def split(self, x: Tensor, H: int) -> Tensor:
+        """Tokens [t,H K], or [B,S,H K] -> their heads [B,H,S,K], 0 at the padding taken out."""
+        if self.mask is None:
+            return x.unflatten(-1, (H, -1)).transpose(1, 2)
+        (B, S), K = self.mask.shape, x.shape[1] // H
+        real, row = self.order(H)
+        return Reordered.apply(x, (B, H, S, K), row, real)
+
+    def merge(self, x: Tensor) -> Tensor:
+        """Heads [B,H,S,K] -> tokens as `split` takes them."""
+        if self.mask is None:
+            return x.transpose(1, 2).flatten(2)
+        (_, H, _, K), (real, row) = x.shape, self.order(x.shape[1])
+        return Reordered.apply(x, (len(real) // H, H * K), real, row)
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """[B,S,D] -> [t,D], or x itself."""
+        return self.merge(x[:, None])
+
+    def pad(self, x: Tensor) -> Tensor:
+        """[t,D], or [B,S,D] -> [B,S,D]."""
+        return self.split(x, 1)[:, 0]
+
+    def order(self, H: int) -> tuple[Tensor, Tensor]:
+        """Which of the B H S heads in rows each of the t H heads of real tokens is; and which of
+        these each head in rows is, t H where it is none."""
+        if H not in self.known:
+            (B, S), (i, j) = self.mask.shape, self.mask.nonzero().T[..., None]
+            real = ((i * H + torch.arange(H)) * S + j).flatten()
+            row = torch.full((B * H * S,), len(real))
+            row[real] = torch.arange(len(real))
+            self.known[H] = real, row
+        return self.known[H]
+
+
+class Reordered(torch.autograd.Function):
+    """The vectors that x consists of in another order, as a tensor of a shape: first the one with
+    the number order[0], which is 0 if x has no such vector. `back` is the order that undoes it.
+    Autograd does not know that no vector is taken twice, and would sum up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shape: Sequence[int], order: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        ctx.shape = x.shape
+        return Reordered.take(x, shape, order)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        back, = ctx.saved_tensors
+        return Reordered.take(dy, ctx.shape, back), None, None, None
+
+    @staticmethod
+    def take(x: Tensor, shape: Sequence[int], order: Tensor) -> Tensor:
+        vectors = x.reshape(-1, min(x.shape[-1], shape[-1]))
+        if len(order) > len(vectors):
+            vectors = torch.cat((vectors, vectors.new_zeros(1, vectors.shape[1])))
+        return vectors.index_select(0, order).view(shape)
+
+
+class Source(NamedTuple):
+    """What an attention reads: tokens [B,M,D] as their padding leaves them, and the bias on the
+    scores, broadcastable to [B,H,Q,M]; None: 0."""
+
+    tokens: Tensor
+    bias: Tensor | None
+    padding: Padding
+
+
+def prepare_memory(memory: Tensor, mask: Tensor | None, dtype: torch.dtype,
+                   training: bool = False) -> Source:
+    """memory [B,M,D] with zeros at padding, and a bias [B,1,1,M] that shuts it out; mask [B,M].
 
     Zero memory has zero values in every layer: attention over a fully masked row is exactly 0.
     """
-    return memory.masked_fill(~mask[..., None], 0.0), mask_bias(mask, dtype)
+    padding = Padding(mask, training)
+    if mask is None:
+        return Source(memory, None, padding)
+    memory = padding.unpad(memory.masked_fill(~mask[..., None], 0.0))
+    return Source(memory, mask_bias(mask, dtype), padding)
 
 
 # ------------------------------------------------------------ layers
@@ -182,8 +272,9 @@ def onednn_product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x W^T for a W that does not learn, in float32 on a CPU: oneDNN needs nine tenths of the time
-    of the library behind F.linear."""
+    """x W^T for a W that does not learn, in float32 on a CPU: oneDNN needs two thirds to nine
+    tenths of the time of the library behind F.linear. But it prepares each new shape for about a
+    millisecond, which small products do not earn back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -199,10 +290,11 @@ class FrozenProduct(torch.autograd.Function):
 
 
 def project(x: Tensor, weight: Tensor) -> Tensor:
-    """x [...,in] -> x W^T [...,out], for a frozen fp32 weight on a CPU by oneDNN."""
+    """x [...,in] -> x W^T [...,out], for a large frozen fp32 weight on a CPU by oneDNN."""
     frozen = not (weight.requires_grad and torch.is_grad_enabled())
+    large = weight.numel() >= ONEDNN_PAYS
     single = x.dtype == weight.dtype == compute_dtype(x) == torch.float32
-    if frozen and single and x.numel() > 0 and onednn_computes(weight, torch.float32):
+    if frozen and large and single and x.numel() > 0 and onednn_computes(weight, torch.float32):
         return FrozenProduct.apply(x, weight)
     return F.linear(x, weight)
 
@@ -270,29 +362,25 @@ class Attention(nn.Module):
         self.o = Linear(H * K, D, (H * K) ** -0.5)
         self.dropout = Dropout(config.dropout_rate)
 
-    def split_heads(self, y: Tensor) -> Tensor:
-        """[B,M,H K] -> [B,H,M,K]."""
-        return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+    def keys_values(self, source: Source) -> list[Tensor]:
+        """-> keys, values [B,H,M,K]."""
+        return [source.padding.split(layer(source.tokens), self.heads)
+                for layer in (self.k, self.v)]
 
-    def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """source [B,M,D] -> keys, values [B,H,M,K]."""
-        return self.split_heads(self.k(source)), self.split_heads(self.v(source))
-
-    def forward(self, x: Tensor, source: Tensor, bias: Tensor | None) -> Tensor:
-        """x [B,Q,D], source [B,M,D], bias broadcastable to [B,H,Q,M] -> [B,Q,D]."""
-        return self.o(self.attend(self.split_heads(self.q(x)), *self.keys_values(source), bias))
+    def forward(self, x: Tensor, padding: Padding, source: Source) -> Tensor:
+        """x [B,Q,D] as its padding leaves it -> in that shape."""
+        q = padding.split(self.q(x), self.heads)
+        return self.o(padding.merge(self.attend(q, *self.keys_values(source), source.bias)))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        """q [B,H,Q,K], k and v [B,H,M,K], bias broadcastable to [B,H,Q,M] -> [B,Q,H K]."""
+        """q [B,H,Q,K], k and v [B,H,M,K], bias broadcastable to [B,H,Q,M] -> [B,H,Q,K]."""
         if q.device.type == "cpu" and self.training:
             # SDPA has no fused kernel for dropout there, and a slow backward pass without.
             scores = q @ k.mT
             scores = scores if bias is None else scores.add_(bias)
-            out = self.dropout(scores.softmax(-1)) @ v
-        else:
-            drop = self.dropout.p if self.training else 0.0
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop, scale=1.0)
-        return out.transpose(1, 2).flatten(2)
+            return self.dropout(scores.softmax(-1)) @ v
+        drop = self.dropout.p if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop, scale=1.0)
 
 
 class FeedForward(nn.Module):
@@ -334,14 +422,14 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
         self.dropout = Dropout(config.dropout_rate)
 
-    def forward(self, x: Tensor, bias: Tensor, memory: Tensor | None = None,
-                memory_bias: Tensor | None = None) -> Tensor:
-        """x [B,S,D], memory [B,M,D] -> [B,S,D]."""
-        normed = self.self_attention_norm(x)
-        x = x + self.dropout(self.self_attention(normed, normed, bias))
+    def forward(self, x: Tensor, bias: Tensor, padding: Padding,
+                memory: Source | None = None) -> Tensor:
+        """x [B,S,D] as its padding leaves it -> in that shape."""
+        source = Source(self.self_attention_norm(x), bias, padding)
+        x = x + self.dropout(self.self_attention(source.tokens, padding, source))
         if self.cross_attention is not None:
             normed = self.cross_attention_norm(x)
-            x = x + self.dropout(self.cross_attention(normed, memory, memory_bias))
+            x = x + self.dropout(self.cross_attention(normed, padding, memory))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
@@ -377,18 +465,18 @@ class Stack(nn.Module):
 
     def forward(self, hidden: Tensor, mask: Tensor | None, memory: Tensor | None = None,
                 memory_mask: Tensor | None = None) -> Tensor:
-        """hidden [B,S,D], mask [B,S], memory [B,M,D] and its mask -> [B,S,D]; mask None: all real.
-        """
-        dtype, memory_bias = compute_dtype(hidden), None
-        if memory_mask is not None:
-            memory, memory_bias = prepare_memory(memory, memory_mask, dtype)
-        bias = self.self_bias(hidden.shape[1], mask, dtype)
-        x = self.dropout(hidden)
+        """hidden [B,S,D], mask [B,S], memory [B,M,D] and its mask -> [B,S,D], of no meaning at
+        padding; mask None: all real. A decoder's padding must come last: no real token sees it
+        there."""
+        dtype, padding = compute_dtype(hidden), Padding(mask, self.training)
+        source = prepare_memory(memory, memory_mask, dtype, self.training) if self.decoder else None
+        bias = self.self_bias(hidden.shape[1], None if self.decoder else mask, dtype)
+        x = self.dropout(padding.unpad(hidden))
         for block in self.blocks:
-            arguments = (x, bias, memory, memory_bias)
+            arguments = (x, bias, padding, source)
             again = self.recompute and self.training and torch.is_grad_enabled()
             x = checkpoint(block, *arguments, use_reentrant=False) if again else block(*arguments)
-        return self.dropout(self.final_norm(x))
+        return padding.pad(self.dropout(self.final_norm(x)))
 
 
 # ------------------------------------------------------------ decoding
@@ -473,15 +561,16 @@ class IncrementalBlock:
     those of the memory, which are made once per request and shared by its rows (beams).  Products
     compute in `dtype`, attention in the type of the biases."""
 
-    def __init__(self, block: Block, memory: Tensor, memory_bias: Tensor, rows: int, steps: int,
+    def __init__(self, block: Block, memory: Source, rows: int, steps: int,
                  dtype: torch.dtype) -> None:
-        self.block = block
+        self.block, self.heads = block, block.self_attention.heads
+        self.rows = Padding(None, training=False)
         own, cross, feed = block.self_attention, block.cross_attention, block.feed_forward
         self.own = [Product(layers, dtype) for layers in ((own.q, own.k, own.v), (own.o,))]
         self.cross = [Product(layers, dtype) for layers in ((cross.q,), (cross.o,))]
         self.feed = [Product(layers, dtype) for layers in (feed.entrances, (feed.down,))]
         self.memory_keys, self.memory_values = (
-            t.to(memory_bias.dtype) for t in cross.keys_values(memory))  # [B,H,M,K]
+            t.to(memory.bias.dtype) for t in cross.keys_values(memory))  # [B,H,M,K]
         _, H, _, K = self.memory_keys.shape
         self.keys, self.values = self.memory_keys.new_empty(2, rows, H, steps, K)
 
@@ -491,7 +580,7 @@ class IncrementalBlock:
 
     def self_attention(self, x: Tensor, bias: Tensor) -> Tensor:
         block, (read, write), now = self.block, self.own, bias.shape[-1]
-        q, k, v = (block.self_attention.split_heads(y) for y in read(block.self_attention_norm(x)))
+        q, k, v = (self.rows.split(y, self.heads) for y in read(block.self_attention_norm(x)))
         self.keys[:, :, now - 1:now], self.values[:, :, now - 1:now] = k, v
         so_far = self.keys[:, :, :now], self.values[:, :, :now]
         return x + write(self.attend(q, *so_far, bias))[0]
@@ -500,7 +589,7 @@ class IncrementalBlock:
         """The beams of a request are further queries on the same keys."""
         block, (read, write) = self.block, self.cross
         q, = read(block.cross_attention_norm(x))
-        q = block.cross_attention.split_heads(q.reshape(len(self.memory_keys), -1, q.shape[-1]))
+        q = self.rows.split(q.reshape(len(self.memory_keys), -1, q.shape[-1]), self.heads)
         out = self.attend(q, self.memory_keys, self.memory_values, bias)
         return x + write(out.reshape(len(x), 1, -1))[0]
 
@@ -510,7 +599,8 @@ class IncrementalBlock:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         with torch.autocast(q.device.type, enabled=False):
-            return self.block.self_attention.attend(q.to(k.dtype), k, v, bias)
+            out = self.block.self_attention.attend(q.to(k.dtype), k, v, bias)
+        return self.rows.merge(out)
 
     def select(self, rows: Tensor, requests: Tensor | None, length: int) -> None:
         """See IncrementalDecoder.select; of the keys and values, `length` are there."""
@@ -530,9 +620,10 @@ class IncrementalDecoder:
         self.model, self.mask, self.length, dtype = model, mask, 0, compute_dtype(memory)
         # On a CPU SDPA for few queries takes a quarter of the time in fp32 that it takes in bf16.
         attends = torch.promote_types(dtype, torch.float32) if mask.device.type == "cpu" else dtype
-        memory, self.memory_bias = prepare_memory(memory, mask, attends)
-        self.blocks = [IncrementalBlock(block, memory, self.memory_bias, len(memory) * beams, steps,
-                                        dtype) for block in model.decoder.blocks]
+        source = prepare_memory(memory, mask, attends)
+        self.memory_bias = source.bias
+        self.blocks = [IncrementalBlock(block, source, len(memory) * beams, steps, dtype)
+                       for block in model.decoder.blocks]
         self.bias = model.decoder.self_bias(steps, None, attends)  # [1,H,steps,steps]
         weight = model.head_weight
         self.head = remembered(weight, [weight], dtype, lambda: Packed([weight], dtype))
@@ -639,11 +730,11 @@ class T5(nn.Module):
         return hidden * self.config.d_model ** -0.5 if self.config.scale_logits else hidden
 
     def decode_hidden(self, decoder_input_ids: Tensor, memory: Tensor,
-                      memory_mask: Tensor | None = None) -> Tensor:
+                      memory_mask: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """ids [B,T], memory [B,M,D], its mask [B,M] (None: all real) -> [B,T,D] before the head.
-        The target needs no mask: its padding comes last, out of sight of the real tokens."""
-        mask = None if memory_mask is None else memory_mask.bool()
-        return self.decoder(self.embed(decoder_input_ids), None, memory, mask)
+        mask [B,T] saves work and changes no real token; the target's padding comes last."""
+        memory_mask = None if memory_mask is None else memory_mask.bool()
+        return self.decoder(self.embed(decoder_input_ids), mask, memory, memory_mask)
 
     def decode(self, decoder_input_ids: Tensor, memory: Tensor,
                memory_mask: Tensor | None = None) -> Tensor:
@@ -667,7 +758,9 @@ class T5(nn.Module):
                 labels: Tensor) -> tuple[Tensor, Tensor]:
         """ids [B,S], mask [B,S], labels [B,T] -> logits [B,T,C], mean loss over labels not -100."""
         memory = self.encode(input_ids, attention_mask)
-        logits = self.decode(self.shift_right(labels), memory, attention_mask)
+        seen = (labels != -100).flip(1).cumsum(1).flip(1) > 0  # no label follows what is not
+        logits = self.head(self.decode_hidden(self.shift_right(labels), memory, attention_mask,
+                                              seen))
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
     @torch.no_grad()

@@ -33,7 +33,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from t5 import (T5, Attention, FeedForward, Linear, RMSNorm, Stack, T5Config, WeightsError,
+from t5 import (T5, Attention, FeedForward, Linear, Padding, RMSNorm, Stack, T5Config, WeightsError,
                 compute_dtype, odd_fields, open_weights, prepare_memory, read_json, read_weights)
 
 # ------------------------------------------------------------------------------ pictures to pixels
@@ -536,9 +536,11 @@ class GateFusion(nn.Module):
 
         A row without visual tokens is returned as it came, to the bit.
         """
-        source, bias = prepare_memory(visual, visual_mask, compute_dtype(h))
-        mixed = h + self.attention(self.attention_norm(h), source, bias)
-        mixed = self.feed_forward(self.feed_forward_norm(mixed))
+        padding = Padding(mask, self.training)
+        source = prepare_memory(visual, visual_mask, compute_dtype(h), self.training)
+        text = padding.unpad(h)
+        mixed = text + self.attention(self.attention_norm(text), padding, source)
+        mixed = padding.pad(self.feed_forward(self.feed_forward_norm(mixed)))
         fused = h + self.gate(h, mask, visual, visual_mask)[:, None, None] * mixed
         return torch.where(visual_mask.any(1)[:, None, None], fused.to(h.dtype), h)
 
@@ -607,7 +609,8 @@ class UMIE(nn.Module):
     def hidden(self, batch: Any) -> Tensor:
         """-> [B,T,D] for batch.labels, before the head; a loss needs it at real tokens only."""
         memory, mask = self.encode(batch)
-        return self.t5.decode_hidden(self.t5.shift_right(batch.labels), memory, mask)
+        return self.t5.decode_hidden(self.t5.shift_right(batch.labels), memory, mask,
+                                     batch.labels != -100)
 
     def forward(self, batch: Any) -> Tensor:
         """-> logits [B,T,C] for batch.labels."""

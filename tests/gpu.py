@@ -51,9 +51,9 @@ class Problem:
         self.parameters = [(torch.randn(*s, device=dev) * D ** -.5).requires_grad_()
                            for s in shapes]
         edges = [T * i // tasks for i in range(tasks + 1)]
-        self.segments = [(i, slice(a, b)) for i, (a, b) in enumerate(zip(edges, edges[1:]))]
-        self.tasks = torch.cat([torch.full((b.stop - b.start,), i, dtype=torch.int32)
-                                for i, b in self.segments]).to(dev)
+        self.runs = [(i, b - a) for i, (a, b) in enumerate(zip(edges, edges[1:]))]
+        self.tasks = torch.cat([torch.full((size,), i, dtype=torch.int32)
+                                for i, size in self.runs]).to(dev)
         self.rows = R + tasks * r + 1
         self.width = (self.rows + 7) // 8 * 8
         zeros = torch.zeros(2 * D + self.width, D + self.width, device=dev, dtype=torch.bfloat16)
@@ -63,8 +63,8 @@ class Problem:
         self.Bt = zeros[:self.width, :D].clone()
 
     def layer(self, function: Callable) -> Tensor:
-        """expert_linear or its reference on rows of one token each."""
-        return function(self.x[:, None], self.base, self.parameters, self.segments, SCALE)[0][:, 0]
+        """expert_linear or its reference."""
+        return function(self.x, self.base, self.parameters, self.runs, SCALE)[0]
 
 
 class Concatenated(torch.autograd.Function):

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import clorae
 import losses
 from clorae import ExpertConfig, ExpertLinear, Routing
-from t5 import T5, Linear, Product, Stack, T5Config
+from t5 import T5, Linear, Padding, Product, Stack, T5Config
 from vision import UMIE
 
 TASKS = ("mner", "mre", "mee")
@@ -123,6 +123,42 @@ def test_rank_space_layer_equals_the_paper_equations_with_every_gradient(method,
     torch.testing.assert_close(y, naive(m, x, tasks)[0], rtol=1e-10, atol=1e-10)
     for ours, reference in zip(got, expected):
         torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("method, options", METHODS)
+def test_real_tokens_alone_give_what_they_give_among_padding(method, options):
+    """[t,D_in] in place of [B,S,D_in]: outputs, L_MIM and every gradient; a row without tokens."""
+    m, (x, tasks, mask) = layer(method, torch.float64, **options).train(), inputs(torch.float64)
+    upstream = torch.randn(B, S, D_OUT, dtype=torch.float64)
+    wanted, answers = [p for p in m.parameters() if p.requires_grad], []
+    for some, dy in ((x, upstream * mask[..., None]), (x[mask], upstream[mask])):
+        some = some.clone().requires_grad_()
+        y = run(m, some, tasks, mask, batch=B)
+        L_MIM = sum(losses.mutual_information(m.routing.moments(), 1) for _ in m.routing.codes[:1])
+        *gradients, dx = torch.autograd.grad((y * dy).sum() + L_MIM, [*wanted, some],
+                                             allow_unused=True, materialize_grads=True)
+        answers.append([*gradients, *((y[mask], dx[mask]) if y.dim() == 3 else (y, dx))])
+    for among, alone in zip(*answers, strict=True):
+        torch.testing.assert_close(alone, among, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("method, options", METHODS)
+def test_a_batch_without_a_real_token_gives_nothing_and_learns_nothing(method, options):
+    """t = 0, as of the visual tokens of rows without images."""
+    m, (_, tasks, mask) = layer(method, **options).train(), inputs()
+    y = run(m, torch.randn(0, D_IN, requires_grad=True), tasks, mask & False, batch=B)
+    y.sum().backward()
+    assert y.shape == (0, D_OUT)
+    assert not any(p.grad is not None and p.grad.any() for p in m.parameters())
+
+
+def test_tokens_that_the_masks_do_not_know_are_refused():
+    """Which row a token belongs to follows from the mask: another number of tokens is an error."""
+    m, (x, tasks, mask) = layer(), inputs()
+    with pytest.raises(ValueError, match="expected the 19 tokens of the stream memory .* got 18"):
+        run(m, x[mask][1:], tasks, mask)
+    with pytest.raises(ValueError, match="expected the 0 tokens .* give set"):
+        run(m, x[mask], tasks)
 
 
 def test_float64_gradcheck_of_the_layer():
@@ -497,13 +533,13 @@ def test_unknown_tasks_and_forgotten_rows_are_errors():
 
 # --------------------------------------------------------------------------------- whole models
 
-def tiny_umie(d_kv: int = 5) -> UMIE:
+def tiny_umie(fusion: str = "gate", d_kv: int = 5) -> UMIE:
     """A UMIE whose H K = 3 * 5 differs from D = 16, as in t5-small."""
     config = T5Config(vocab_size=40, d_model=16, d_kv=d_kv, d_ff=24, num_layers=2,
                       num_decoder_layers=1, num_heads=3, feed_forward_proj="gated-gelu",
                       dropout_rate=0.0, tie_head=False, scale_logits=False)
     torch.manual_seed(3)
-    return UMIE(T5(config), feature_width=12, max_objects=4, fusion="gate")
+    return UMIE(T5(config), feature_width=12, max_objects=4, fusion=fusion)
 
 
 def test_adapt_wraps_q_and_v_of_t5_and_vstack_and_nothing_else():
@@ -670,6 +706,47 @@ def test_recomputed_activations_change_no_gradient_and_keep_less(method):
         kept.append(sum(numbers))
     assert all(torch.equal(a, b) for a, b in zip(*found) if a is not None)
     assert kept[1] < 0.5 * kept[0]
+
+
+@pytest.mark.parametrize("fusion", ["gate", "concat"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_training_without_padding_is_training_with_it(fusion, recompute, monkeypatch):
+    """The whole model, experts and L_MIM included: equal losses and gradients, to 1e-9."""
+    torch.manual_seed(3)
+    lengths = [torch.tensor(some)[:, None] for some in ([4, 7, 2, 5], [1, 4, 0, 0], [3, 1, 5, 4])]
+    mask, visual, target = (torch.arange(n) < some for n, some in zip((7, 4, 5), lengths))
+    mask[1, 3] = visual[1, 2] = False  # holes
+    batch = SimpleNamespace(
+        input_ids=torch.randint(3, 40, (4, 7)), attention_mask=mask, visual_mask=visual,
+        labels=torch.randint(3, 40, (4, 5)).masked_fill(~target, -100), boxes=torch.rand(4, 4, 5),
+        tasks=torch.tensor([0, 2, 2, 0]), features=torch.randn(4, 4, 12).double())
+    model = clorae.adapt(tiny_umie(fusion), rank=6, dropout=0.0).double().train()
+    model.requires_grad_(True)
+    for module in model.modules():
+        if isinstance(module, clorae.ExpertLinear):
+            nn.init.normal_(module.B_U, std=0.3), nn.init.normal_(module.B_T, std=0.3)
+        elif isinstance(module, Stack):
+            module.recompute = recompute
+        elif isinstance(module, nn.Dropout):
+            module.p = 0.0
+    if fusion == "gate":
+        nn.init.normal_(model.fusion.feed_forward.down.weight)
+    answers, t = [], int(mask.sum() + (0 if fusion == "gate" else visual.sum()))
+    for taken_out in (True, False):
+        if not taken_out:
+            monkeypatch.setattr(Padding, "__init__", lambda self, *_: setattr(self, "mask", None))
+        model.routing.mim_batch, shapes = 4, []
+        block = model.t5.encoder.blocks[0].feed_forward
+        hook = block.register_forward_pre_hook(lambda _, given: shapes.append(given[0].shape[:-1]))
+        hidden = model.hidden(batch)
+        hook.remove()
+        assert shapes == [(t,) if taken_out else (4, 7 if fusion == "gate" else 11)]
+        ce = losses.token_cross_entropy(hidden, batch.labels, model.t5.head).sum().double()
+        L_MIM = losses.mutual_information(model.routing.moments(), 1)
+        gradients = torch.autograd.grad(ce + L_MIM, list(model.parameters()), allow_unused=True)
+        answers.append([hidden[target], ce, L_MIM, *gradients])
+    for without, within in zip(*answers, strict=True):
+        torch.testing.assert_close(without, within, rtol=1e-9, atol=1e-9)
 
 
 def test_mim_without_masks_says_what_is_missing():

@@ -101,7 +101,7 @@ def device_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 def pytorch(x: Tensor, base: nn.Linear, parameters: list[Tensor],
-            segments: list[tuple[int, slice]], scale: float, dropped: Tensor | None = None,
+            runs: list[tuple[int, int]], scale: float, dropped: Tensor | None = None,
             gates: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """expert_linear in PyTorch: in x's type with fp32 parameters cast to it, fp32 sigmoid."""
     A_U, A_T, B_U, B_T, W_g = (p.to(x.dtype) for p in parameters)
@@ -109,9 +109,10 @@ def pytorch(x: Tensor, base: nn.Linear, parameters: list[Tensor],
         gates = F.linear(x, W_g).float().softmax(dim=-1) if x.dtype != torch.float64 else \
             F.linear(x, W_g).softmax(dim=-1)
     source, weights, h, codes = x if dropped is None else dropped, gates.to(x.dtype), [], []
-    for task, rows in segments:
-        z_U, z_T, g = F.linear(source[rows], A_U), None, scale * weights[rows]
-        z_T = F.linear(source[rows], A_T[task]) if len(A_T) else z_U[..., :0]
+    sizes = [size for _, size in runs]
+    for (task, _), some, g in zip(runs, source.split(sizes), (scale * weights).split(sizes)):
+        z_U = F.linear(some, A_U)
+        z_T = F.linear(some, A_T[task]) if len(A_T) else z_U[..., :0]
         B = torch.cat([B_U, B_T[task]], dim=1) if len(B_T) else B_U
         h.append(F.linear(torch.cat([g[..., :1] * z_U, g[..., 1:] * z_T], dim=-1), B))
         codes.append(torch.cat([z_U, z_T], dim=-1))
@@ -125,6 +126,7 @@ def problem(case: str, variant: str, dtype: torch.dtype, device: torch.device) -
         (0, r, N) if variant == "task only" else (R, r, N)
     torch.manual_seed(3)
     B, gate = len(tasks), 2 if variant in ("live gate", "dropout") else 0
+    T = B * S
 
     def draw(*shape: int, size: float = 1.0, kind: torch.dtype = torch.float32) -> Tensor:
         return (torch.randn(*shape, dtype=torch.float64) * size).to(kind).to(device)
@@ -133,17 +135,17 @@ def problem(case: str, variant: str, dtype: torch.dtype, device: torch.device) -
     runs, start = [], 0
     for stop in range(1, B + 1):
         if stop == B or tasks[stop] != tasks[start]:
-            runs.append((tasks[start] if N else 0, slice(start, stop)))
+            runs.append((tasks[start] if N else 0, (stop - start) * S))
             start = stop
     return {
-        "x": draw(B, S, d_in, kind=dtype), "base": base.to(device, dtype),
+        "x": draw(T, d_in, kind=dtype), "base": base.to(device, dtype),
         "parameters": [draw(R, d_in, size=d_in ** -.5), draw(N, r, d_in, size=d_in ** -.5),
                        draw(d_out, R, size=.1), draw(N, d_out, r, size=.1),
                        draw(gate, d_in, size=.3)],
-        "segments": runs,
-        "dropped": draw(B, S, d_in, kind=dtype) if variant.startswith("dropout") else None,
-        "gates": None if gate else torch.rand(B, S, 2, device=device),
-        "dy": draw(B, S, d_out, kind=dtype), "dz": draw(B, S, R + r, size=.1, kind=dtype)}
+        "runs": runs,
+        "dropped": draw(T, d_in, kind=dtype) if variant.startswith("dropout") else None,
+        "gates": None if gate else torch.rand(T, 2, device=device),
+        "dy": draw(T, d_out, kind=dtype), "dz": draw(T, R + r, size=.1, kind=dtype)}
 
 
 def run(layer, problem: dict, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -157,7 +159,7 @@ def run(layer, problem: dict, dtype: torch.dtype) -> dict[str, Tensor]:
     base = nn.Linear(*problem["base"].weight.T.shape, bias=problem["base"].bias is not None)
     base.load_state_dict(problem["base"].state_dict())
     base = base.to(x.device, dtype).requires_grad_(False)
-    y, z, _ = layer(x, base, parameters, problem["segments"], SCALE, dropped=dropped, gates=gates)
+    y, z, _ = layer(x, base, parameters, problem["runs"], SCALE, dropped=dropped, gates=gates)
     total = (y * problem["dy"].to(dtype)).sum() + (z * problem["dz"].to(dtype)).sum()
     inputs = [x, *parameters, dropped, gates]
     wanted = [t for t in inputs if t is not None]
@@ -186,13 +188,13 @@ def test_the_reference_in_float64_is_the_papers_equation_word_for_word():
     """y_t = W_0 x_t + s (g1 B_U A_U x_t + g2 B_n A_n x_t), one token at a time."""
     given = problem("tasks out of order", "live gate", torch.float64, torch.device("cpu"))
     A_U, A_T, B_U, B_T, W_g = (p.double() for p in given["parameters"])
-    y, _, _ = pytorch(given["x"], given["base"], given["parameters"], given["segments"], SCALE)
+    y, _, _ = pytorch(given["x"], given["base"], given["parameters"], given["runs"], SCALE)
     tasks = CASES["tasks out of order"][-1]
-    for i, task in enumerate(tasks):
-        for j, x in enumerate(given["x"][i]):
-            g1, g2 = torch.softmax(W_g @ x, dim=0)
-            h = g1 * B_U @ (A_U @ x) + g2 * B_T[task] @ (A_T[task] @ x)
-            assert torch.allclose(y[i, j], given["base"].weight @ x + SCALE * h, atol=1e-12)
+    for t, x in enumerate(given["x"]):
+        task = tasks[t * len(tasks) // len(y)]
+        g1, g2 = torch.softmax(W_g @ x, dim=0)
+        h = g1 * B_U @ (A_U @ x) + g2 * B_T[task] @ (A_T[task] @ x)
+        assert torch.allclose(y[t], given["base"].weight @ x + SCALE * h, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -216,7 +218,7 @@ def test_a_layer_without_experts_of_its_own_is_the_frozen_linear_bit_for_bit(dev
     given = problem("the demo's ranks", "live gate", torch.bfloat16, device)
     given["parameters"][2].zero_(), given["parameters"][3].zero_()
     y, _, gates = clorae.expert_linear(given["x"], given["base"], given["parameters"],
-                                       given["segments"], SCALE)
+                                       given["runs"], SCALE)
     assert torch.equal(y, given["base"](given["x"]))
     assert torch.allclose(gates.sum(-1), torch.ones_like(gates[..., 0]))
 
@@ -225,8 +227,8 @@ def test_gates_from_outside_silence_the_router_and_no_router_means_a_plain_sum(d
     """Fixed gates beside a W_g: no gradient for W_g; without W_g: h = U + D, as with g = (1, 1).
     Packs made beforehand give the same."""
     given = problem("the demo's ranks", "live gate", torch.float32, device)
-    x, base, parameters, runs = (given[k] for k in ("x", "base", "parameters", "segments"))
-    W_g, ones = parameters[4].requires_grad_(), torch.ones(*x.shape[:2], 2, device=device)
+    x, base, parameters, runs = (given[k] for k in ("x", "base", "parameters", "runs"))
+    W_g, ones = parameters[4].requires_grad_(), torch.ones(len(x), 2, device=device)
     y, _, gates = clorae.expert_linear(x, base, parameters, runs, SCALE, gates=ones)
     assert torch.equal(gates, ones)
     y.sum().backward()
@@ -310,14 +312,14 @@ def test_the_operator_passes_torchs_own_checks(device, variant):
 
 
 def operator_arguments(given: dict) -> tuple:
-    """Arguments of clorae::experts on flat tensors, requiring gradients."""
-    S = given["x"].shape[1]
-    flat = [None if t is None else t.flatten(0, 1).requires_grad_()
-            for t in (given["x"], given["dropped"], given["gates"])]
+    """Arguments of clorae::experts, requiring gradients."""
+    x, dropped, gates = (None if given[name] is None else given[name].requires_grad_()
+                         for name in ("x", "dropped", "gates"))
     parameters = [p.requires_grad_() for p in given["parameters"]]
-    packs = clorae.pack([p.detach() for p in parameters], given["x"].dtype)
-    runs = [n for task, rows in given["segments"] for n in (task, rows.start * S, rows.stop * S)]
-    return flat[0], flat[1], given["base"].weight, flat[2], packs, parameters, runs, SCALE
+    packs, segments, stop = clorae.pack([p.detach() for p in parameters], x.dtype), [], 0
+    for task, size in given["runs"]:
+        segments, stop = [*segments, task, stop, stop + size], stop + size
+    return x, dropped, given["base"].weight, gates, packs, parameters, segments, SCALE
 
 
 def test_compiling_the_layer_changes_nothing(device):
@@ -348,7 +350,7 @@ def test_a_wrong_argument_is_refused_with_a_sentence(emulator, monkeypatch, sent
     monkeypatch.setitem(clorae.KERNELS, "cpu", torch.ops.clorae_emulator)
     given = problem("the demo's ranks", "live gate", torch.float32, torch.device("cpu"))
     A, _ = clorae.pack(given["parameters"], torch.float32)
-    right = {"x": given["x"].flatten(0, 1), "A": A, "segments": [0, 0, 14, 1, 14, 21, 2, 21, 35],
+    right = {"x": given["x"], "A": A, "segments": [0, 0, 14, 1, 14, 21, 2, 21, 35],
              "ranks": [24, 8, 3], "live": True, "z": torch.empty(35, 40),
              "gates": torch.empty(35, 2), "stream": 0}
     torch.ops.clorae_emulator.shrink(*right.values())
@@ -488,10 +490,12 @@ def test_nothing_is_compiled_at_import_and_the_cpu_never_asks():
         clorae.kernels(torch.device("cpu"), "cuda")
 
 
+@pytest.mark.parametrize("padding", [False, True])
 @pytest.mark.parametrize("options", [{}, {"egr": False}, {"method": "lora"}, {"method": "tlora"},
                                      {"fixed": (0.3, 0.7)}], ids=str)
-def test_a_layer_of_the_model_is_the_same_on_the_kernels(device, options):
-    """ExpertLinear with dropout: outputs, L_MIM's codes and every gradient, to fp32 rounding."""
+def test_a_layer_of_the_model_is_the_same_on_the_kernels(device, options, padding):
+    """ExpertLinear with dropout: outputs, L_MIM's codes and every gradient, to fp32 rounding; on
+    the tokens of three rows, or on the real ones alone."""
     options = dict(options)
     routing, fixed = clorae.Routing(("a", "b", "c")), options.pop("fixed", None)
     config = clorae.ExpertConfig(**{"rank": 9, "dropout": 0.1, **options})
@@ -499,16 +503,18 @@ def test_a_layer_of_the_model_is_the_same_on_the_kernels(device, options):
     module = clorae.ExpertLinear(base, config, routing, "memory").to(device).train()
     for parameter in (p for p in module.parameters() if p.requires_grad):
         nn.init.normal_(parameter, std=0.3)
-    routing.set(torch.tensor([0, 2, 2]), memory=torch.ones(3, 5, dtype=torch.bool, device=device))
+    mask = torch.arange(5, device=device) < torch.tensor([[5], [2], [4]], device=device)
+    routing.set(torch.tensor([0, 2, 2]), memory=mask)
     routing.fixed_gates, routing.mim_batch = fixed, 3
     x, dy = torch.randn(2, 3, 5, 24, device=device)
+    x, dy = (x[mask], dy[mask]) if padding else (x, dy)
     answers = []
     for routing.impl in ("cuda", "reference"):
         assert module.runs_on_kernels(x) == (routing.impl == "cuda")
         torch.manual_seed(1)
         source = x.clone().requires_grad_()
         y = module(source)
-        codes = [z[:sum(module.widths)] for _, z in routing.codes]  # without the logits
+        codes = [z[:sum(module.widths)] for *_, z in routing.codes]  # without the logits
         routing.codes = []
         loss = (y * dy[..., :16]).sum() + sum(z.square().sum() for z in codes)
         wanted = [source, *(p for n, p in module.named_parameters()
