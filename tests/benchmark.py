@@ -10,10 +10,11 @@ take turns; printed are medians over the repeats, after warm-up, and their ratio
 tokens/s: source and target of a step, new tokens of a decoding; share: of the arithmetic rate that
 a large matrix product reaches here in the same type.  memory: peak of a process that does five
 steps (of the allocator on a GPU), without Adam's moments.  padding: the share of real tokens among
-those that training computes.
+those of the rows that training computes.
 """
 
 import argparse
+import ctypes
 import importlib.util
 import re
 import statistics
@@ -40,6 +41,20 @@ from vision import UMIE
 PEER = all(importlib.util.find_spec(name) for name in ("transformers", "peft"))
 TASKS = [0, 0, 0, 1, 1, 1, 2, 2]
 SOURCE, TARGET, NEW = 95, 16, 32  # tokens of a row of the step; new tokens of a decoding
+
+
+def keep_memory() -> None:
+    """Let glibc keep what is freed, for all variants alike.
+
+    By its rules large blocks go back to the system, and come from it page by page: thousands of
+    faults, milliseconds of a layer, that one variant pays or another, as their order has it.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # another C library
+        return
+    mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
 
 
 def wait() -> None:
@@ -263,7 +278,7 @@ def padding(corpus: str, tokenizer: str) -> None:
             widths = [[len(getattr(examples[i], side)) for i in part] for part in parts]
             shares.append(sum(map(sum, widths)) / sum(len(w) * max(w) for w in widths))
         print(f"  {name:6} batch {size.batch}, micro-batch {size.micro_batch}: "
-              f"source {shares[0]:.3f}, target {shares[1]:.3f} (the head computes real ones only)")
+              f"source {shares[0]:.3f}, target {shares[1]:.3f} (the head, on a CPU all but attention: 1)")
 
 
 def main() -> None:
@@ -283,6 +298,7 @@ def main() -> None:
     torch.manual_seed(0)
     if args.peak_of:
         return peak_of(args.peak_of, args.size)
+    keep_memory()
     name = torch.cuda.get_device_name() if args.device == "cuda" else f"{args.threads} CPU threads"
     print(f"torch {torch.__version__}, {name}, peer {'at hand' if PEER else 'not installed here'}")
     for what in args.what or sections:
