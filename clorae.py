@@ -21,9 +21,9 @@ methods that the paper compares with are variants of the same layer: a mixer bet
 
 Shapes: B rows of the batch, S tokens of a row (source, target or visual ones), D_in and D_out the
 widths of one linear, R universal rank, r = floor(R / N) task rank, N tasks, E experts of LoRAMoE;
-besides, k = R + r numbers of a token in rank space, t tokens of a run of rows of one task, and L
-wrapped linears that see one stream of tokens: the memory that the decoder reads, the target, or
-the visual tokens.
+besides, k = R + r numbers of a token in rank space, t tokens that a layer sees, B S or only the
+real ones of a batch with padding, and L wrapped linears that see one stream of tokens: the memory
+that the decoder reads, the target, or the visual tokens.
 
 Everything but W_0 x lives in rank space: the gate multiplies the k numbers z = [A_U x ; A_n x] of a
 token before one product with [B_U B_n], so the experts' outputs U = B_U z_U and D = B_n z_n, each
@@ -429,8 +429,7 @@ class ExpertLinear(nn.Module):
             nn.init.constant_(self.rho, RHO_INIT)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B,S,D_in], or [t,D_in] of the real tokens alone -> y in that shape
-        = W_0 x + s h, Eq. (8)."""
+        """x [B,S,D_in], or real tokens [t,D_in] -> y in that shape = W_0 x + s h, Eq. (8)."""
         runs = self.runs(x)
         if self.runs_on_kernels(x):
             return self.fused(x, runs)
@@ -930,12 +929,12 @@ def product_dtype(x: Tensor) -> torch.dtype:
 def expert_linear(x: Tensor, base: nn.Linear, parameters: Sequence[Tensor], runs: Runs,
                   scale: float, dropped: Tensor | None = None, gates: Tensor | None = None,
                   packs: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """One ExpertLinear on the kernels: y [T,D_out], z [T,R + r], gates [T,2] (fp32).
+    """One ExpertLinear on the kernels, for T tokens: y [T,D_out], z [T,R + r], gates [T,2] (fp32).
 
     x [T,D_in]; parameters in fp32: A_U, A_T, B_U, B_T, W_g, absent ones without rows ([0,D_in],
-    [1,0,D_in], [D_out,0], [1,D_out,0], [0,D_in]); dropped: x under dropout, for the experts alone;
-    gates [T,2]: weights in place of the router's (without either h = U + D); packs: `pack`'s
-    answer, where the parameters do not change between calls.
+    [1,0,D_in], [D_out,0], [1,D_out,0], [0,D_in]); runs of the T tokens; dropped: x under dropout,
+    for the experts alone; gates [T,2]: weights in place of the router's (without either h = U + D);
+    packs: `pack`'s answer, where the parameters do not change between calls.
     """
     dtype = product_dtype(x)
     inputs = [None if t is None else t.to(dtype).contiguous() for t in (x, dropped)]

@@ -162,9 +162,9 @@ def mask_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
 class Padding:
     """Takes the padding out of a batch, [B,S,D] -> [t,D], and puts it in again.
 
-    Attention alone looks at more than one token, so all else may go without padding, which is a
-    quarter of a batch's source tokens or more, and a half of its target's. So it is in training on
-    a CPU; elsewhere, and where all tokens are real, tokens stay in rows: texts to be answered come
+    Attention alone looks at more than one token, so all else may go without padding: in the demo's
+    batches a quarter of the source tokens, three fifths of the target's. So it is in training on a
+    CPU. Elsewhere, and where all tokens are real, tokens stay in rows: texts to be answered come
     sorted by length, and a GPU's host would have to wait for t.
     """
 
@@ -758,9 +758,9 @@ class T5(nn.Module):
                 labels: Tensor) -> tuple[Tensor, Tensor]:
         """ids [B,S], mask [B,S], labels [B,T] -> logits [B,T,C], mean loss over labels not -100."""
         memory = self.encode(input_ids, attention_mask)
-        seen = (labels != -100).flip(1).cumsum(1).flip(1) > 0  # no label follows what is not
+        mask = (labels != -100).flip(1).cumsum(1).flip(1) > 0  # up to the last label of a row
         logits = self.head(self.decode_hidden(self.shift_right(labels), memory, attention_mask,
-                                              seen))
+                                              mask))
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
     @torch.no_grad()
