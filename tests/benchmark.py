@@ -278,7 +278,7 @@ def padding(corpus: str, tokenizer: str) -> None:
             widths = [[len(getattr(examples[i], side)) for i in part] for part in parts]
             shares.append(sum(map(sum, widths)) / sum(len(w) * max(w) for w in widths))
         print(f"  {name:6} batch {size.batch}, micro-batch {size.micro_batch}: "
-              f"source {shares[0]:.3f}, target {shares[1]:.3f} (head: 1; on a CPU all but attention)")
+              f"source {shares[0]:.3f}, target {shares[1]:.3f} (head: 1; a CPU: all but attention)")
 
 
 def main() -> None:
