@@ -126,7 +126,7 @@ class Routing:
         self.codes: list[tuple["ExpertLinear", Runs, Tensor]] | None = []
         self.packs: dict[tuple, list[Tensor]] = {}  # see ExpertLinear.packs
         self._shares: dict[tuple, Tensor] = {}
-        self._lengths: dict[str, list[int]] = {}  # real tokens of each row, by stream
+        self._runs: dict[str, Runs] = {}  # of the real tokens of a stream
         self._rows: list[int] | None = None
 
     def set(self, tasks: Tensor, memory: Tensor | None = None, target: Tensor | None = None,
@@ -134,8 +134,9 @@ class Routing:
         """Announce a batch.
 
         tasks [B] indices into `names`; masks (bool, True = valid token) of the three token
-        streams: memory [B,S], target [B,T], visual [B,V].  They weigh L_MIM and are needed only
-        while it is collected.  Raises ValueError for a task that has no expert.
+        streams: memory [B,S], target [B,T], visual [B,V].  They are needed while L_MIM, which they
+        weigh, is collected, and where tokens come without their padding.  Raises ValueError for a
+        task that has no expert.
         """
         rows = tasks.tolist()
         unknown = [task for task in rows if not 0 <= task < len(self.names)]
@@ -145,7 +146,7 @@ class Routing:
                              "build the experts with every task that the data holds")
         self.tasks, self._rows = rows, rows
         self.masks = {"memory": memory, "target": target, "visual": visual}
-        self.codes, self.packs, self._shares, self._lengths = [], {}, {}, {}
+        self.codes, self.packs, self._shares, self._runs = [], {}, {}, {}
 
     def runs(self, x: Tensor, stream: str) -> Runs:
         """The runs of rows of one task in x, with their numbers of tokens; x [B,S,D_in], or the
@@ -153,15 +154,19 @@ class Routing:
         if x.dim() == 3:
             return [(task, (rows.stop - rows.start) * x.shape[1])
                     for task, rows in self.segments(len(x))]
-        if stream not in self._lengths:
-            mask = self.masks.get(stream)
-            self._lengths[stream] = [] if mask is None else mask.sum(dim=1).tolist()
-        lengths = self._lengths[stream]
-        if sum(lengths) != len(x):
-            raise ValueError(f"routing: expected the {sum(lengths)} tokens of the stream {stream} "
-                             f"that the mask given to set() calls real, got {len(x)}; give set() "
-                             "the masks that the model is given")
-        return [(task, sum(lengths[rows])) for task, rows in self.segments(len(lengths))]
+        if self._rows is None:
+            return [(0, len(x))]
+        mask = self.masks.get(stream)
+        if stream not in self._runs and mask is not None:
+            lengths = mask.sum(dim=1).tolist()
+            self._runs[stream] = [(task, sum(lengths[rows]))
+                                  for task, rows in self.segments(len(lengths))]
+        runs = self._runs.get(stream, [])
+        if (known := sum(size for _, size in runs)) != len(x):
+            raise ValueError(f"routing: expected the {known} tokens of the stream {stream} that "
+                             f"the mask given to set() calls real, got {len(x)}; give set() the "
+                             "masks that the model is given")
+        return runs
 
     def rows(self, index: Tensor) -> None:
         """Follow the decoder: computed row k is row index[k] of the batch given to `set`."""

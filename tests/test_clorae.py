@@ -159,6 +159,8 @@ def test_tokens_that_the_masks_do_not_know_are_refused():
         run(m, x[mask][1:], tasks, mask)
     with pytest.raises(ValueError, match="expected the 0 tokens .* give set"):
         run(m, x[mask], tasks)
+    fresh = layer()  # whose rows are all of task 0
+    torch.testing.assert_close(fresh(x[mask]), fresh(x)[mask], rtol=1e-6, atol=1e-6)
 
 
 def test_float64_gradcheck_of_the_layer():
