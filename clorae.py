@@ -250,7 +250,8 @@ def stream_moments(codes: list[tuple["ExpertLinear", Tensor]], mask: Tensor, run
         return Moments(distance, share.sum() / batch, F.softplus(rho) + VARIANCE_FLOOR)
 
 
-def join(factors: Sequence[Tensor], tasks: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def join(factors: Sequence[Tensor], tasks: Sequence[int],
+         dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The experts of each of n tasks side by side: A [n,k (+ 1),D_in] and B [n,D_out,k].
 
     factors: A_U, A_T, B_U, B_T, W_g, the absent ones without rows.  Where there is a router, the
@@ -260,31 +261,42 @@ def join(factors: Sequence[Tensor], tasks: list[int], dtype: torch.dtype) -> tup
     n, R, k = len(tasks), len(A_U), len(A_U) + A_T.shape[1]
     A = A_U.new_empty(n, k + len(W_g) // 2, A_U.shape[1], dtype=dtype)
     B = A_U.new_empty(n, len(B_U), k, dtype=dtype)
-    A[:, :R], A[:, k:], B[..., :R] = A_U, W_g[:1] - W_g[1:], B_U
-    for A_n, B_n, task in zip(A, B, tasks):
-        A_n[R:k], B_n[:, R:] = A_T[task], B_T[task]
+    A[:, :R], A[:, R:k] = A_U, of_tasks(A_T, tasks)
+    B[..., :R], B[..., R:] = B_U, of_tasks(B_T, tasks)
+    if len(W_g):
+        A[:, k] = W_g[0] - W_g[1]
     return A, B
 
 
-def share_out(factors: Sequence[Tensor], tasks: list[int], dA: Tensor,
+def of_tasks(stacked: Tensor, tasks: Sequence[int]) -> Tensor:
+    """[N,...] -> [n,...]: what belongs to each of n tasks."""
+    return stacked if tasks == (*range(len(stacked)),) else stacked[list(tasks)]
+
+
+def share_out(factors: Sequence[Tensor], tasks: Sequence[int], dA: Tensor,
               dB: Tensor) -> list[Tensor]:
     """The reverse of `join`: gradients of A and B -> those of the factors."""
     A_U, A_T, B_U, B_T, W_g = factors
-    R, k, rows = len(A_U), dB.shape[2], torch.tensor(tasks, device=dA.device)
-    dA_T = torch.zeros_like(A_T).index_add_(0, rows, dA[:, R:k].to(A_T.dtype))
-    dB_T = torch.zeros_like(B_T).index_add_(0, rows, dB[..., R:].to(B_T.dtype))
+    R, k = len(A_U), dB.shape[2]
+    dA_T, dB_T = dA[:, R:k].to(A_T.dtype), dB[..., R:].to(B_T.dtype)
+    if tasks != (*range(len(A_T)),):
+        rows = torch.tensor(tasks, device=dA.device)
+        dA_T, dB_T = (torch.zeros_like(like).index_add_(0, rows, gradient)
+                      for like, gradient in ((A_T, dA_T), (B_T, dB_T)))
     dA_U, dB_U, dW_g = (t.sum(0, dtype=A_U.dtype) for t in (dA[:, :R], dB[..., :R], dA[:, k:]))
     return [dA_U, dA_T, dB_U, dB_T, torch.cat([dW_g, -dW_g])]
 
 
-def weigh(z: Tensor, gates: Tensor | None, scale: float, widths: Sequence[int],
+def weigh(z: Tensor, weights: Tensor | float, widths: Sequence[int],
           out: Tensor | None = None) -> Tensor:
-    """v = s g z, Eq. (7) in rank space: z [k,t], gates [E,t] or None, `widths` rows an expert."""
-    if gates is None:
-        return torch.mul(z, scale, out=out)
+    """v = s g z, Eq. (7) in rank space: z [k,t], weights s g [E,t] or s alone, `widths` rows an
+    expert."""
+    if not isinstance(weights, Tensor):
+        return torch.mul(z, weights, out=out)
     v = torch.empty_like(z) if out is None else out
-    for own, part, g in zip(z.split(widths), v.split(widths), (scale * gates).to(z.dtype)):
-        torch.mul(own, g, out=part)
+    for some, part, weight in zip(z.split_with_sizes(widths), v.split_with_sizes(widths),
+                                  weights.to(z.dtype).unbind()):
+        torch.mul(some, weight, out=part)
     return v
 
 
@@ -316,9 +328,10 @@ class LowRank(torch.autograd.Function):
         if gates is None and len(logit):
             g = wide(logit).sigmoid()  # Eq. (6): a softmax over two
             g = torch.cat([g, 1 - g])
-        v = weigh(z, g, scale, widths)
-        for y_n, v_n, B_n in zip(y.split(sizes), v.split(sizes, 1), B):
-            y_n.addmm_(v_n.T, B_n.T)  # Eq. (7), Eq. (8)
+        v = weigh(z, scale if g is None else scale * g, widths)
+        for y_n, v_n, B_n in zip(y.split_with_sizes(sizes), v.T.split_with_sizes(sizes),
+                                 B.mT.unbind()):
+            y_n.addmm_(v_n, B_n)  # Eq. (7), Eq. (8)
         ctx.mark_dirty(y)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, keep, codes, g, *factors)
@@ -335,43 +348,46 @@ class LowRank(torch.autograd.Function):
         if keep is not None:  # the gate reads x without dropout; its row is the same for all tasks
             torch.mm(A[0, k:], x.T, out=codes[k:])
             x, A, z = x * keep, A[:, :k], codes[:k]
-        for A_n, x_n, z_n in zip(A, x.split(sizes), z.split(sizes, 1)):
-            torch.mm(A_n, x_n.T, out=z_n)
+        for A_n, x_n, z_n in zip(A.unbind(), x.T.split_with_sizes(sizes, 1),
+                                 z.split_with_sizes(sizes, 1)):
+            torch.mm(A_n, x_n, out=z_n)
         return codes
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dcodes: Tensor | None) -> tuple[Tensor | None, ...]:
         x, keep, codes, g, *factors = ctx.saved_tensors
-        (A, B), k = join(factors, ctx.tasks, x.dtype), sum(ctx.widths)
+        (A, B), k, sizes = join(factors, ctx.tasks, x.dtype), sum(ctx.widths), ctx.sizes
+        weights = ctx.scale if g is None else ctx.scale * g
         dy = x.new_zeros(len(x), B.shape[1]) if dy is None else dy
         dv, dB = torch.empty_like(codes[:k]), torch.empty_like(B)
-        v = weigh(codes[:k], g, ctx.scale, ctx.widths)
-        parts = (v.split(ctx.sizes, 1), dv.split(ctx.sizes, 1), dy.split(ctx.sizes))
-        for B_n, dB_n, v_n, dv_n, dy_n in zip(B, dB, *parts):
-            torch.mm(B_n.T, dy_n.T, out=dv_n)
-            torch.mm(dy_n.T, v_n.T, out=dB_n)
-        d, dg = LowRank.code_gradients(dv, codes, g, dcodes, ctx.scale, ctx.widths)
+        v = weigh(codes[:k], weights, ctx.widths)
+        for B_n, dB_n, v_n, dv_n, dy_n in zip(
+                B.mT.unbind(), dB.unbind(), v.T.split_with_sizes(sizes),
+                dv.split_with_sizes(sizes, 1), dy.T.split_with_sizes(sizes, 1)):
+            torch.mm(B_n, dy_n, out=dv_n)
+            torch.mm(dy_n, v_n, out=dB_n)
+        d, dgates = LowRank.code_gradients(ctx, dv, codes, weights, g, dcodes)
         dx = torch.empty_like(x) if ctx.needs_input_grad[1] else None
-        dA = LowRank.input_gradients(d, A, k, x, keep, ctx.sizes, dx)
-        dgates = None if ctx.routed else dg.T
+        dA = LowRank.input_gradients(d, A, k, x, keep, sizes, dx)
         return dy, dx, None, dgates, None, None, *share_out(factors, ctx.tasks, dA, dB)
 
     @staticmethod
-    def code_gradients(dv: Tensor, codes: Tensor, g: Tensor | None, dcodes: Tensor | None,
-                       scale: float, widths: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """Gradient dv [k,t] of v -> that of the codes [k (+ 1),t]; that of the gates [E,t].
+    def code_gradients(ctx: Any, dv: Tensor, codes: Tensor, weights: Tensor | float,
+                       g: Tensor | None, dcodes: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Gradient dv [k,t] of v -> that of the codes [k (+ 1),t]; that of given gates [t,E].
         dcodes: what L_MIM adds to the gradient of z."""
         k, d = len(dv), torch.empty_like(codes)
-        weigh(dv, g, scale, widths, out=d[:k])
+        weigh(dv, weights, ctx.widths, out=d[:k])
         if dcodes is not None:
             d[:k].add_(dcodes[:k])
         if g is None:
             return d, None
-        dg = scale * torch.stack([p.sum(0) for p in (dv * codes[:k]).split(widths)[:len(g)]])
-        if len(d) > k:
-            d[k] = (dg[0] - dg[1]) * g[0] * g[1]
-        return d, dg
+        dg = [some.sum(0) for some in (dv * codes[:k]).split_with_sizes(ctx.widths)]
+        if not ctx.routed:
+            return d, ctx.scale * torch.stack(dg[:len(g)], dim=1)
+        d[k] = (dg[0] - dg[1]) * weights[0] * g[1]
+        return d, None
 
     @staticmethod
     def input_gradients(d: Tensor, A: Tensor, k: int, x: Tensor, keep: Tensor | None,
@@ -383,11 +399,13 @@ class LowRank(torch.autograd.Function):
             dA[:, k:] = 0
             torch.mm(d[k:], x, out=dA[0, k:])
         rows = slice(len(d_z))
-        for dA_n, d_n, x_n in zip(dA, d_z.split(sizes, 1), seen.split(sizes)):
-            torch.mm(d_n, x_n, out=dA_n[rows])
+        for dA_n, d_n, x_n in zip(dA[:, rows].unbind(), d_z.split_with_sizes(sizes, 1),
+                                  seen.split_with_sizes(sizes)):
+            torch.mm(d_n, x_n, out=dA_n)
         if dx is not None:
-            for A_n, d_n, dx_n in zip(A, d_z.split(sizes, 1), dx.split(sizes)):
-                torch.mm(d_n.T, A_n[rows], out=dx_n)
+            for A_n, d_n, dx_n in zip(A[:, rows].unbind(), d_z.T.split_with_sizes(sizes),
+                                      dx.split_with_sizes(sizes)):
+                torch.mm(d_n, A_n, out=dx_n)
             if keep is not None:
                 dx.mul_(keep).addmm_(d[k:].T, A[0, k:])
         return dA
@@ -595,9 +613,9 @@ class ExpertLinear(nn.Module):
             widths = [self.config.rank] * self.config.experts
         else:
             factors, widths = self.factors(), self.widths
-            (A,), (B,) = join(factors, [task * self.config.has_tasks], factors[0].dtype)
+            (A,), (B,) = join(factors, (task * self.config.has_tasks,), factors[0].dtype)
             A, B = A[:B.shape[1]], B @ self.M_U if self.config.method == "moslora" else B
-        return A, B if gates is None else weigh(B.T, B.new_tensor(gates)[:, None], 1, widths).T
+        return A, B if gates is None else weigh(B.T, B.new_tensor(gates)[:, None], widths).T
 
     def merged_weight(self, task: int, gates: Sequence[float] | None = None) -> Tensor:
         """W_0 + s (g^1 B_U A_U + g^2 B_n A_n) [D_out,D_in] for one task, fixed gates."""
