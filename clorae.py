@@ -53,6 +53,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 METHODS = ("clorae", "lora", "tlora", "moslora", "loramoe", "full")
+FUSED = ("clorae", "lora", "tlora")  # what clorae.cu computes
 RHO_INIT = math.log(math.expm1(0.9))  # softplus(RHO_INIT) + VARIANCE_FLOOR = 1
 VARIANCE_FLOOR = 0.1  # bounds L_MIM from below by ln(0.1) / 2
 RMS_FLOOR = 1e-3  # keeps the MIM scale finite while U is still zero
@@ -481,7 +482,7 @@ class ExpertLinear(nn.Module):
         with [W_0, *down], up and the function between.  The experts of all tasks take part, so that
         rows of different tasks share a product.  None: forward is to be called."""
         on_kernels = kernels(self.base.weight.device, self.routing.impl) is not None
-        known = self.config.method in ("clorae", "lora", "tlora") and self.base.bias is None
+        known = self.config.method in FUSED and self.base.bias is None
         if on_kernels or not known:
             return None
         A_U, A_T, B_U, B_T, W_g = self.factors()
@@ -508,7 +509,7 @@ class ExpertLinear(nn.Module):
     def runs_on_kernels(self, x: Tensor) -> bool:
         """Whether clorae.cu can do this layer's work: LoRA experts on a frozen linear, bf16 or fp32
         in multiples of 8, where it is built."""
-        fits = self.config.method in ("clorae", "lora", "tlora") and x.dtype != torch.float64
+        fits = self.config.method in FUSED and x.dtype != torch.float64
         frozen = not self.base.weight.requires_grad  # no kernel forms a gradient of W_0
         return (fits and frozen and not any(width % 8 for width in self.base.weight.shape)
                 and kernels(x.device, self.routing.impl) is not None)

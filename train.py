@@ -1389,11 +1389,10 @@ def describe(run: Run, start: str) -> list[str]:
         for name, records in run.records.items() if records)
     most = len(run.batches(0)) * config.epochs
     steps = min(config.steps or most, most)
+    fused = config.method in clorae.FUSED and clorae.kernels(world.device, config.impl)
     lines = [
         f"device: {world.device}, torch {torch.__version__}, {world.size} process(es), "
-        f"{config.precision}, experts on "
-        f"{'clorae.cu' if clorae.kernels(world.device, config.impl) else 'PyTorch'}, seed "
-        f"{config.seed}",
+        f"{config.precision}, experts on {'clorae.cu' if fused else 'PyTorch'}, seed {config.seed}",
         f"method: {config.method}, rank {config.rank}, {run.layers} wrapped linears, visual "
         f"adapter: {config.visual_policy}, AML "
         f"{'on' if config.aml else 'off'}, MIM {'on' if config.uses_mim else 'off'}",
