@@ -1389,7 +1389,7 @@ def describe(run: Run, start: str) -> list[str]:
         for name, records in run.records.items() if records)
     most = len(run.batches(0)) * config.epochs
     steps = min(config.steps or most, most)
-    fused = config.method in clorae.FUSED and clorae.kernels(world.device, config.impl)
+    fused = clorae.kernels(world.device, config.impl) and config.method in clorae.FUSED
     lines = [
         f"device: {world.device}, torch {torch.__version__}, {world.size} process(es), "
         f"{config.precision}, experts on {'clorae.cu' if fused else 'PyTorch'}, seed {config.seed}",
