@@ -210,8 +210,8 @@ class Padding:
 
 
 class Reordered(torch.autograd.Function):
-    """The vectors that x consists of in another order, as a tensor of a shape: first the one with
-    the number order[0], which is 0 if x has no such vector. `back` is the order that undoes it.
+    """x cut into vectors, these in another order, as a tensor of `shape`: the i-th is the one with
+    the number order[i], or 0 where x has none of that number. `back` is the order that undoes it.
     Autograd does not know that no vector is taken twice, and would sum up."""
 
     @staticmethod

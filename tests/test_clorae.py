@@ -729,8 +729,6 @@ def test_training_without_padding_is_training_with_it(fusion, recompute, monkeyp
             nn.init.normal_(module.B_U, std=0.3), nn.init.normal_(module.B_T, std=0.3)
         elif isinstance(module, Stack):
             module.recompute = recompute
-        elif isinstance(module, nn.Dropout):
-            module.p = 0.0
     if fusion == "gate":
         nn.init.normal_(model.fusion.feed_forward.down.weight)
     answers, t = [], int(mask.sum() + (0 if fusion == "gate" else visual.sum()))
