@@ -271,7 +271,17 @@ def join(factors: Sequence[Tensor], tasks: Sequence[int],
 
 def of_tasks(stacked: Tensor, tasks: Sequence[int]) -> Tensor:
     """[N,...] -> [n,...]: what belongs to each of n tasks."""
-    return stacked if tasks == (*range(len(stacked)),) else stacked[list(tasks)]
+    if tasks == (*range(len(stacked)),):
+        return stacked
+    return torch.stack([stacked[task] for task in tasks])  # a list as an index would stall a GPU
+
+
+def to_tasks(parts: Tensor, tasks: Sequence[int], N: int) -> Tensor:
+    """The reverse of `of_tasks`: [n,...] -> [N,...], the sum for a task that stands there twice."""
+    stacked = parts.new_zeros(N, *parts.shape[1:])
+    for task, part in zip(tasks, parts):
+        stacked[task] += part
+    return stacked
 
 
 def share_out(factors: Sequence[Tensor], tasks: Sequence[int], dA: Tensor,
@@ -281,9 +291,7 @@ def share_out(factors: Sequence[Tensor], tasks: Sequence[int], dA: Tensor,
     R, k = len(A_U), dB.shape[2]
     dA_T, dB_T = dA[:, R:k].to(A_T.dtype), dB[..., R:].to(B_T.dtype)
     if tasks != (*range(len(A_T)),):
-        rows = torch.tensor(tasks, device=dA.device)
-        dA_T, dB_T = (torch.zeros_like(like).index_add_(0, rows, gradient)
-                      for like, gradient in ((A_T, dA_T), (B_T, dB_T)))
+        dA_T, dB_T = (to_tasks(gradient, tasks, len(A_T)) for gradient in (dA_T, dB_T))
     dA_U, dB_U, dW_g = (t.sum(0, dtype=A_U.dtype) for t in (dA[:, :R], dB[..., :R], dA[:, k:]))
     return [dA_U, dA_T, dB_U, dB_T, torch.cat([dW_g, -dW_g])]
 

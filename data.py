@@ -797,10 +797,11 @@ def encode_target(record: Record, groups: list[list[str]], tokenizer: Tokenizer,
 
 @dataclass
 class Batch:
-    """Padded tensors of some examples, rows sorted by task."""
+    """Padded tensors of some examples, rows sorted by task; n of the labels are real."""
     input_ids: Tensor                                # [B,S] long, padded with pad
     attention_mask: Tensor                           # [B,S] bool
     labels: Tensor                                   # [B,T] long, padded with -100
+    real: Tensor                                     # [n] long, which of the B T labels are real
     tasks: Tensor                                    # [B] long, index into TASKS
     units: Tensor                                    # [B] long, index into UNITS
     features: Tensor                                 # [B,V,F] float32, 0 where masked
@@ -809,7 +810,11 @@ class Batch:
     rows: Tensor                                     # [B] long, Example.row
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+        """The batch there, but for `tasks` and `rows`: only the host reads them, and it would
+        have to wait for a GPU to get them back."""
+        there = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)
+                 if f.name not in ("tasks", "rows")}
+        return replace(self, **there)
 
 
 def collate(examples: list[Example],
@@ -829,10 +834,12 @@ def collate(examples: list[Example],
     nothing = torch.zeros(0, feature_width), torch.zeros(0, 5)
     visual = [features(example.record) or nothing for example in examples]
     ids, tokens = [e.input_ids for e in examples], [rows for rows, _ in visual]
+    labels = padded([e.labels for e in examples], -100)
     return Batch(
         input_ids=padded(ids, pad_id),
         attention_mask=mask(ids),
-        labels=padded([e.labels for e in examples], -100),
+        labels=labels,
+        real=(labels.flatten() != -100).nonzero()[:, 0],
         tasks=torch.tensor([e.task for e in examples]),
         units=torch.tensor([e.unit for e in examples]),
         features=padded(tokens, 0),

@@ -38,16 +38,17 @@ SOTA_F1 = {"T15": 78.9, "T17": 91.4, "SNAP": 91.0, "V1": 86.4, "V2": 82.0, "MED"
 
 
 def token_cross_entropy(hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor],
-                        piece: int = PIECE) -> Tensor:
+                        piece: int = PIECE, real: Tensor | None = None) -> Tensor:
     """sum_j CE_ij of each row, [B], in fp32.
 
     hidden [B,T,D]; labels [B,T] with IGNORE for padding, which adds nothing; head: [n,D] -> logits
-    [n,C].  Weighed by the rows' units and divided by the target tokens of the global batch it is
+    [n,C]; real [n]: places of the n real labels among all B T, where they are known.  Weighed by the rows' units and divided by the target tokens of the global batch it is
     L_MT of Eq. (10); with all weights 1 that is the plain token mean.  The head runs on the real
     tokens alone and, past `piece` of them, on one piece at a time, which the backward pass makes
     again: the logits [B,T,C] are the largest tensor that a step would keep.
     """
-    real = (labels.flatten() != IGNORE).nonzero()[:, 0]  # once: on a GPU the host waits for it
+    if real is None:  # to find them, the host waits for a GPU
+        real = (labels.flatten() != IGNORE).nonzero()[:, 0]
     pieces = list(zip(hidden.flatten(0, 1)[real].split(piece), labels.flatten()[real].split(piece)))
 
     def loss(states: Tensor, targets: Tensor) -> Tensor:
@@ -152,5 +153,5 @@ def mutual_information(streams: Sequence[Moments], count: int) -> Tensor:
         variance = report.variance
         with torch.autocast(variance.device.type, enabled=False):  # fp32 island
             bound = (report.distance / variance + report.b * variance.log()).sum()
-        total = total.to(bound.device) + bound / (2 * variance.shape[-1])  # Eq. (5)
+        total = total + bound / (2 * variance.shape[-1])  # Eq. (5)
     return total / count

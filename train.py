@@ -761,7 +761,7 @@ class FlatParameters:
     def save(self, folder: Path) -> None:
         """Write model.safetensors and optimizer.safetensors, every tensor under its own name."""
         def owned(flat: Tensor) -> dict[str, Tensor]:
-            return {name: view.cpu().clone() for name, view in self.views(flat).items()}
+            return {name: view.clone() for name, view in self.views(flat.cpu()).items()}
         save_file(owned(self.values), folder / "model.safetensors")
         states = [self.optimizer.state[g["params"][0]] for g in self.optimizer.param_groups]
         save_file({f"{moment}.{name}": value for moment in ("exp_avg", "exp_avg_sq")
@@ -1210,27 +1210,30 @@ class Run:
         for part, rows in enumerate(parts):
             if part % self.world.size == self.world.rank:
                 sums[:-1] += self.backward(rows, part, indices)
-        sums[-1] = self.world.signal
-        self.world.sum(self.flat.grads)
-        *sums, stop = self.world.sum(sums).tolist()
+        sums[-1:] = self.world.signal
+        norm = self.world.sum(self.flat.grads).norm()[None]
+        numbers = torch.cat([self.world.sum(sums), norm]).tolist()  # the only wait for a GPU
+        *sums, stop, length = numbers
         self.stopping = stop > 0  # for all processes at the same step
-        return self.update(sums, indices)
+        return self.update(sums, norm, length, indices)
 
     def backward(self, rows: list[int], part: int, indices: list[int]) -> Tensor:
         """Add the gradients of one micro-batch of the global batch `indices`; its `unit_sums`."""
         config, device, progress = self.config, self.world.device, self.progress
         tokens = sum(len(self.examples[i].labels) for i in indices)
-        w = torch.tensor([progress.weights.get(unit, 0.0) for unit in UNITS], device=device)
+        w = torch.tensor([progress.weights.get(unit, 0.0) for unit in UNITS])
+        w = w.to(device, non_blocking=True)  # here too a GPU's host need not wait
         if self.routing is not None:
             self.routing.mim_batch = len(indices) if config.uses_mim else None
         torch.manual_seed(hash((config.seed, progress.step, part)))  # of integers: always equal
         batch = self.collate(rows)
         with self.autocast():
             hidden = self.model.hidden(batch)
-            ce = losses.token_cross_entropy(hidden, batch.labels, self.model.t5.head)  # [B]
+            ce = losses.token_cross_entropy(hidden, batch.labels, self.model.t5.head,
+                                            real=batch.real)  # [B]
         L_MT = (w[batch.units] * ce).sum() / tokens  # each row weighs as much as its unit
-        L_MIM = losses.mutual_information(self.routing.moments() if config.uses_mim else [],
-                                          max(self.layers, 1)).to(device)
+        L_MIM = (losses.mutual_information(self.routing.moments(), self.layers) if config.uses_mim
+                 else torch.zeros_like(L_MT))
         loss = L_MT + config.beta * L_MIM  # Eq. (10)
         loss.backward()
         return unit_sums(torch.stack([loss, L_MT, L_MIM]), ce, batch)
@@ -1253,11 +1256,12 @@ class Run:
             f"{which}; no weight was changed and the last checkpoint is whole: {advice}, then the "
             "same command goes on")
 
-    def update(self, sums: list[float], indices: list[int]) -> dict[str, float]:
-        """Clip, step and report; what is not finite stops the run before the step."""
-        norm = self.flat.grads.norm()
-        if not (torch.isfinite(norm) and math.isfinite(sums[0])):
-            raise self.not_finite(sums[0], norm.item(), indices)
+    def update(self, sums: list[float], norm: Tensor, length: float,
+               indices: list[int]) -> dict[str, float]:
+        """Clip, step and report; what is not finite stops the run before the step.  The gradient's
+        norm comes on the device and as a number."""
+        if not (math.isfinite(length) and math.isfinite(sums[0])):
+            raise self.not_finite(sums[0], length, indices)
         self.flat.grads.mul_((self.config.clip / (norm + 1e-6)).clamp(max=1.0))
         lr = self.config.lr * 0.5 ** (self.progress.epoch // self.config.lr_epochs)
         self.flat.set_lr(lr)
@@ -1266,7 +1270,7 @@ class Run:
         self.progress.cursor += 1
         ce, count = sums[3:3 + len(UNITS)], sums[3 + len(UNITS):]
         row = {"step": self.progress.step, "epoch": self.progress.epoch + 1, "loss": sums[0],
-               "L_MT": sums[1], "L_MIM": sums[2], "lr": lr, "grad_norm": norm.item()}
+               "L_MT": sums[1], "L_MIM": sums[2], "lr": lr, "grad_norm": length}
         return row | {f"CE_{u}": ce[i] / count[i] if count[i] else math.nan
                       for i, u in enumerate(UNITS) if u in self.units}
 

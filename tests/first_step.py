@@ -19,6 +19,7 @@ if __name__ == "__main__":
     run = train.Run(config, train.prepare(config), world)
     row = run.train_step(run.batches(0)[0])
     if world.main:
-        gradients = {name: grad.clone() for name, grad in run.flat.views(run.flat.grads).items()}
+        gradients = run.flat.views(run.flat.grads.cpu())
+        gradients = {name: grad.clone() for name, grad in gradients.items()}
         save_file(gradients, config.out, metadata={"loss": repr(row["loss"])})
     world.leave()

@@ -1,0 +1,229 @@
+"""Run a script on a GPU that is none: python tests/pretend_gpu.py train.py --steps 2 ...
+
+Tensors that the script puts on "cuda" say that they are there, and the CPU computes with them.  So
+what is written for GPUs runs on any machine: the branches that a CPU does not take, types under
+autocast, clorae.cu (played by tests/emulator.h), and two things that only a GPU minds: tensors of
+two devices in one operation are an error here as well, and each time that the host would have to
+wait for the GPU is counted, with the line that made it wait.
+
+Not seen here: the kernels of torch for GPUs, memory, streams, speed.
+"""
+
+import ctypes
+import importlib.util
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+HERE = Path(__file__).resolve()
+ROOT = HERE.parent.parent
+# What torch's C++ asks of a device that it was not built for: nothing happens, device 0 is there.
+GUARD = """
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <ATen/detail/CUDAHooksInterface.h>
+namespace {
+const c10::Device here(c10::DeviceType::CUDA, 0);
+const c10::Stream stream(c10::Stream::DEFAULT, here);
+struct Guard : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
+    c10::Device exchangeDevice(c10::Device) const override { return here; }
+    c10::Device getDevice() const override { return here; }
+    c10::Stream getStream(c10::Device) const noexcept override { return stream; }
+    c10::Stream getDefaultStream(c10::Device) const override { return stream; }
+    c10::Stream exchangeStream(c10::Stream) const noexcept override { return stream; }
+    void record(void**, const c10::Stream&, c10::DeviceIndex, c10::EventFlag) const override {}
+    void block(void*, const c10::Stream&) const override {}
+};
+c10::impl::DeviceGuardImplRegistrar registrar(c10::DeviceType::CUDA, new Guard());
+struct CUDAHooks : at::CUDAHooksInterface {  // torch looks for this name
+    CUDAHooks(at::CUDAHooksArgs) {}
+    void init() const override {}
+    bool isBuilt() const override { return true; }
+    bool isAvailable() const override { return true; }
+    bool hasCUDA() const override { return true; }
+    bool hasPrimaryContext(at::DeviceIndex) const override { return true; }
+    int getNumGPUs() const override { return 1; }
+    at::DeviceIndex deviceCount() const override { return 1; }
+    at::DeviceIndex current_device() const override { return 0; }
+    at::DeviceIndex getCurrentDevice() const override { return 0; }
+};
+using at::CUDAHooksRegistry, at::RegistererCUDAHooksRegistry;
+REGISTER_CUDA_HOOKS(CUDAHooks)
+}
+"""
+
+
+def build_guard(folder: Path) -> Path:
+    """GUARD as a library; RuntimeError where there is no g++."""
+    compiler, library = shutil.which("g++"), folder / "guard.so"
+    if compiler is None:
+        raise RuntimeError("no g++ on this machine: a GPU cannot be pretended")
+    torch_folder = Path(importlib.util.find_spec("torch").origin).parent  # without importing it
+    (folder / "guard.cpp").write_text(GUARD)
+    subprocess.run([compiler, "-std=c++20", "-shared", "-fPIC", f"-I{torch_folder}/include",
+                    folder / "guard.cpp", "-o", library, f"-L{torch_folder}/lib", "-lc10",
+                    "-ltorch_cpu", f"-Wl,-rpath,{torch_folder}/lib"], check=True)
+    return library
+
+
+if __name__ == "__main__":  # torch asks for its hooks once, while it is imported
+    ctypes.CDLL(os.environ["PRETEND_GUARD"])
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+GPU = torch.device("cuda", 0)
+aten = torch.ops.aten
+# For these the host needs a number that a GPU has yet to compute.
+WAITS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten.is_nonzero,
+         aten.repeat_interleave, aten._unique2, aten.bincount}
+ANYWHERE = {aten.copy_, aten._to_copy, aten.index, aten.index_put_, aten.index_put}
+waits: Counter[str] = Counter()  # "operator at file:line" -> times
+
+
+class OnGPU(Tensor):
+    """A tensor on the pretended GPU; `inner` holds its numbers."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> "OnGPU":
+        return Tensor._make_wrapper_subclass(
+            cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(),
+            dtype=inner.dtype, device=GPU)
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return compute(func, args, kwargs or {})
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, other: "OnGPU") -> None:
+        assert other.shape == self.shape and other.dtype == self.dtype
+        self.inner = other.inner
+
+    def data_ptr(self) -> int:
+        return self.inner.data_ptr()
+
+    def tolist(self) -> list:
+        return self.cpu().tolist()
+
+    def __repr__(self) -> str:
+        return f"OnGPU({self.inner!r})"
+
+
+def caller() -> str:
+    """The line of ours that is being run, and whether it is part of a training step."""
+    stack = [frame for frame in traceback.extract_stack() if ROOT in Path(
+        frame.filename).resolve().parents and Path(frame.filename).resolve() != HERE]
+    training = any(frame.name == "train_step" for frame in stack)
+    return f"{Path(stack[-1].filename).name}:{stack[-1].lineno}" + " in train_step" * training
+
+
+def host_waits(packet, args, kwargs, target: torch.device) -> bool:
+    """Whether the host waits here until the GPU has done all that was asked of it."""
+    first, *others = tree_flatten(args)[0] or [None]
+    if packet in (aten._to_copy, aten.copy_):  # from pageable memory, unless it is told not to
+        places = [isinstance(first, OnGPU), target.type == "cuda" if packet is aten._to_copy
+                  else isinstance(others[0], OnGPU)]
+        free = kwargs.get("non_blocking", packet is aten.copy_ and others[1:] == [True])
+        return places[0] != places[1] and not (free and (places[1] or packet is aten.copy_))
+    indices = [x for x in others if isinstance(x, Tensor)]
+    return packet in WAITS or packet in (aten.index, aten.index_put_, aten.index_put) and any(
+        x.dtype in (torch.bool, torch.uint8) or not isinstance(x, OnGPU) for x in indices)
+
+
+def compute(func, args, kwargs):
+    """An operator on tensors of which some are on the GPU, or which shall come to be there."""
+    flat, shape = tree_flatten((args, kwargs))
+    tensors = [x for x in flat if isinstance(x, Tensor)]
+    ours = [x for x in tensors if isinstance(x, OnGPU)]
+    packet, wanted = func.overloadpacket, kwargs.get("device")
+    target = torch.device(wanted) if wanted is not None else GPU if ours else None
+    if not ours and (target is None or target.type == "cpu"):
+        return func(*args, **kwargs)
+    strangers = [x for x in tensors if not isinstance(x, OnGPU) and x.dim() > 0]
+    if ours and strangers and packet not in ANYWHERE:
+        raise RuntimeError(f"{func}: tensors on the GPU and on the CPU in one operation")
+    if host_waits(packet, args, kwargs, target):
+        waits[f"{packet.__name__} at {caller()}"] += 1
+    inner = [x.inner if isinstance(x, OnGPU) else
+             torch.device("cpu") if isinstance(x, torch.device) else x for x in flat]
+    if wanted is not None and not any(isinstance(x, torch.device) for x in flat):
+        raise RuntimeError(f"{func}: a device that is none: {wanted!r}")
+    known = {id(x.inner): x for x in ours}  # operators that write into a tensor return it
+    args, kwargs = tree_unflatten(inner, shape)
+    on_gpu = target.type == "cuda" and not (packet is aten.copy_ and not isinstance(flat[0], OnGPU))
+
+    def wrap(x):
+        if not isinstance(x, Tensor) or isinstance(x, OnGPU) or not on_gpu:
+            return x
+        return known.get(id(x)) if id(x) in known else OnGPU(x)
+
+    return tree_map(wrap, func(*args, **kwargs))
+
+
+class PretendedGPU(TorchDispatchMode):
+    """Where tensors come to be on the GPU: factories and copies name the device."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:  # which would import a compiler
+        return False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return compute(func, args, kwargs or {})
+
+
+def unseen(function: Callable) -> Callable:
+    """A function of torch that no mode watches."""
+    def called(*args: object, **kwargs: object) -> object:
+        with _disable_current_modes():
+            return function(*args, **kwargs)
+    return called
+
+
+def pretend(emulator: str | None = None) -> PretendedGPU:
+    """Let torch.cuda speak of one GPU; the mode to be entered.  emulator: library of clorae.cu."""
+    import clorae
+    import torch.utils.checkpoint
+    answers = {"is_available": True, "is_bf16_supported": True, "device_count": 1,
+               "current_device": 0, "get_device_capability": (9, 0), "_lazy_init": None,
+               "set_device": None, "synchronize": None, "manual_seed_all": None,
+               "is_current_stream_capturing": False}
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device) is a copy to it
+    torch.autograd.grad_mode.set_multithreading_enabled(False)  # modes belong to a thread
+    torch.inference_mode = torch.no_grad  # in which views of such tensors are not allowed
+    torch.asarray = unseen(torch.asarray)  # safetensors gives it memory, which no mode knows
+    torch.utils.checkpoint.get_device_states = lambda *_: ([], [])  # its draws are the CPU's
+    torch.__future__.set_overwrite_module_params_on_conversion(True)  # else numbers stay behind
+    if emulator:
+        torch.ops.load_library(emulator)
+        clorae.KERNELS["cuda"] = clorae.KERNELS["cpu"] = torch.ops.clorae_emulator
+    else:
+        clorae.KERNELS["cuda"] = None
+    return PretendedGPU()
+
+
+if __name__ == "__main__":
+    script, sys.argv = sys.argv[1], sys.argv[1:]
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    try:
+        with pretend(os.environ.get("PRETEND_EMULATOR")):
+            runpy.run_path(script, run_name="__main__")
+    finally:
+        for place, times in waits.most_common():
+            print(f"the host waited {times} times: {place}", file=sys.stderr)

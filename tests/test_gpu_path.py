@@ -1,0 +1,83 @@
+"""What runs on a GPU as a specification, on a GPU that is pretended (tests/pretend_gpu.py)."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+from conftest import ENVIRONMENT, ROOT, run
+from pretend_gpu import build_guard
+from safetensors import safe_open
+from test_cuda import emulator_library
+from test_train import assert_same_step, first_step
+
+
+@pytest.fixture(scope="module")
+def on_gpu(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess]:
+    """on_gpu(line, kernels=True): run a command of ours on the pretended GPU."""
+    folder = tmp_path_factory.mktemp("gpu")
+    try:
+        there = {"PRETEND_GUARD": str(build_guard(folder))}
+    except RuntimeError as cause:
+        pytest.skip(str(cause))
+    emulated = str(emulator_library(folder))
+
+    def command(line: list[str], kernels: bool = True) -> subprocess.CompletedProcess:
+        python, *words = line
+        more = {**there, "PRETEND_EMULATOR": emulated} if kernels else there
+        done = subprocess.run([python, str(ROOT / "tests/pretend_gpu.py"), *words], cwd=ROOT,
+                              capture_output=True, text=True, timeout=300,
+                              env={**ENVIRONMENT, **more})
+        assert done.returncode == 0, done.stderr
+        return done
+    return command
+
+
+@pytest.mark.parametrize("kernels", [True, False], ids=["clorae.cu", "PyTorch"])
+def test_a_gpu_takes_the_step_that_a_cpu_takes(command, on_gpu, tmp_path, kernels):
+    """fp32, dropout off: loss and every gradient within 1e-5, though padding is computed there."""
+    target = tmp_path / "there.safetensors"
+    on_gpu(command(target, "--dropout", 0, "--backbone-dropout", 0, "--clip", 1e9, "--precision",
+                   "fp32", script="tests/first_step.py"), kernels)
+    with safe_open(target, "pt") as file:
+        there = float(file.metadata()["loss"]), {k: file.get_tensor(k) for k in file.keys()}
+    assert_same_step(there, first_step(command, tmp_path, "--precision", "fp32"))
+
+
+@pytest.fixture(scope="module")
+def trained(on_gpu, command, tmp_path_factory) -> subprocess.CompletedProcess:
+    """A run of three steps of three micro-batches with everything that a GPU is used for."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    return on_gpu(command(out, "--steps", 3, "--epochs", 1, "--dropout", 0.1))
+
+
+def test_on_a_gpu_a_run_computes_in_bf16_on_the_kernels(trained):
+    """--precision and --impl are chosen by the machine."""
+    assert re.search(r"device: cuda:0, .*, bf16, experts on clorae.cu", trained.stdout)
+
+
+def test_in_a_training_step_the_host_waits_for_the_gpu_once(trained):
+    """Else the GPU is idle while the host prepares what comes next: three waits in three steps."""
+    waits = re.findall(r"waited (\d+) times: (.*) in train_step", trained.stderr)
+    assert [int(times) for times, _ in waits] == [3], waits
+
+
+def test_a_gpu_gives_the_answers_that_a_cpu_gives(command, on_gpu, tmp_path):
+    """A checkpoint in fp32, with three beams: rows are repeated, reordered and dropped."""
+    out, here, there = (tmp_path / name for name in ("run", "here.jsonl", "there.jsonl"))
+    train = command(out, "--steps", 2, "--epochs", 1)
+    assert run(train).returncode == 0
+    line = [train[0], str(ROOT / "evaluate.py"), str(out), "--beams", "3", "--out"]
+    assert run([*line, str(here)]).returncode == 0
+    on_gpu([*line, str(there)])
+    assert here.read_bytes() == there.read_bytes()
+
+
+def test_operations_across_devices_are_errors_on_the_pretended_gpu(on_gpu, tmp_path):
+    """What would fail on a GPU fails here: else these tests could not."""
+    script = tmp_path / "mixed.py"
+    script.write_text("import torch\ntry:\n    torch.ones(2, device='cuda:0') + torch.ones(2)\n"
+                      "except RuntimeError as cause:\n    print(cause)\n")
+    done = on_gpu([sys.executable, str(script)], kernels=False)
+    assert "tensors on the GPU and on the CPU in one operation" in done.stdout
