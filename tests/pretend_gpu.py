@@ -1,4 +1,5 @@
 """Run a script on a GPU that is none: python tests/pretend_gpu.py train.py --steps 2 ...
+(clorae.cu takes part if PRETEND_EMULATOR names it as test_cuda.emulator_library compiles it.)
 
 Tensors that the script puts on "cuda" say that they are there, and the CPU computes with them.  So
 what is written for GPUs runs on any machine: the branches that a CPU does not take, types under
@@ -17,6 +18,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -73,7 +75,7 @@ def build_guard(folder: Path) -> Path:
 
 
 if __name__ == "__main__":  # torch asks for its hooks once, while it is imported
-    ctypes.CDLL(os.environ["PRETEND_GUARD"])
+    ctypes.CDLL(os.environ.get("PRETEND_GUARD") or build_guard(Path(tempfile.mkdtemp())))
 
 import torch
 from torch import Tensor
@@ -201,7 +203,8 @@ def pretend(emulator: str | None = None) -> PretendedGPU:
     answers = {"is_available": True, "is_bf16_supported": True, "device_count": 1,
                "current_device": 0, "get_device_capability": (9, 0), "_lazy_init": None,
                "set_device": None, "synchronize": None, "manual_seed_all": None,
-               "is_current_stream_capturing": False}
+               "is_current_stream_capturing": False, "get_device_name": "a pretended GPU",
+               "reset_peak_memory_stats": None, "max_memory_allocated": 0}
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device) is a copy to it
