@@ -8,8 +8,9 @@
 //     z_t = [A_U x_t ; A_n x_t]             shrink     D_in -> k, the gate in its epilogue
 //     y_t += s [B_U B_n] [g1 z_U ; g2 z_n]  expand     k -> D_out, the gate in its prologue
 //
-// Letters (in this file): T tokens of the whole batch, D_in and D_out the widths of the linear (multiples of 8), R universal rank,
-// r task rank, N tasks, s = alpha / R, k = R + r, W = k (+ 1 for the gate) rounded up to 8.
+// Letters (in this file): T tokens of the whole batch, D_in and D_out the widths of the linear
+// (multiples of 8), R universal rank, r task rank, N tasks, s = alpha / R, k = R + r, W = k (+ 1 for
+// the gate) rounded up to 8.
 //
 // What lies where (row-major, 16-byte aligned, one element type E: bf16, or fp32):
 //     A  [R + N r (+ 1), D_in]   universal rows, rows of task 0, 1, ..., then the gate row
@@ -70,7 +71,8 @@ struct Call {
     bool bf16, live;  // the element type E: bf16 or fp32
     Ranks ranks;
     float scale;
-    const Segment* segments;  // in the order of the tokens
+    int tokens;               // T
+    const Segment* segments;  // of all T tokens in their order, in the GPU's memory
     int segment_count;
     void* stream;  // a cudaStream_t
 
@@ -147,8 +149,7 @@ const char* launch(void (*kernel)(Parameters...), dim3 grid, int threads, int sh
 
 using bf16 = __nv_bfloat16;
 
-constexpr int MAX_SEGMENTS = 128;  // per launch: they travel by value, as kernel parameters
-constexpr int MAX_JOBS = 64;
+constexpr int MAX_JOBS = 64;  // per launch: they travel by value, as kernel parameters
 constexpr int STAGES = 3;  // slabs in shared memory: one in use, two on their way
 constexpr int SLAB_BYTES = 128;  // of each row in a slab: one cache line
 constexpr int PADDING_BYTES = 16;  // after each row: rows 144 bytes apart use different banks
@@ -315,21 +316,22 @@ __global__ void pack(PackJobs jobs) {
 
 // ------------------------------------------------------- what K4 and K5 share: tiles and products
 
+// The segments lie in the GPU's memory, not among the launch's parameters: a CUDA graph may then
+// replay the launch for other tasks, whose segments have come to the same place.
 struct Segments {
+    const Segment* first;
     int count;
-    Segment segment[MAX_SEGMENTS];
 };
 
 struct Tile {  // `rows` tokens of one task, from token `start`
     int task, start, rows;
 };
 
-// The index-th tile of `height` tokens; a tile never crosses a segment's end. A scan of a few
-// numbers in constant memory by every block costs less than a table in global memory, and there is
-// nothing to keep alive while a CUDA graph may replay the launch.
-__device__ inline Tile find_tile(const Segments& segments, int index, int height) {
+// The index-th tile of `height` tokens; a tile never crosses a segment's end. The host launches as
+// many blocks as there can be tiles (see tile_count): the last ones may find no token.
+__device__ inline Tile find_tile(Segments segments, int index, int height) {
     for (int i = 0; i < segments.count; ++i) {
-        const Segment segment = segments.segment[i];
+        const Segment segment = segments.first[i];
         const int length = segment.stop - segment.start, tiles = (length + height - 1) / height;
         if (index < tiles) {
             const int left = length - index * height;
@@ -519,9 +521,10 @@ __device__ float* shrink_products(const E* x, const E* matrix, int d, Tile tile,
 // Bytes: x once per column block (T d), the k rows of A once per tile (from L2), T W written.
 template <class E, int F>
 __global__ void __launch_bounds__(384)
-shrink(const E* x, const E* A, int d, const __grid_constant__ Segments segments, Ranks ranks,
-       bool gate_row, int width, int height, E* z, float* gates) {
+shrink(const E* x, const E* A, int d, Segments segments, Ranks ranks, bool gate_row, int width,
+       int height, E* z, float* gates) {
     const Tile tile = find_tile(segments, blockIdx.x, height);
+    if (tile.rows == 0) return;
     const int first = blockIdx.y * SHRINK_COLUMNS<F>, k = ranks.universal + ranks.task;
     const float* sums = shrink_products<E, F>(x, A, d, tile, ranks, gate_row, first, height);
     for (int i = threadIdx.x; i < tile.rows * SHRINK_PIECES<F>; i += blockDim.x) {
@@ -552,11 +555,12 @@ shrink(const E* x, const E* A, int d, const __grid_constant__ Segments segments,
 //     read, dz and weighted written (T W each).
 template <class E, int F>
 __global__ void __launch_bounds__(384)
-shrink_backward(const E* dy, const E* matrix, int d, const __grid_constant__ Segments segments,
-                Ranks ranks, bool live, int width, int height, float scale, const E* z,
-                const float* gates, const E* upstream, E* dz, E* weighted, float* dgates) {
+shrink_backward(const E* dy, const E* matrix, int d, Segments segments, Ranks ranks, bool live,
+                int width, int height, float scale, const E* z, const float* gates,
+                const E* upstream, E* dz, E* weighted, float* dgates) {
     constexpr int PIECES = SHRINK_PIECES<F>;
     const Tile tile = find_tile(segments, blockIdx.x, height);
+    if (tile.rows == 0) return;
     const int k = ranks.universal + ranks.task;
     const int mine = threadIdx.x;  // the row that this thread sums, if there is one
     float e_U = 0.0f, e_n = 0.0f;
@@ -622,20 +626,20 @@ int expand_bytes(int height) {
 //     columns and s g2 on the task's (forward), or 1 where `gates` is null (backward, on dz).
 // Shapes: codes [T, W], gates [T, 2], pack [.., d], y [T, d].
 // Tiling: block (i, j) computes columns 128 j ... of the i-th tile.  The inner dimension is short
-//     (k = 171 at R = 128: three slabs in bf16, all in flight at once).  The gate costs no pass of its own:
-//     each thread weighs the pieces that it has copied itself, before the barrier.
+//     (k = 171 at R = 128: three slabs in bf16, all in flight at once).  The gate costs no pass of
+//     its own: each thread weighs the pieces that it has copied itself, before the barrier.
 // Bytes: T W codes per column block (from L2), the k rows of the pack once per tile (from L2), y
 //     read and written (2 T d), or only written where it does not `accumulate`.
 template <class E>
 __global__ void __launch_bounds__(512)
-expand(const E* codes, const float* gates, const E* matrix, int d,
-       const __grid_constant__ Segments segments, Ranks ranks, bool gate_row, int width,
-       float scale, bool accumulate, int height, E* y) {
+expand(const E* codes, const float* gates, const E* matrix, int d, Segments segments, Ranks ranks,
+       bool gate_row, int width, float scale, bool accumulate, int height, E* y) {
     constexpr int EACH = 16 / sizeof(E), PIECES = DEPTH<E> / EACH;
     SHARED_MEMORY(memory);
     E* stages = reinterpret_cast<E*>(memory);
     const int stage_size = height * SLAB_STRIDE<E> + DEPTH<E> * EXPAND_STRIDE<E>;
     const Tile tile = find_tile(segments, blockIdx.x, height);
+    if (tile.rows == 0) return;
     const int first = blockIdx.y * EXPAND_COLUMNS, warp = threadIdx.x / 32;
     const int top = warp / EXPAND_GROUPS * 16, left = warp % EXPAND_GROUPS * 16 * EXPAND_F;
     WarpTile<E, EXPAND_F> product;
@@ -691,37 +695,12 @@ expand(const E* codes, const float* gates, const E* matrix, int d,
 // at one or two blocks for each of a large GPU's 132 multiprocessors.
 inline int tile_height(int tokens) { return tokens <= 2048 ? 16 : tokens <= 8192 ? 32 : 64; }
 
-// The first segments that fit one launch, with the tokens and the tiles in them.
-struct Batch {
-    Segments segments;
-    int tokens = 0;
-
-    Batch(const Segment* from, int count) {
-        segments.count = count < MAX_SEGMENTS ? count : MAX_SEGMENTS;
-        for (int i = 0; i < segments.count; ++i) {
-            segments.segment[i] = from[i];
-            tokens += from[i].stop - from[i].start;
-        }
-    }
-
-    int tiles(int height) const {
-        int sum = 0;
-        for (int i = 0; i < segments.count; ++i)
-            sum += (segments.segment[i].stop - segments.segment[i].start + height - 1) / height;
-        return sum;
-    }
-};
-
-// Calls run(batch) for every batch of segments until one of them fails.
-template <class Run>
-const char* for_batches(const Call& call, Run run) {
-    for (int i = 0; i < call.segment_count; i += MAX_SEGMENTS) {
-        const Batch batch(call.segments + i, call.segment_count - i);
-        if (batch.tokens == 0) continue;
-        if (const char* error = run(batch)) return error;
-    }
-    return nullptr;
+// No more tiles than this can be in the call's segments, whose lengths the host does not know.
+inline int tile_count(const Call& call, int height) {
+    return call.tokens / height + call.segment_count;
 }
+
+inline Segments segments_of(const Call& call) { return {call.segments, call.segment_count}; }
 
 // The tile height whose slabs fit this GPU's shared memory (99 KiB on some, 227 on others).
 template <class Bytes>
@@ -732,34 +711,32 @@ int fitting_height(int tokens, Bytes bytes) {
 }
 
 template <class E, int F>
-const char* run_shrink(const Call& call, const Batch& batch, const E* x, const E* A, int d,
-                       bool gate_row, E* z, float* gates) {
-    const int height = fitting_height(batch.tokens, shrink_bytes<E, F>);
+const char* run_shrink(const Call& call, const E* x, const E* A, int d, bool gate_row, E* z,
+                       float* gates) {
+    const int height = fitting_height(call.tokens, shrink_bytes<E, F>);
     const int blocks = (call.width() + SHRINK_COLUMNS<F> - 1) / SHRINK_COLUMNS<F>;
-    return launch(shrink<E, F>, dim3(batch.tiles(height), blocks), height / 16 * SHRINK_GROUPS * 32,
-                  shrink_bytes<E, F>(height), call.stream, x, A, d, batch.segments, call.ranks,
-                  gate_row, call.width(), height, z, gates);
+    return launch(shrink<E, F>, dim3(tile_count(call, height), blocks),
+                  height / 16 * SHRINK_GROUPS * 32, shrink_bytes<E, F>(height), call.stream, x, A,
+                  d, segments_of(call), call.ranks, gate_row, call.width(), height, z, gates);
 }
 
 template <class E>
 const char* all_shrink(const Call& call, const E* x, const E* A, int d, bool gate_row, E* z,
                        float* gates) {
-    return for_batches(call, [&](const Batch& batch) {
-        const bool few = batch.tokens <= 2048;  // then narrow columns: more blocks
-        const auto run = few || call.width() <= 48 ? run_shrink<E, 1>
-                         : call.width() <= 96      ? run_shrink<E, 2> : run_shrink<E, 4>;
-        return run(call, batch, x, A, d, gate_row, z, gates);
-    });
+    const bool few = call.tokens <= 2048;  // then narrow columns: more blocks
+    const auto run = few || call.width() <= 48 ? run_shrink<E, 1>
+                     : call.width() <= 96      ? run_shrink<E, 2> : run_shrink<E, 4>;
+    return run(call, x, A, d, gate_row, z, gates);
 }
 
 template <class E, int F>
-const char* run_shrink_backward(const Call& call, const Batch& batch, const E* dy, const E* Bt,
-                                int d, const E* z, const float* gates, const E* upstream, E* dz,
-                                E* weighted, float* dgates) {
-    const int height = fitting_height(batch.tokens, shrink_bytes<E, F>);
-    return launch(shrink_backward<E, F>, dim3(batch.tiles(height)),
+const char* run_shrink_backward(const Call& call, const E* dy, const E* Bt, int d, const E* z,
+                                const float* gates, const E* upstream, E* dz, E* weighted,
+                                float* dgates) {
+    const int height = fitting_height(call.tokens, shrink_bytes<E, F>);
+    return launch(shrink_backward<E, F>, dim3(tile_count(call, height)),
                   height / 16 * SHRINK_GROUPS * 32, shrink_bytes<E, F>(height), call.stream, dy, Bt,
-                  d, batch.segments, call.ranks, call.live, call.width(), height, call.scale, z,
+                  d, segments_of(call), call.ranks, call.live, call.width(), height, call.scale, z,
                   gates, upstream, dz, weighted, dgates);
 }
 
@@ -769,21 +746,17 @@ const char* all_shrink_backward(const Call& call, const E* dy, const E* Bt, int 
                                 float* dgates) {
     const auto run = call.width() <= 48   ? run_shrink_backward<E, 1>
                      : call.width() <= 96 ? run_shrink_backward<E, 2> : run_shrink_backward<E, 4>;
-    return for_batches(call, [&](const Batch& batch) {
-        return run(call, batch, dy, Bt, d, z, gates, upstream, dz, weighted, dgates);
-    });
+    return run(call, dy, Bt, d, z, gates, upstream, dz, weighted, dgates);
 }
 
 template <class E>
 const char* all_expand(const Call& call, const E* codes, const float* gates, const E* matrix, int d,
                        bool gate_row, bool accumulate, E* y) {
-    return for_batches(call, [&](const Batch& batch) {
-        const int height = fitting_height(batch.tokens, expand_bytes<E>);
-        const dim3 grid(batch.tiles(height), (d + EXPAND_COLUMNS - 1) / EXPAND_COLUMNS);
-        return launch(expand<E>, grid, height / 16 * EXPAND_GROUPS * 32, expand_bytes<E>(height),
-                      call.stream, codes, gates, matrix, d, batch.segments, call.ranks, gate_row,
-                      call.width(), call.scale, accumulate, height, y);
-    });
+    const int height = fitting_height(call.tokens, expand_bytes<E>);
+    const dim3 grid(tile_count(call, height), (d + EXPAND_COLUMNS - 1) / EXPAND_COLUMNS);
+    return launch(expand<E>, grid, height / 16 * EXPAND_GROUPS * 32, expand_bytes<E>(height),
+                  call.stream, codes, gates, matrix, d, segments_of(call), call.ranks, gate_row,
+                  call.width(), call.scale, accumulate, height, y);
 }
 
 template <class E>
@@ -883,8 +856,9 @@ const char* clorae_expand(const Call& call, const void* codes, const float* gate
 //
 // Operators of the library `clorae_kernels` that check every argument, make its GPU the current
 // one and launch.  Torch's stable C++ interface: it compiles in seconds, not in a minute.
-// Outputs are arguments, allocated by clorae.py.  segments: task, start, stop of each run of
-// tokens, one after another; ranks: R, r, N.
+// Outputs are arguments, allocated by clorae.py.  segments [n, 3] in int32: task, start, stop of
+// each run of tokens, on the GPU and therefore not looked at here: clorae.py, which makes them,
+// sees that they cover all tokens in order and have tasks below N.  ranks: R, r, N.
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -961,22 +935,16 @@ Ranks read_ranks(const char* kernel, const Integers& ranks) {
 
 int rows_of(Ranks ranks, bool gate) { return ranks.universal + ranks.tasks * ranks.task + gate; }
 
-// Runs of tokens 0 .. T - 1 without a gap, each of a task that has an expert.
-std::vector<Segment> read_segments(const char* kernel, const Integers& flat, int64_t tokens,
-                                   Ranks ranks) {
-    std::vector<Segment> segments;
-    int64_t at = 0;
-    bool fits = flat.size() % 3 == 0 && tokens < int64_t(1) << 31;
-    for (size_t i = 0; fits && i < flat.size(); i += 3) {
-        fits = flat[i] >= 0 && (flat[i] < ranks.tasks || ranks.task == 0) && flat[i + 1] == at &&
-               flat[i + 2] >= at;
-        at = flat[i + 2];
-        segments.push_back({int(flat[i]), int(flat[i + 1]), int(at)});
-    }
-    STD_TORCH_CHECK(fits && at == tokens, kernel, ": expected segments (task, start, stop) that ",
-                    "cover tokens 0..", tokens, " in order with tasks below ", ranks.tasks,
-                    ", got ", shape_text(flat));
-    return segments;
+// The call for T tokens in these segments.
+Call call_of(const Checker& check, const Tensor& segments, Ranks ranks, bool live, double scale,
+             int64_t tokens, int64_t stream) {
+    check(segments, "segments", {-1, 3}, ScalarType::Int, false, 4);
+    const int64_t count = segments.size(0);
+    STD_TORCH_CHECK(tokens + 64 * count < int64_t(1) << 31, check.kernel, ": expected fewer than ",
+                    "2^31 tokens, got ", tokens);
+    return {check.type != ScalarType::Float, live, ranks, float(scale), int(tokens),
+            static_cast<const Segment*>(segments.const_data_ptr()), int(count),
+            reinterpret_cast<void*>(stream)};
 }
 
 void check_width(const char* kernel, int64_t d) {
@@ -1028,31 +996,30 @@ void pack(Tensor A_U, Tensor A_T, Tensor B_U, Tensor B_T, Tensor W_g, Tensor A, 
         job(B_U, to_Bt, 1, d_out, R, TRANSPOSE),
         job(B_T, to_Bt + R * d_out * size, N, d_out, r, TRANSPOSE),
     };
-    const Call call{size == 2, false, {}, 1.0f, nullptr, 0, reinterpret_cast<void*>(stream)};
+    const Call call{size == 2, false, {}, 1.0f, 0, nullptr, 0, reinterpret_cast<void*>(stream)};
     run(check, [&] { return clorae_pack(call, jobs, 5); });
 }
 
-void shrink(Tensor x, Tensor A, Integers segments, Integers ranks, bool live, Tensor z,
+void shrink(Tensor x, Tensor A, Tensor segments, Integers ranks, bool live, Tensor z,
             Tensor gates, int64_t stream) {
     const Checker check("shrink", x);
     const Ranks layout = read_ranks("shrink", ranks);
     check(x, "x", {-1, -1}, check.type);
     const int64_t T = x.size(0), d = x.size(1);
     check_width("shrink", d);
-    const auto runs = read_segments("shrink", segments, T, layout);
     const bool gate_row = live && A.size(0) == rows_of(layout, true);
     check(A, "A", {rows_of(layout, gate_row), d}, check.type);
     check(z, "z", {T, code_width(layout, live)}, check.type);
     check(gates, "gates", {T, 2}, ScalarType::Float);
-    const Call call{check.type != ScalarType::Float, live, layout, 1.0f, runs.data(),
-                    int(runs.size()), reinterpret_cast<void*>(stream)};
+    const Call call = call_of(check, segments, layout, live, 1.0, T, stream);
+    if (T == 0) return;
     run(check, [&] {
         return clorae_shrink(call, x.const_data_ptr(), A.const_data_ptr(), int(d), gate_row,
                              z.mutable_data_ptr(), floats(gates));
     });
 }
 
-void shrink_backward(Tensor dy, Tensor Bt, Integers segments, Integers ranks, bool live,
+void shrink_backward(Tensor dy, Tensor Bt, Tensor segments, Integers ranks, bool live,
                      double scale, Tensor z, Tensor gates, std::optional<Tensor> upstream,
                      Tensor dz, Tensor weighted, Tensor dgates, int64_t stream) {
     const Checker check("shrink_backward", dy);
@@ -1060,7 +1027,6 @@ void shrink_backward(Tensor dy, Tensor Bt, Integers segments, Integers ranks, bo
     check(dy, "dy", {-1, -1}, check.type);
     const int64_t T = dy.size(0), d = dy.size(1), width = code_width(layout, live);
     check_width("shrink_backward", d);
-    const auto runs = read_segments("shrink_backward", segments, T, layout);
     check(Bt, "Bt", {rows_of(layout, false), d}, check.type);
     check(z, "z", {T, width}, check.type);
     check(gates, "gates", {T, 2}, ScalarType::Float);
@@ -1068,8 +1034,8 @@ void shrink_backward(Tensor dy, Tensor Bt, Integers segments, Integers ranks, bo
     check(dz, "dz", {T, width}, check.type);
     check(weighted, "weighted", {T, width}, check.type);
     check(dgates, "dgates", {T, 2}, ScalarType::Float);
-    const Call call{check.type != ScalarType::Float, live, layout, float(scale), runs.data(),
-                    int(runs.size()), reinterpret_cast<void*>(stream)};
+    const Call call = call_of(check, segments, layout, live, scale, T, stream);
+    if (T == 0) return;
     run(check, [&] {
         return clorae_shrink_backward(call, dy.const_data_ptr(), Bt.const_data_ptr(), int(d),
                                       z.const_data_ptr(), floats(gates), pointer_or_null(upstream),
@@ -1078,20 +1044,19 @@ void shrink_backward(Tensor dy, Tensor Bt, Integers segments, Integers ranks, bo
     });
 }
 
-void expand(Tensor codes, std::optional<Tensor> gates, Tensor matrix, Integers segments,
+void expand(Tensor codes, std::optional<Tensor> gates, Tensor matrix, Tensor segments,
             Integers ranks, bool live, double scale, bool accumulate, Tensor y, int64_t stream) {
     const Checker check("expand", codes);
     const Ranks layout = read_ranks("expand", ranks);
     check(y, "y", {-1, -1}, check.type);
     const int64_t T = y.size(0), d = y.size(1), rows = matrix.size(0);
     check_width("expand", d);
-    const auto runs = read_segments("expand", segments, T, layout);
     check(codes, "codes", {T, code_width(layout, live)}, check.type);
     if (gates) check(*gates, "gates", {T, 2}, ScalarType::Float);
     const bool gate_row = live && rows == rows_of(layout, true);
     check(matrix, "the pack", {rows_of(layout, gate_row), d}, check.type);
-    const Call call{check.type != ScalarType::Float, live, layout, float(scale), runs.data(),
-                    int(runs.size()), reinterpret_cast<void*>(stream)};
+    const Call call = call_of(check, segments, layout, live, scale, T, stream);
+    if (T == 0) return;
     run(check, [&] {
         return clorae_expand(call, codes.const_data_ptr(),
                              static_cast<const float*>(pointer_or_null(gates)),
@@ -1111,7 +1076,7 @@ void gate_forward(Tensor z, Tensor tasks, Integers ranks, double scale, Tensor w
     check(tasks, "tasks", {T}, ScalarType::Int);
     check(weighted, "weighted", {T, width}, check.type, true);
     check(gates, "gates", {T, 2}, ScalarType::Float);
-    const Call call{check.type != ScalarType::Float, true, layout, float(scale), nullptr, 0,
+    const Call call{check.type != ScalarType::Float, true, layout, float(scale), int(T), nullptr, 0,
                     reinterpret_cast<void*>(stream)};
     if (T == 0) return;
     run(check, [&] {
@@ -1133,7 +1098,7 @@ void gate_backward(Tensor gradient, Tensor z, std::optional<Tensor> upstream, Te
     if (upstream) check(*upstream, "the gradient of z", {T, width}, check.type);
     check(tasks, "tasks", {T}, ScalarType::Int);
     check(gates, "gates", {T, 2}, ScalarType::Float);
-    const Call call{check.type != ScalarType::Float, true, layout, float(scale), nullptr, 0,
+    const Call call{check.type != ScalarType::Float, true, layout, float(scale), int(T), nullptr, 0,
                     reinterpret_cast<void*>(stream)};
     if (T == 0) return;
     run(check, [&] {
@@ -1147,12 +1112,12 @@ void gate_backward(Tensor gradient, Tensor z, std::optional<Tensor> upstream, Te
 STABLE_TORCH_LIBRARY(CLORAE_LIBRARY, library) {
     library.def("pack(Tensor A_U, Tensor A_T, Tensor B_U, Tensor B_T, Tensor W_g, Tensor(a!) A, "
                 "Tensor(b!) Bt, int stream) -> ()");
-    library.def("shrink(Tensor x, Tensor A, int[] segments, int[] ranks, bool live, Tensor(a!) z, "
+    library.def("shrink(Tensor x, Tensor A, Tensor segments, int[] ranks, bool live, Tensor(a!) z, "
                 "Tensor(b!) gates, int stream) -> ()");
-    library.def("shrink_backward(Tensor dy, Tensor Bt, int[] segments, int[] ranks, bool live, "
+    library.def("shrink_backward(Tensor dy, Tensor Bt, Tensor segments, int[] ranks, bool live, "
                 "float scale, Tensor z, Tensor gates, Tensor? upstream, Tensor(a!) dz, "
                 "Tensor(b!) weighted, Tensor(c!) dgates, int stream) -> ()");
-    library.def("expand(Tensor codes, Tensor? gates, Tensor matrix, int[] segments, int[] ranks, "
+    library.def("expand(Tensor codes, Tensor? gates, Tensor matrix, Tensor segments, int[] ranks, "
                 "bool live, float scale, bool accumulate, Tensor(a!) y, int stream) -> ()");
     library.def("gate_forward(Tensor(a!) z, Tensor tasks, int[] ranks, float scale, "
                 "Tensor(b!) weighted, Tensor(c!) gates, int stream) -> ()");

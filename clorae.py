@@ -45,7 +45,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +109,39 @@ def wide(x: Tensor) -> Tensor:
 Runs = list[tuple[int, int]]  # the task, and the number of tokens, of rows that share experts
 
 
+class Table(NamedTuple):
+    """The runs of T tokens as kernels read them, in int32 and on their device."""
+
+    segments: Tensor  # [n,3]: task, first token and the one after the last, of runs 1 .. n
+    tasks: Tensor  # [T]: of each token
+
+
+def table_of(runs: Runs, device: torch.device) -> Table:
+    """Runs known to the host -> their table."""
+    stops = list(itertools.accumulate(size for _, size in runs))
+    rows = [(task, stop - size, stop) for (task, size), stop in zip(runs, stops)]
+    segments, tasks = (torch.tensor(some, dtype=torch.int32) for some in (rows, list(zip(*runs))))
+    tasks = tasks[0].repeat_interleave(tasks[1])
+    return Table(*(some.to(device, non_blocking=True) for some in (segments, tasks)))
+
+
+def table_of_rows(tasks: Tensor, S: int, N: int) -> Table:
+    """The tasks [B] of rows of S tokens, sorted, which the host need not know -> their table, with
+    a run for each of N tasks."""
+    every = torch.arange(N, device=tasks.device)
+    sizes = S * (tasks[:, None] == every).sum(dim=0)
+    stops = sizes.cumsum(dim=0)
+    return Table(torch.stack([every, stops - sizes, stops], dim=1).int(),
+                 tasks.int()[:, None].expand(-1, S).flatten())
+
+
+def spread(codes: Tensor, tasks: Tensor, N: int) -> Tensor:
+    """Codes [...,T,r] of each token's own task -> those of all N, [...,T,N r]: 0 but for its own.
+    A product over tokens is then one for all tasks, whose runs nobody needs to know."""
+    own = tasks[:, None] == torch.arange(N, device=tasks.device)  # [T,N]
+    return (codes[..., None, :] * own[..., None]).flatten(-2)
+
+
 class Routing:
     """Which task each row belongs to: one object shared by all expert layers of a model.
 
@@ -122,23 +155,33 @@ class Routing:
         self.masks: dict[str, Tensor | None] = {}
         self.fixed_gates: tuple[float, float] | None = None  # replaces Eq. (6) in every layer
         self.impl = "auto"  # see `kernels`: whether layers run on clorae.cu
-        self.mim_batch: int | None = None  # global batch size B while L_MIM is wanted, else None
-        # z, for L_MIM; None once it is taken: recomputed layers report only once
-        self.codes: list[tuple["ExpertLinear", Runs, Tensor]] | None = []
+        # global batch size B while L_MIM is wanted, else None
+        self.mim_batch: int | Tensor | None = None
+        # z, for L_MIM, with its tokens' tasks; None once it is taken: recomputed layers report once
+        self.codes: list[tuple["ExpertLinear", Runs | Tensor, Tensor]] | None = []
         self.packs: dict[tuple, list[Tensor]] = {}  # see ExpertLinear.packs
         self._shares: dict[tuple, Tensor] = {}
         self._runs: dict[str, Runs] = {}  # of the real tokens of a stream
+        self._tables: dict[tuple, Table] = {}
         self._rows: list[int] | None = None
+        self._there: Tensor | None = None  # the tasks, where they stay on a GPU
 
     def set(self, tasks: Tensor, memory: Tensor | None = None, target: Tensor | None = None,
             visual: Tensor | None = None) -> None:
         """Announce a batch.
 
-        tasks [B] indices into `names`; masks (bool, True = valid token) of the three token
-        streams: memory [B,S], target [B,T], visual [B,V].  They are needed while L_MIM, which they
-        weigh, is collected, and where tokens come without their padding.  Raises ValueError for a
-        task that has no expert.
+        tasks [B] indices into `names`, which the host reads, unless a CUDA graph is being captured:
+        then they are sorted, stay where they are, and layers must run on kernels.  Masks (bool,
+        True = valid token) of the three token streams: memory [B,S], target [B,T], visual [B,V].
+        They are needed while L_MIM, which they weigh, is collected, and where tokens come without
+        their padding.  Raises ValueError for a task that has no expert.
         """
+        self.masks = {"memory": memory, "target": target, "visual": visual}
+        self.codes, self.packs, self._shares, self._runs, self._tables = [], {}, {}, {}, {}
+        capturing = tasks.is_cuda and torch.cuda.is_current_stream_capturing()
+        self._there = tasks if capturing else None
+        if capturing:
+            return
         rows = tasks.tolist()
         unknown = [task for task in rows if not 0 <= task < len(self.names)]
         if unknown:
@@ -146,8 +189,6 @@ class Routing:
                              f"({', '.join(self.names)}), got {unknown[0]}; "
                              "build the experts with every task that the data holds")
         self.tasks, self._rows = rows, rows
-        self.masks = {"memory": memory, "target": target, "visual": visual}
-        self.codes, self.packs, self._shares, self._runs = [], {}, {}, {}
 
     def runs(self, x: Tensor, stream: str) -> Runs:
         """The runs of rows of one task in x, with their numbers of tokens; x [B,S,D_in], or the
@@ -168,6 +209,16 @@ class Routing:
                              f"the mask given to set() calls real, got {len(x)}; give set() the "
                              "masks that the model is given")
         return runs
+
+    def table(self, x: Tensor, runs: Callable[[Tensor], Runs]) -> Table:
+        """The table of x [B,S,D_in] or [t,D_in], made once for all layers that see such a batch;
+        runs(x): its runs, where the host knows them."""
+        known = None if self._there is not None else runs(x)
+        key = (x.shape[-2],) if known is None else (*known, x.device)
+        if key not in self._tables:
+            self._tables[key] = (table_of(known, x.device) if known is not None else
+                                 table_of_rows(self._there, x.shape[-2], len(self.names)))
+        return self._tables[key]
 
     def rows(self, index: Tensor) -> None:
         """Follow the decoder: computed row k is row index[k] of the batch given to `set`."""
@@ -214,11 +265,12 @@ class Routing:
                                self.mim_batch) for name, some in streams.items() if some]
 
 
-def stream_moments(codes: list[tuple["ExpertLinear", Tensor]], mask: Tensor, runs: Runs,
-                   batch: int) -> Moments:
+def stream_moments(codes: list[tuple["ExpertLinear", Tensor]], mask: Tensor, runs: Runs | Tensor,
+                   batch: int | Tensor) -> Moments:
     """Second moments for L_MIM, Eq. (5), of all layers at once; the teacher U has no gradient.
 
-    codes: the layers and their z [k (+ 1),t] of all tokens of `mask` [B,S], or of the real ones.
+    codes: the layers and their z [k (+ 1),t] of all tokens of `mask` [B,S], or of the real ones;
+    runs: of these t tokens, or their tasks [t].
     J_i are the real tokens of sample i.  Each counts b_t = 1 / (B |J_i|), and a_t = b_t / rms_i^2,
     with rms_i the RMS of U over the sample's tokens and channels.  D_t - U_t is the product of
     C = [-B_U, B_n] and z_t.  So with M = sum_t a_t z_t z_t^T [k,k] the squared distance of each
@@ -229,6 +281,9 @@ def stream_moments(codes: list[tuple["ExpertLinear", Tensor]], mask: Tensor, run
     z_D = torch.stack([z[R:R + r] for _, z in codes])  # [L,r,t]
     B_U = torch.stack([layer.B_U for layer in layers]).detach()  # [L,D_out,R]
     B_T = torch.stack([layer.B_T for layer in layers], dim=1)  # [N,L,D_out,r]
+    if isinstance(runs, Tensor):  # all tasks' experts as one
+        z_D = spread(z_D.mT, runs, len(B_T)).mT
+        B_T, runs = torch.cat(B_T.unbind(), dim=-1)[None], [(0, len(runs))]
     rho = torch.stack([layer.rho for layer in layers])
     with torch.autocast(mask.device.type, enabled=False):  # fp32 island
         share = mask / mask.sum(dim=1, keepdim=True).clamp(min=1).to(rho.dtype)  # [B,S] 1 / |J_i|
@@ -462,10 +517,9 @@ class ExpertLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B,S,D_in], or real tokens [t,D_in] -> y in that shape = W_0 x + s h, Eq. (8)."""
-        runs = self.runs(x)
         if self.runs_on_kernels(x):
-            return self.fused(x, runs)
-        tokens = x.flatten(0, -2)
+            return self.fused(x)
+        runs, tokens = self.runs(x), x.flatten(0, -2)
         y = self.base(tokens)
         tokens = tokens.to(y.dtype)
         return self.adapted(y, tokens, runs).view(*x.shape[:-1], y.shape[-1])
@@ -508,8 +562,9 @@ class ExpertLinear(nn.Module):
             gates = z.new_tensor(fixed or (1, 1)).expand(len(z), 1, 2)
         return z * (gates @ shares)
 
-    def remember(self, runs: Runs, codes: Tensor) -> None:
-        """Keep the codes [R + r (+ 1),t] for L_MIM, while it is wanted."""
+    def remember(self, runs: Runs | Tensor, codes: Tensor) -> None:
+        """Keep the codes [R + r (+ 1),t] for L_MIM, while it is wanted, with the runs of the tokens
+        or their tasks [t]."""
         wanted = self.routing.mim_batch is not None and self.routing.codes is not None
         if wanted and self.training and hasattr(self, "rho"):
             self.routing.codes.append((self, runs, codes))
@@ -522,14 +577,14 @@ class ExpertLinear(nn.Module):
         return (fits and frozen and not any(width % 8 for width in self.base.weight.shape)
                 and kernels(x.device, self.routing.impl) is not None)
 
-    def fused(self, x: Tensor, runs: Runs) -> Tensor:
+    def fused(self, x: Tensor) -> Tensor:
         """`forward` on the kernels of clorae.cu."""
         drops = self.training and self.config.dropout > 0
-        packs, tokens = self.packs(x), x.flatten(0, -2)
-        y, z, _ = expert_linear(tokens, self.base, self.factors(), runs, self.scale,
+        packs, table, tokens = self.packs(x), self.routing.table(x, self.runs), x.flatten(0, -2)
+        y, z, _ = expert_linear(tokens, self.base, self.factors(), table, self.scale,
                                 dropped=self.dropped(tokens) if drops else None,
                                 gates=self.given_gates(tokens), packs=packs)
-        self.remember(runs, z.T)
+        self.remember(table.tasks, z.T)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def runs(self, x: Tensor) -> Runs:
@@ -838,8 +893,8 @@ def pack(parameters: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 def new_outputs(x: Tensor, dropped: Tensor | None, weight: Tensor, gates: Tensor | None,
-                packs: Sequence[Tensor], parameters: Sequence[Tensor], segments: Sequence[int],
-                scale: float) -> tuple[Tensor, Tensor, Tensor]:
+                packs: Sequence[Tensor], parameters: Sequence[Tensor], segments: Tensor,
+                tasks: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Room for what `experts` answers, with its arguments."""
     T, live = x.shape[0], gates is None
     width = (parameters[0].shape[0] + parameters[1].shape[1] + live + 7) // 8 * 8
@@ -849,15 +904,15 @@ def new_outputs(x: Tensor, dropped: Tensor | None, weight: Tensor, gates: Tensor
 
 @torch.library.custom_op("clorae::experts", mutates_args=())
 def experts(x: Tensor, dropped: Tensor | None, weight: Tensor, gates: Tensor | None,
-            packs: Sequence[Tensor], parameters: Sequence[Tensor], segments: Sequence[int],
-            scale: float) -> tuple[Tensor, Tensor, Tensor]:
+            packs: Sequence[Tensor], parameters: Sequence[Tensor], segments: Tensor,
+            tasks: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """y [T,D_out] = W_0 x + s [B_U B_n] [g1 z_U ; g2 z_n], codes z [T,W], gates g [T,2].
 
     T: all tokens of the batch; W: k rounded up (clorae.cu).  Arguments: see `expert_linear`; x
     [T,D_in]; gates [T,2], then g is empty; the parameters are here for their gradients alone;
-    segments: task, start, stop of each run of tokens.
+    segments and tasks: see `Table`.
     """
-    arguments = (x, dropped, weight, gates, packs, parameters, segments, scale)
+    arguments = (x, dropped, weight, gates, packs, parameters, segments, tasks, scale)
     (_, z, g), (A, Bt), (A_U, A_T) = new_outputs(*arguments), packs, parameters[:2]
     library, queue, live = KERNELS[x.device.type], cuda_queue(x), gates is None
     y, weights = F.linear(x, weight), g if live else gates
@@ -876,7 +931,7 @@ def experts(x: Tensor, dropped: Tensor | None, weight: Tensor, gates: Tensor | N
 @torch.library.custom_op("clorae::experts_backward", mutates_args=())
 def experts_backward(dy: Tensor, dz: Tensor | None, x: Tensor, dropped: Tensor | None,
                      weight: Tensor, gates: Tensor, A: Tensor, Bt: Tensor, z: Tensor,
-                     segments: Sequence[int], ranks: Sequence[int], scale: float,
+                     segments: Tensor, tasks: Tensor, ranks: Sequence[int], scale: float,
                      live: bool) -> list[Tensor]:
     """Gradients of x, of dropped (empty without it) and of gates, and in fp32 of A and Bt.
 
@@ -895,53 +950,51 @@ def experts_backward(dy: Tensor, dz: Tensor | None, x: Tensor, dropped: Tensor |
         library.expand(codes, None, A[:len(Bt)], segments, ranks, live, 1.0, False, ddropped, queue)
         if live:
             dx.addmm_(codes[:, k:k + 1], A[len(Bt):])
-    dA = rank_gradient(codes, source, segments, ranks, x if live else None)
-    return [dx, ddropped, dgates, dA, rank_gradient(weighted, dy, segments, ranks)]
+    dA = rank_gradient(codes, source, tasks, ranks, x if live else None)
+    return [dx, ddropped, dgates, dA, rank_gradient(weighted, dy, tasks, ranks)]
 
 
-def rank_gradient(codes: Tensor, x: Tensor, segments: Sequence[int], ranks: Sequence[int],
+def rank_gradient(codes: Tensor, x: Tensor, tasks: Tensor, ranks: Sequence[int],
                   gate_x: Tensor | None = None) -> Tensor:
-    """sum_t codes_t x_t^T in the order of a pack, [R + N r (+ 1 with gate_x),d], summed in fp32."""
+    """sum_t codes_t x_t^T in the order of a pack, [R + N r (+ 1 with gate_x),d], summed in fp32.
+
+    One product for all tasks does more arithmetic than one for each, but nobody has to know where
+    their tokens lie."""
     (R, r, N), fast = ranks, x.is_cuda and x.dtype == torch.bfloat16
-
-    def product(left: Tensor, right: Tensor) -> Tensor:
-        return (torch.mm(left.T, right, out_dtype=torch.float32) if fast
-                else left.T.float() @ right.float())
-
-    total = x.new_zeros(R + N * r + (gate_x is not None), x.shape[1], dtype=torch.float32)
+    z, gate = codes[:, :R + r], codes[:, R + r:R + r + (gate_x is not None)]
+    columns = [z[:, :R], spread(z[:, R:], tasks, N)] if r else [z]
     with torch.autocast(x.device.type, enabled=False):
-        total[:R] = product(codes[:, :R], x)
-        for task, start, stop in zip(segments[::3], segments[1::3], segments[2::3]):
-            total[R + task * r:R + (task + 1) * r] += product(codes[start:stop, R:R + r],
-                                                              x[start:stop])
-        if gate_x is not None:
-            total[R + N * r:] = product(codes[:, R + r:R + r + 1], gate_x)
-    return total
+        parts = [(torch.cat([*columns, gate], dim=1), x)]
+        if gate_x is not None and gate_x is not x:  # the gate read x undropped
+            parts = [(torch.cat(columns, dim=1), x), (gate, gate_x)]
+        sums = [torch.mm(left.T, right, out_dtype=torch.float32) if fast
+                else left.T.float() @ right.float() for left, right in parts]
+    return sums[0] if len(sums) == 1 else torch.cat(sums)
 
 
 def keep_for_backward(ctx: object, inputs: tuple, output: tuple) -> None:
     """Keep x, the packs, z and g for the backward pass: nothing of width D_out."""
-    x, dropped, weight, gates, (A, Bt), parameters, ctx.segments, ctx.scale = inputs
+    x, dropped, weight, gates, (A, Bt), parameters, segments, tasks, ctx.scale = inputs
     _, z, g = output
     ctx.live, ctx.shapes = gates is None, [p.shape for p in parameters]
-    ctx.save_for_backward(x, dropped, weight, g if ctx.live else gates, A, Bt, z)
+    ctx.save_for_backward(x, dropped, weight, g if ctx.live else gates, A, Bt, z, segments, tasks)
     ctx.mark_non_differentiable(g)
     ctx.set_materialize_grads(False)
 
 
 def gradients(ctx: object, dy: Tensor | None, dz: Tensor | None, _: None) -> tuple:
     """Gradients of `experts` in the order of its arguments."""
-    x, dropped, weight, g, A, Bt, z = ctx.saved_tensors
+    x, dropped, weight, g, A, Bt, z, segments, tasks = ctx.saved_tensors
     (R, d_in), (N, r, _), (d_out, _) = ctx.shapes[:3]
     dy = x.new_zeros(x.shape[0], d_out) if dy is None else dy
     dx, ddropped, dgates, dA, dBt = experts_backward(
-        dy, dz, x, dropped, weight, g, A, Bt, z, ctx.segments, [R, r, N], ctx.scale, ctx.live)
+        dy, dz, x, dropped, weight, g, A, Bt, z, segments, tasks, [R, r, N], ctx.scale, ctx.live)
     d_U, d_T, d_gate = dA.split([R, N * r, dA.shape[0] - R - N * r])
     dW_g = torch.cat([d_gate, -d_gate])  # the gate row is W_g[0] - W_g[1]
     parameters = [d_U, d_T.view(N, r, d_in), dBt[:R].T,
                   dBt[R:].view(N, r, d_out).transpose(1, 2), dW_g]
     return (dx, None if dropped is None else ddropped, None, None if ctx.live else dgates,
-            [None, None], parameters, None, None)
+            [None, None], parameters, None, None, None)
 
 
 pack.register_fake(new_packs)
@@ -958,16 +1011,19 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def expert_linear(x: Tensor, base: nn.Linear, parameters: Sequence[Tensor], runs: Runs,
+def expert_linear(x: Tensor, base: nn.Linear, parameters: Sequence[Tensor], table: Table,
                   scale: float, dropped: Tensor | None = None, gates: Tensor | None = None,
                   packs: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """One ExpertLinear on the kernels, for T tokens: y [T,D_out], z [T,R + r], gates [T,2] (fp32).
 
     x [T,D_in]; parameters in fp32: A_U, A_T, B_U, B_T, W_g, absent ones without rows ([0,D_in],
-    [1,0,D_in], [D_out,0], [1,D_out,0], [0,D_in]); runs of the T tokens; dropped: x under dropout,
+    [1,0,D_in], [D_out,0], [1,D_out,0], [0,D_in]); table of the T tokens; dropped: x under dropout,
     for the experts alone; gates [T,2]: weights in place of the router's (without either h = U + D);
     packs: `pack`'s answer, where the parameters do not change between calls.
     """
+    if len(table.tasks) != len(x):
+        raise ValueError(f"expert_linear: expected a table of {len(x)} tokens, got one of "
+                         f"{len(table.tasks)}; make it from the runs of these tokens")
     dtype = product_dtype(x)
     inputs = [None if t is None else t.to(dtype).contiguous() for t in (x, dropped)]
     given, (*experts_own, W_g) = gates, parameters
@@ -978,9 +1034,7 @@ def expert_linear(x: Tensor, base: nn.Linear, parameters: Sequence[Tensor], runs
     parameters = [*experts_own, W_g]
     A, Bt = pack([p.detach() for p in parameters], dtype) if packs is None else packs
     A = A[:len(Bt) + len(W_g) // 2]
-    stops = list(itertools.accumulate(n for _, n in runs))
-    segments = [n for (task, size), stop in zip(runs, stops) for n in (task, stop - size, stop)]
-    y, z, g = experts(*inputs, base.weight.to(dtype), given, [A, Bt], parameters, segments, scale)
+    y, z, g = experts(*inputs, base.weight.to(dtype), given, [A, Bt], parameters, *table, scale)
     y = y if base.bias is None else y + base.bias.to(dtype)
     return y, z[:, :parameters[0].shape[0] + parameters[1].shape[1]], g if given is None else given
 

@@ -52,8 +52,7 @@ class Problem:
                            for s in shapes]
         edges = [T * i // tasks for i in range(tasks + 1)]
         self.runs = [(i, b - a) for i, (a, b) in enumerate(zip(edges, edges[1:]))]
-        self.tasks = torch.cat([torch.full((size,), i, dtype=torch.int32)
-                                for i, size in self.runs]).to(dev)
+        self.table = clorae.table_of(self.runs, dev)
         self.rows = R + tasks * r + 1
         self.width = (self.rows + 7) // 8 * 8
         zeros = torch.zeros(2 * D + self.width, D + self.width, device=dev, dtype=torch.bfloat16)
@@ -62,9 +61,9 @@ class Problem:
         self.below[:D], self.beside[:, :D] = self.base.weight, self.base.weight
         self.Bt = zeros[:self.width, :D].clone()
 
-    def layer(self, function: Callable) -> Tensor:
-        """expert_linear or its reference."""
-        return function(self.x, self.base, self.parameters, self.runs, SCALE)[0]
+    def layer(self, function: Callable, tokens: object) -> Tensor:
+        """expert_linear with the table of the tokens, or its reference with their runs."""
+        return function(self.x, self.base, self.parameters, tokens, SCALE)[0]
 
 
 class Concatenated(torch.autograd.Function):
@@ -84,7 +83,7 @@ class Concatenated(torch.autograd.Function):
         else:
             wide = x @ p.below.T
             z, zt = wide[:, D:], torch.empty(p.T, p.width, device=x.device, dtype=x.dtype)
-        library.gate_forward(z, p.tasks, p.ranks, SCALE, zt, gates, queue)
+        library.gate_forward(z, p.table.tasks, p.ranks, SCALE, zt, gates, queue)
         ctx.p = p
         ctx.save_for_backward(x, z, zt, gates)
         return wide @ p.beside.T if beside else wide[:, :D].addmm_(zt, Bt)
@@ -93,11 +92,11 @@ class Concatenated(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple:
         p, (x, z, zt, gates) = ctx.p, ctx.saved_tensors
         dz = dy @ p.Bt.T
-        clorae.KERNELS[x.device.type].gate_backward(dz, z, None, p.tasks, p.ranks, SCALE, gates,
-                                                    clorae.cuda_queue(x))
+        library, queue = clorae.KERNELS[x.device.type], clorae.cuda_queue(x)
+        library.gate_backward(dz, z, None, p.table.tasks, p.ranks, SCALE, gates, queue)
         dx = (dy @ p.base.weight).addmm_(dz, p.below[p.D:])
-        dA = clorae.rank_gradient(dz, x, [], [p.width, 0, 0])
-        dBt = clorae.rank_gradient(zt, dy, [], [p.width, 0, 0])
+        dA = clorae.rank_gradient(dz, x, p.table.tasks, [p.width, 0, 0])
+        dBt = clorae.rank_gradient(zt, dy, p.table.tasks, [p.width, 0, 0])
         R, r, tasks = p.ranks
         k = R + tasks * r
         return (None, None, dx, dA[:R], dA[R:k].view(tasks, r, -1), dBt[:R].T,
@@ -123,8 +122,8 @@ def forms(p: Problem) -> dict[str, tuple[Callable[[], Tensor], list[Tensor]]]:
     if (lora := peft_layer(p)) is not None:
         calls["peft LoRA"] = (lambda: lora(p.x),
                               [p.x, *(q for q in lora.parameters() if q.requires_grad)])
-    return calls | {"reference": (lambda: p.layer(test_cuda.pytorch), ours),
-                    "fused": (lambda: p.layer(clorae.expert_linear), ours),
+    return calls | {"reference": (lambda: p.layer(test_cuda.pytorch, p.runs), ours),
+                    "fused": (lambda: p.layer(clorae.expert_linear, p.table), ours),
                     "(b)": (lambda: Concatenated.apply(p, False, *ours), ours),
                     "(b*)": (lambda: Concatenated.apply(p, True, *ours), ours)}
 
@@ -237,7 +236,7 @@ def small() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         for case in ("large: 64 and 21", "one task, ranks of two column blocks", "one token"):
             given = test_cuda.problem(case, "live gate", dtype, torch.device("cuda"))
-            test_cuda.run(clorae.expert_linear, given, dtype)
+            test_cuda.run(test_cuda.fused, given, dtype)
         test_cuda.concatenated_gate(torch.device("cuda"), dtype)
 
 

@@ -8,6 +8,7 @@ Letters: B rows, S tokens a row, T = B S tokens, R universal rank, r task rank, 
 """
 
 import ctypes
+import functools
 import multiprocessing
 import os
 import re
@@ -42,7 +43,7 @@ CASES = {
     "one task, ranks of two column blocks": (128, 128, 1, 40, 48, 10, [0, 0]),
     "one task": (64, 64, 1, 136, 8, 3, [0, 0, 0]),
     "sixteen tasks": (128, 8, 16, 48, 40, 3, list(range(16))),
-    "more runs than a launch takes": (8, 8, 3, 8, 8, 1, [i % 3 for i in range(150)]),
+    "many runs": (8, 8, 3, 8, 8, 1, [i % 3 for i in range(150)]),
     "tiles of 32 tokens": (8, 2, 3, 8, 8, 700, [0, 1, 2]),
     "tiles of 64 tokens": (8, 2, 3, 8, 16, 2800, [0, 1, 2]),
 }
@@ -75,10 +76,10 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 @pytest.fixture(params=["reference", "emulator", "cuda"])
 def layer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
-    """(a function with expert_linear's arguments, the device to call it on)."""
+    """(expert_linear for runs, the device to call it on)."""
     if request.param == "reference":
         return pytorch, torch.device("cpu")
-    return clorae.expert_linear, device_of(request, monkeypatch)
+    return fused, device_of(request, monkeypatch)
 
 
 @pytest.fixture(params=["emulator", "cuda"])
@@ -103,7 +104,7 @@ def device_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 def pytorch(x: Tensor, base: nn.Linear, parameters: list[Tensor],
             runs: list[tuple[int, int]], scale: float, dropped: Tensor | None = None,
             gates: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """expert_linear in PyTorch: in x's type with fp32 parameters cast to it, fp32 sigmoid."""
+    """`fused` in PyTorch: in x's type with fp32 parameters cast to it, fp32 sigmoid."""
     A_U, A_T, B_U, B_T, W_g = (p.to(x.dtype) for p in parameters)
     if gates is None:
         gates = F.linear(x, W_g).float().softmax(dim=-1) if x.dtype != torch.float64 else \
@@ -119,8 +120,14 @@ def pytorch(x: Tensor, base: nn.Linear, parameters: list[Tensor],
     return base(x) + torch.cat(h), torch.cat(codes), gates
 
 
+def fused(x: Tensor, base: nn.Linear, parameters: list[Tensor], runs: list[tuple[int, int]],
+          scale: float, expert_linear=clorae.expert_linear, **more: object) -> tuple:
+    """expert_linear for runs that the host knows."""
+    return expert_linear(x, base, parameters, clorae.table_of(runs, x.device), scale, **more)
+
+
 def problem(case: str, variant: str, dtype: torch.dtype, device: torch.device) -> dict:
-    """Arguments of expert_linear, with upstream gradients of y and z."""
+    """Arguments of `fused`, with upstream gradients of y and z."""
     R, r, N, d_in, d_out, S, tasks = CASES[case]
     R, r, N = (R, 0, 0) if variant == "universal only" else \
         (0, r, N) if variant == "task only" else (R, r, N)
@@ -217,7 +224,7 @@ def test_a_layer_without_experts_of_its_own_is_the_frozen_linear_bit_for_bit(dev
     """B = 0: y = W_0 x exactly, whatever the gate."""
     given = problem("the demo's ranks", "live gate", torch.bfloat16, device)
     given["parameters"][2].zero_(), given["parameters"][3].zero_()
-    y, _, gates = clorae.expert_linear(given["x"], given["base"], given["parameters"],
+    y, _, gates = fused(given["x"], given["base"], given["parameters"],
                                        given["runs"], SCALE)
     assert torch.equal(y, given["base"](given["x"]))
     assert torch.allclose(gates.sum(-1), torch.ones_like(gates[..., 0]))
@@ -229,20 +236,20 @@ def test_gates_from_outside_silence_the_router_and_no_router_means_a_plain_sum(d
     given = problem("the demo's ranks", "live gate", torch.float32, device)
     x, base, parameters, runs = (given[k] for k in ("x", "base", "parameters", "runs"))
     W_g, ones = parameters[4].requires_grad_(), torch.ones(len(x), 2, device=device)
-    y, _, gates = clorae.expert_linear(x, base, parameters, runs, SCALE, gates=ones)
+    y, _, gates = fused(x, base, parameters, runs, SCALE, gates=ones)
     assert torch.equal(gates, ones)
     y.sum().backward()
     assert not W_g.grad.any()
     packs = clorae.pack(parameters, torch.float32)
-    packed = clorae.expert_linear(x, base, parameters, runs, SCALE, gates=ones, packs=packs)
-    plain = clorae.expert_linear(x, base, [*parameters[:4], W_g[:0]], runs, SCALE)
+    packed = fused(x, base, parameters, runs, SCALE, gates=ones, packs=packs)
+    plain = fused(x, base, [*parameters[:4], W_g[:0]], runs, SCALE)
     assert torch.equal(packed[0], y) and torch.equal(plain[0], y)
 
 
 def test_the_same_call_gives_the_same_bits(device):
     """No atomics: two runs are equal bit for bit."""
     given = problem("base: 128 and 42", "live gate", torch.bfloat16, device)
-    first, second = (run(clorae.expert_linear, given, torch.bfloat16) for _ in range(2))
+    first, second = (run(fused, given, torch.bfloat16) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -251,10 +258,10 @@ def test_threads_may_run_in_any_order_between_barriers(emulator, monkeypatch, ca
     """A race shows as a difference between threads taken upwards and downwards."""
     monkeypatch.setitem(clorae.KERNELS, "cpu", torch.ops.clorae_emulator)
     given = problem(case, "live gate", torch.bfloat16, torch.device("cpu"))
-    upwards = run(clorae.expert_linear, given, torch.bfloat16)
+    upwards = run(fused, given, torch.bfloat16)
     emulator.emulator_reverse(1)
     try:
-        downwards = run(clorae.expert_linear, given, torch.bfloat16)
+        downwards = run(fused, given, torch.bfloat16)
         concatenated_gate(torch.device("cpu"), torch.bfloat16)
     finally:
         emulator.emulator_reverse(0)
@@ -304,6 +311,27 @@ def test_packing_transposes_and_subtracts_exactly(device, dtype):
     assert torch.equal(Bt, torch.cat([B_U.T, *B_T.transpose(1, 2)]).to(dtype))
 
 
+def test_the_table_of_rows_that_only_the_gpu_knows_has_a_run_for_every_task(device):
+    """Three rows of 5 tokens of the tasks 0, 0 and 2: a run without tokens changes no bit."""
+    given = problem("the demo's ranks", "live gate", torch.float32, device)
+    given["runs"] = [(0, 10), (2, 5)]
+    given |= {name: given[name][:15] for name in ("x", "dy", "dz")}
+    tasks = torch.tensor([0, 0, 2], device=device)
+    rows, runs = clorae.table_of_rows(tasks, 5, 3), clorae.table_of(given["runs"], device)
+    assert rows.segments.tolist() == [[0, 0, 10], [1, 10, 10], [2, 10, 15]]
+    assert torch.equal(rows.tasks, runs.tasks) and rows.tasks.dtype == runs.tasks.dtype
+    expected = run(fused, given, torch.float32)
+    found = run(lambda x, base, p, _, *rest, **more: clorae.expert_linear(
+        x, base, p, rows, *rest, **more), given, torch.float32)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_table_of_other_tokens_is_refused(device):
+    given = problem("the demo's ranks", "live gate", torch.float32, device)
+    with pytest.raises(ValueError, match="expected a table of 35 tokens, got one of 20"):
+        fused(given["x"], given["base"], given["parameters"], [(0, 20)], SCALE)
+
+
 @pytest.mark.parametrize("variant", ["live gate", "dropout", "gates given"])
 def test_the_operator_passes_torchs_own_checks(device, variant):
     """opcheck: schema, fake tensors, autograd registration, tracing with autograd."""
@@ -316,17 +344,17 @@ def operator_arguments(given: dict) -> tuple:
     x, dropped, gates = (None if given[name] is None else given[name].requires_grad_()
                          for name in ("x", "dropped", "gates"))
     parameters = [p.requires_grad_() for p in given["parameters"]]
-    packs, segments, stop = clorae.pack([p.detach() for p in parameters], x.dtype), [], 0
-    for task, size in given["runs"]:
-        segments, stop = [*segments, task, stop, stop + size], stop + size
-    return x, dropped, given["base"].weight, gates, packs, parameters, segments, SCALE
+    packs = clorae.pack([p.detach() for p in parameters], x.dtype)
+    table = clorae.table_of(given["runs"], x.device)
+    return x, dropped, given["base"].weight, gates, packs, parameters, *table, SCALE
 
 
 def test_compiling_the_layer_changes_nothing(device):
     """torch.compile sees one operator: no graph break, the same bits."""
     given = problem("the demo's ranks", "live gate", torch.float32, device)
     compiled = torch.compile(clorae.expert_linear, backend="aot_eager", fullgraph=True)
-    plain, traced = (run(f, given, torch.float32) for f in (clorae.expert_linear, compiled))
+    plain, traced = (run(f, given, torch.float32)
+                     for f in (fused, functools.partial(fused, expert_linear=compiled)))
     assert all(torch.equal(plain[name], traced[name]) for name in plain)
 
 
@@ -337,8 +365,8 @@ WRONG = {
     "contiguous": lambda a: {"x": a["x"].T.contiguous().T},
     r"A of shape \[48, 64\]": lambda a: {"A": a["A"][:-2]},
     "in Float, got BFloat16": lambda a: {"A": a["A"].bfloat16()},
-    r"cover tokens 0..35 in order": lambda a: {"segments": [0, 0, 20]},
-    "tasks below 3": lambda a: {"segments": [3, 0, 35]},
+    r"segments of shape \[any, 3\]": lambda a: {"segments": a["segments"][:, :2].clone()},
+    "segments in Int": lambda a: {"segments": a["segments"].long()},
     r"ranks \(R, r, N\)": lambda a: {"ranks": [24, 8]},
     "multiple of 16 bytes": lambda a: {"z": torch.empty(35 * 40 + 1)[1:].view(35, 40)},
 }
@@ -350,8 +378,9 @@ def test_a_wrong_argument_is_refused_with_a_sentence(emulator, monkeypatch, sent
     monkeypatch.setitem(clorae.KERNELS, "cpu", torch.ops.clorae_emulator)
     given = problem("the demo's ranks", "live gate", torch.float32, torch.device("cpu"))
     A, _ = clorae.pack(given["parameters"], torch.float32)
-    right = {"x": given["x"], "A": A, "segments": [0, 0, 14, 1, 14, 21, 2, 21, 35],
-             "ranks": [24, 8, 3], "live": True, "z": torch.empty(35, 40),
+    segments, _ = clorae.table_of(given["runs"], given["x"].device)
+    right = {"x": given["x"], "A": A, "segments": segments, "ranks": [24, 8, 3], "live": True,
+             "z": torch.empty(35, 40),
              "gates": torch.empty(35, 2), "stream": 0}
     torch.ops.clorae_emulator.shrink(*right.values())
     with pytest.raises(RuntimeError, match=f"shrink: expected .*{sentence}"):
