@@ -9,8 +9,8 @@
 //     y_t += s [B_U B_n] [g1 z_U ; g2 z_n]  expand     k -> D_out, the gate in its prologue
 //
 // Letters (in this file): T tokens of the whole batch, D_in and D_out the widths of the linear
-// (multiples of 8), R universal rank, r task rank, N tasks, s = alpha / R, k = R + r, W = k (+ 1 for
-// the gate) rounded up to 8.
+// (multiples of 8), R universal rank, r task rank, N tasks, s = alpha / R, k = R + r, W = k (+ 1
+// for the gate) rounded up to 8.
 //
 // What lies where (row-major, 16-byte aligned, one element type E: bf16, or fp32):
 //     A  [R + N r (+ 1), D_in]   universal rows, rows of task 0, 1, ..., then the gate row

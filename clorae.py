@@ -573,8 +573,7 @@ class ExpertLinear(nn.Module):
         """Whether clorae.cu can do this layer's work: LoRA experts on a frozen linear, bf16 or fp32
         in multiples of 8, where it is built."""
         fits = self.config.method in FUSED and x.dtype != torch.float64
-        frozen = not self.base.weight.requires_grad  # no kernel forms a gradient of W_0
-        return (fits and frozen and not any(width % 8 for width in self.base.weight.shape)
+        return (fits and not any(width % 8 for width in self.base.weight.shape)
                 and kernels(x.device, self.routing.impl) is not None)
 
     def fused(self, x: Tensor) -> Tensor:
@@ -892,30 +891,30 @@ def pack(parameters: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return packs
 
 
-def new_outputs(x: Tensor, dropped: Tensor | None, weight: Tensor, gates: Tensor | None,
+def new_outputs(x: Tensor, dropped: Tensor | None, weight: Tensor | None, gates: Tensor | None,
                 packs: Sequence[Tensor], parameters: Sequence[Tensor], segments: Tensor,
                 tasks: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Room for what `experts` answers, with its arguments."""
     T, live = x.shape[0], gates is None
     width = (parameters[0].shape[0] + parameters[1].shape[1] + live + 7) // 8 * 8
-    return (x.new_empty(T, weight.shape[0]), x.new_empty(T, width),
+    return (x.new_empty(T, packs[1].shape[1]), x.new_empty(T, width),
             x.new_empty(T if live else 0, 2, dtype=torch.float32))
 
 
 @torch.library.custom_op("clorae::experts", mutates_args=())
-def experts(x: Tensor, dropped: Tensor | None, weight: Tensor, gates: Tensor | None,
+def experts(x: Tensor, dropped: Tensor | None, weight: Tensor | None, gates: Tensor | None,
             packs: Sequence[Tensor], parameters: Sequence[Tensor], segments: Tensor,
             tasks: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """y [T,D_out] = W_0 x + s [B_U B_n] [g1 z_U ; g2 z_n], codes z [T,W], gates g [T,2].
 
     T: all tokens of the batch; W: k rounded up (clorae.cu).  Arguments: see `expert_linear`; x
-    [T,D_in]; gates [T,2], then g is empty; the parameters are here for their gradients alone;
+    [T,D_in]; weight: W_0, or None for the experts' part of y alone; gates [T,2], then g is empty; the parameters are here for their gradients alone;
     segments and tasks: see `Table`.
     """
     arguments = (x, dropped, weight, gates, packs, parameters, segments, tasks, scale)
-    (_, z, g), (A, Bt), (A_U, A_T) = new_outputs(*arguments), packs, parameters[:2]
+    (y, z, g), (A, Bt), (A_U, A_T) = new_outputs(*arguments), packs, parameters[:2]
     library, queue, live = KERNELS[x.device.type], cuda_queue(x), gates is None
-    y, weights = F.linear(x, weight), g if live else gates
+    y, weights = y if weight is None else F.linear(x, weight), g if live else gates
     ranks = [A_U.shape[0], A_T.shape[1], A_T.shape[0]]  # R, r, N
     if dropped is None:
         library.shrink(x, A, segments, ranks, live, z, weights, queue)
@@ -924,13 +923,13 @@ def experts(x: Tensor, dropped: Tensor | None, weight: Tensor, gates: Tensor | N
         if live:
             library.shrink(x, A[len(Bt):], segments, [0, 0, 0], True, z.new_empty(len(x), 8),
                            weights, queue)
-    library.expand(z, weights, Bt, segments, ranks, live, scale, True, y, queue)
+    library.expand(z, weights, Bt, segments, ranks, live, scale, weight is not None, y, queue)
     return y, z, g
 
 
 @torch.library.custom_op("clorae::experts_backward", mutates_args=())
 def experts_backward(dy: Tensor, dz: Tensor | None, x: Tensor, dropped: Tensor | None,
-                     weight: Tensor, gates: Tensor, A: Tensor, Bt: Tensor, z: Tensor,
+                     weight: Tensor | None, gates: Tensor, A: Tensor, Bt: Tensor, z: Tensor,
                      segments: Tensor, tasks: Tensor, ranks: Sequence[int], scale: float,
                      live: bool) -> list[Tensor]:
     """Gradients of x, of dropped (empty without it) and of gates, and in fp32 of A and Bt.
@@ -942,7 +941,8 @@ def experts_backward(dy: Tensor, dz: Tensor | None, x: Tensor, dropped: Tensor |
     dz = None if dz is None else dz.contiguous()
     library.shrink_backward(dy, Bt, segments, ranks, live, scale, z, gates, dz, codes, weighted,
                             dgates, queue)
-    source, dx, ddropped = x, dy @ weight, x.new_empty(0)
+    source, ddropped = x, x.new_empty(0)
+    dx = torch.zeros_like(x) if weight is None else dy @ weight
     if dropped is None:
         library.expand(codes, None, A, segments, ranks, live, 1.0, True, dx, queue)
     else:
@@ -1034,7 +1034,11 @@ def expert_linear(x: Tensor, base: nn.Linear, parameters: Sequence[Tensor], tabl
     parameters = [*experts_own, W_g]
     A, Bt = pack([p.detach() for p in parameters], dtype) if packs is None else packs
     A = A[:len(Bt) + len(W_g) // 2]
-    y, z, g = experts(*inputs, base.weight.to(dtype), given, [A, Bt], parameters, *table, scale)
+    weight, learns = base.weight.to(dtype), base.weight.requires_grad
+    y, z, g = experts(*inputs, None if learns else weight, given, [A, Bt], parameters, *table,
+                      scale)
+    if learns:  # no kernel forms a gradient of W_0
+        y = y + F.linear(inputs[0], weight)
     y = y if base.bias is None else y + base.bias.to(dtype)
     return y, z[:, :parameters[0].shape[0] + parameters[1].shape[1]], g if given is None else given
 

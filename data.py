@@ -74,13 +74,14 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 
 import sentencepiece
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 TASKS = ("mner", "mre", "mee")                       # one task expert each
 RECORD_TASKS = ("mner", "mre", "med", "meae")        # kinds of record; med and meae share "mee"
@@ -797,24 +798,41 @@ def encode_target(record: Record, groups: list[list[str]], tokenizer: Tokenizer,
 
 @dataclass
 class Batch:
-    """Padded tensors of some examples, rows sorted by task; n of the labels are real."""
+    """Padded tensors of some examples, rows sorted by task."""
     input_ids: Tensor                                # [B,S] long, padded with pad
     attention_mask: Tensor                           # [B,S] bool
     labels: Tensor                                   # [B,T] long, padded with -100
-    real: Tensor                                     # [n] long, which of the B T labels are real
     tasks: Tensor                                    # [B] long, index into TASKS
     units: Tensor                                    # [B] long, index into UNITS
     features: Tensor                                 # [B,V,F] float32, 0 where masked
     boxes: Tensor                                    # [B,V,5] float32
     visual_mask: Tensor                              # [B,V] bool; V = 0 when no row has an image
     rows: Tensor                                     # [B] long, Example.row
+    real: Tensor | None = None                       # [n] long, which of the B T labels count
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch there, but for `tasks` and `rows`: only the host reads them, and it would
         have to wait for a GPU to get them back."""
-        there = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)
-                 if f.name not in ("tasks", "rows")}
+        there = {name: value.to(device, non_blocking=True) for name, value in vars(self).items()
+                 if value is not None and name not in ("tasks", "rows")}
         return replace(self, **there)
+
+    def widened(self, most_visual: int) -> Batch:
+        """The batch with padding, also whole rows of it, up to numbers of rows and tokens that come
+        again in other batches; every label counts then, a padded one for nothing."""
+        B, V = len(self.rows), self.features.shape[1]
+        extra = {"B": -B % 4, "S": -self.input_ids.shape[1] % 16, "T": -self.labels.shape[1] % 16,
+                 "V": min(V + -V % 6, most_visual) - V}
+        layout = {"input_ids": "BS", "attention_mask": "BS", "labels": "BT", "tasks": "B",
+                  "units": "B", "features": "BV.", "boxes": "BV.", "visual_mask": "BV", "rows": "B"}
+        values = {"labels": -100, "tasks": self.tasks.max().item(), "rows": -1}
+
+        def wide(name: str) -> Tensor:
+            by = [size for letter in reversed(layout[name]) for size in (0, extra.get(letter, 0))]
+            return F.pad(getattr(self, name), by, value=values.get(name, 0))
+
+        padded = {name: wide(name) for name in layout}
+        return Batch(**padded, real=torch.arange(padded["labels"].numel()))
 
 
 def collate(examples: list[Example],
@@ -839,13 +857,13 @@ def collate(examples: list[Example],
         input_ids=padded(ids, pad_id),
         attention_mask=mask(ids),
         labels=labels,
-        real=(labels.flatten() != -100).nonzero()[:, 0],
         tasks=torch.tensor([e.task for e in examples]),
         units=torch.tensor([e.unit for e in examples]),
         features=padded(tokens, 0),
         boxes=padded([boxes for _, boxes in visual], 0),
         visual_mask=mask(tokens),
-        rows=torch.tensor([e.row for e in examples]))
+        rows=torch.tensor([e.row for e in examples]),
+        real=(labels.flatten() != -100).nonzero()[:, 0])
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:

@@ -189,6 +189,9 @@ class Config:
     impl: str = option("auto", "expert layers on PyTorch ('reference') or on clorae.cu ('cuda'); "
                        "'auto': on clorae.cu where it can be built",
                        choices=("auto", "reference", "cuda"))
+    graphs: bool = option(False, "on a GPU, launch all kernels of a micro-batch at once, as a CUDA "
+                          "graph for each of its shapes: for GPUs that wait for their host; takes "
+                          "up to twice the memory of activations", bool)
     checkpoint_activations: bool = option(False, "keep only each block's input and compute the "
                                           "rest again: less memory, about a third more time", bool)
 
@@ -783,6 +786,49 @@ class FlatParameters:
             start = part.stop
 
 
+class Graphs:
+    """Micro-batches as CUDA graphs: one for each shape that comes a second time, up to MOST.
+
+    A graph launches thousands of kernels at once, where the host takes longer to launch them one by
+    one than a GPU takes to run small ones.  It reads and writes where it did when it was captured:
+    a batch is copied there before.
+    """
+
+    MOST = 64
+
+    def __init__(self, compute: Callable[[data.Batch, Tensor], Tensor],
+                 device: torch.device) -> None:
+        self.compute, self.device = compute, device
+        self.captured: dict[tuple, tuple | None] = {}  # None: the shape was seen once
+        self.pool = torch.cuda.graph_pool_handle()  # memory of all: no two run at once
+
+    def __call__(self, batch: data.Batch, numbers: Tensor) -> Tensor:
+        """What `compute` makes of a batch, which is on the CPU; valid until the next call."""
+        inputs = [*vars(batch).values(), numbers]
+        shape = tuple(some.shape for some in inputs)
+        room = sum(known is not None for known in self.captured.values()) < self.MOST
+        if shape in self.captured and self.captured[shape] is None and room:
+            self.captured[shape] = self.capture(inputs)
+        known = self.captured.setdefault(shape, None)
+        if known is None:  # what torch prepares at first use, a graph must find prepared
+            return self.compute(batch.to(self.device), numbers.to(self.device, non_blocking=True))
+        graph, held, sums = known
+        for there, now in zip(held, inputs):
+            there.copy_(now, non_blocking=True)
+        graph.replay()
+        return sums
+
+    def capture(self, inputs: list[Tensor]) -> tuple[object, list[Tensor], Tensor]:
+        """The graph of a batch of such tensors, where it reads them, and where its answer lies;
+        nothing is computed yet."""
+        held = [some.to(self.device) for some in inputs]
+        graph = torch.cuda.CUDAGraph()
+        # Only this thread's calls count: another one may be NCCL's.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            sums = self.compute(data.Batch(*held[:-1]), held[-1])
+        return graph, held, sums
+
+
 # ------------------------------------------------------------------------------------ checkpoints
 
 @dataclass
@@ -1014,6 +1060,7 @@ class Run:
         self.units = list(unit_rows(self.records["train"], self.setup.datasets))
         self.reference = self.references()
         self.progress = Progress(weights=dict.fromkeys(self.units, 1.0))
+        self.graphs = Graphs(self.gradients, world.device) if self.captures() else None
         self.stopping = False  # some process was asked to stop
         self.unsaved: set[int] = set()  # steps since the last checkpoint that could not be written
         self.unlogged = ""  # rows for which metrics.csv had no room
@@ -1024,9 +1071,24 @@ class Run:
                        "init": sources.init and str(sources.init), **sources.fingerprints(),
                        "corpus_sha256": corpus_hash(sources.corpus)}
 
+    def captures(self) -> bool:
+        """Whether micro-batches become CUDA graphs; UsageError where they cannot."""
+        config, device = self.config, self.world.device
+        if not config.graphs:
+            return False
+        kernels = config.method in clorae.FUSED and clorae.kernels(device, config.impl) is not None
+        if not (device.type == "cuda" and kernels):
+            raise UsageError(f"--graphs: expected a GPU, clorae.cu compiled for it and a method of "
+                             f"{', '.join(clorae.FUSED)}, got device {device}, method "
+                             f"{config.method} on {'clorae.cu' if kernels else 'PyTorch'}; leave "
+                             "--graphs away")
+        if config.checkpoint_activations:
+            raise UsageError("--graphs: expected no --checkpoint-activations beside it, whose "
+                             "second pass cannot be captured; leave one of them away")
+        return True
+
     def collate(self, indices: list[int]) -> data.Batch:
-        return data.collate([self.examples[i] for i in indices], self.features,
-                            self.features.width).to(self.world.device)
+        return data.collate([self.examples[i] for i in indices], self.features, self.features.width)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.world.device.type, torch.bfloat16,
@@ -1043,7 +1105,7 @@ class Run:
         if rows := list(itertools.islice(shown, self.config.micro_batch)):
             self.model.eval()
             with self.autocast():
-                self.model.open_gate(self.collate(rows))
+                self.model.open_gate(self.collate(rows).to(self.world.device))
 
     def references(self) -> dict[str, float]:
         """p_m of Eq. (9) for every unit; UsageError if a trained unit has none."""
@@ -1219,14 +1281,23 @@ class Run:
 
     def backward(self, rows: list[int], part: int, indices: list[int]) -> Tensor:
         """Add the gradients of one micro-batch of the global batch `indices`; its `unit_sums`."""
-        config, device, progress = self.config, self.world.device, self.progress
+        config, progress, device = self.config, self.progress, self.world.device
         tokens = sum(len(self.examples[i].labels) for i in indices)
-        w = torch.tensor([progress.weights.get(unit, 0.0) for unit in UNITS])
-        w = w.to(device, non_blocking=True)  # here too a GPU's host need not wait
-        if self.routing is not None:
-            self.routing.mim_batch = len(indices) if config.uses_mim else None
+        numbers = torch.tensor([*(progress.weights.get(unit, 0.0) for unit in UNITS), tokens,
+                                len(indices)])
         torch.manual_seed(hash((config.seed, progress.step, part)))  # of integers: always equal
         batch = self.collate(rows)
+        if self.graphs is not None:
+            return self.graphs(batch.widened(1 + config.max_objects), numbers)
+        return self.gradients(batch.to(device), numbers.to(device, non_blocking=True))
+
+    def gradients(self, batch: data.Batch, numbers: Tensor) -> Tensor:
+        """The same from its tensors: what a CUDA graph repeats for other batches of such shapes.
+        numbers: each unit's weight, then target tokens and rows of the global batch."""
+        config = self.config
+        w, tokens, B = numbers[:-2], numbers[-2], numbers[-1]
+        if self.routing is not None:
+            self.routing.mim_batch = B if config.uses_mim else None
         with self.autocast():
             hidden = self.model.hidden(batch)
             ce = losses.token_cross_entropy(hidden, batch.labels, self.model.t5.head,
@@ -1396,7 +1467,8 @@ def describe(run: Run, start: str) -> list[str]:
     fused = clorae.kernels(world.device, config.impl) and config.method in clorae.FUSED
     lines = [
         f"device: {world.device}, torch {torch.__version__}, {world.size} process(es), "
-        f"{config.precision}, experts on {'clorae.cu' if fused else 'PyTorch'}, seed {config.seed}",
+        f"{config.precision}, experts on {'clorae.cu' if fused else 'PyTorch'}"
+        f"{', CUDA graphs' * config.graphs}, seed {config.seed}",
         f"method: {config.method}, rank {config.rank}, {run.layers} wrapped linears, visual "
         f"adapter: {config.visual_policy}, AML "
         f"{'on' if config.aml else 'off'}, MIM {'on' if config.uses_mim else 'off'}",

@@ -21,7 +21,8 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 HERE = Path(__file__).resolve()
@@ -159,8 +160,12 @@ def compute(func, args, kwargs):
     strangers = [x for x in tensors if not isinstance(x, OnGPU) and x.dim() > 0]
     if ours and strangers and packet not in ANYWHERE:
         raise RuntimeError(f"{func}: tensors on the GPU and on the CPU in one operation")
-    if host_waits(packet, args, kwargs, target):
+    waiting = host_waits(packet, args, kwargs, target)
+    if waiting and Graph.capturing is None:
         waits[f"{packet.__name__} at {caller()}"] += 1
+    elif waiting or Graph.capturing is not None and ours and packet in (
+            aten.copy_, aten._to_copy) and any(not isinstance(x, OnGPU) for x in tensors):
+        raise RuntimeError(f"{func}: not permitted while a graph is captured")
     inner = [x.inner if isinstance(x, OnGPU) else
              torch.device("cpu") if isinstance(x, torch.device) else x for x in flat]
     if wanted is not None and not any(isinstance(x, torch.device) for x in flat):
@@ -174,7 +179,59 @@ def compute(func, args, kwargs):
             return x
         return known.get(id(x)) if id(x) in known else OnGPU(x)
 
-    return tree_map(wrap, func(*args, **kwargs))
+    return tree_map(wrap, (Graph.capturing or Graph).run(func, args, kwargs))
+
+
+class Graph:
+    """torch.cuda.CUDAGraph: what was done to tensors while it was captured, to be done again where
+    it was done then.  Capturing itself changes nothing that was there before."""
+
+    capturing: "Graph | None" = None
+    captured = replayed = 0
+
+    def __init__(self) -> None:
+        self.tape: list[tuple] = []
+        self.before: list[tuple[Tensor, Tensor]] = []  # what was written over, and its copy
+
+    @staticmethod
+    def run(func, args, kwargs):
+        return func(*args, **kwargs)
+
+    def record(self, func, args, kwargs):
+        """`run` while this graph is captured."""
+        given = dict(zip((a.name for a in func._schema.arguments), args)) | kwargs
+        for argument in func._schema.arguments:
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for written in tree_flatten(given.get(argument.name))[0]:
+                    if isinstance(written, Tensor):
+                        self.before.append((written, written.clone()))
+        out = func(*args, **kwargs)
+        self.tape.append((func, args, kwargs, out))
+        return out
+
+    def replay(self) -> None:
+        Graph.replayed += 1
+        with _disable_current_modes(), torch.no_grad():
+            for func, args, kwargs, out in self.tape:
+                again = func(*args, **kwargs)
+                for there, now in zip(tree_flatten(out)[0], tree_flatten(again)[0]):
+                    if isinstance(there, Tensor) and there.data_ptr() != now.data_ptr():
+                        there.copy_(now)
+
+
+@contextmanager
+def capture(graph: Graph, pool: object = None, capture_error_mode: str = "global") -> Iterator:
+    """torch.cuda.graph."""
+    Graph.capturing, graph.run = graph, graph.record
+    draws = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        Graph.capturing = None
+        Graph.captured += 1
+        torch.set_rng_state(draws)
+        for written, copy in reversed(graph.before):
+            written.copy_(copy)
 
 
 class PretendedGPU(TorchDispatchMode):
@@ -203,10 +260,12 @@ def pretend(emulator: str | None = None) -> PretendedGPU:
     answers = {"is_available": True, "is_bf16_supported": True, "device_count": 1,
                "current_device": 0, "get_device_capability": (9, 0), "_lazy_init": None,
                "set_device": None, "synchronize": None, "manual_seed_all": None,
-               "is_current_stream_capturing": False, "get_device_name": "a pretended GPU",
+               "graph_pool_handle": (0, 0), "get_device_name": "a pretended GPU",
                "reset_peak_memory_stats": None, "max_memory_allocated": 0}
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+    torch.cuda.CUDAGraph, torch.cuda.graph = Graph, capture
+    torch.cuda.is_current_stream_capturing = lambda: Graph.capturing is not None
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device) is a copy to it
     torch.autograd.grad_mode.set_multithreading_enabled(False)  # modes belong to a thread
     torch.inference_mode = torch.no_grad  # in which views of such tensors are not allowed
@@ -230,3 +289,4 @@ if __name__ == "__main__":
     finally:
         for place, times in waits.most_common():
             print(f"the host waited {times} times: {place}", file=sys.stderr)
+        print(f"{Graph.captured} graphs, {Graph.replayed} replays", file=sys.stderr)

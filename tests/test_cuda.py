@@ -326,6 +326,24 @@ def test_the_table_of_rows_that_only_the_gpu_knows_has_a_run_for_every_task(devi
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_a_linear_that_learns_beside_its_experts_has_its_gradient(device):
+    """VStack's own weights are trained: y and all else as with a frozen W_0, and dW_0 = dy^T x."""
+    for variant in ("live gate", "dropout"):
+        given = problem("large: 64 and 21", variant, torch.float32, device)
+        frozen = run(fused, given, torch.float32)
+
+        def learning(x: Tensor, base: nn.Linear, *rest: object, **more: object) -> tuple:
+            base.requires_grad_(True)
+            found = fused(x, base, *rest, **more)
+            weight.extend(torch.autograd.grad((found[0] * given["dy"]).sum(), base.weight,
+                                              retain_graph=True))
+            return found
+        weight: list[Tensor] = []
+        found = run(learning, given, torch.float32)
+        assert all(torch.allclose(found[name], frozen[name], atol=1e-5) for name in frozen)
+        assert torch.allclose(weight[0], given["dy"].T @ given["x"], atol=1e-4)
+
+
 def test_a_table_of_other_tokens_is_refused(device):
     given = problem("the demo's ranks", "live gate", torch.float32, device)
     with pytest.raises(ValueError, match="expected a table of 35 tokens, got one of 20"):
