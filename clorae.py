@@ -120,7 +120,8 @@ def table_of(runs: Runs, device: torch.device) -> Table:
     """Runs known to the host -> their table."""
     stops = list(itertools.accumulate(size for _, size in runs))
     rows = [(task, stop - size, stop) for (task, size), stop in zip(runs, stops)]
-    segments, tasks = (torch.tensor(some, dtype=torch.int32) for some in (rows, list(zip(*runs))))
+    segments, tasks = (torch.tensor(some, dtype=torch.int32, device="cpu")
+                       for some in (rows, list(zip(*runs))))
     tasks = tasks[0].repeat_interleave(tasks[1])
     return Table(*(some.to(device, non_blocking=True) for some in (segments, tasks)))
 
@@ -908,8 +909,8 @@ def experts(x: Tensor, dropped: Tensor | None, weight: Tensor | None, gates: Ten
     """y [T,D_out] = W_0 x + s [B_U B_n] [g1 z_U ; g2 z_n], codes z [T,W], gates g [T,2].
 
     T: all tokens of the batch; W: k rounded up (clorae.cu).  Arguments: see `expert_linear`; x
-    [T,D_in]; weight: W_0, or None for the experts' part of y alone; gates [T,2], then g is empty; the parameters are here for their gradients alone;
-    segments and tasks: see `Table`.
+    [T,D_in]; weight: W_0, or None for the experts' part of y alone; gates [T,2], then g is empty;
+    the parameters are here for their gradients alone; segments and tasks: see `Table`.
     """
     arguments = (x, dropped, weight, gates, packs, parameters, segments, tasks, scale)
     (y, z, g), (A, Bt), (A_U, A_T) = new_outputs(*arguments), packs, parameters[:2]

@@ -23,7 +23,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -152,16 +151,18 @@ def peer(size: str, lora: bool) -> nn.Module:
     return peft.get_peft_model(model, settings) if lora else model
 
 
-def batch(rows: int) -> SimpleNamespace:
-    """8 samples, or the first of them."""
+def batch(rows: int) -> data.Batch:
+    """8 samples, or the first of them, in the host's memory."""
     def ids(width: int) -> Tensor:
         return torch.randint(3, 32000, (8, width))[:rows]
 
-    return SimpleNamespace(
-        input_ids=ids(SOURCE), attention_mask=torch.ones(rows, SOURCE, dtype=torch.bool),
-        labels=ids(TARGET), tasks=torch.tensor(TASKS)[:rows],
-        features=torch.zeros(rows, 0, 768), boxes=torch.zeros(rows, 0, 5),
-        visual_mask=torch.zeros(rows, 0, dtype=torch.bool))
+    with torch.device("cpu"):
+        return data.Batch(
+            input_ids=ids(SOURCE), attention_mask=torch.ones(rows, SOURCE, dtype=torch.bool),
+            labels=ids(TARGET), real=torch.arange(rows * TARGET), tasks=torch.tensor(TASKS)[:rows],
+            units=torch.zeros(rows, dtype=torch.long), rows=torch.arange(rows),
+            features=torch.zeros(rows, 0, 768), boxes=torch.zeros(rows, 0, 5),
+            visual_mask=torch.zeros(rows, 0, dtype=torch.bool))
 
 
 def in_type(model: nn.Module, dtype: torch.dtype) -> Callable[[], torch.autocast]:
@@ -174,27 +175,34 @@ def in_type(model: nn.Module, dtype: torch.dtype) -> Callable[[], torch.autocast
 
 
 def our_steps(size: str, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """Forward and backward of a training step, dropout on, with and without L_MIM."""
-    model, b = ours(size), batch(8)
+    """Forward and backward of a training step, dropout on, with and without L_MIM; on a GPU also as
+    a CUDA graph."""
+    model, host, device = ours(size), batch(8), torch.get_default_device()
     autocast, layers = in_type(model, dtype), len(clorae.expert_layers(model))
+    there = host.to(device)
 
-    def mine(mim: bool) -> None:
+    def mine(mim: bool, b: data.Batch = there) -> Tensor:
         model.routing.mim_batch = 8 if mim else None
         with autocast():
-            ce = losses.token_cross_entropy(model.hidden(b), b.labels, model.t5.head)
+            ce = losses.token_cross_entropy(model.hidden(b), b.labels, model.t5.head, real=b.real)
         loss = ce.sum() / b.labels.numel()
         if mim:
             loss = loss + 0.01 * losses.mutual_information(model.routing.moments(), layers)
         loss.backward()
+        return loss.detach()
 
-    return {"C-LoRAE": lambda: mine(True), "C-LoRAE without L_MIM": lambda: mine(False)}
+    steps = {"C-LoRAE": lambda: mine(True), "C-LoRAE without L_MIM": lambda: mine(False)}
+    if device.type == "cuda" and clorae.kernels(device) is not None:
+        graphs = train.Graphs(lambda b, _: mine(True, b), device)
+        steps["C-LoRAE, CUDA graph"] = lambda: graphs(host, torch.zeros(1, device="cpu"))
+    return steps
 
 
 def peer_steps(size: str, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """The same of the peer, if it is installed."""
     if not PEER:
         return {}
-    model, b = peer(size, lora=True), batch(8)
+    model, b = peer(size, lora=True), batch(8).to(torch.get_default_device())
     autocast = in_type(model, dtype)
 
     def theirs() -> None:
@@ -251,7 +259,7 @@ def decode(size: str, repeats: int) -> None:
     single, half = T5(geometry(size)).eval(), T5(geometry(size)).to(torch.bfloat16).eval()
     adapted, theirs = ours(size).eval(), peer(size, lora=False).eval() if PEER else None
     for rows in (1, 8):
-        b = batch(rows)
+        b = batch(rows).to(torch.get_default_device())
         variants = {f"T5, {name}": lambda model=model: model.generate(
             b.input_ids, b.attention_mask, NEW, banned_ids=[1])
             for name, model in (("fp32", single), ("bf16", half))}

@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,6 +52,23 @@ def make_small(root: Path) -> dict[str, str]:
     ViT(ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
                   image_size=16, patch_size=8)).save_pretrained(vit)
     return {"data": str(world), "t5": str(t5), "vit": str(vit)}
+
+
+@pytest.fixture(scope="session")
+def emulator_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """clorae.cu with kernels and binding, compiled for the CPU."""
+    from torch.utils import cpp_extension
+    compiler, library = shutil.which("g++"), tmp_path_factory.mktemp("emulator") / "emulated.so"
+    if compiler is None:
+        pytest.skip("no g++ on this machine: the emulator cannot be compiled")
+    line = [compiler, "-std=c++20", "-O2", "-fno-strict-aliasing", "-fPIC", "-shared",
+            "-DCLORAE_EMULATOR", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-I", ROOT / "tests",
+            *(f"-isystem{path}" for path in cpp_extension.include_paths()),
+            "-x", "c++", ROOT / "clorae.cu", "-o", library,
+            *(f"-L{path}" for path in cpp_extension.library_paths()), "-ltorch", "-ltorch_cpu"]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return library
 
 
 @pytest.fixture(scope="session")

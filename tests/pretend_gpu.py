@@ -1,5 +1,5 @@
 """Run a script on a GPU that is none: python tests/pretend_gpu.py train.py --steps 2 ...
-(clorae.cu takes part if PRETEND_EMULATOR names it as test_cuda.emulator_library compiles it.)
+(clorae.cu takes part if PRETEND_EMULATOR names it as conftest.emulator_library compiles it.)
 
 Tensors that the script puts on "cuda" say that they are there, and the CPU computes with them.  So
 what is written for GPUs runs on any machine: the branches that a CPU does not take, types under

@@ -51,27 +51,11 @@ VARIANTS = ("live gate", "gates given", "dropout", "dropout, gates given", "univ
             "task only")
 
 
-def emulator_library(folder: Path) -> Path:
-    """clorae.cu with kernels and binding, for the CPU."""
-    compiler, library = shutil.which("g++"), folder / "emulated.so"
-    if compiler is None:
-        pytest.skip("no g++ on this machine: the emulator cannot be compiled")
-    line = [compiler, "-std=c++20", "-O2", "-fno-strict-aliasing", "-fPIC", "-shared",
-            "-DCLORAE_EMULATOR", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-I", ROOT / "tests",
-            *(f"-isystem{path}" for path in cpp_extension.include_paths()),
-            "-x", "c++", ROOT / "clorae.cu", "-o", library,
-            *(f"-L{path}" for path in cpp_extension.library_paths()), "-ltorch", "-ltorch_cpu"]
-    done = subprocess.run(line, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return library
-
-
 @pytest.fixture(scope="session")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def emulator(emulator_library: Path) -> ctypes.CDLL:
     """The emulated library, registered as the kernels of CPU tensors while a test asks for it."""
-    path = emulator_library(tmp_path_factory.mktemp("emulator"))
-    torch.ops.load_library(str(path))
-    return ctypes.CDLL(str(path))
+    torch.ops.load_library(str(emulator_library))
+    return ctypes.CDLL(str(emulator_library))
 
 
 @pytest.fixture(params=["reference", "emulator", "cuda"])

@@ -894,6 +894,32 @@ def test_a_batch_without_images_has_no_visual_tokens(tokenizer: data.Tokenizer) 
     assert torch.equal(moved.input_ids, batch.input_ids) and moved.units.dtype == torch.int64
 
 
+def test_a_widened_batch_is_the_batch_and_padding(tokenizer):
+    """4 rows, 16 tokens and 6 visual tokens, or multiples of them; padding is of the last task, has
+    no label and no token, and never exceeds the visual tokens that a model knows."""
+    examples = mixed(tokenizer, 5)
+    visual = {e.record.id: (torch.randn(1 + i % 4, 5), torch.rand(1 + i % 4, 5))
+              for i, e in enumerate(examples)}
+    batch = data.collate(examples, lambda record: visual[record.id], feature_width=5)
+    wide = batch.widened(most_visual=5)
+    (B, S), T, V = batch.input_ids.shape, batch.labels.shape[1], batch.features.shape[1]
+    assert [n % m for n, m in zip((*wide.input_ids.shape, wide.labels.shape[1]), (4, 16, 16))] \
+        == [0, 0, 0]
+    assert V == 4 and wide.features.shape[1] == wide.visual_mask.shape[1] == 5
+    sizes = {"input_ids": (B, S), "attention_mask": (B, S), "labels": (B, T), "tasks": (B,),
+             "units": (B,), "features": (B, V), "boxes": (B, V), "visual_mask": (B, V),
+             "rows": (B,)}
+    for name, size in sizes.items():
+        part = getattr(wide, name)[tuple(map(slice, size))]
+        assert torch.equal(part, getattr(batch, name)), name
+    for name, padding in (("attention_mask", False), ("labels", -100), ("visual_mask", False)):
+        kept = getattr(batch, name) != padding
+        assert (getattr(wide, name) != padding).sum() == kept.sum(), name
+    assert wide.tasks.tolist() == sorted(wide.tasks.tolist())
+    assert torch.equal(wide.labels.flatten()[wide.real], wide.labels.flatten())
+    assert torch.equal(batch.labels.flatten()[batch.real], batch.labels[batch.labels != -100])
+
+
 def test_the_order_of_an_epoch_is_a_function_of_seed_and_epoch() -> None:
     """Resuming needs no state; torch's global generator is neither read nor moved."""
     orders = {(seed, epoch): tuple(data.epoch_order(50, seed, epoch))

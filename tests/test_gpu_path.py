@@ -4,28 +4,24 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from conftest import ENVIRONMENT, ROOT, run
 from pretend_gpu import build_guard
 from safetensors import safe_open
-from test_cuda import emulator_library
 from test_train import assert_same_step, first_step
 
 
 @pytest.fixture(scope="module")
-def on_gpu(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess]:
+def on_gpu(tmp_path_factory: pytest.TempPathFactory,
+           emulator_library: Path) -> Callable[..., subprocess.CompletedProcess]:
     """on_gpu(line, kernels=True): run a command of ours on the pretended GPU."""
-    folder = tmp_path_factory.mktemp("gpu")
-    try:
-        there = {"PRETEND_GUARD": str(build_guard(folder))}
-    except RuntimeError as cause:
-        pytest.skip(str(cause))
-    emulated = str(emulator_library(folder))
+    there = {"PRETEND_GUARD": str(build_guard(tmp_path_factory.mktemp("gpu")))}
 
     def command(line: list[str], kernels: bool = True) -> subprocess.CompletedProcess:
         python, *words = line
-        more = {**there, "PRETEND_EMULATOR": emulated} if kernels else there
+        more = {**there, "PRETEND_EMULATOR": str(emulator_library)} if kernels else there
         done = subprocess.run([python, str(ROOT / "tests/pretend_gpu.py"), *words], cwd=ROOT,
                               capture_output=True, text=True, timeout=300,
                               env={**ENVIRONMENT, **more})
@@ -45,33 +41,49 @@ def test_a_gpu_takes_the_step_that_a_cpu_takes(command, on_gpu, tmp_path, kernel
     assert_same_step(there, first_step(command, tmp_path, "--precision", "fp32"))
 
 
-@pytest.fixture(scope="module")
-def trained(on_gpu, command, tmp_path_factory) -> subprocess.CompletedProcess:
-    """A run of three steps of three micro-batches with everything that a GPU is used for."""
-    out = tmp_path_factory.mktemp("trained") / "run"
-    return on_gpu(command(out, "--steps", 3, "--epochs", 1, "--dropout", 0.1))
-
-
-def test_on_a_gpu_a_run_computes_in_bf16_on_the_kernels(trained):
-    """--precision and --impl are chosen by the machine."""
-    assert re.search(r"device: cuda:0, .*, bf16, experts on clorae.cu", trained.stdout)
-
-
-def test_in_a_training_step_the_host_waits_for_the_gpu_once(trained):
-    """Else the GPU is idle while the host prepares what comes next: three waits in three steps."""
-    waits = re.findall(r"waited (\d+) times: (.*) in train_step", trained.stderr)
-    assert [int(times) for times, _ in waits] == [3], waits
+def test_in_a_training_step_the_host_waits_for_the_gpu_once(command, on_gpu, tmp_path):
+    """Else the GPU is idle while the host prepares what comes next: two waits in two steps of two
+    micro-batches each.  Type and kernels are chosen by the machine."""
+    done = on_gpu(command(tmp_path / "run", "--steps", 2, "--batch", 8, "--dropout", 0.1,
+                          script="tests/gpu_steps.py"))
+    assert re.search(r"device: cuda:0, .*, bf16, experts on clorae.cu, seed", done.stdout)
+    waits = re.findall(r"waited (\d+) times: (.*) in train_step", done.stderr)
+    assert [int(times) for times, _ in waits] == [2], waits
 
 
 def test_a_gpu_gives_the_answers_that_a_cpu_gives(command, on_gpu, tmp_path):
     """A checkpoint in fp32, with three beams: rows are repeated, reordered and dropped."""
     out, here, there = (tmp_path / name for name in ("run", "here.jsonl", "there.jsonl"))
-    train = command(out, "--steps", 2, "--epochs", 1)
+    train = command(out, "--steps", 2, "--epochs", 1, "--units", "V1", "MED")
     assert run(train).returncode == 0
     line = [train[0], str(ROOT / "evaluate.py"), str(out), "--beams", "3", "--out"]
     assert run([*line, str(here)]).returncode == 0
     on_gpu([*line, str(there)])
     assert here.read_bytes() == there.read_bytes()
+
+
+def test_graphs_compute_what_single_launches_compute(command, on_gpu, tmp_path):
+    """A graph captured for one batch gives another one's loss, norm and dropout masks, bit for bit:
+    it waits for nothing, takes nothing from the host and has no number of its batch built in."""
+    done = on_gpu(command(tmp_path / "run", "--graphs", "--steps", 4, "--batch", 8, "--dropout", 0.1,
+                          "--max-objects", 5, "--max-target", 16, script="tests/gpu_steps.py"))
+    graphs, replays = map(int, re.search(r"(\d+) graphs, (\d+) replays", done.stderr).groups())
+    assert graphs > 1 and replays > graphs, (graphs, replays)
+    captured, plain = re.findall(r"^\[.*", done.stdout, re.MULTILINE)
+    assert captured == plain
+
+
+def test_what_a_graph_may_not_hold_is_an_error_on_the_pretended_gpu(on_gpu, tmp_path):
+    """Waits and copies from the host, which a real capture refuses."""
+    script = tmp_path / "captured.py"
+    script.write_text("import torch\nx = torch.ones(2, device='cuda:0')\n"
+                      "for bad in (lambda: x.sum().item(), lambda: x + torch.ones(2).to(x.device),"
+                      " lambda: x[x > 0]):\n"
+                      "    try:\n        with torch.cuda.graph(torch.cuda.CUDAGraph()):\n"
+                      "            bad()\n"
+                      "    except RuntimeError as cause:\n        print(cause)\n")
+    done = on_gpu([sys.executable, str(script)], kernels=False)
+    assert done.stdout.count("not permitted while a graph is captured") == 3
 
 
 def test_operations_across_devices_are_errors_on_the_pretended_gpu(on_gpu, tmp_path):

@@ -523,6 +523,14 @@ def test_base_geometry_takes_a_step_and_decodes_on_a_cpu(capsys):
               f"{decoded - stepped:.1f} s, peak {peak:.1f} GiB, loss {loss.item():.2f}")
 
 
+@pytest.mark.parametrize("flags, words", [
+    ((), "expected a GPU, clorae.cu compiled for it"), (("--method", "moslora"), "method moslora")])
+def test_graphs_are_refused_where_there_can_be_none(command, tmp_path, flags, words):
+    """CUDA graphs need a GPU and kernels that read a batch's tasks from it."""
+    done = run(command(tmp_path / "run", "--graphs", *flags))
+    assert done.returncode == 2 and "--graphs" in done.stderr and words in done.stderr
+
+
 def test_checkpoints_may_be_read_by_whom_the_umask_lets(tmp_path):
     """safetensors writes for the owner alone; a run's files are as readable as one another."""
     flat = train.FlatParameters(torch.nn.Linear(3, 2), 1e-3)

@@ -1,0 +1,22 @@
+"""Take --steps training steps of train.py's flags and print the device's line and their numbers;
+under --graphs twice: with graphs, and with the same batches but none.
+
+tests/test_gpu_path.py starts it on a pretended GPU.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import train
+
+if __name__ == "__main__":
+    config, _ = train.parse_arguments(None)
+    world, sources = train.World(), train.prepare(config)
+    for most in (train.Graphs.MOST, 0)[:1 + config.graphs]:
+        train.Graphs.MOST = most
+        run = train.Run(config, sources, world)
+        print(train.describe(run, "")[0])
+        print(json.dumps([run.train_step(some) for some in run.batches(0)[:config.steps]]))
