@@ -621,7 +621,8 @@ class ExpertLinear(nn.Module):
         LoRAMoE routes over its E experts instead: [...,E].
         """
         if self.routing.fixed_gates is not None and self.config.method == "clorae":
-            return x.new_tensor(self.routing.fixed_gates).expand(*x.shape[:-1], 2)
+            fixed = [x.new_full(x.shape[:-1], gate) for gate in self.routing.fixed_gates]
+            return torch.stack(fixed, dim=-1)  # a list as a tensor would stall a GPU
         if not hasattr(self, "W_g"):
             return None
         logits = F.linear(x, self.W_g.to(x.dtype))

@@ -657,8 +657,8 @@ def still_true(path: Path, wanted: dict) -> bool:
 def changed(args: argparse.Namespace) -> dict:
     """The stored settings that the command line replaces; all units unless it names some."""
     given = {name: getattr(args, name)
-             for name in ("data", "missing_images", "impl", "t5", "vit", "init")}
-    return {name: value for name, value in given.items() if value} | {"units": args.units}
+             for name in ("data", "missing_images", "impl", "graphs", "t5", "vit", "init")}
+    return {n: value for n, value in given.items() if value is not None} | {"units": args.units}
 
 
 @dataclass(frozen=True)
@@ -2346,6 +2346,9 @@ def parser() -> data.Parser:
     add("--impl", choices=("auto", "reference", "cuda"),
         help="expert layers on PyTorch (reference) or on clorae.cu (cuda); default: auto, on "
              "clorae.cu where it can be built")
+    add("--graphs", action=argparse.BooleanOptionalAction,
+        help="on a GPU, launch all kernels of a token at once, as a CUDA graph; default: as the "
+             "run that trained CKPT")
     add_examples(result)
     add_pictures(result)
     add = result.add_argument_group("export (instead of scoring)").add_argument

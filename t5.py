@@ -574,15 +574,22 @@ class IncrementalBlock:
         _, H, _, K = self.memory_keys.shape
         self.keys, self.values = self.memory_keys.new_empty(2, rows, H, steps, K)
 
-    def __call__(self, x: Tensor, bias: Tensor, memory_bias: Tensor) -> Tensor:
-        """x [rows,1,D], bias [1,H,1,length] over the tokens so far -> [rows,1,D]."""
-        return self.feed_forward(self.cross_attention(self.self_attention(x, bias), memory_bias))
+    def __call__(self, x: Tensor, bias: Tensor, memory_bias: Tensor,
+                 place: Tensor | None) -> Tensor:
+        """x [rows,1,D], the tokens number `place` [1] -> [rows,1,D].  bias [1,H,1,width] over the
+        first tokens: up to `place`, if that is None, or with those to come shut out."""
+        x = self.self_attention(x, bias, place)
+        return self.feed_forward(self.cross_attention(x, memory_bias))
 
-    def self_attention(self, x: Tensor, bias: Tensor) -> Tensor:
-        block, (read, write), now = self.block, self.own, bias.shape[-1]
-        q, k, v = (self.rows.split(y, self.heads) for y in read(block.self_attention_norm(x)))
-        self.keys[:, :, now - 1:now], self.values[:, :, now - 1:now] = k, v
-        so_far = self.keys[:, :, :now], self.values[:, :, :now]
+    def self_attention(self, x: Tensor, bias: Tensor, place: Tensor | None) -> Tensor:
+        block, (read, write), width = self.block, self.own, bias.shape[-1]
+        q, *new = (self.rows.split(y, self.heads) for y in read(block.self_attention_norm(x)))
+        for kept, one in zip((self.keys, self.values), new):
+            if place is None:
+                kept[:, :, width - 1:width] = one
+            else:
+                kept.index_copy_(2, place, one.to(kept.dtype))
+        so_far = self.keys[:, :, :width], self.values[:, :, :width]
         return x + write(self.attend(q, *so_far, bias))[0]
 
     def cross_attention(self, x: Tensor, bias: Tensor) -> Tensor:
@@ -614,7 +621,15 @@ class IncrementalBlock:
 
 class IncrementalDecoder:
     """Decoder and head, a token of each row at a time, at most `steps`; as many rows as requests,
-    or `beams` times as many."""
+    or `beams` times as many.
+
+    On a GPU a step may be captured as a CUDA graph, which launches its kernels at once: the host
+    would take longer to launch them one by one than the GPU to run them.  A graph knows no numbers
+    of its own, so the token's place is a tensor and attention reads a fixed width, which doubles
+    when the tokens have filled it; then, and when rows have left, another graph is captured.
+    """
+
+    WIDTH = 32  # of the first graph
 
     def __init__(self, model: "T5", memory: Tensor, mask: Tensor, beams: int, steps: int) -> None:
         self.model, self.mask, self.length, dtype = model, mask, 0, compute_dtype(memory)
@@ -627,21 +642,56 @@ class IncrementalDecoder:
         self.bias = model.decoder.self_bias(steps, None, attends)  # [1,H,steps,steps]
         weight = model.head_weight
         self.head = remembered(weight, [weight], dtype, lambda: Packed([weight], dtype))
+        self.captures, self.steps, self.width = model.graphs and memory.is_cuda, steps, 0
+        self.place = torch.zeros(1, dtype=torch.long, device=memory.device)
+        self.graph, self.token, self.logits = None, None, None
+        for block in self.blocks if self.captures else ():
+            # What is shut out counts for nothing, unless it is NaN.
+            block.keys.zero_(), block.values.zero_()
 
     def __call__(self, token: Tensor) -> Tensor:
         """The next token of each row [rows,1] -> logits of the one after it [rows,C]."""
         self.length += 1
-        bias = self.bias[:, :, self.length - 1:self.length, :self.length]
+        if self.captures:
+            return self.replay(token)
+        return self.step(token, self.bias[:, :, self.length - 1:self.length, :self.length])
+
+    def step(self, token: Tensor, bias: Tensor, place: Tensor | None = None) -> Tensor:
         x = self.model.embed(token)
         for block in self.blocks:
-            x = block(x, bias, self.memory_bias)
+            x = block(x, bias, self.memory_bias, place)
         return self.head(self.model.scaled(self.model.decoder.final_norm(x)))[:, 0]
+
+    def step_at_place(self) -> Tensor:
+        """`step` from tensors alone."""
+        bias = self.bias[..., :self.width].index_select(2, self.place)
+        return self.step(self.token, bias, self.place)
+
+    def replay(self, token: Tensor) -> Tensor:
+        """A step by the graph, or, where that is missing, as ever: what torch prepares at first use,
+        a capture must find prepared.  Graphs share their memory, one of each model being kept."""
+        self.place.fill_(self.length - 1)
+        if self.length > self.width:
+            self.width, self.graph = min(max(2 * self.width, self.WIDTH), self.steps), None
+        if self.graph is not None:
+            self.token.copy_(token)
+            self.graph.replay()
+            return self.logits
+        self.token = token.clone()
+        logits, last, self.graph = self.step_at_place(), self.model.graph, torch.cuda.CUDAGraph()
+        # Only this thread's calls count: another one may be NCCL's.
+        with torch.cuda.graph(self.graph, pool=None if last is None else last.pool(),
+                              capture_error_mode="thread_local"):
+            self.logits = self.step_at_place()
+        self.model.graph = self.graph
+        return logits
 
     def select(self, rows: Tensor, requests: Tensor | None) -> None:
         """Go on with these rows in this order, and with these requests (None: with all)."""
         for block in self.blocks:
             block.select(rows, requests, self.length)
         if requests is not None:
+            self.graph = None
             self.mask = self.mask[requests]
             self.memory_bias = mask_bias(self.mask, self.bias.dtype)
 
@@ -702,6 +752,7 @@ class T5(nn.Module):
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.config = config
+        self.graphs, self.graph = False, None  # whether CUDA graphs decode, and the last of them
         self.shared = nn.Embedding(config.vocab_size, config.d_model)  # drawn from N(0, 1)
         self.encoder = Stack(config, config.num_layers, decoder=False)
         self.decoder = Stack(config, config.num_decoder_layers, decoder=True)
@@ -744,6 +795,7 @@ class T5(nn.Module):
     def train(self, mode: bool = True) -> "T5":
         """Training does without the copies of `remembered`, which it would make outdated."""
         if mode:
+            self.graph = None
             for parameter in self.parameters():
                 vars(parameter).pop("packed", None)
         return super().train(mode)
@@ -798,9 +850,12 @@ class T5(nn.Module):
                 kept = (~search.done).nonzero()[:, 0]
                 if len(kept) == 0:
                     break
-                requests, parents = requests[kept], parents.view(-1, num_beams)[kept].flatten()
-                search.keep(kept)
-                tell(requests.repeat_interleave(num_beams))
+                if decoder.captures and 2 * len(kept) > len(requests):
+                    kept = None  # a new graph costs more than some rows too many
+                else:
+                    requests, parents = requests[kept], parents.view(-1, num_beams)[kept].flatten()
+                    search.keep(kept)
+                    tell(requests.repeat_interleave(num_beams))
             if num_beams > 1 or kept is not None:
                 decoder.select(parents, kept)
             token = search.tokens[..., n - 1].reshape(-1, 1)

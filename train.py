@@ -677,6 +677,7 @@ def build(config: Config, sources: Sources, device: torch.device) -> Setup:
         raise WeightsError(f"{sources.t5}: expected a spiece.model of at most {ids - 100} pieces "
                            f"for a T5 of {ids} ids, got {tokenizer.vocab_size} pieces; use the "
                            "files of one checkpoint")
+    t5.graphs = config.graphs
     torch.manual_seed(config.seed)
     with device if meta else nullcontext():
         model = UMIE(t5, ViT.feature_width(sources.vit), config.max_objects, config.fusion)

@@ -264,12 +264,23 @@ def decode(size: str, repeats: int) -> None:
             b.input_ids, b.attention_mask, NEW, banned_ids=[1])
             for name, model in (("fp32", single), ("bf16", half))}
         variants["C-LoRAE, fp32"] = lambda: adapted.generate(b, NEW, banned_ids=[1])
+        if torch.get_default_device().type == "cuda":
+            variants |= {
+                "T5, bf16, CUDA graphs": lambda: by_graphs(half, variants["T5, bf16"]),
+                "C-LoRAE, CUDA graphs": lambda: by_graphs(adapted.t5, variants["C-LoRAE, fp32"])}
         if PEER:
             variants = {"transformers, fp32": lambda: theirs.generate(
                 input_ids=b.input_ids, attention_mask=b.attention_mask.long(), max_new_tokens=NEW,
                 min_new_tokens=NEW, do_sample=False), **variants}
         take_turns(f"{NEW} greedy tokens, {size}, {rows} sequence(s)", variants, repeats,
                    rows * NEW)
+
+
+def by_graphs(t5: T5, decodes: Callable[[], object]) -> None:
+    """A decoding whose steps are captured."""
+    t5.graphs = True
+    decodes()
+    t5.graphs = False
 
 
 def padding(corpus: str, tokenizer: str) -> None:

@@ -56,7 +56,7 @@ def test_a_gpu_gives_the_answers_that_a_cpu_gives(command, on_gpu, tmp_path):
     out, here, there = (tmp_path / name for name in ("run", "here.jsonl", "there.jsonl"))
     train = command(out, "--steps", 2, "--epochs", 1, "--units", "V1", "MED")
     assert run(train).returncode == 0
-    line = [train[0], str(ROOT / "evaluate.py"), str(out), "--beams", "3", "--out"]
+    line = [train[0], str(ROOT / "evaluate.py"), str(out), "--graphs", "--beams", "3", "--out"]
     assert run([*line, str(here)]).returncode == 0
     on_gpu([*line, str(there)])
     assert here.read_bytes() == there.read_bytes()
@@ -65,12 +65,42 @@ def test_a_gpu_gives_the_answers_that_a_cpu_gives(command, on_gpu, tmp_path):
 def test_graphs_compute_what_single_launches_compute(command, on_gpu, tmp_path):
     """A graph captured for one batch gives another one's loss, norm and dropout masks, bit for bit:
     it waits for nothing, takes nothing from the host and has no number of its batch built in."""
-    done = on_gpu(command(tmp_path / "run", "--graphs", "--steps", 4, "--batch", 8, "--dropout", 0.1,
-                          "--max-objects", 5, "--max-target", 16, script="tests/gpu_steps.py"))
+    done = on_gpu(command(tmp_path / "run", "--graphs", "--steps", 4, "--batch", 8, "--dropout",
+                          0.1, "--max-objects", 5, "--max-target", 16,
+                          script="tests/gpu_steps.py"))
     graphs, replays = map(int, re.search(r"(\d+) graphs, (\d+) replays", done.stderr).groups())
     assert graphs > 1 and replays > graphs, (graphs, replays)
     captured, plain = re.findall(r"^\[.*", done.stdout, re.MULTILINE)
     assert captured == plain
+
+
+ENDING = """
+import sys
+import torch
+from t5 import T5, T5Config
+torch.manual_seed(0)
+config = T5Config(vocab_size=60, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+                  feed_forward_proj="gated-gelu", tie_head=False)
+model = T5(config).eval().requires_grad_(False)
+model.lm_head.weight[1] *= 3  # half of the rows end, at different times
+ids, mask = torch.randint(2, 60, (12, 9)), torch.arange(9) < torch.randint(1, 10, (12, 1))
+for beams in (1, 3):
+    here = model.to("cpu").generate(ids, mask, 40, beams)
+    there = model.to("cuda:0")
+    there.graphs = True
+    answers = there.generate(ids.to("cuda:0"), mask.to("cuda:0"), 40, beams).cpu()
+    assert torch.equal(here, answers), (here, answers)
+    assert 5 < (here == 1).any(1).sum() < 12
+"""
+
+
+def test_decoding_by_graphs_gives_the_same_tokens_while_rows_end(on_gpu, tmp_path):
+    """One graph for the first 32 tokens, one for all 40, others after half of the rows have left:
+    three for one beam, four for three; the step before each is taken without."""
+    script = tmp_path / "ending.py"
+    script.write_text(ENDING)
+    done = on_gpu([sys.executable, str(script)], kernels=False)
+    assert "7 graphs, 73 replays" in done.stderr
 
 
 def test_what_a_graph_may_not_hold_is_an_error_on_the_pretended_gpu(on_gpu, tmp_path):
