@@ -668,8 +668,8 @@ class IncrementalDecoder:
         return self.step(self.token, bias, self.place)
 
     def replay(self, token: Tensor) -> Tensor:
-        """A step by the graph, or, where that is missing, as ever: what torch prepares at first use,
-        a capture must find prepared.  Graphs share their memory, one of each model being kept."""
+        """A step by the graph, or, where that is missing, as ever: what torch prepares at first
+        use, a capture must find prepared.  Graphs share their memory: a model keeps the last."""
         self.place.fill_(self.length - 1)
         if self.length > self.width:
             self.width, self.graph = min(max(2 * self.width, self.WIDTH), self.steps), None

@@ -1504,6 +1504,7 @@ def memory(run: Run) -> dict[str, float]:
       attention     3 D (5 D with T5's dropout) + 5 H K + 16 per column of the experts, and 4 D with
                     the experts' dropout; on a CPU T5's dropout keeps 3 H scores per key as well
       feed-forward  3 times its width (4 times with dropout)
+    Under --graphs all of it twice, since graphs share their memory with nothing else.
     Then three copies of the logits, as far as they are held at once, and two of the experts: joined
     per task, and for L_MIM.  Within about 10 % of what was measured.
     """
@@ -1527,7 +1528,7 @@ def memory(run: Run) -> dict[str, float]:
     numbers = sum(blocks)
     if config.checkpoint_activations:  # what enters each block, and all of one of them
         numbers = max(blocks) + (t5.num_layers * S + layers * T + 2 * V) * t5.d_model
-    kept = rows * numbers * (2 if config.precision == "bf16" else 4)
+    kept = rows * numbers * (2 if config.precision == "bf16" else 4) * (1 + config.graphs)
     return {"frozen weights": frozen, "trained": trained, "gradients": trained,
             "moments": 2 * trained, f"activations of {rows} rows of {S} + {T} + {V} tokens":
                 kept + 12 * min(rows * T, losses.PIECE) * t5.vocab_size + 8 * experts,
@@ -1570,6 +1571,7 @@ def plan(config: Config, sources: Sources, world: World, launch: Launch) -> list
 
 def main(argv: Sequence[str] | None = None) -> None:
     config, launch = parse_arguments(argv)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else its sums may vary
     world = World(launch.timeout)
     # As use_deterministic_algorithms, which would import a compiler first: over a second.  Filling
     # fresh memory with NaN is for finding bugs (tests/test_clorae.py) and costs 2 to 5 % of a step.

@@ -687,7 +687,7 @@ def even_steps(rng: random.Random) -> bool:
         run.flat = SimpleNamespace(grads=torch.zeros(1))
         run.backward = lambda part, number, indices: seen.extend(part) or torch.zeros(
             3 + 2 * len(UNITS))
-        run.update = lambda sums, indices: {}
+        run.update = lambda *_: {}
         for indices in batches:
             run.train_step(indices)
         meetings.append(met)
@@ -734,8 +734,8 @@ def poison(where: str, row: int) -> Fault:
                 batch.features[rows] = torch.nan
             return batch
 
-        def poisoned(*given: object) -> torch.Tensor:
-            value = ce(*given)
+        def poisoned(*given: object, **more: object) -> torch.Tensor:
+            value = ce(*given, **more)
             factor = torch.where(present[0], torch.nan, 1.0)
             if where == "gradient":
                 value.register_hook(lambda grad: grad * factor)
