@@ -571,8 +571,8 @@ class ExpertLinear(nn.Module):
             self.routing.codes.append((self, runs, codes))
 
     def runs_on_kernels(self, x: Tensor) -> bool:
-        """Whether clorae.cu can do this layer's work: LoRA experts on a frozen linear, bf16 or fp32
-        in multiples of 8, where it is built."""
+        """Whether clorae.cu can do this layer's work: LoRA experts in bf16 or fp32, widths that are
+        multiples of 8, where it is built."""
         fits = self.config.method in FUSED and x.dtype != torch.float64
         return (fits and not any(width % 8 for width in self.base.weight.shape)
                 and kernels(x.device, self.routing.impl) is not None)

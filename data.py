@@ -818,20 +818,20 @@ class Batch:
         return replace(self, **there)
 
     def widened(self, most_visual: int) -> Batch:
-        """The batch with padding, also whole rows of it, up to numbers of rows and tokens that come
-        again in other batches; every label counts then, a padded one for nothing."""
-        B, V = len(self.rows), self.features.shape[1]
-        extra = {"B": -B % 4, "S": -self.input_ids.shape[1] % 16, "T": -self.labels.shape[1] % 16,
-                 "V": min(V + -V % 6, most_visual) - V}
-        layout = {"input_ids": "BS", "attention_mask": "BS", "labels": "BT", "tasks": "B",
-                  "units": "B", "features": "BV.", "boxes": "BV.", "visual_mask": "BV", "rows": "B"}
-        values = {"labels": -100, "tasks": self.tasks.max().item(), "rows": -1}
+        """The batch with padding, also whole rows of it, up to sizes that other batches have, too:
+        multiples of 4 rows, of 16 tokens and of 6 visual ones, of which there are at most so many.
+        All labels are counted among the real ones: which are is no matter of size."""
+        (B, S), T, V = self.input_ids.shape, self.labels.shape[1], self.features.shape[1]
+        extra = {"B": -B % 4, "S": -S % 16, "T": -T % 16, "V": min(-V % 6, most_visual - V)}
+        values = {"labels": -100, "tasks": int(self.tasks.max()), "rows": -1}  # or 0
 
-        def wide(name: str) -> Tensor:
-            by = [size for letter in reversed(layout[name]) for size in (0, extra.get(letter, 0))]
+        def wide(name: str, dimensions: str) -> Tensor:
+            by = [size for letter in reversed(dimensions) for size in (0, extra.get(letter, 0))]
             return F.pad(getattr(self, name), by, value=values.get(name, 0))
 
-        padded = {name: wide(name) for name in layout}
+        padded = {name: wide(name, dimensions) for name, dimensions in {
+            "input_ids": "BS", "attention_mask": "BS", "labels": "BT", "tasks": "B", "units": "B",
+            "features": "BVF", "boxes": "BVF", "visual_mask": "BV", "rows": "B"}.items()}
         return Batch(**padded, real=torch.arange(padded["labels"].numel()))
 
 

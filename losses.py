@@ -55,7 +55,8 @@ def token_cross_entropy(hidden: Tensor, labels: Tensor, head: Callable[[Tensor],
     def loss(states: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(head(states).float(), targets, reduction="none")
 
-    found = [checkpoint(loss, *some, use_reentrant=False) if len(pieces) > 1 else loss(*some)
+    again = dict(use_reentrant=False, preserve_rng_state=False)  # nothing is drawn in a head
+    found = [checkpoint(loss, *some, **again) if len(pieces) > 1 else loss(*some)
              for some in pieces]
     rows = real // labels.shape[1]
     return hidden.new_zeros(len(labels), dtype=torch.float32).index_add(0, rows, torch.cat(found))

@@ -1,7 +1,7 @@
 """Everything about clorae.cu that needs a GPU, in one command: python tests/gpu.py
 
 Builds the extension, runs tests/test_cuda.py on the GPU, then compute-sanitizer (memcheck and
-racecheck) where it is installed, then times one layer: the frozen linear, peft's LoRA where it is
+racecheck) where it is installed, then training steps with CUDA graphs, then times one layer: the frozen linear, peft's LoRA where it is
 installed, and the forms of C-LoRAE's layer, in bf16, forward and backward, eagerly and inside a
 CUDA graph; last tests/benchmark.py's step, decoding and memory. Prints markdown; takes a few
 minutes. Exit code 1 if anything was wrong.
@@ -15,6 +15,7 @@ the segments, at N r instead of r columns.
 """
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -31,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 import clorae
+import conftest
 import test_cuda
 
 SIZES = {"base": (768, 128, 42), "large": (1024, 64, 21), "xl": (2048, 64, 21)}  # D, R, r
@@ -250,6 +252,26 @@ def tests() -> bool:
     return done.returncode == 0
 
 
+def graphs_agree() -> bool:
+    """Training steps of a small model, micro-batches captured and not: losses and gradient norms."""
+    with tempfile.TemporaryDirectory() as folder:
+        small = conftest.make_small(Path(folder))
+        flags = [word for name, place in small.items() for word in (f"--{name}", place)]
+        line = [sys.executable, str(ROOT / "tests/gpu_steps.py"), *flags, "--graphs", "--rank", "6",
+                "--batch", "12", "--micro-batch", "4", "--max-objects", "5", "--max-target", "16",
+                "--dropout", "0.1", "--steps", "8", "--out", folder]
+        done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=200)
+    if done.returncode:
+        print(f"- CUDA graphs: **FAILED**\n```\n{done.stderr[-3000:]}\n```")
+        return False
+    captured, plain = (json.loads(line) for line in done.stdout.splitlines() if line[0] == "[")
+    worst = max(abs(a[name] - b[name]) / abs(b[name]) for a, b in zip(captured, plain)
+                for name in ("loss", "grad_norm"))
+    print(f"- CUDA graphs: losses and norms of 8 training steps within {worst:.1e} of those without"
+          f"{'' if worst < 0.01 else ' **WRONG**'}")
+    return worst < 0.01
+
+
 def fresh_build() -> bool:
     """Seconds of a build from nothing, in a cache of its own."""
     line = [sys.executable, "-c", "import torch, clorae, warnings; "
@@ -284,7 +306,7 @@ def main() -> int:
         small()
         torch.cuda.synchronize()
         return 0
-    fine = all([tests(), sanitize(), *(forms_agree(Problem(size, 512)) for size in SIZES)])
+    fine = all([tests(), sanitize(), graphs_agree(), *(forms_agree(Problem(size, 512)) for size in SIZES)])
     for size in SIZES:
         rows = [(f"T = {T}", Problem(size, T)) for T in (512, 2048, 4096, 16384)]
         table(f"{size}: forward and backward", rows, True)

@@ -256,6 +256,13 @@ def unseen(function: Callable) -> Callable:
     return called
 
 
+def device_states(*_: object) -> tuple[list, list]:
+    """Of a GPU's generator; but draws are the CPU's here."""
+    if Graph.capturing is not None:
+        raise RuntimeError("generator: not permitted while a graph is captured")
+    return [], []
+
+
 def pretend(emulator: str | None = None) -> PretendedGPU:
     """Let torch.cuda speak of one GPU; the mode to be entered.  emulator: library of clorae.cu."""
     import clorae
@@ -273,7 +280,8 @@ def pretend(emulator: str | None = None) -> PretendedGPU:
     torch.autograd.grad_mode.set_multithreading_enabled(False)  # modes belong to a thread
     torch.inference_mode = torch.no_grad  # in which views of such tensors are not allowed
     torch.asarray = unseen(torch.asarray)  # safetensors gives it memory, which no mode knows
-    torch.utils.checkpoint.get_device_states = lambda *_: ([], [])  # its draws are the CPU's
+    torch.cuda._initialized = True
+    torch.utils.checkpoint.get_device_states = device_states
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # else numbers stay behind
     if emulator:
         torch.ops.load_library(emulator)
