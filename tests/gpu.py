@@ -1,10 +1,11 @@
 """Everything about clorae.cu that needs a GPU, in one command: python tests/gpu.py
 
 Builds the extension, runs tests/test_cuda.py on the GPU, then compute-sanitizer (memcheck and
-racecheck) where it is installed, then training steps with CUDA graphs, then times one layer: the frozen linear, peft's LoRA where it is
-installed, and the forms of C-LoRAE's layer, in bf16, forward and backward, eagerly and inside a
-CUDA graph; last tests/benchmark.py's step, decoding and memory. Prints markdown; takes a few
-minutes. Exit code 1 if anything was wrong.
+racecheck) where it is installed, then training steps with CUDA graphs beside the same without,
+then times one layer: the frozen linear, peft's LoRA where it is installed, and the forms of
+C-LoRAE's layer, in bf16, forward and backward, eagerly and inside a CUDA graph; last
+tests/benchmark.py's step, decoding and memory. Prints markdown; takes a few minutes. Exit code 1 if
+anything was wrong.
 
     reference   PyTorch in rank space, segment by segment (clorae.py without the extension)
     fused       clorae.cu's shrink and expand (clorae.expert_linear)
@@ -253,7 +254,7 @@ def tests() -> bool:
 
 
 def graphs_agree() -> bool:
-    """Training steps of a small model, micro-batches captured and not: losses and gradient norms."""
+    """Training steps of a small model, with graphs and without: losses and gradient norms."""
     with tempfile.TemporaryDirectory() as folder:
         small = conftest.make_small(Path(folder))
         flags = [word for name, place in small.items() for word in (f"--{name}", place)]
@@ -306,7 +307,8 @@ def main() -> int:
         small()
         torch.cuda.synchronize()
         return 0
-    fine = all([tests(), sanitize(), graphs_agree(), *(forms_agree(Problem(size, 512)) for size in SIZES)])
+    fine = all([tests(), sanitize(), graphs_agree(),
+                *(forms_agree(Problem(size, 512)) for size in SIZES)])
     for size in SIZES:
         rows = [(f"T = {T}", Problem(size, T)) for T in (512, 2048, 4096, 16384)]
         table(f"{size}: forward and backward", rows, True)
