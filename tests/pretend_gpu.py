@@ -76,7 +76,8 @@ def build_guard(folder: Path) -> Path:
 
 
 if __name__ == "__main__":  # torch asks for its hooks once, while it is imported
-    ctypes.CDLL(os.environ.get("PRETEND_GUARD") or build_guard(Path(tempfile.mkdtemp())))
+    with tempfile.TemporaryDirectory() as folder:
+        ctypes.CDLL(os.environ.get("PRETEND_GUARD") or build_guard(Path(folder)))
 
 import torch
 from torch import Tensor
@@ -88,7 +89,8 @@ aten = torch.ops.aten
 # For these the host needs a number that a GPU has yet to compute.
 WAITS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten.is_nonzero,
          aten.repeat_interleave, aten._unique2, aten.bincount}
-ANYWHERE = {aten.copy_, aten._to_copy, aten.index, aten.index_put_, aten.index_put}
+INDEXING = {aten.index, aten.index_put_, aten.index_put}
+ANYWHERE = {aten.copy_, aten._to_copy, *INDEXING}  # these take tensors of two devices
 waits: Counter[str] = Counter()  # "operator at file:line" -> times
 
 
@@ -138,14 +140,16 @@ def caller() -> str:
 def host_waits(packet, args, kwargs, target: torch.device) -> bool:
     """Whether the host waits here until the GPU has done all that was asked of it."""
     first, *others = tree_flatten(args)[0] or [None]
-    if packet in (aten._to_copy, aten.copy_):  # from pageable memory, unless it is told not to
-        places = [isinstance(first, OnGPU), target.type == "cuda" if packet is aten._to_copy
-                  else isinstance(others[0], OnGPU)]
-        free = kwargs.get("non_blocking", packet is aten.copy_ and others[1:] == [True])
-        return places[0] != places[1] and not (free and (places[1] or packet is aten.copy_))
-    indices = [x for x in others if isinstance(x, Tensor)]
-    return packet in WAITS or packet in (aten.index, aten.index_put_, aten.index_put) and any(
-        x.dtype in (torch.bool, torch.uint8) or not isinstance(x, OnGPU) for x in indices)
+    if packet is aten._to_copy:
+        source, to_gpu, free = first, target.type == "cuda", kwargs.get("non_blocking", False)
+    elif packet is aten.copy_:
+        source, to_gpu, free = others[0], isinstance(first, OnGPU), others[1:] == [True]
+    elif packet in INDEXING:  # of masks, or with numbers that the host has yet to send
+        return any(x.dtype in (torch.bool, torch.uint8) or not isinstance(x, OnGPU)
+                   for x in others if isinstance(x, Tensor))
+    else:
+        return packet in WAITS
+    return isinstance(source, OnGPU) != to_gpu and not (to_gpu and free)
 
 
 def compute(func, args, kwargs):
