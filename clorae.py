@@ -228,6 +228,10 @@ class Routing:
 
     def segments(self, rows: int) -> Iterator[tuple[int, slice]]:
         """Runs of equal tasks as (task, rows); a batch sorted by task gives one run per task."""
+        if self._there is not None:
+            raise ValueError("routing: expected layers that run on clorae.cu while a CUDA graph is "
+                             "captured, got one that asks for the tasks of rows, which stay on the "
+                             "GPU; leave --graphs away")
         if self._rows is None:
             yield 0, slice(0, rows)
             return

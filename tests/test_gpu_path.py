@@ -116,6 +116,34 @@ def test_what_a_graph_may_not_hold_is_an_error_on_the_pretended_gpu(on_gpu, tmp_
     assert done.stdout.count("not permitted while a graph is captured") == 3
 
 
+UNFIT = """
+import clorae, torch
+device, routing = torch.device("cuda:0"), clorae.Routing(("mner", "mre", "mee"))
+for width in (16, 12):
+    layer = clorae.ExpertLinear(torch.nn.Linear(width, 8, bias=False).requires_grad_(False),
+                                clorae.ExpertConfig(rank=6), routing, "memory").to(device)
+    x, tasks = torch.ones(3, 4, width, device=device), torch.tensor([0, 1, 2], device=device)
+    routing.set(tasks)
+    layer(x)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        routing.set(tasks)
+        try:
+            layer(x)
+            print(width, "is captured")
+        except ValueError as cause:
+            print(width, cause)
+"""
+
+
+def test_a_layer_that_no_kernel_fits_is_refused_in_a_graph(on_gpu, tmp_path):
+    """It would go on with the tasks that the host has heard of last."""
+    script = tmp_path / "unfit.py"
+    script.write_text(UNFIT)
+    done = on_gpu([sys.executable, str(script)])
+    assert "16 is captured" in done.stdout
+    assert "12 routing: expected layers that run on clorae.cu" in done.stdout
+
+
 def test_operations_across_devices_are_errors_on_the_pretended_gpu(on_gpu, tmp_path):
     """What would fail on a GPU fails here: else these tests could not."""
     script = tmp_path / "mixed.py"
