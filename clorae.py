@@ -156,6 +156,7 @@ class Routing:
         self.masks: dict[str, Tensor | None] = {}
         self.fixed_gates: tuple[float, float] | None = None  # replaces Eq. (6) in every layer
         self.impl = "auto"  # see `kernels`: whether layers run on clorae.cu
+        self.stay = False  # tasks that come on a GPU stay there, as a CUDA graph needs: see `set`
         # global batch size B while L_MIM is wanted, else None
         self.mim_batch: int | Tensor | None = None
         # z, for L_MIM, with its tokens' tasks; None once it is taken: recomputed layers report once
@@ -171,17 +172,16 @@ class Routing:
             visual: Tensor | None = None) -> None:
         """Announce a batch.
 
-        tasks [B] indices into `names`, which the host reads, unless a CUDA graph is being captured:
-        then they are sorted, stay where they are, and layers must run on kernels.  Masks (bool,
-        True = valid token) of the three token streams: memory [B,S], target [B,T], visual [B,V].
-        They are needed while L_MIM, which they weigh, is collected, and where tokens come without
-        their padding.  Raises ValueError for a task that has no expert.
+        tasks [B] indices into `names`; masks (bool, True = valid token) of the three token
+        streams: memory [B,S], target [B,T], visual [B,V].  They are needed while L_MIM, which they
+        weigh, is collected, and where tokens come without their padding.  Raises ValueError for a
+        task that has no expert.  The host reads the tasks, unless they come on a GPU and `stay`
+        there: then they are sorted, nobody checks them, and layers must run on kernels.
         """
         self.masks = {"memory": memory, "target": target, "visual": visual}
         self.codes, self.packs, self._shares, self._runs, self._tables = [], {}, {}, {}, {}
-        capturing = tasks.is_cuda and torch.cuda.is_current_stream_capturing()
-        self._there = tasks if capturing else None
-        if capturing:
+        self._there = tasks if self.stay and tasks.is_cuda else None
+        if self._there is not None:
             return
         rows = tasks.tolist()
         unknown = [task for task in rows if not 0 <= task < len(self.names)]
@@ -229,9 +229,9 @@ class Routing:
     def segments(self, rows: int) -> Iterator[tuple[int, slice]]:
         """Runs of equal tasks as (task, rows); a batch sorted by task gives one run per task."""
         if self._there is not None:
-            raise ValueError("routing: expected layers that run on clorae.cu while a CUDA graph is "
-                             "captured, got one that asks for the tasks of rows, which stay on the "
-                             "GPU; leave --graphs away")
+            raise ValueError("routing: expected layers that run on clorae.cu, since the tasks of "
+                             "rows stay on the GPU, got one that asks for them; leave --graphs "
+                             "away")
         if self._rows is None:
             yield 0, slice(0, rows)
             return

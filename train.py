@@ -812,7 +812,7 @@ class Graphs:
             self.captured[shape] = self.capture(inputs)
         known = self.captured.setdefault(shape, None)
         if known is None:  # what torch prepares at first use, a graph must find prepared
-            return self.compute(batch.to(self.device), numbers.to(self.device, non_blocking=True))
+            return self.compute(*self.there(inputs))
         graph, held, sums = known
         for there, now in zip(held, inputs):
             there.copy_(now, non_blocking=True)
@@ -822,12 +822,16 @@ class Graphs:
     def capture(self, inputs: list[Tensor]) -> tuple[object, list[Tensor], Tensor]:
         """The graph of a batch of such tensors, where it reads them, and where its answer lies;
         nothing is computed yet."""
-        held = [some.to(self.device) for some in inputs]
-        graph = torch.cuda.CUDAGraph()
+        (batch, numbers), graph = self.there(inputs), torch.cuda.CUDAGraph()
         # Only this thread's calls count: another one may be NCCL's.
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            sums = self.compute(data.Batch(*held[:-1]), held[-1])
-        return graph, held, sums
+            sums = self.compute(batch, numbers)
+        return graph, [*vars(batch).values(), numbers], sums
+
+    def there(self, inputs: list[Tensor]) -> tuple[data.Batch, Tensor]:
+        """A batch and its numbers on the GPU, the tasks as well."""
+        *fields, numbers = (some.to(self.device, non_blocking=True) for some in inputs)
+        return data.Batch(*fields), numbers
 
 
 # ------------------------------------------------------------------------------------ checkpoints
@@ -1062,6 +1066,8 @@ class Run:
         self.reference = self.references()
         self.progress = Progress(weights=dict.fromkeys(self.units, 1.0))
         self.graphs = Graphs(self.gradients, world.device) if self.captures() else None
+        if self.graphs is not None:
+            self.routing.stay = True
         self.stopping = False  # some process was asked to stop
         self.unsaved: set[int] = set()  # steps since the last checkpoint that could not be written
         self.unlogged = ""  # rows for which metrics.csv had no room

@@ -193,7 +193,7 @@ def our_steps(size: str, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
 
     steps = {"C-LoRAE": lambda: mine(True), "C-LoRAE without L_MIM": lambda: mine(False)}
     if device.type == "cuda" and clorae.kernels(device) is not None:
-        graphs = train.Graphs(lambda b, _: mine(True, b), device)
+        graphs, model.routing.stay = train.Graphs(lambda b, _: mine(True, b), device), True
         steps["C-LoRAE, CUDA graph"] = lambda: graphs(host, torch.zeros(1, device="cpu"))
     return steps
 

@@ -72,6 +72,7 @@ def test_graphs_compute_what_single_launches_compute(command, on_gpu, tmp_path):
     assert graphs > 1 and replays > graphs, (graphs, replays)
     captured, plain = re.findall(r"^\[.*", done.stdout, re.MULTILINE)
     assert captured == plain
+    assert re.findall(r"waited (\d+) times: .* in train_step", done.stderr) == ["8"]  # a step: one
 
 
 ENDING = """
@@ -123,19 +124,21 @@ for width in (16, 12):
     layer = clorae.ExpertLinear(torch.nn.Linear(width, 8, bias=False).requires_grad_(False),
                                 clorae.ExpertConfig(rank=6), routing, "memory").to(device)
     x, tasks = torch.ones(3, 4, width, device=device), torch.tensor([0, 1, 2], device=device)
+    routing.stay = False
     routing.set(tasks)
     layer(x)
-    with torch.cuda.graph(torch.cuda.CUDAGraph()):
-        routing.set(tasks)
-        try:
+    routing.stay = True
+    routing.set(tasks)
+    try:
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
             layer(x)
             print(width, "is captured")
-        except ValueError as cause:
-            print(width, cause)
+    except ValueError as cause:
+        print(width, cause)
 """
 
 
-def test_a_layer_that_no_kernel_fits_is_refused_in_a_graph(on_gpu, tmp_path):
+def test_a_layer_that_no_kernel_fits_is_refused_where_tasks_stay_on_the_gpu(on_gpu, tmp_path):
     """It would go on with the tasks that the host has heard of last."""
     script = tmp_path / "unfit.py"
     script.write_text(UNFIT)
