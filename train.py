@@ -1232,10 +1232,12 @@ class Run:
         self.world.sum(torch.zeros(1, device=self.world.device))  # nobody looks before it is there
 
     def check_same(self, state: dict, found: Path, any_world: bool) -> None:
-        """A run may only go on with the settings, references and weights that it began with."""
+        """A run may only go on with the settings, references and weights that it began with; an
+        option that did not exist then had its default."""
         mine = json.loads(json.dumps(self.state()))
         fixed = [*mine["config"], "reference", *(name for name in mine if name.endswith("_sha256"))]
-        was, now = ({**some, **some["config"]} for some in (state, mine))
+        was, now = ({**dataclasses.asdict(Config()), **some, **some["config"]}
+                    for some in (state, mine))
         changed = [f"{name} {was.get(name)} -> {now[name]}" for name in fixed
                    if was.get(name) != now[name]]
         if changed:

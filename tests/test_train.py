@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, run, sums
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -88,6 +88,24 @@ def test_a_run_that_goes_on_in_another_folder_has_its_best_checkpoint(finished, 
     assert done.returncode == 0, done.stderr
     for name in ("table.txt", "best-00000006/model.safetensors"):
         assert (new / name).read_bytes() == (finished["out"] / name).read_bytes()
+
+
+def test_a_run_from_before_an_option_existed_goes_on_with_its_default(finished, command, tmp_path):
+    """Only another value than the default would change what the run computes."""
+    old = tmp_path / "old"
+    shutil.copytree(finished["out"], old)
+    folder = old / "step-00000004"
+    state = train.read_state(folder)
+    digests = {name: digest for name, digest in state.pop("sha256").items()
+               if name != "state.json"}
+    del state["config"]["graphs"], state["config"]["aml_gamma"]
+    train.write_state(folder, state, digests)
+    flags = ("--steps", 6, "--epochs", 1, "--save-every", 2, "--resume", folder)
+    assert run(command(tmp_path / "new", *flags)).returncode == 0
+    assert sums(tmp_path / "new")["metrics.csv"].split(b"\n")[-2:] == \
+        sums(finished["out"])["metrics.csv"].split(b"\n")[-2:]
+    done = run(command(tmp_path / "other", *flags, "--aml-gamma", 3))
+    assert done.returncode == 2 and "aml_gamma 2.0 -> 3.0" in done.stderr
 
 
 def test_a_run_does_not_go_on_with_other_rows(finished, command, small, tmp_path):
