@@ -940,8 +940,8 @@ Call call_of(const Checker& check, const Tensor& segments, Ranks ranks, bool liv
              int64_t tokens, int64_t stream) {
     check(segments, "segments", {-1, 3}, ScalarType::Int, false, 4);
     const int64_t count = segments.size(0);
-    STD_TORCH_CHECK(tokens + 64 * count < int64_t(1) << 31, check.kernel, ": expected fewer than ",
-                    "2^31 tokens, got ", tokens);
+    STD_TORCH_CHECK(tokens < int64_t(1) << 31, check.kernel, ": expected fewer than 2^31 tokens, ",
+                    "got ", tokens);
     return {check.type != ScalarType::Float, live, ranks, float(scale), int(tokens),
             static_cast<const Segment*>(segments.const_data_ptr()), int(count),
             reinterpret_cast<void*>(stream)};

@@ -42,11 +42,11 @@ def token_cross_entropy(hidden: Tensor, labels: Tensor, head: Callable[[Tensor],
     """sum_j CE_ij of each row, [B], in fp32.
 
     hidden [B,T,D]; labels [B,T] with IGNORE for padding, which adds nothing; head: [n,D] -> logits
-    [n,C]; real [n]: places of the n real labels among all B T, where they are known.  Weighed by
-    the rows' units and divided by the target tokens of the global batch it is L_MT of Eq. (10);
-    with all weights 1 that is the plain token mean.  The head runs on the real tokens alone and,
-    past `piece` of them, on one piece at a time, which the backward pass makes again: the logits
-    [B,T,C] are the largest tensor that a step would keep.
+    [n,C]; real [n]: where the labels that count lie among all B T, if that is known; padding may be
+    among them.  Weighed by the rows' units and divided by the target tokens of the global batch it
+    is L_MT of Eq. (10); with all weights 1 that is the plain token mean.  The head runs on these
+    tokens alone and, past `piece` of them, on one piece at a time, which the backward pass makes
+    again: the logits [B,T,C] are the largest tensor that a step would keep.
     """
     if real is None:  # to find them, the host waits for a GPU
         real = (labels.flatten() != IGNORE).nonzero()[:, 0]

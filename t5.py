@@ -556,6 +556,16 @@ class Product:
                 for up, between in zip(self.up, self.between)]
 
 
+def captured(work: Callable[[], Tensor], pool: Any) -> tuple[Any, Tensor]:
+    """A CUDA graph of what `work` does, and the tensor that it answers with each time the graph is
+    replayed; nothing is computed yet.  pool: the memory that other graphs have used, or None."""
+    graph = torch.cuda.CUDAGraph()
+    # Only this thread's calls count: another one may be NCCL's.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        answer = work()
+    return graph, answer
+
+
 class IncrementalBlock:
     """A decoder block for the next token of each row: its products, its keys and values so far, and
     those of the memory, which are made once per request and shared by its rows (beams).  Products
@@ -642,7 +652,7 @@ class IncrementalDecoder:
         self.bias = model.decoder.self_bias(steps, None, attends)  # [1,H,steps,steps]
         weight = model.head_weight
         self.head = remembered(weight, [weight], dtype, lambda: Packed([weight], dtype))
-        self.captures, self.steps, self.width = model.graphs and memory.is_cuda, steps, 0
+        self.captures, self.width = model.graphs and memory.is_cuda, 0
         self.place = torch.zeros(1, dtype=torch.long, device=memory.device)
         self.graph, self.token, self.logits = None, None, None
         for block in self.blocks if self.captures else ():
@@ -657,6 +667,7 @@ class IncrementalDecoder:
         return self.step(token, self.bias[:, :, self.length - 1:self.length, :self.length])
 
     def step(self, token: Tensor, bias: Tensor, place: Tensor | None = None) -> Tensor:
+        """tokens [rows,1] -> logits [rows,C]; bias and place: see IncrementalBlock."""
         x = self.model.embed(token)
         for block in self.blocks:
             x = block(x, bias, self.memory_bias, place)
@@ -664,7 +675,7 @@ class IncrementalDecoder:
 
     def step_at_place(self) -> Tensor:
         """`step` from tensors alone."""
-        bias = self.bias[..., :self.width].index_select(2, self.place)
+        bias = self.bias[..., :self.width].index_select(2, self.place)  # or fewer, if steps are
         return self.step(self.token, bias, self.place)
 
     def replay(self, token: Tensor) -> Tensor:
@@ -672,17 +683,14 @@ class IncrementalDecoder:
         use, a capture must find prepared.  Graphs share their memory: a model keeps the last."""
         self.place.fill_(self.length - 1)
         if self.length > self.width:
-            self.width, self.graph = min(max(2 * self.width, self.WIDTH), self.steps), None
+            self.width, self.graph = max(2 * self.width, self.WIDTH), None
         if self.graph is not None:
             self.token.copy_(token)
             self.graph.replay()
             return self.logits
-        self.token = token.clone()
-        logits, last, self.graph = self.step_at_place(), self.model.graph, torch.cuda.CUDAGraph()
-        # Only this thread's calls count: another one may be NCCL's.
-        with torch.cuda.graph(self.graph, pool=None if last is None else last.pool(),
-                              capture_error_mode="thread_local"):
-            self.logits = self.step_at_place()
+        self.token, last = token.clone(), self.model.graph
+        logits = self.step_at_place()
+        self.graph, self.logits = captured(self.step_at_place, last and last.pool())
         self.model.graph = self.graph
         return logits
 

@@ -59,7 +59,7 @@ import evaluate
 import losses
 from clorae import METHODS
 from data import TASKS, UNITS
-from t5 import T5, Stack, T5Config, WeightsError, open_weights, pickles, read_json
+from t5 import T5, Stack, T5Config, WeightsError, captured, open_weights, pickles, read_json
 from vision import UMIE, FeatureCache, ImageError, ViT, resolve_image
 
 VIT = "google/vit-base-patch16-224-in21k"
@@ -800,38 +800,34 @@ class Graphs:
     def __init__(self, compute: Callable[[data.Batch, Tensor], Tensor],
                  device: torch.device) -> None:
         self.compute, self.device = compute, device
-        self.captured: dict[tuple, tuple | None] = {}  # None: the shape was seen once
+        self.seen: set[tuple] = set()  # shapes
+        self.graphs: dict[tuple, tuple] = {}  # shape -> where it reads, graph, answer
         self.pool = torch.cuda.graph_pool_handle()  # memory of all: no two run at once
 
     def __call__(self, batch: data.Batch, numbers: Tensor) -> Tensor:
         """What `compute` makes of a batch, which is on the CPU; valid until the next call."""
         inputs = [*vars(batch).values(), numbers]
         shape = tuple(some.shape for some in inputs)
-        room = sum(known is not None for known in self.captured.values()) < self.MOST
-        if shape in self.captured and self.captured[shape] is None and room:
-            self.captured[shape] = self.capture(inputs)
-        known = self.captured.setdefault(shape, None)
-        if known is None:  # what torch prepares at first use, a graph must find prepared
-            return self.compute(*self.there(inputs))
-        graph, held, sums = known
-        for there, now in zip(held, inputs):
-            there.copy_(now, non_blocking=True)
+        if shape in self.seen and shape not in self.graphs and len(self.graphs) < self.MOST:
+            held = self.there(inputs)
+            self.graphs[shape] = held, *captured(lambda: self.of(held), self.pool)
+        if shape not in self.graphs:  # what torch prepares at first use, a graph must find prepared
+            self.seen.add(shape)
+            return self.of(self.there(inputs))
+        held, graph, sums = self.graphs[shape]
+        for place, now in zip(held, inputs):
+            place.copy_(now, non_blocking=True)
         graph.replay()
         return sums
 
-    def capture(self, inputs: list[Tensor]) -> tuple[object, list[Tensor], Tensor]:
-        """The graph of a batch of such tensors, where it reads them, and where its answer lies;
-        nothing is computed yet."""
-        (batch, numbers), graph = self.there(inputs), torch.cuda.CUDAGraph()
-        # Only this thread's calls count: another one may be NCCL's.
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            sums = self.compute(batch, numbers)
-        return graph, [*vars(batch).values(), numbers], sums
+    def there(self, inputs: list[Tensor]) -> list[Tensor]:
+        """Copies on the GPU, of the tasks as well."""
+        return [some.to(self.device, non_blocking=True) for some in inputs]
 
-    def there(self, inputs: list[Tensor]) -> tuple[data.Batch, Tensor]:
-        """A batch and its numbers on the GPU, the tasks as well."""
-        *fields, numbers = (some.to(self.device, non_blocking=True) for some in inputs)
-        return data.Batch(*fields), numbers
+    def of(self, inputs: list[Tensor]) -> Tensor:
+        """`compute` from the fields of a batch and its numbers."""
+        *fields, numbers = inputs
+        return self.compute(data.Batch(*fields), numbers)
 
 
 # ------------------------------------------------------------------------------------ checkpoints
