@@ -159,8 +159,8 @@ class Routing:
         self.stay = False  # tasks that come on a GPU stay there, as a CUDA graph needs: see `set`
         # global batch size B while L_MIM is wanted, else None
         self.mim_batch: int | Tensor | None = None
-        # z, for L_MIM, with its tokens' tasks; None once it is taken: recomputed layers report once
-        self.codes: list[tuple["ExpertLinear", Runs | Tensor, Tensor]] | None = []
+        # z_U, z_D for L_MIM, with the tokens' tasks; None once taken: recomputed layers report once
+        self.codes: list[tuple["ExpertLinear", Runs | Tensor, Tensor, Tensor]] | None = []
         self.packs: dict[tuple, list[Tensor]] = {}  # see ExpertLinear.packs
         self._shares: dict[tuple, Tensor] = {}
         self._runs: dict[str, Runs] = {}  # of the real tokens of a stream
@@ -261,34 +261,71 @@ class Routing:
     def moments(self) -> list[Moments]:
         """What the layers saw since `set`, one report per token stream; then it is forgotten."""
         codes, self.codes = self.codes or [], None
-        if lost := {layer.stream for layer, _, _ in codes if self.masks.get(layer.stream) is None}:
+        if lost := {layer.stream for layer, *_ in codes if self.masks.get(layer.stream) is None}:
             raise ValueError(f"routing: expected masks of the streams {sorted(lost)}, got none; "
                              "L_MIM weighs tokens by them: give them to set()")
-        streams = {name: [(layer, runs, z) for layer, runs, z in codes if layer.stream == name]
-                   for name in self.masks}
-        return [stream_moments([(layer, z) for layer, _, z in some], self.masks[name], some[0][1],
+        streams = {name: [some for some in codes if some[0].stream == name] for name in self.masks}
+        return [stream_moments([(layer, *z) for layer, _, *z in some], self.masks[name], some[0][1],
                                self.mim_batch) for name, some in streams.items() if some]
 
 
-def stream_moments(codes: list[tuple["ExpertLinear", Tensor]], mask: Tensor, runs: Runs | Tensor,
-                   batch: int | Tensor) -> Moments:
+class SquaredDistance(torch.autograd.Function):
+    """sum_t a_t (D_tc - U_tc)^2 of each channel c, without forming U or D.
+
+    D_t - U_t is the product of C = [-B_U, B_n] and z_t = [z_U ; z_n].  So with the k x k matrix
+    M = sum_t a_t z_t z_t^T the sums are the diagonal of C M C^T, taken apart into U's, the mixed
+    and D's block of M.  Written by hand, since the gradients come from what is formed anyway: with
+    w_c twice that of channel c's sum, B_n's is w (C M)_n and z_n's at t is B_n^T w C (a_t z_t).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z_D: Tensor, B_D: Tensor, z_U: Tensor, B_U: Tensor, a: Tensor,
+                sizes: Sequence[int]) -> Tensor:
+        """-> [L,D_out].  z_D [L,r,t], z_U [L,R,t]; B_D [n,L,D_out,r] of the n runs of tokens that
+        `sizes` counts, B_U [L,D_out,R]; a [L,1,t]."""
+        a_D, a_U, slopes = a * z_D, a * z_U, []
+        distance = ((B_U @ (a_U @ z_U.mT)) * B_U).sum(dim=-1)
+        parts = (z.split(sizes, dim=2) for z in (z_D, a_D, a_U))
+        for B_n, z_n, a_D_n, a_U_n in zip(B_D, *parts):
+            own, mixed = B_n @ (a_D_n @ z_n.mT), B_U @ (a_U_n @ z_n.mT)  # [L,D_out,r]
+            slopes.append(own - mixed)  # (C M)_n = sum_t a_t (D_t - U_t) z_n,t^T
+            distance += ((slopes[-1] - mixed) * B_n).sum(dim=-1)
+        ctx.save_for_backward(B_D, B_U, a_D, a_U, *slopes)
+        ctx.sizes = sizes
+        return distance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        B_D, B_U, a_D, a_U, *slopes = ctx.saved_tensors
+        dz, dB, w = torch.empty_like(a_D), torch.empty_like(B_D), 2 * gradient[..., None]
+        parts = (z.split(ctx.sizes, dim=2) for z in (dz, a_D, a_U))
+        for B_n, dB_n, slope, dz_n, a_D_n, a_U_n in zip(B_D, dB, slopes, *parts):
+            torch.mul(w, slope, out=dB_n)
+            back = (w * B_n).mT
+            torch.sub(back @ B_n @ a_D_n, back @ B_U @ a_U_n, out=dz_n)
+        return dz, dB, None, None, None, None
+
+
+def stream_moments(codes: list[tuple["ExpertLinear", Tensor, Tensor]], mask: Tensor,
+                   runs: Runs | Tensor, batch: int | Tensor) -> Moments:
     """Second moments for L_MIM, Eq. (5), of all layers at once; the teacher U has no gradient.
 
-    codes: the layers and their z [k (+ 1),t] of all tokens of `mask` [B,S], or of the real ones;
-    runs: of these t tokens, or their tasks [t].
+    codes: the layers, their z_U [R,t] and z_D [r,t] of all tokens of `mask` [B,S], or of the real
+    ones; runs: of these t tokens, or their tasks [t].
     J_i are the real tokens of sample i.  Each counts b_t = 1 / (B |J_i|), and a_t = b_t / rms_i^2,
-    with rms_i the RMS of U over the sample's tokens and channels.  D_t - U_t is the product of
-    C = [-B_U, B_n] and z_t.  So with M = sum_t a_t z_t z_t^T [k,k] the squared distance of each
-    channel is a diagonal element of C M C^T, taken apart into U's, the mixed and D's block of M.
+    with rms_i the RMS of U over the sample's tokens and channels.
     """
-    layers, (R, r) = [layer for layer, _ in codes], codes[0][0].widths
-    z_U = torch.stack([z.detach()[:R] for _, z in codes])  # [L,R,t]
-    z_D = torch.stack([z[R:R + r] for _, z in codes])  # [L,r,t]
+    layers, z_U, z_D = zip(*codes)
+    z_U, z_D = torch.stack(z_U), torch.stack(z_D)  # [L,R,t], [L,r,t]
     B_U = torch.stack([layer.B_U for layer in layers]).detach()  # [L,D_out,R]
-    B_T = torch.stack([layer.B_T for layer in layers], dim=1)  # [N,L,D_out,r]
+    B_D = torch.stack([layer.B_T for layer in layers], dim=1)  # [N,L,D_out,r]
     if isinstance(runs, Tensor):  # all tasks' experts as one
-        z_D = spread(z_D.mT, runs, len(B_T)).mT
-        B_T, runs = torch.cat(B_T.unbind(), dim=-1)[None], [(0, len(runs))]
+        z_D = spread(z_D.mT, runs, len(B_D)).mT
+        B_D, sizes = torch.cat(B_D.unbind(), dim=-1)[None], (len(runs),)
+    else:
+        tasks, sizes = zip(*runs)
+        B_D = of_tasks(B_D, tasks)
     rho = torch.stack([layer.rho for layer in layers])
     with torch.autocast(mask.device.type, enabled=False):  # fp32 island
         share = mask / mask.sum(dim=1, keepdim=True).clamp(min=1).to(rho.dtype)  # [B,S] 1 / |J_i|
@@ -301,13 +338,7 @@ def stream_moments(codes: list[tuple["ExpertLinear", Tensor]], mask: Tensor, run
         rms = (power.clamp(min=0).sqrt() + RMS_FLOOR)[..., None]  # [L,B,1]
         a = (share / batch / rms.square()).flatten(1)  # [L,B S]
         a = (a if real is None else a[:, real])[:, None]  # [L,1,t]
-        weighted, weighted_D = a * z_U, a * z_D
-        distance = ((B_U @ (weighted @ z_U.mT)) * B_U).sum(dim=-1)  # U's block, of all tasks
-        tasks, sizes = zip(*runs)
-        parts = (z.split(sizes, dim=2) for z in (z_D, weighted, weighted_D))
-        for task, z_n, weighted_U, weighted_n in zip(tasks, *parts):
-            B_n, mixed, own = B_T[task], weighted_U @ z_n.mT, weighted_n @ z_n.mT
-            distance = distance + ((B_n @ own - 2 * (B_U @ mixed)) * B_n).sum(dim=-1)
+        distance = SquaredDistance.apply(z_D, B_D, z_U, B_U, a, sizes)
         return Moments(distance, share.sum() / batch, F.softplus(rho) + VARIANCE_FLOOR)
 
 
@@ -374,15 +405,15 @@ class LowRank(torch.autograd.Function):
 
     Written by hand for what autograd cannot know: y may be added to in place, since nobody else
     needs W_0 x; the gate's logit is one more row of z; the joined factors, v = s g z and the
-    dropped x are cheaper made again than kept.  The codes z are an output as well, so that L_MIM's
-    gradient comes back through them.  They have a row per rank and a column per token: each
+    dropped x are cheaper made again than kept.  The codes z are outputs as well, so that L_MIM's
+    gradient comes back through z_D.  They have a row per rank and a column per token: each
     expert's part is then one block of memory.  Only products go run by run.
     """
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, keep: Tensor | None, gates: Tensor | None,
-                scale: float, runs: Runs, *factors: Tensor) -> tuple[Tensor, Tensor]:
-        """-> y, and the codes [k (+ 1),t] of all tokens, the logits of a router in the last row.
+                scale: float, runs: Runs, *factors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """-> y, and the codes z_U [R,t], which have no gradient, and z_D [r,t] of all tokens.
 
         y [t,D_out], written into; x [t,D_in]; keep [t,D_in] or None: dropout of the experts' input;
         all of one type.  gates [t,E] or None: weights in place of the router's.  factors: see
@@ -401,12 +432,14 @@ class LowRank(torch.autograd.Function):
         for y_n, v_n, B_n in zip(y.split_with_sizes(sizes), v.T.split_with_sizes(sizes),
                                  B.mT.unbind()):
             y_n.addmm_(v_n, B_n)  # Eq. (7), Eq. (8)
+        z_U, z_D = z.split_with_sizes(widths)
         ctx.mark_dirty(y)
+        ctx.mark_non_differentiable(z_U)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, keep, codes, g, *factors)
         ctx.scale, ctx.widths, ctx.tasks, ctx.sizes = scale, widths, tasks, sizes
         ctx.routed = gates is None
-        return y, codes
+        return y, z_U, z_D
 
     @staticmethod
     def codes(x: Tensor, keep: Tensor | None, A: Tensor, k: int,
@@ -424,7 +457,8 @@ class LowRank(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, dcodes: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, _: None,
+                 dz_D: Tensor | None) -> tuple[Tensor | None, ...]:
         x, keep, codes, g, *factors = ctx.saved_tensors
         (A, B), k, sizes = join(factors, ctx.tasks, x.dtype), sum(ctx.widths), ctx.sizes
         weights = ctx.scale if g is None else ctx.scale * g
@@ -436,20 +470,20 @@ class LowRank(torch.autograd.Function):
                 dv.split_with_sizes(sizes, 1), dy.T.split_with_sizes(sizes, 1)):
             torch.mm(B_n, dy_n, out=dv_n)
             torch.mm(dy_n, v_n, out=dB_n)
-        d, dgates = LowRank.code_gradients(ctx, dv, codes, weights, g, dcodes)
+        d, dgates = LowRank.code_gradients(ctx, dv, codes, weights, g, dz_D)
         dx = torch.empty_like(x) if ctx.needs_input_grad[1] else None
         dA = LowRank.input_gradients(d, A, k, x, keep, sizes, dx)
         return dy, dx, None, dgates, None, None, *share_out(factors, ctx.tasks, dA, dB)
 
     @staticmethod
     def code_gradients(ctx: Any, dv: Tensor, codes: Tensor, weights: Tensor | float,
-                       g: Tensor | None, dcodes: Tensor | None) -> tuple[Tensor, Tensor | None]:
+                       g: Tensor | None, dz_D: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Gradient dv [k,t] of v -> that of the codes [k (+ 1),t]; that of given gates [t,E].
-        dcodes: what L_MIM adds to the gradient of z."""
+        dz_D: what L_MIM adds to the gradient of z_D."""
         k, d = len(dv), torch.empty_like(codes)
         weigh(dv, weights, ctx.widths, out=d[:k])
-        if dcodes is not None:
-            d[:k].add_(dcodes[:k])
+        if dz_D is not None:
+            d[k - len(dz_D):k].add_(dz_D)
         if g is None:
             return d, None
         dg = [some.sum(0) for some in (dv * codes[:k]).split_with_sizes(ctx.widths)]
@@ -538,10 +572,10 @@ class ExpertLinear(nn.Module):
         if self.config.method == "loramoe":  # every expert for every row, each under its own mask
             for g, A_U, B_U in zip(gates.split(1, dim=-1), self.A_E, self.B_E):
                 factors = self.factors({"A_U": A_U, "B_U": B_U})
-                y, _ = LowRank.apply(y, x, self.keep(x), g, self.scale, runs, *factors)
+                y, *_ = LowRank.apply(y, x, self.keep(x), g, self.scale, runs, *factors)
             return y
-        y, codes = LowRank.apply(y, x, self.keep(x), gates, self.scale, runs, *self.factors())
-        self.remember(runs, codes)
+        y, *z = LowRank.apply(y, x, self.keep(x), gates, self.scale, runs, *self.factors())
+        self.remember(runs, *z)
         return y
 
     def parts(self) -> tuple[list[Tensor], list[Tensor], Callable[[Tensor], Tensor]] | None:
@@ -567,12 +601,12 @@ class ExpertLinear(nn.Module):
             gates = z.new_tensor(fixed or (1, 1)).expand(len(z), 1, 2)
         return z * (gates @ shares)
 
-    def remember(self, runs: Runs | Tensor, codes: Tensor) -> None:
-        """Keep the codes [R + r (+ 1),t] for L_MIM, while it is wanted, with the runs of the tokens
+    def remember(self, runs: Runs | Tensor, z_U: Tensor, z_D: Tensor) -> None:
+        """Keep the codes [R,t] and [r,t] for L_MIM, while it is wanted, with the runs of the tokens
         or their tasks [t]."""
         wanted = self.routing.mim_batch is not None and self.routing.codes is not None
         if wanted and self.training and hasattr(self, "rho"):
-            self.routing.codes.append((self, runs, codes))
+            self.routing.codes.append((self, runs, z_U, z_D))
 
     def runs_on_kernels(self, x: Tensor) -> bool:
         """Whether clorae.cu can do this layer's work: LoRA experts in bf16 or fp32, widths that are
@@ -588,7 +622,8 @@ class ExpertLinear(nn.Module):
         y, z, _ = expert_linear(tokens, self.base, self.factors(), table, self.scale,
                                 dropped=self.dropped(tokens) if drops else None,
                                 gates=self.given_gates(tokens), packs=packs)
-        self.remember(table.tasks, z.T)
+        z_U, z_D = z.T.split_with_sizes(self.widths)
+        self.remember(table.tasks, z_U.detach(), z_D)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def runs(self, x: Tensor) -> Runs:

@@ -1022,7 +1022,7 @@ def mim_flops(model: nn.Module, lengths: Sequence[float]) -> tuple[float, float]
     for layer in clorae.expert_layers(model).values():
         if hasattr(layer, "rho"):
             R, r = layer.B_U.shape[1], layer.B_T.shape[2]
-            one = 2 * (2 * R * R + 2 * R * r + 3 * r * r)  # a token, or a channel of the output
+            one = 4 * (R * R + R * r + r * r)  # a token, or a channel of the output
             once += one * len(layer.rho)
             each += one * tokens[layer.stream]
     return once, each

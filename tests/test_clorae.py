@@ -259,7 +259,7 @@ def test_mixed_batch_gradients_equal_any_micro_batch_split():
 
 
 def test_rank_space_mim_equals_the_materialised_loss_with_every_gradient():
-    """C S C^T gives the same L_MIM and gradients as forming U and D."""
+    """The diagonal of C M C^T gives the same L_MIM and gradients as forming U and D."""
     m, (x, tasks, mask) = layer(dtype=torch.float64).train(), inputs(torch.float64)
     wanted = [m.A_T, m.B_T, m.rho]
     x.requires_grad_()

@@ -545,9 +545,8 @@ def test_a_layer_of_the_model_is_the_same_on_the_kernels(device, options, paddin
         torch.manual_seed(1)
         source = x.clone().requires_grad_()
         y = module(source)
-        codes = [z[:sum(module.widths)] for *_, z in routing.codes]  # without the logits
-        routing.codes = []
-        loss = (y * dy[..., :16]).sum() + sum(z.square().sum() for z in codes)
+        codes, routing.codes = [z for _, _, *both in routing.codes for z in both], []
+        loss = (y * dy[..., :16]).sum() + sum(z_D.square().sum() for z_D in codes[1::2])
         wanted = [source, *(p for n, p in module.named_parameters()
                             if p.requires_grad and n != "rho" and not (fixed and n == "W_g"))]
         answers.append([y, *codes, *torch.autograd.grad(loss, wanted)])
