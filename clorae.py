@@ -270,7 +270,7 @@ class Routing:
 
 
 class SquaredDistance(torch.autograd.Function):
-    """sum_t a_t (D_tc - U_tc)^2 of each channel c, without forming U or D.
+    """sum_t a_t (D_tc - U_tc)^2 of each channel c, for Eq. (5), without forming U or D.
 
     D_t - U_t is the product of C = [-B_U, B_n] and z_t = [z_U ; z_n].  So with the k x k matrix
     M = sum_t a_t z_t z_t^T the sums are the diagonal of C M C^T, taken apart into U's, the mixed
@@ -281,15 +281,16 @@ class SquaredDistance(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z_D: Tensor, B_D: Tensor, z_U: Tensor, B_U: Tensor, a: Tensor,
                 sizes: Sequence[int]) -> Tensor:
-        """-> [L,D_out].  z_D [L,r,t], z_U [L,R,t]; B_D [n,L,D_out,r] of the n runs of tokens that
-        `sizes` counts, B_U [L,D_out,R]; a [L,1,t]."""
+        """-> [L,D_out].  z_D [L,r,t], z_U [L,R,t], both at least fp32; B_D [n,L,D_out,r] of the n
+        runs of tokens that `sizes` counts, B_U [L,D_out,R]; a [L,1,t].  z_U, B_U and a get no
+        gradient."""
         a_D, a_U, slopes = a * z_D, a * z_U, []
-        distance = ((B_U @ (a_U @ z_U.mT)) * B_U).sum(dim=-1)
+        distance = ((B_U @ (a_U @ z_U.mT)) * B_U).sum(dim=-1)  # U's block, of all tasks
         parts = (z.split(sizes, dim=2) for z in (z_D, a_D, a_U))
         for B_n, z_n, a_D_n, a_U_n in zip(B_D, *parts):
             own, mixed = B_n @ (a_D_n @ z_n.mT), B_U @ (a_U_n @ z_n.mT)  # [L,D_out,r]
             slopes.append(own - mixed)  # (C M)_n = sum_t a_t (D_t - U_t) z_n,t^T
-            distance += ((slopes[-1] - mixed) * B_n).sum(dim=-1)
+            distance += ((slopes[-1] - mixed) * B_n).sum(dim=-1)  # D's block, less the mixed twice
         ctx.save_for_backward(B_D, B_U, a_D, a_U, *slopes)
         ctx.sizes = sizes
         return distance
@@ -483,7 +484,7 @@ class LowRank(torch.autograd.Function):
         k, d = len(dv), torch.empty_like(codes)
         weigh(dv, weights, ctx.widths, out=d[:k])
         if dz_D is not None:
-            d[k - len(dz_D):k].add_(dz_D)
+            d[ctx.widths[0]:k].add_(dz_D)
         if g is None:
             return d, None
         dg = [some.sum(0) for some in (dv * codes[:k]).split_with_sizes(ctx.widths)]

@@ -258,9 +258,12 @@ def test_mixed_batch_gradients_equal_any_micro_batch_split():
             torch.testing.assert_close(value, whole[name], rtol=1e-7, atol=1e-7)
 
 
-def test_rank_space_mim_equals_the_materialised_loss_with_every_gradient():
-    """The diagonal of C M C^T gives the same L_MIM and gradients as forming U and D."""
-    m, (x, tasks, mask) = layer(dtype=torch.float64).train(), inputs(torch.float64)
+@pytest.mark.parametrize("order", [[0, 0, 1, 2, 2], [2, 0, 2, 1, 0], [1, 1, 1, 1, 1]])
+def test_rank_space_mim_equals_the_materialised_loss_with_every_gradient(order):
+    """The diagonal of C M C^T gives the same L_MIM and gradients as forming U and D: tasks sorted,
+    in runs that come twice, or absent."""
+    m, (x, _, mask) = layer(dtype=torch.float64).train(), inputs(torch.float64)
+    tasks = torch.tensor(order)
     wanted = [m.A_T, m.B_T, m.rho]
     x.requires_grad_()
     expected_value = naive_mim(m, x, tasks, mask)
