@@ -1,0 +1,72 @@
+"""Check a corpus."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from pathlib import Path
+
+from data import gold_items, prompt, target
+from engine.command import Parser
+from engine.corpus import load_datasets, read_split, texts_of
+from engine.processes import exit_codes
+from engine.schema import SPLITS, Dataset, Problems, Record
+
+
+def shared_texts(texts: dict[tuple[str, str], set[str]]) -> list[str]:
+    """A line for each two splits, {(dataset, split): texts}, that share texts; test before dev.
+
+    What two training splits share is no leak and not listed.
+    """
+    order = sorted(texts, key=lambda key: (-SPLITS.index(key[1]), key[0]))
+    return [f"{' '.join(a)} in {' '.join(b)}: {len(texts[a] & texts[b])} of {len(texts[a])} texts"
+            for a, b in combinations(order, 2) if a[1] != "train" and texts[a] & texts[b]]
+
+
+def check(corpus: Path, require_images: bool) -> None:
+    """Validates every split of every dataset and prints what is in it and what two splits share."""
+    problems, texts = Problems(), {}
+    for name, dataset in load_datasets(corpus).items():
+        images = corpus / name / "images"
+        splits = [s for s in SPLITS if (corpus / name / f"{s}.jsonl").exists()]
+        if not splits:
+            problems.add(str(corpus / name), "files", f"none of {', '.join(SPLITS)}.jsonl is here: "
+                         "convert the dataset again")
+        for split in splits:
+            records = read_split(corpus / name, split, dataset, problems)
+            texts[name, split] = texts_of(records)
+            for task in dataset.units:
+                some = [record for record in records if record.task == task]
+                print(f"{name} {split} {task}: {summary(some, dataset, images)}")
+            for record in records:
+                if require_images and record.image and not (images / record.image).is_file():
+                    problems.add(record.source, "image", f'"{record.image}" is not in {images}: '
+                                 "put it there or write null")
+    print("\n".join(shared_texts(texts)) or "no text stands in two splits")
+    problems.raise_if_any()
+
+
+def summary(records: list[Record], dataset: Dataset, folder: Path) -> str:
+    """The counts of one task's records in one split."""
+    images = {record.image for record in records if record.image}
+    missing = sum(not (folder / image).is_file() for image in images)
+    prompts = max((len("".join(prompt(r, dataset)).split()) for r in records), default=0)
+    targets = max((len(target(r).split()) for r in records), default=0)
+    return (f"{len(records)} records, {sum(len(gold_items(r)) for r in records)} gold items, "
+            f"{len(images)} images ({missing} missing), longest prompt {prompts} words, "
+            f"longest target {targets} words")
+
+
+def main(argv: list[str] | None = None) -> None:
+    does = "validate every record of a corpus; print counts, lengths and texts that splits share"
+    command = Parser(prog="python -m tools.check", description=does)
+    what = command.add_argument_group("what to check")
+    what.add_argument("dir", type=Path, metavar="DIR", help="corpus folder")
+    what.add_argument("--require-images", action="store_true",
+                      help="a missing picture is an error instead of a count")
+    args = command.parse_args(argv)
+    with exit_codes():
+        check(args.dir, args.require_images)
+
+
+if __name__ == "__main__":
+    main()
