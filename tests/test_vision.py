@@ -20,9 +20,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import vision
+from engine.features import FeatureCache
+from engine.files import ImageError
+from engine.images import load_image, resolve_image
 from t5 import T5, T5Config, WeightsError
-from vision import (UMIE, FeatureCache, GateFusion, ImageError, ViT, ViTConfig, load_image,
-                    normalise_boxes, preprocess, resolve_image)
+from vision import UMIE, GateFusion, ViT, ViTConfig, normalise_boxes, preprocess
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = ViTConfig(hidden_size=12, num_hidden_layers=2, num_attention_heads=3, intermediate_size=20,
