@@ -317,13 +317,17 @@ class CachedDecoder:
     computed once per request and shared by its rows, which are `beams` neighbours.
     """
 
+    shrinks_at = 1.0  # requests that are done leave once at most this share of a batch runs on
+
     def __init__(self, model: "T5", memory: Tensor, mask: Tensor, beams: int, steps: int) -> None:
         """memory [B,M,D], mask [B,M]; rows = B beams, of at most `steps` tokens each."""
         self.model, self.length, dtype = model, 0, compute_dtype(memory)
+        if memory.device.type == "cpu":  # where float32 attends to a few queries 4 times as fast
+            dtype = torch.promote_types(dtype, torch.float32)
         self.bias = model.decoder.self_bias(steps, None, dtype)  # [1,H,steps,steps]
         memory, self.memory_bias = prepare_memory(memory, mask, dtype)
-        self.memory_cache = [block.cross_attention.keys_values(memory)  # [B,H,M,K]
-                             for block in model.decoder.blocks]
+        self.memory_cache = [[t.to(dtype) for t in block.cross_attention.keys_values(memory)]
+                             for block in model.decoder.blocks]  # [B,H,M,K]
         H, K = model.config.num_heads, model.config.d_kv
         empty = memory.new_empty(len(memory) * beams, H, 0, K, dtype=dtype)
         self.cache = [(empty, empty) for _ in model.decoder.blocks]  # [rows,H,tokens so far,K]
@@ -341,15 +345,22 @@ class CachedDecoder:
     def self_attention(self, i: int, layer: Attention, x: Tensor) -> Tensor:
         """x [rows,1,D] of the token after those in the cache of block i -> [rows,1,D]."""
         bias = self.bias[:, :, self.length - 1:self.length, :self.length]
-        self.cache[i] = k, v = [torch.cat((old, new), dim=2) for old, new
+        self.cache[i] = k, v = [torch.cat((old, new.to(old.dtype)), dim=2) for old, new
                                 in zip(self.cache[i], layer.keys_values(x))]
-        return layer.o(join_heads(layer.attend(split_heads(layer.q(x), layer.heads), k, v, bias)))
+        return self.attend(layer, x, layer.q(x), k, v, bias)
 
     def cross_attention(self, i: int, layer: Attention, x: Tensor) -> Tensor:
         """x [rows,1,D] -> [rows,1,D]; the beams of a request are queries on the same keys."""
         k, v = self.memory_cache[i]
-        q = split_heads(layer.q(x).unflatten(0, (len(k), -1)).flatten(2), layer.heads)
-        return layer.o(join_heads(layer.attend(q, k, v, self.memory_bias)).view(*x.shape[:2], -1))
+        q = layer.q(x).unflatten(0, (len(k), -1)).flatten(2)  # [B,beams,H K]
+        return self.attend(layer, x, q, k, v, self.memory_bias)
+
+    def attend(self, layer: Attention, x: Tensor, q: Tensor, k: Tensor, v: Tensor,
+               bias: Tensor) -> Tensor:
+        """Attention of the queries q [..,..,H K] of x [rows,1,D] in the cache's type -> like x."""
+        with torch.autocast(x.device.type, enabled=False):
+            out = layer.attend(split_heads(q, layer.heads).to(k.dtype), k, v, bias)
+        return layer.o(join_heads(out).reshape(*x.shape[:2], -1).to(x.dtype))
 
     def select(self, rows: Tensor, requests: Tensor | None) -> None:
         """Continue these rows, in this order; and these requests alone (None: all of them)."""
@@ -357,10 +368,6 @@ class CachedDecoder:
         if requests is not None:
             self.memory_cache = [(k[requests], v[requests]) for k, v in self.memory_cache]
             self.memory_bias = self.memory_bias[requests]
-
-    def worth_shrinking(self, running: int, requests: int) -> bool:
-        """Whether a batch of `requests`, of which `running` are not done, shall drop the others."""
-        return True
 
 
 class Search:
@@ -510,7 +517,7 @@ class T5(nn.Module):
                 running = (~search.done).nonzero()[:, 0]
                 if len(running) == 0:
                     break
-                if decoder.worth_shrinking(len(running), len(requests)):
+                if len(running) <= decoder.shrinks_at * len(requests):
                     requests = requests[running]
                     parents = parents.view(-1, num_beams)[running].flatten()
                     search.keep(running)

@@ -118,6 +118,7 @@ class JoinedDecoder:
         weight = model.head_weight
         self.head = remembered(weight, [weight], dtype, lambda: Packed([weight], dtype))
         self.captures, self.width = model.graphs and memory.is_cuda, 0
+        self.shrinks_at = 0.5 if self.captures else 1.0  # a new graph costs more than few rows
         self.place = torch.zeros(1, dtype=torch.long, device=memory.device)
         self.graph, self.token, self.logits = None, None, None
         for block in self.blocks if self.captures else ():
@@ -168,10 +169,6 @@ class JoinedDecoder:
             self.graph = None
             self.mask = self.mask[requests]
             self.memory_bias = t5.mask_bias(self.mask, self.bias.dtype)
-
-    def worth_shrinking(self, running: int, requests: int) -> bool:
-        """With graphs only if half of the requests are done: a new graph costs more than rows."""
-        return not self.captures or 2 * running <= requests
 
 
 class FastT5(t5.T5):
