@@ -335,29 +335,24 @@ class CachedDecoder:
     def __call__(self, token: Tensor) -> Tensor:
         """The next token of each row, [rows,1] -> logits of the one after it, [rows,C]."""
         self.length += 1
+        bias = self.bias[:, :, self.length - 1:self.length, :self.length]
         x = self.model.embed(token)
         for i, block in enumerate(self.model.decoder.blocks):
-            x = x + self.self_attention(i, block.self_attention, block.self_attention_norm(x))
-            x = x + self.cross_attention(i, block.cross_attention, block.cross_attention_norm(x))
+            normed = block.self_attention_norm(x)
+            new = block.self_attention.keys_values(normed)
+            self.cache[i] = [torch.cat((old, token.to(old.dtype)), dim=2)
+                             for old, token in zip(self.cache[i], new)]
+            x = x + self.attend(block.self_attention, normed, self.cache[i], bias)
+            x = x + self.attend(block.cross_attention, block.cross_attention_norm(x),
+                                self.memory_cache[i], self.memory_bias)
             x = x + block.feed_forward(block.feed_forward_norm(x))
         return self.model.head(self.model.decoder.final_norm(x))[:, 0]
 
-    def self_attention(self, i: int, layer: Attention, x: Tensor) -> Tensor:
-        """x [rows,1,D] of the token after those in the cache of block i -> [rows,1,D]."""
-        bias = self.bias[:, :, self.length - 1:self.length, :self.length]
-        self.cache[i] = k, v = [torch.cat((old, new.to(old.dtype)), dim=2) for old, new
-                                in zip(self.cache[i], layer.keys_values(x))]
-        return self.attend(layer, x, layer.q(x), k, v, bias)
-
-    def cross_attention(self, i: int, layer: Attention, x: Tensor) -> Tensor:
-        """x [rows,1,D] -> [rows,1,D]; the beams of a request are queries on the same keys."""
-        k, v = self.memory_cache[i]
-        q = layer.q(x).unflatten(0, (len(k), -1)).flatten(2)  # [B,beams,H K]
-        return self.attend(layer, x, q, k, v, self.memory_bias)
-
-    def attend(self, layer: Attention, x: Tensor, q: Tensor, k: Tensor, v: Tensor,
-               bias: Tensor) -> Tensor:
-        """Attention of the queries q [..,..,H K] of x [rows,1,D] in the cache's type -> like x."""
+    def attend(self, layer: Attention, x: Tensor, cache: list[Tensor], bias: Tensor) -> Tensor:
+        """x [rows,1,D] attends to keys and values [rows,H,M,K], or [B,H,M,K] -> [rows,1,D]; the
+        beams of a request are then further queries on the same keys."""
+        k, v = cache
+        q = layer.q(x).unflatten(0, (len(k), -1)).flatten(2)  # [rows,1,H K], or [B,beams,H K]
         with torch.autocast(x.device.type, enabled=False):
             out = layer.attend(split_heads(q, layer.heads).to(k.dtype), k, v, bias)
         return layer.o(join_heads(out).reshape(*x.shape[:2], -1).to(x.dtype))
