@@ -65,10 +65,9 @@ class T5Config:
                          **dict.fromkeys(ids, (0, 1 << 18)))
         odd = odd or [f"{name} = {getattr(self, name)}" for name in ids
                       if getattr(self, name) >= self.vocab_size]
-        buckets = self.relative_attention_num_buckets
-        furthest = self.relative_attention_max_distance
-        if not odd and furthest <= buckets // 2:  # these have a bucket each, see relative_buckets
-            odd.append(f"relative_attention_max_distance = {furthest} beside {buckets} buckets")
+        buckets, far = self.relative_attention_num_buckets, self.relative_attention_max_distance
+        if not odd and far <= buckets // 2:  # these have a bucket each, see relative_buckets
+            odd.append(f"relative_attention_max_distance = {far} beside {buckets} buckets")
         if self.feed_forward_proj not in ("relu", "gated-gelu"):
             odd.append(f"feed_forward_proj = {self.feed_forward_proj!r}")
         if odd:
@@ -117,8 +116,7 @@ def relative_buckets(distance: Tensor, bidirectional: bool, buckets: int, furthe
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The type in which attention runs on x, which autocast may change; WeightsError for float16.
-    """
+    """The type in which attention runs on x, under autocast too; WeightsError for float16."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     if dtype == torch.float16:
@@ -245,8 +243,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor, memory: Tensor | None = None,
                 memory_bias: Tensor | None = None) -> Tensor:
-        """x [B,S,D], bias [B or 1,H,S,S]; memory [B,M,D] and its bias: prepare_memory's ->
-        [B,S,D]."""
+        """x [B,S,D], bias [B or 1,H,S,S], memory and its bias from prepare_memory -> [B,S,D]."""
         normed = self.self_attention_norm(x)
         x = x + self.dropout(self.self_attention(normed, normed, bias))
         if self.cross_attention is not None:
@@ -269,16 +266,17 @@ class Stack(nn.Module):
         self.dropout = nn.Dropout(config.dropout_rate)
 
     def self_bias(self, S: int, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """The bias [B or 1,H,S,S] of self-attention in all blocks: the learned one of the
-        distance, and the lowest finite value at padding (mask [B,S]) and, in a decoder, at later
-        tokens. Its storage is padded as in mask_bias."""
+        """The bias [B or 1,H,S,S] of self-attention, one for all blocks: a learned value for each
+        distance, the lowest finite one at padding (mask [B,S]) and, in a decoder, at later tokens.
+        Its storage is padded as in mask_bias."""
         bias = self.relative_values(S, S + -S % 8, dtype)
-        hidden = torch.zeros(S, bias.shape[-1], dtype=torch.bool, device=bias.device)
+        lowest = torch.finfo(dtype).min
         if self.decoder:
-            hidden = hidden.logical_not().triu(1)
+            later = torch.ones_like(bias[0, 0], dtype=torch.bool).triu(1)
+            bias = bias.masked_fill(later, lowest)
         if mask is not None:
-            hidden = hidden | ~F.pad(mask, (0, -S % 8))[:, None, None]
-        return bias.masked_fill(hidden, torch.finfo(dtype).min)[..., :S]
+            bias = bias.masked_fill(~F.pad(mask, (0, -S % 8))[:, None, None], lowest)
+        return bias[..., :S]
 
     def relative_values(self, S: int, M: int, dtype: torch.dtype) -> Tensor:
         """The learned bias [1,H,S,M] of keys 0..M-1 for queries 0..S-1."""
@@ -339,9 +337,9 @@ class CachedDecoder:
         x = self.model.embed(token)
         for i, block in enumerate(self.model.decoder.blocks):
             normed = block.self_attention_norm(x)
-            new = block.self_attention.keys_values(normed)
-            self.cache[i] = [torch.cat((old, token.to(old.dtype)), dim=2)
-                             for old, token in zip(self.cache[i], new)]
+            last = block.self_attention.keys_values(normed)
+            self.cache[i] = [torch.cat((old, new.to(old.dtype)), dim=2)
+                             for old, new in zip(self.cache[i], last)]
             x = x + self.attend(block.self_attention, normed, self.cache[i], bias)
             x = x + self.attend(block.cross_attention, block.cross_attention_norm(x),
                                 self.memory_cache[i], self.memory_bias)

@@ -1,9 +1,9 @@
 """Images for T5: frozen vision towers, visual tokens, and the UMIE adapter.
 
-In reading order: pixels of a picture; a Vision Transformer for the hub's ViT and CLIP vision
-checkpoints; visual tokens (the picture, the crops of its objects), which engine/features.py keeps
-on disk, since a frozen tower computes them once; UMIE, which mixes them into T5's encoder output by
-a gate, or, as the alternative, lets T5 read them before the text.
+In reading order: a Vision Transformer for the hub's ViT and CLIP vision checkpoints; what it sees
+of a picture, the whole and the crops of its objects, whose features engine/features.py keeps on
+disk, since a frozen tower computes them once; UMIE, which makes visual tokens of them and mixes
+these into T5's encoder output by a gate, or, as the alternative, lets T5 read them before the text.
 
 References: C-LoRAE (arXiv 2505.06303) Fig. 3, its base model UMIE (arXiv 2401.03082), ViT (arXiv
 2010.11929), CLIP (arXiv 2103.00020); names and numbers of transformers' ViTModel, CLIPVisionModel.
@@ -31,7 +31,7 @@ from engine.files import ImageError, WeightsError, read_json, write_whole
 from engine.images import PathLike, load_image, to_rgb  # load_image: for users of this file
 from engine.weights import odd_fields, open_weights, read_weights
 from t5 import (T5, Attention, FeedForward, Linear, RMSNorm, Stack, T5Config, compute_dtype,
-                prepare_memory)
+                join_heads, prepare_memory, split_heads)
 
 Boxes = Sequence[Sequence[float]]  # of one picture, each x1, y1, x2, y2 in pixels
 
@@ -133,15 +133,13 @@ class ViTBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B,1+P,F] -> [B,1+P,F]."""
         y = self.attention_norm(x)
-        q, k, v = (project(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B,H,1+P,K]
-                   for project in (self.q, self.k, self.v))
-        y = F.scaled_dot_product_attention(q, k, v)
-        x = x + self.o(y.transpose(1, 2).flatten(2))
+        q, k, v = (split_heads(layer(y), self.heads) for layer in (self.q, self.k, self.v))
+        x = x + self.o(join_heads(F.scaled_dot_product_attention(q, k, v)))
         return x + self.down(self.activation(self.up(self.mlp_norm(x))))
 
 
 class ViT(nn.Module):
-    """Vision tower up to transformers' `last_hidden_state`; ViT(config) draws ViT's initialisation.
+    """A tower up to transformers' `last_hidden_state`; ViT(config) draws ViT's initialisation.
 
     CLIP differs in three places: no bias in the patch projection, a norm before the first layer,
     none after the last (its post_layernorm touches only the pooled token, not used here).
@@ -260,10 +258,9 @@ def hub_names(model: ViT) -> dict[str, str]:
     return names
 
 
-# ------------------------------------------------------------------------------ visual tokens
+# ------------------------------------------------------------------------------ what a tower sees
 def preprocess(image: Image.Image, size: int = 224, mean: float | Sequence[float] = 0.5,
-               std: float | Sequence[float] = 0.5,
-               resample: int = Image.Resampling.BILINEAR) -> Tensor:
+               std: float | Sequence[float] = 0.5, resample: int = 2) -> Tensor:
     """Picture -> pixels [3,size,size] float32, equal to the hub's ViTImageProcessor.
 
     The picture is squeezed into a square and never cut, since a box may lie anywhere in it; this
@@ -279,7 +276,7 @@ def normalise_boxes(boxes: Boxes, size: Sequence[int]) -> Tensor:
     """Pixel boxes (x1, y1, x2, y2) of a picture -> [1+n,5], row 0 the picture itself.
 
     Rows are x1, y1, x2, y2, area in 0..1. Corners up to one pixel outside (annotators round) are
-    pulled in; anything else that is no box inside the picture is an error.
+    pulled in; any other box that is not inside the picture is an ImageError.
     """
     (w, h), rows = size, [(0.0, 0.0, 1.0, 1.0, 1.0)]
     for box in boxes:
@@ -330,7 +327,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 class GateFusion(nn.Module):
     """h' = h + lambda FF(LN(h + CrossAttention(LN h, visual))), FF being T5's gated feed-forward.
 
-    Its last projection starts at zero: at first h' = h and the pretrained T5 is intact.
+    The last projection of FF starts at zero: at first h' = h, and the pretrained T5 is intact.
     """
 
     def __init__(self, config: T5Config) -> None:
