@@ -336,24 +336,23 @@ class CachedDecoder:
         bias = self.bias[:, :, self.length - 1:self.length, :self.length]
         x = self.model.embed(token)
         for i, block in enumerate(self.model.decoder.blocks):
-            normed = block.self_attention_norm(x)
-            last = block.self_attention.keys_values(normed)
+            layer, normed = block.self_attention, block.self_attention_norm(x)
             self.cache[i] = [torch.cat((old, new.to(old.dtype)), dim=2)
-                             for old, new in zip(self.cache[i], last)]
-            x = x + self.attend(block.self_attention, normed, self.cache[i], bias)
-            x = x + self.attend(block.cross_attention, block.cross_attention_norm(x),
-                                self.memory_cache[i], self.memory_bias)
+                             for old, new in zip(self.cache[i], layer.keys_values(normed))]
+            x = x + layer.o(self.attend(layer, layer.q(normed), self.cache[i], bias))
+            layer, q = block.cross_attention, block.cross_attention.q(block.cross_attention_norm(x))
+            x = x + layer.o(self.attend(layer, q, self.memory_cache[i], self.memory_bias))
             x = x + block.feed_forward(block.feed_forward_norm(x))
         return self.model.head(self.model.decoder.final_norm(x))[:, 0]
 
-    def attend(self, layer: Attention, x: Tensor, cache: list[Tensor], bias: Tensor) -> Tensor:
-        """x [rows,1,D] attends to keys and values [rows,H,M,K], or [B,H,M,K] -> [rows,1,D]; the
-        beams of a request are then further queries on the same keys."""
+    def attend(self, layer: Attention, q: Tensor, cache: list[Tensor], bias: Tensor) -> Tensor:
+        """Queries [rows,1,H K] and a cache of keys and values [rows,H,M,K], or [B,H,M,K], where
+        the beams of a request are further queries on the same keys -> [rows,1,H K]."""
         k, v = cache
-        q = layer.q(x).unflatten(0, (len(k), -1)).flatten(2)  # [rows,1,H K], or [B,beams,H K]
-        with torch.autocast(x.device.type, enabled=False):
-            out = layer.attend(split_heads(q, layer.heads).to(k.dtype), k, v, bias)
-        return layer.o(join_heads(out).reshape(*x.shape[:2], -1).to(x.dtype))
+        queries = split_heads(q.unflatten(0, (len(k), -1)).flatten(2), layer.heads)
+        with torch.autocast(q.device.type, enabled=False):
+            out = layer.attend(queries.to(k.dtype), k, v, bias)
+        return join_heads(out).reshape(q.shape).to(q.dtype)
 
     def select(self, rows: Tensor, requests: Tensor | None) -> None:
         """Continue these rows, in this order; and these requests alone (None: all of them)."""
