@@ -251,10 +251,10 @@ def test_generated_ids_are_those_of_the_plain_decoder(beams, precision):
         ids, mask, _ = small_batch(B=4)
         mask[2], rows = False, ([], [])
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
-            wanted, found = (model.generate(ids, mask, 9, beams, banned_ids=[4, 17],
-                                            on_rows=lambda index: calls.append(index.tolist()))
+            wanted, answered = (model.generate(ids, mask, 9, beams, banned_ids=[4, 17],
+                                               on_rows=lambda index: calls.append(index.tolist()))
                              for model, calls in zip((plain, fast), rows))
-        assert torch.equal(wanted, found) and rows[0] == rows[1]
+        assert torch.equal(wanted, answered) and rows[0] == rows[1]
         lengths |= set((wanted != 0).sum(1).tolist())
     assert len(lengths) > 2
 
