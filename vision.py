@@ -1,9 +1,9 @@
-"""Images for T5: safe reading, frozen vision towers, visual tokens, and the UMIE adapter.
+"""Images for T5: frozen vision towers, visual tokens, and the UMIE adapter.
 
-In reading order: a picture from disk to pixels; a Vision Transformer for the hub's ViT and CLIP
-vision checkpoints; visual tokens (the picture, the crops of its objects), kept on disk, since a
-frozen tower computes them once; UMIE, which mixes them into T5's encoder output by a gate, or, as
-the alternative, lets T5 read them before the text.
+In reading order: a Vision Transformer for the hub's ViT and CLIP vision checkpoints; what it sees
+of a picture, the whole and the crops of its objects, whose features engine/features.py keeps on
+disk, since a frozen tower computes them once; UMIE, which makes visual tokens of them and mixes
+these into T5's encoder output by a gate, or, as the alternative, lets T5 read them before the text.
 
 References: C-LoRAE (arXiv 2505.06303) Fig. 3, its base model UMIE (arXiv 2401.03082), ViT (arXiv
 2010.11929), CLIP (arXiv 2103.00020); names and numbers of transformers' ViTModel, CLIPVisionModel.
@@ -12,14 +12,10 @@ width, P patches, F image-feature width, C vocabulary; here also M memory tokens
 Check:  python -m pytest tests/test_vision.py
 """
 
-import hashlib
 import json
 import math
-import os
 import re
-import warnings
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,34 +24,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from engine.files import ImageError, WeightsError, read_json, write_whole
-from engine.images import PathLike, load_image, regular, to_rgb
+from engine.images import PathLike, load_image, to_rgb  # load_image: for users of this file
 from engine.weights import odd_fields, open_weights, read_weights
-from t5 import (T5, Attention, FeedForward, Linear, Padding, RMSNorm, Stack, T5Config,
-                compute_dtype, prepare_memory)
+from t5 import (T5, Attention, FeedForward, Linear, RMSNorm, Stack, T5Config, compute_dtype,
+                join_heads, prepare_memory, split_heads)
 
-warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 Boxes = Sequence[Sequence[float]]  # of one picture, each x1, y1, x2, y2 in pixels
-Request = tuple[str, tuple, tuple[int, int] | None]  # path, boxes, size as (w, h) if known
-
-
-def preprocess(image: Image.Image, size: int = 224, mean: float | Sequence[float] = 0.5,
-               std: float | Sequence[float] = 0.5,
-               resample: int = Image.Resampling.BILINEAR) -> Tensor:
-    """Picture -> pixels [3,size,size] float32, equal to the hub's ViTImageProcessor.
-
-    The picture is squeezed into a square and never cut, since a box may lie anywhere in it; this
-    holds for CLIP towers too, whose own processor would cut out the centre.
-    """
-    resized = to_rgb(image).resize((size, size), resample)
-    pixels = np.asarray(resized, dtype=np.float32) / 255
-    pixels = (pixels - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 # ------------------------------------------------------------------------------ vision transformer
@@ -118,8 +96,8 @@ class ViTConfig:
         path = Path(folder) / "preprocessor_config.json"
         if path.is_file():
             pictures = read_json(path)
-        raw = raw | {own: pictures[own] for own in ("image_mean", "image_std", "resample")
-                     if pictures.get(own) is not None}
+        raw = raw | {name: pictures[name] for name in ("image_mean", "image_std", "resample")
+                     if pictures.get(name) is not None}
         raw = {"model_type": None} | raw  # a file that does not name its family is refused
         if raw["model_type"] == CLIP:
             raw = CLIP_DEFAULTS | raw
@@ -155,15 +133,13 @@ class ViTBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B,1+P,F] -> [B,1+P,F]."""
         y = self.attention_norm(x)
-        q, k, v = (project(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B,H,1+P,K]
-                   for project in (self.q, self.k, self.v))
-        y = F.scaled_dot_product_attention(q, k, v)
-        x = x + self.o(y.transpose(1, 2).flatten(2))
+        q, k, v = (split_heads(layer(y), self.heads) for layer in (self.q, self.k, self.v))
+        x = x + self.o(join_heads(F.scaled_dot_product_attention(q, k, v)))
         return x + self.down(self.activation(self.up(self.mlp_norm(x))))
 
 
 class ViT(nn.Module):
-    """Vision tower up to transformers' `last_hidden_state`; ViT(config) draws ViT's initialisation.
+    """A tower up to transformers' `last_hidden_state`; ViT(config) draws ViT's initialisation.
 
     CLIP differs in three places: no bias in the patch projection, a norm before the first layer,
     none after the last (its post_layernorm touches only the pooled token, not used here).
@@ -200,6 +176,18 @@ class ViT(nn.Module):
             x = block(x)
         return self.final_norm(x)
 
+    @property
+    def preprocessing(self) -> tuple:
+        """All that pixels depend on besides the picture: size, mean, spread, Pillow's filter."""
+        return self.size, self.mean, self.std, self.resample
+
+    def views(self, image: Image.Image, boxes: Boxes) -> tuple[Tensor, Tensor]:
+        """A picture and n boxes in it -> the pixels [1+n,3,size,size] of the picture and its
+        crops, and their places [1+n,5], as normalise_boxes makes them; ImageError for a bad box."""
+        places = normalise_boxes(boxes, image.size)
+        views = [image, *(crop(image, box) for box in boxes)]
+        return torch.stack([preprocess(view, *self.preprocessing) for view in views]), places
+
     @staticmethod
     def feature_width(folder: PathLike) -> int:
         """F of the tower in an HF directory, from its config.json alone."""
@@ -214,7 +202,7 @@ class ViT(nn.Module):
         prefix = PREFIXES[family]
         if not any(key.startswith(prefix) for key in stored):
             prefix = ""
-        names = {own: prefix + hub for own, hub in hub_names(model).items()}
+        names = {ours: prefix + hub for ours, hub in hub_names(model).items()}
         drop = {key for key in stored if key.removeprefix(prefix).startswith(DROPS[family])}
         state = read_weights(Path(folder), stored, model, names, drop, torch.float32)
         model.load_state_dict(state, assign=True)
@@ -229,7 +217,7 @@ class ViT(nn.Module):
         pictures = {k: config.pop(k) for k in ("image_mean", "image_std", "resample")}
         pictures |= {"image_processor_type": "ViTImageProcessor",
                      "size": {"height": self.size, "width": self.size}}
-        tensors = {names[own]: tensor.contiguous() for own, tensor in self.state_dict().items()}
+        tensors = {names[ours]: tensor.contiguous() for ours, tensor in self.state_dict().items()}
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "model.safetensors", save(tensors, {"format": "pt"}))
         write_whole(folder / "preprocessor_config.json", json.dumps(pictures, indent=2).encode())
@@ -263,19 +251,32 @@ DROPS = {  # keys that are not read: heads, poolers, CLIP's text half, buffers
 def hub_names(model: ViT) -> dict[str, str]:
     """Our parameter names -> the hub's (without prefix), one to one."""
     column, names = FAMILIES.index(model.config.model_type), {}
-    for own in model.state_dict():
-        module, dot, leaf = own.rpartition(".")
+    for ours in model.state_dict():
+        module, dot, leaf = ours.rpartition(".")
         hub = NAMES[re.sub(r"\d+", "{}", module or leaf)][column]
-        names[own] = hub.format(*re.findall(r"\d+", module)) + (dot and dot + leaf)
+        names[ours] = hub.format(*re.findall(r"\d+", module)) + (dot and dot + leaf)
     return names
 
 
-# ------------------------------------------------------------------------------ visual tokens
+# ------------------------------------------------------------------------------ what a tower sees
+def preprocess(image: Image.Image, size: int = 224, mean: float | Sequence[float] = 0.5,
+               std: float | Sequence[float] = 0.5, resample: int = 2) -> Tensor:
+    """Picture -> pixels [3,size,size] float32, equal to the hub's ViTImageProcessor.
+
+    The picture is squeezed into a square and never cut, since a box may lie anywhere in it; this
+    holds for CLIP towers too, whose own processor would cut out the centre.
+    """
+    resized = to_rgb(image).resize((size, size), resample)
+    pixels = np.asarray(resized, dtype=np.float32) / 255
+    pixels = (pixels - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
 def normalise_boxes(boxes: Boxes, size: Sequence[int]) -> Tensor:
     """Pixel boxes (x1, y1, x2, y2) of a picture -> [1+n,5], row 0 the picture itself.
 
     Rows are x1, y1, x2, y2, area in 0..1. Corners up to one pixel outside (annotators round) are
-    pulled in; anything else that is no box inside the picture is an error.
+    pulled in; any other box that is not inside the picture is an ImageError.
     """
     (w, h), rows = size, [(0.0, 0.0, 1.0, 1.0, 1.0)]
     for box in boxes:
@@ -294,111 +295,6 @@ def crop(image: Image.Image, box: Sequence[float]) -> Image.Image:
     left, top = (min(max(int(x), 0), n - 1) for x, n in zip(box[:2], image.size))
     right, bottom = (min(math.ceil(x), n) for x, n in zip(box[2:], image.size))
     return image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
-
-
-class FeatureCache:
-    """Features [V,F] of pictures and their boxes, computed once by a frozen tower and kept on disk.
-
-    `folder`/<vit_hash>/<shard>.safetensors holds, for each picture and its boxes, their features
-    under the sha256 of the file's bytes, boxes, size and preprocessing, and beside them, as
-    NAME.boxes, what normalise_boxes makes of the boxes; `vit_hash` names the tower's weights.
-    Shards are only added, each renamed when whole, so processes may share a folder.
-    Token 0 is the picture, token k its box k: the tower's first token of `last_hidden_state`.
-    """
-
-    SHARD, AHEAD, CROPS = 256, 16, 64  # pictures per file and read ahead, crops per tower call
-
-    def __init__(self, vit: ViT, vit_hash: str, folder: PathLike) -> None:
-        self.vit, self.folder = vit, Path(folder) / vit_hash
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.shards: dict[Path, Any] = {}  # memory-mapped files
-        self.index: dict[str, Path] = {}  # tensor name -> its shard
-        self.names: dict[Request, str] = {}  # a picture's bytes are hashed once a run
-
-    def get(self, path: PathLike, boxes: Boxes,
-            size: Sequence[int] | None) -> tuple[Tensor, Tensor]:
-        """One picture -> (features [V,F], boxes [V,5]), computed and stored if not yet there.
-
-        `size`: the record's [w, h], which must be the upright picture's; None takes the picture's.
-        """
-        (name,) = self.prepare([(path, boxes, size)])
-        shard = self.shards[self.index[name]]
-        return shard.get_tensor(name), shard.get_tensor(f"{name}.boxes")
-
-    def prepare(self,
-                requests: Iterable[tuple[PathLike, Boxes, Sequence[int] | None]]) -> list[str]:
-        """Compute what is not stored of these (path, boxes, size); returns their tensor names."""
-        requests = [(os.fspath(path), tuple(map(tuple, boxes)), size and tuple(size))
-                    for path, boxes, size in requests]
-        wanted = {self.name(request): request for request in requests}
-        if any(name not in self.index for name in wanted):
-            self.scan()  # on disk from an earlier run or another process
-        missing = [item for item in wanted.items() if item[0] not in self.index]
-        if missing:
-            with tqdm(total=len(missing), desc="image features", unit="image",
-                      disable=len(missing) < 2) as bar, ThreadPoolExecutor() as pool:
-                for start in range(0, len(missing), self.SHARD):
-                    self.store(missing[start:start + self.SHARD], pool, bar)
-        return [self.names[request] for request in requests]
-
-    def name(self, request: Request) -> str:
-        """What a request's tensor is called: it changes with all that the features depend on, but
-        for rounding."""
-        if request not in self.names:
-            (path, boxes, size), vit = request, self.vit
-            try:
-                with open(regular(path), "rb") as file:
-                    content = hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError as error:
-                raise ImageError(f"{path}: expected a picture, got: {error}; correct the record or "
-                                 "add the file") from error
-            layout = "and boxes"  # names what a shard holds; another layout needs another name
-            parts = [content, boxes, size, vit.size, vit.mean, vit.std, vit.resample, layout]
-            self.names[request] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-        return self.names[request]
-
-    def scan(self) -> None:
-        """Map the shards that are new in the folder; only their headers are read."""
-        for path in sorted(set(self.folder.glob("*.safetensors")) - set(self.shards)):
-            try:
-                self.shards[path] = safe_open(path, "pt")
-            except (SafetensorError, OSError) as error:
-                raise ImageError(f"{path}: expected a whole file of image features, got: {error}; "
-                                 "delete it, and its features are computed again") from error
-            self.index |= dict.fromkeys(self.shards[path].keys(), path)
-
-    def pixels(self, request: Request) -> tuple[Tensor, Tensor]:
-        """Read a picture -> itself and its crops [V,3,size,size], their boxes [V,5]."""
-        (path, boxes, size), vit = request, self.vit
-        image = load_image(path)
-        if size and image.size != size:
-            raise ImageError(f"{path}: expected {size[0]} x {size[1]} pixels as in the record, got "
-                             f"{image.width} x {image.height} (upright); correct the record")
-        try:
-            shares = normalise_boxes(boxes, image.size)
-        except ImageError as error:
-            raise ImageError(f"{path}: {error}") from None
-        return torch.stack([preprocess(view, vit.size, vit.mean, vit.std, vit.resample)
-                            for view in (image, *(crop(image, box) for box in boxes))]), shares
-
-    @torch.no_grad()
-    def store(self, items: list[tuple[str, Request]], pool: ThreadPoolExecutor, bar: tqdm) -> None:
-        """Compute one shard and add it to the folder."""
-        features, device = {}, self.vit.class_token.device
-        for start in range(0, len(items), self.AHEAD):
-            names, requests = zip(*items[start:start + self.AHEAD])
-            pixels, boxes = zip(*pool.map(self.pixels, requests))
-            # In full float32: features of a GPU and of a CPU may share a folder.
-            with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-                tokens = torch.cat([self.vit(some.to(device))[:, 0].float().cpu()
-                                    for some in torch.cat(pixels).split(self.CROPS)])
-            rows = tokens.split([len(views) for views in pixels])
-            features |= {name: row.clone() for name, row in zip(names, rows)}
-            features |= {f"{name}.boxes": some for name, some in zip(names, boxes)}
-            bar.update(len(names))
-        shard = hashlib.sha256("".join(sorted(features)).encode()).hexdigest()[:32]
-        write_whole(self.folder / f"{shard}.safetensors", save(features))
-        self.scan()
 
 
 # ------------------------------------------------------------------------------ the UMIE adapter
@@ -431,7 +327,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 class GateFusion(nn.Module):
     """h' = h + lambda FF(LN(h + CrossAttention(LN h, visual))), FF being T5's gated feed-forward.
 
-    Its last projection starts at zero: at first h' = h and the pretrained T5 is intact.
+    The last projection of FF starts at zero: at first h' = h, and the pretrained T5 is intact.
     """
 
     def __init__(self, config: T5Config) -> None:
@@ -460,16 +356,18 @@ class GateFusion(nn.Module):
         cosine = self.cosine(h, mask, visual, visual_mask)
         return F.leaky_relu(F.leaky_relu(math.exp(0.5) * cosine))
 
+    def mix(self, h: Tensor, mask: Tensor, visual: Tensor, visual_mask: Tensor) -> Tensor:
+        """FF(LN(h + CrossAttention(LN h, visual))), [B,S,D]; of no meaning where mask is False."""
+        visual, bias = prepare_memory(visual, visual_mask, compute_dtype(h))
+        x = h + self.attention(self.attention_norm(h), visual, bias)
+        return self.feed_forward(self.feed_forward_norm(x))
+
     def forward(self, h: Tensor, mask: Tensor, visual: Tensor, visual_mask: Tensor) -> Tensor:
         """h [B,S,D], mask [B,S], visual [B,V,D], visual_mask [B,V] -> h' [B,S,D].
 
         A row without visual tokens is returned as it came, to the bit.
         """
-        padding = Padding(mask, self.training)
-        source = prepare_memory(visual, visual_mask, compute_dtype(h), self.training)
-        text = padding.unpad(h)
-        mixed = text + self.attention(self.attention_norm(text), padding, source)
-        mixed = padding.pad(self.feed_forward(self.feed_forward_norm(mixed)))
+        mixed = self.mix(h, mask, visual, visual_mask)
         fused = h + self.gate(h, mask, visual, visual_mask)[:, None, None] * mixed
         return torch.where(visual_mask.any(1)[:, None, None], fused.to(h.dtype), h)
 
@@ -483,8 +381,8 @@ class UMIE(nn.Module):
 
     A batch is anything with input_ids, attention_mask [B,S], labels [B,T] (-100 at padding) or
     None, tasks [B], features [B,V,F], boxes [B,V,5] and visual_mask [B,V], all False in a row
-    without image; V may be 0. `routing`, where set, is told each batch's tasks and masks: expert
-    layers, unknown here, read them from it.
+    without image; V may be 0. `routing`, where set, is told each batch's tasks and masks and, in
+    generation, which row of the batch each computed row is; expert layers read them from it.
     """
 
     def __init__(self, t5: T5, feature_width: int, max_objects: int = 16,
@@ -496,6 +394,19 @@ class UMIE(nn.Module):
         self.visual_embedding = VisualEmbedding(feature_width, t5.config, max_objects)
         self.vstack = Stack(t5.config, 2, decoder=False)
         self.fusion = GateFusion(t5.config) if fusion == "gate" else None
+
+    def free_adapter(self, policy: str) -> None:
+        """Choose what learns besides the experts.
+
+        train: everything but T5, in full, the linears below VStack's experts included; hub
+        checkpoints have no visual adapter, and random frozen weights would be noise. paper: the
+        visual embedding alone, which fits the paper's counts. frozen: nothing.
+        """
+        trained = {"train": ("visual_embedding.", "vstack.", "fusion."),
+                   "paper": ("visual_embedding.",), "frozen": ()}[policy]
+        for name, parameter in self.named_parameters():
+            if name.startswith(trained):
+                parameter.requires_grad_(True)
 
     def encode(self, batch: Any) -> tuple[Tensor, Tensor]:
         """-> memory [B,M,D] for the decoder and its mask [B,M]."""
@@ -513,9 +424,9 @@ class UMIE(nn.Module):
         if self.fusion is not None:
             h = self.t5.encode(batch.input_ids, mask)
             return self.fusion(h, mask, visual, visual_mask), mask
-        embeds = self.t5.embed(batch.input_ids)
-        visual = visual.gather(1, order[..., None].expand_as(visual)).to(embeds.dtype)
-        embeds = torch.cat((visual, embeds), dim=1)
+        text = self.t5.embed(batch.input_ids)
+        visual = visual.gather(1, order[..., None].expand_as(visual))
+        embeds = torch.cat((visual.to(text.dtype), text), dim=1)
         return self.t5.encode(None, memory_mask, inputs_embeds=embeds), memory_mask
 
     @torch.no_grad()
@@ -526,8 +437,8 @@ class UMIE(nn.Module):
         negative: a gate that starts there stays shut. Either sign is an equally likely draw of the
         initialisation. Once, before training.
         """
-        inputs: list[tuple] = []  # of the fusion, which is passed by where V = 0
-        hook = self.fusion.register_forward_pre_hook(lambda _, given: inputs.append(given))
+        inputs: list[tuple] = []  # of the fusion, which does not run where V = 0
+        hook = self.fusion.register_forward_pre_hook(lambda _, args: inputs.append(args))
         self.encode(batch)
         hook.remove()
         for h, mask, visual, visual_mask in inputs:

@@ -1,28 +1,145 @@
-"""Image features of the records of a corpus."""
+"""Image features from a frozen vision tower, computed once and kept on disk; those of a corpus."""
 
-from collections.abc import Sequence
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from tqdm import tqdm
 
-from engine.files import ImageError, UsageError, locked
-from engine.images import resolve_image
+from engine.files import ImageError, UsageError, locked, write_whole
+from engine.images import PathLike, load_image, regular, resolve_image
 from engine.schema import Problems, Record
 from engine.sources import Sources
 from engine.weights import folder_hash
-from vision import FeatureCache, ViT
+
+Boxes = Sequence[Sequence[float]]  # of one picture, each x1, y1, x2, y2 in pixels
+Request = tuple[str, tuple, tuple[int, int] | None]  # path, boxes, size as (w, h) if known
+
+
+class FeatureCache:
+    """Features [V,F] of pictures and their boxes, computed once by a frozen tower and kept on disk.
+
+    `folder`/<tower_hash>/<shard>.safetensors holds, for each picture and its boxes, their features
+    under the sha256 of the file's bytes, boxes, size and preprocessing, and beside them, as
+    NAME.boxes, the places [V,5] of the boxes in the picture; `tower_hash` names the tower's
+    weights. Shards are only added, each renamed when whole, so processes may share a folder.
+    Token 0 is the picture, token k its box k: the tower's first token of `last_hidden_state`.
+    """
+
+    SHARD, AHEAD, CROPS = 256, 16, 64  # pictures per file and read ahead, crops per tower call
+
+    def __init__(self, tower: nn.Module, tower_hash: str, folder: PathLike) -> None:
+        """tower: as vision.ViT, called on pixels, with the method `views` and the property
+        `preprocessing`; ready to compute, on its device."""
+        self.tower, self.folder = tower, Path(folder) / tower_hash
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.shards: dict[Path, safe_open] = {}  # memory-mapped files
+        self.index: dict[str, Path] = {}  # tensor name -> its shard
+        self.names: dict[Request, str] = {}  # a picture's bytes are hashed once a run
+
+    def get(self, path: PathLike, boxes: Boxes,
+            size: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+        """One picture -> (features [V,F], boxes [V,5]), computed and stored if they are not yet.
+
+        `size`: the record's [w, h], which must be the upright picture's; None takes the picture's.
+        """
+        (name,) = self.prepare([(path, boxes, size)])
+        shard = self.shards[self.index[name]]
+        return shard.get_tensor(name), shard.get_tensor(f"{name}.boxes")
+
+    def prepare(self,
+                requests: Iterable[tuple[PathLike, Boxes, Sequence[int] | None]]) -> list[str]:
+        """Compute what is not yet stored of these (path, boxes, size) -> their tensors' names."""
+        requests = [(os.fspath(path), tuple(map(tuple, boxes)), size and tuple(size))
+                    for path, boxes, size in requests]
+        wanted = {self.name(request): request for request in requests}
+        if any(name not in self.index for name in wanted):
+            self.scan()  # on disk from an earlier run or another process
+        missing = [item for item in wanted.items() if item[0] not in self.index]
+        if missing:
+            with tqdm(total=len(missing), desc="image features", unit="image",
+                      disable=len(missing) < 2) as bar, ThreadPoolExecutor() as pool:
+                for start in range(0, len(missing), self.SHARD):
+                    self.store(missing[start:start + self.SHARD], pool, bar)
+        return [self.names[request] for request in requests]
+
+    def name(self, request: Request) -> str:
+        """The name of a request's tensor: the hash of all that its features depend on."""
+        if request not in self.names:
+            path, boxes, size = request
+            try:
+                with open(regular(path), "rb") as file:
+                    content = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise ImageError(f"{path}: expected a picture, got: {error}; correct the record or "
+                                 "add the file") from error
+            layout = "and boxes"  # names what a shard holds; another layout needs another name
+            key = json.dumps([content, boxes, size, *self.tower.preprocessing, layout])
+            self.names[request] = hashlib.sha256(key.encode()).hexdigest()
+        return self.names[request]
+
+    def scan(self) -> None:
+        """Map the shards that are new in the folder; only their headers are read."""
+        for path in sorted(set(self.folder.glob("*.safetensors")) - set(self.shards)):
+            try:
+                self.shards[path] = safe_open(path, "pt")
+            except (SafetensorError, OSError) as error:
+                raise ImageError(f"{path}: expected a whole file of image features, got: {error}; "
+                                 "delete it, and its features are computed again") from error
+            self.index |= dict.fromkeys(self.shards[path].keys(), path)
+
+    def pixels(self, request: Request) -> tuple[Tensor, Tensor]:
+        """Read a picture -> it and its crops as pixels [V,3,size,size], their places [V,5]."""
+        path, boxes, size = request
+        image = load_image(path)
+        if size and image.size != size:
+            raise ImageError(f"{path}: expected {size[0]} x {size[1]} pixels as in the record, got "
+                             f"{image.width} x {image.height} (upright); correct the record")
+        try:
+            return self.tower.views(image, boxes)
+        except ImageError as error:
+            raise ImageError(f"{path}: {error}") from None
+
+    @torch.no_grad()
+    def store(self, items: list[tuple[str, Request]], pool: ThreadPoolExecutor, bar: tqdm) -> None:
+        """Compute one shard and add it to the folder."""
+        features, device = {}, next(self.tower.parameters()).device
+        for start in range(0, len(items), self.AHEAD):
+            names, requests = zip(*items[start:start + self.AHEAD])
+            pixels, boxes = zip(*pool.map(self.pixels, requests))
+            # In full float32: features of a GPU and of a CPU may share a folder.
+            with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+                tokens = torch.cat([self.tower(crops.to(device))[:, 0].float().cpu()
+                                    for crops in torch.cat(pixels).split(self.CROPS)])
+            rows = tokens.split([len(views) for views in pixels])
+            features |= {name: row.clone() for name, row in zip(names, rows)}
+            features |= {f"{name}.boxes": places for name, places in zip(names, boxes)}
+            bar.update(len(names))
+        shard = hashlib.sha256("".join(sorted(features)).encode()).hexdigest()[:32]
+        write_whole(self.folder / f"{shard}.safetensors", save(features))
+        self.scan()
 
 
 class Features:
-    """Image features of records: what `data.collate` asks for.
+    """Image features of records, which `data.collate` asks for by calling this object.
 
-    Returns (features [V,F], boxes [V,5]), or None for a record without an image.  A missing file is
-    an error unless `missing_images` is "mask"; then its rows are counted and have no visual tokens.
+    features(record) -> (features [V,F], boxes [V,5]), or None for a record without an image.  A
+    file that is not there is an error unless `missing_images` is "mask"; then its rows are counted
+    and have no visual tokens.
     """
 
     def __init__(self, sources: Sources, records: Sequence[Record], missing_images: str,
-                 max_objects: int, device: torch.device):
+                 max_objects: int, device: torch.device, tower: Any):
+        """Compute what is not on disk yet, of at most `max_objects` objects an image.  tower: the
+        class of image towers (vision.ViT), whose weights lie in sources.vit."""
         self.corpus, self.max_objects = sources.corpus, max_objects
         self.paths: dict[tuple[str, str], Path] = {}
         named = [record for record in records if record.image is not None]
@@ -35,16 +152,17 @@ class Features:
         self.missing = {self.path(record) for record in absent}
         self.missing_rows = len(absent)
         self.cache: FeatureCache | None = None
-        self.width = ViT.feature_width(sources.vit)
+        self.width = tower.feature_width(sources.vit)
         if len(absent) < len(named) and device.type != "meta":  # there nothing is computed
-            vit = ViT.from_pretrained(sources.vit).to(device).eval()
+            model = tower.from_pretrained(sources.vit).to(device).eval()
             folder = sources.corpus / ".features"
             with locked(folder / ".lock"):
-                self.cache = FeatureCache(vit, folder_hash(sources.vit), folder)
+                self.cache = FeatureCache(model, folder_hash(sources.vit), folder)
                 self.compute([r for r in named if self.path(r) not in self.missing])
 
     def compute(self, records: Sequence[Record]) -> None:
-        """Features of all these records' images; if one cannot be used, all such are named."""
+        """Compute the features of all these records' images; if one cannot be used, DataError
+        names all such."""
         try:
             self.cache.prepare(map(self.key, records))
         except ImageError:
@@ -58,8 +176,8 @@ class Features:
             raise
 
     def path(self, record: Record) -> Path:
-        """Where a record's image lies; looked up once, since that takes longer than to load its
-        features."""
+        """Where a record's image lies, or would lie; kept, since to look takes longer than to
+        load its features.  ImageError if its name may not be used."""
         name = record.dataset, record.image
         if name not in self.paths:
             try:
@@ -70,6 +188,7 @@ class Features:
         return self.paths[name]
 
     def key(self, record: Record) -> tuple:
+        """What the cache is asked for: path, boxes and size in pixels."""
         return self.path(record), record.objects[:self.max_objects], record.size
 
     def __call__(self, record: Record) -> tuple[Tensor, Tensor] | None:

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import t5
-from t5 import T5, Attention, Padding, Source, Stack, T5Config, WeightsError
+from engine.weights import open_weights
+from t5 import T5, Attention, Stack, T5Config, WeightsError
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = ("t5_flan", "t5_v1", "t5_flan_sharded_bf16")
@@ -280,118 +281,6 @@ def test_dropout_acts_in_training_only_and_at_each_of_its_places():
         place.p = 0.0
 
 
-@pytest.mark.parametrize("p", [0.1, 0.3, 0.9])
-def test_dropout_keeps_the_rate_and_the_mean_and_treats_every_element_for_itself(p):
-    """x -> x / (1 - p) with probability 1 - p, else 0; an odd number of elements."""
-    torch.manual_seed(0)
-    dropout, x = t5.Dropout(p), torch.full((301, 997), 2.0, requires_grad=True)
-    y = dropout(x)
-    y.sum().backward()
-    kept = (y != 0).double()
-    assert torch.equal(y, torch.where(y != 0, 2.0 / (1 - p), 0.0)) and torch.equal(y, 2.0 * x.grad)
-    noise = (p * (1 - p)) ** 0.5  # of one element
-    assert abs(kept.mean() - (1 - p)) < 4 * noise / kept.numel() ** 0.5
-    assert abs(kept.mean(0) - (1 - p)).max() < 5 * noise / 301 ** 0.5
-    assert abs(kept.mean(1) - (1 - p)).max() < 5 * noise / 997 ** 0.5
-    z = ((kept - (1 - p)) / noise).flatten()
-    for lag in (1, 2, 3, 4, 997):  # four neighbours share a random word, a row follows a row
-        assert abs((z[lag:] * z[:-lag]).mean()) < 5 / z.numel() ** 0.5
-    torch.manual_seed(0)
-    assert torch.equal(dropout(x), y) and not torch.equal(dropout(x), y)
-    assert dropout.eval()(x) is x and dropout(x[:0]).shape == (0, 997)
-
-
-def test_attention_under_dropout_drops_weights_and_is_exact_in_its_gradients():
-    """o = sum_j w_j d_j v_j, d_j of the dropout; the same d for the written-out reference."""
-    torch.manual_seed(0)
-    attention, x = Attention(SMALL).double().train(), torch.randn(2, 5, 11).double()
-    x.requires_grad_()
-    bias = torch.randn(2, 3, 5, 5).double()
-    torch.manual_seed(1)
-    rows = Padding(None, training=True)
-    attention(x, rows, Source(x, bias, rows)).square().sum().backward()
-    found, x.grad = x.grad, None
-    torch.manual_seed(1)
-    factors = t5.dropout_factors(bias, 0.1)
-    q, k, v = (layer(x).unflatten(-1, (3, 5)).transpose(1, 2)
-               for layer in (attention.q, attention.k, attention.v))
-    out = (factors * (q @ k.mT + bias).softmax(-1)) @ v
-    attention.o(out.transpose(1, 2).flatten(2)).square().sum().backward()
-    assert (factors == 0).any() and largest_error(found, x.grad) < 1e-12
-
-
-MASKS = {"padding last": [[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]],
-         "holes": [[0, 1, 0, 1], [1, 1, 1, 1], [1, 1, 1, 0]],
-         "an empty row": [[0, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]], "none": [[0, 0, 0, 0]] * 3}
-
-
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("H", [1, 3])
-def test_padding_is_taken_out_and_put_in_again_for_all_heads(mask, H):
-    """merge takes the real tokens, split is its reverse and 0 elsewhere; gradients included."""
-    padding = Padding(mask := torch.tensor(MASKS[mask]).bool(), training=True)
-    tokens = torch.randn(mask.sum(), H * 2, dtype=torch.float64, requires_grad=True)
-    rows = torch.zeros(3, 4, H * 2, dtype=torch.float64)
-    rows[mask] = tokens.detach()
-    heads = rows.unflatten(-1, (H, 2)).transpose(1, 2).clone().requires_grad_()
-    assert torch.equal(padding.split(tokens, H), heads)
-    assert torch.equal(padding.merge(heads), tokens)
-    assert torch.equal(padding.pad(tokens), rows) and torch.equal(padding.unpad(rows), tokens)
-    assert torch.autograd.gradcheck(lambda x: padding.split(x, H).square(), tokens)
-    assert torch.autograd.gradcheck(lambda x: padding.merge(x).square(), heads)
-
-
-def test_padding_stays_where_all_tokens_are_real_and_outside_of_training():
-    """Then tokens stay in rows: split and merge part and join heads, pad and unpad do nothing."""
-    ragged, x = torch.tensor([[True, True], [True, False]]), torch.randn(2, 2, 6)
-    for padding in (Padding(ragged, False), Padding(ragged | True, True), Padding(None, True)):
-        assert torch.equal(padding.unpad(x), x) and torch.equal(padding.pad(x), x)
-        heads = padding.split(x, 3)
-        assert torch.equal(heads[1, 2, 0], x[1, 0, 4:]) and torch.equal(padding.merge(heads), x)
-
-
-def test_training_computes_real_tokens_alone_and_learns_what_all_would_teach(config):
-    """Dropout 0, float64: loss and every gradient of train() are those of eval(), where padding is
-    computed; also with a label left out in the middle of a target."""
-    model = lively(replace(config, dropout_rate=0.0)).double()
-    ids, labels = torch.randint(2, 29, (3, 7)), torch.randint(1, 29, (3, 5))
-    mask = torch.arange(7) < torch.tensor([[7], [3], [1]])
-    labels[0, 1] = labels[1, 2:] = -100
-    answers, tokens = [], []
-    for training in (False, True):
-        hooks = [stack.blocks[0].feed_forward.register_forward_pre_hook(
-            lambda _, given: tokens.append(given[0][..., 0].numel()))
-            for stack in (model.encoder, model.decoder)]
-        logits, loss = model.train(training)(ids, mask, labels)
-        for hook in hooks:
-            hook.remove()
-        answers.append([logits[labels != -100], loss,
-                        *torch.autograd.grad(loss, list(model.parameters()))])
-    assert tokens == [21, 15, 11, 12]
-    for among, alone in zip(*answers, strict=True):
-        torch.testing.assert_close(alone, among, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("B, S, T", [(3, 7, 5), (1, 7, 5), (3, 1, 1), (1, 1, 1)])
-def test_frozen_weights_give_the_logits_and_input_gradients_of_learning_ones(
-        config, B, S, T, monkeypatch):
-    """float32 products of frozen weights take another library; also one row, one token."""
-    monkeypatch.setattr(t5, "ONEDNN_PAYS", 1)
-    model = lively(config)
-    ids, labels = torch.randint(2, 29, (B, S)), torch.randint(1, 29, (B, T))
-    mask = torch.arange(S) < torch.tensor([S, max(S - 3, 1), 1])[:B, None]
-    results = []
-    for learning in (True, False):
-        model.requires_grad_(learning)
-        embeds = model.embed(ids).detach().requires_grad_()
-        memory = model.encode(None, mask, embeds)
-        logits = model.decode(model.shift_right(labels), memory, mask)
-        logits.sum().backward()  # of an expanded gradient
-        results.append((logits.detach(), embeds.grad))
-    for one, other in zip(*results):
-        assert largest_error(other, one) < 1e-5
-
-
 def test_any_module_that_calls_like_a_linear_may_stand_in_for_q_k_v_o():
     class Standin(nn.Module):
         def __init__(self, base: nn.Linear) -> None:
@@ -478,88 +367,9 @@ def test_the_incremental_decoder_gives_the_logits_of_the_whole_prefix(config, au
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         memory = model.encode(ids, mask)
         whole = model.decode(tokens, memory, mask).float()
-        decoder = t5.IncrementalDecoder(model, memory, mask, beams=1, steps=tokens.shape[1])
+        decoder = t5.CachedDecoder(model, memory, mask, beams=1, steps=tokens.shape[1])
         steps = [decoder(tokens[:, t:t + 1]).float() for t in range(tokens.shape[1])]
     assert largest_error(torch.stack(steps, 1), whole) < (0.05 if autocast else 1e-5)
-
-
-class Cubed(t5.Linear):
-    """y = W_0 x + (x A^T)^3 B^T, in one piece and in the parts that t5.Product asks for."""
-
-    def __init__(self, width_in, width_out, std):
-        super().__init__(width_in, width_out, std)
-        self.A, self.B = nn.Parameter(torch.randn(2, width_in)), torch.randn(width_out, 2)
-
-    def forward(self, x):
-        return F.linear(x, self.weight) + F.linear(F.linear(x, self.A) ** 3, self.B)
-
-    def parts(self):
-        down = [self.weight, self.A[:1], self.A[1:]]
-        return down, [self.B[:, :1], self.B[:, 1:]], lambda z: z ** 3
-
-
-KINDS = {"one": [t5.Linear], "three": [t5.Linear] * 3, "with factors": [Cubed, t5.Linear, Cubed],
-         "one with factors": [Cubed]}
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 2, 5])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_product_of_layers_is_what_each_makes_of_x_also_after_a_write(rows, dtype, kind):
-    """[W_0; A] x at once, then B; the copies serve until any of the matrices is written to."""
-    layers = [make(11, height, 0.3).to(dtype) for make, height in zip(KINDS[kind], (13, 1, 7))]
-    for layer in layers:
-        if isinstance(layer, Cubed):
-            layer.B = layer.B.to(dtype)
-    x, owner = torch.randn(rows, 1, 11).to(dtype), layers[0].weight
-    tolerance = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
-    for written in (None, "weight", "A", "B"):
-        if hasattr(layers[-1], written or "weight"):
-            before = t5.Product(layers, dtype) and owner.packed
-            if written:
-                getattr(layers[-1], written).mul_(2)
-            for layer, y in zip(layers, t5.Product(layers, dtype)(x), strict=True):
-                assert largest_error(y, layer(x)) < tolerance * layer(x).abs().max()
-            assert (owner.packed is before) == (written is None)
-
-
-@torch.no_grad()
-def test_layers_without_parts_are_called_and_so_are_their_neighbours():
-    """What wraps q is asked itself."""
-    q, k, x = t5.Linear(11, 13, 1.0), t5.Linear(11, 13, 1.0), torch.randn(2, 1, 11)
-    layers = [nn.Sequential(q), k]
-    for layer, y in zip(layers, t5.Product(layers, torch.float32)(x), strict=True):
-        assert torch.equal(y, layer(x))
-    assert not any(hasattr(weight, "packed") for weight in (q.weight, k.weight))
-
-
-def test_a_model_made_in_inference_mode_decodes_and_keeps_no_copies():
-    """Its weights count no writes, so that an outdated copy would go unseen."""
-    (ids, mask, _), wanted = small_batch(), lively(SMALL)
-    with torch.inference_mode():
-        model = lively(SMALL)
-        for _ in range(2):
-            assert torch.equal(model.generate(ids, mask, 6), wanted.generate(ids, mask, 6))
-            for parameter, other in zip(model.parameters(), wanted.parameters()):
-                parameter.mul_(1.1)
-                other.data.mul_(1.1)
-            wanted.train().eval()  # nobody was told of the writes
-    assert model.head_weight.is_inference()
-    assert not any(hasattr(parameter, "packed") for parameter in model.parameters())
-
-
-def test_weights_are_packed_once_follow_a_load_and_training_drops_the_copies():
-    model, (ids, mask, _) = lively(SMALL), small_batch()
-    first = model.generate(ids, mask, 6)
-    packed = model.head_weight.packed
-    assert torch.equal(model.generate(ids, mask, 6), first) and packed is model.head_weight.packed
-    other = lively(SMALL, seed=5)
-    wanted = other.generate(ids, mask, 6)
-    model.load_state_dict(other.state_dict())
-    assert torch.equal(model.generate(ids, mask, 6), wanted)
-    assert packed is not model.head_weight.packed
-    assert not any(hasattr(parameter, "packed") for parameter in model.train().parameters())
 
 
 def test_memory_can_be_given_instead_of_ids():
@@ -643,7 +453,7 @@ def test_the_weight_map_is_a_bijection_between_parameters_and_official_keys(case
     names = t5.hf_names(model.config)
     assert names.keys() == model.state_dict().keys()
     assert len(set(names.values())) == len(names)
-    stored = t5.open_weights(GOLDEN / case).keys()
+    stored = open_weights(GOLDEN / case).keys()
     assert stored - set(names.values()) <= {*t5.COPIES, t5.UNUSED}
     assert set(names.values()) <= stored
 

@@ -20,9 +20,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import vision
+from engine.features import FeatureCache
+from engine.files import ImageError
+from engine.images import load_image, resolve_image
 from t5 import T5, T5Config, WeightsError
-from vision import (UMIE, FeatureCache, GateFusion, ImageError, ViT, ViTConfig, load_image,
-                    normalise_boxes, preprocess, resolve_image)
+from vision import UMIE, GateFusion, ViT, ViTConfig, normalise_boxes, preprocess
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = ViTConfig(hidden_size=12, num_hidden_layers=2, num_attention_heads=3, intermediate_size=20,
@@ -318,6 +320,16 @@ def test_features_are_computed_again_when_anything_they_depend_on_changes(
     assert vit.seen == 2 + 4 * 2
 
 
+def test_features_of_earlier_versions_are_still_found(tmp_path: Path) -> None:
+    """The names of tensors, hashed from content, boxes, size and preprocessing, never change."""
+    (tmp_path / "picture").write_bytes(b"any bytes")
+    cache, path = FeatureCache(ViT(TINY), "h", tmp_path / "cache"), str(tmp_path / "picture")
+    assert cache.name((path, ((0, 0, 4, 4.5),), (8, 9))) == (
+        "0a9958a0cb1698ebe2d95acae3a374e2085a2105f2129d994227d64dd97d4dc0")
+    assert cache.name((path, (), None)) == (
+        "d4f1e40c6bd8001b42601f081cf57fe37f86338c8264348b418413a0d3131f7a")
+
+
 def test_many_pictures_are_spread_over_shards(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of the tower and files cut across pictures without mixing them up."""
@@ -528,6 +540,16 @@ def test_the_gradients_of_the_fusion_are_exact() -> None:
     visual_mask = torch.tensor([[True, True], [True, False], [False, False]])
     assert torch.autograd.gradcheck(lambda a, b: fusion(a, mask, b, visual_mask), (h, visual),
                                     atol=1e-6)
+
+
+def test_the_policies_free_what_they_say_of_the_adapter() -> None:
+    """train: all but T5; paper: the visual embedding alone; frozen: nothing."""
+    model = make_umie().requires_grad_(False)
+    for policy, children in (("frozen", set()), ("paper", {"visual_embedding"}),
+                             ("train", {"visual_embedding", "vstack", "fusion"})):
+        model.free_adapter(policy)
+        for name, parameter in model.named_parameters():
+            assert parameter.requires_grad == (name.split(".")[0] in children)
 
 
 def test_a_visual_token_is_the_sum_of_feature_box_and_order() -> None:
