@@ -1,0 +1,239 @@
+"""The files of a corpus: reading, checking and writing datasets, and what a run takes from them.
+
+The format is described at the top of engine/schema.py. Every reader is strict: it raises DataError
+with file, line, field and advice, and it never guesses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from engine.files import file_hash, write_whole
+from engine.schema import (SPLITS, UNITS, DataError, Dataset, Problems, Record, dataset_rule,
+                           nearest, show)
+from engine.settings import Config
+
+Rows = list[tuple[str, dict]]                        # (where it comes from, record as JSON)
+
+
+# ---------------------------------------------------------------------------- reading
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file; DataError where it cannot be read."""
+    try:
+        if path.exists() and not path.is_file():     # a pipe or a device would never end
+            raise OSError(0, "no regular file")
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}): check the path") from None
+
+
+def parse_json(data: bytes) -> object:
+    """Strict JSON from UTF-8 bytes; ValueError with the reason otherwise."""
+    def unique(pairs: list[tuple[str, object]]) -> dict:
+        if len(dict(pairs)) < len(pairs):            # json would keep the last one silently
+            raise ValueError(f"a key stands twice in {show(dict(pairs))}")
+        return dict(pairs)
+
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_dataset(folder: Path) -> Dataset:
+    """The descriptor in folder/dataset.json."""
+    path, problems = folder / "dataset.json", Problems()
+    data = read_bytes(path)
+    try:
+        raw = parse_json(data)
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}): repair the file") from None
+    problems.check(raw, dataset_rule(raw, folder.name), str(path), "dataset")
+    problems.raise_if_any()
+    return Dataset(raw["name"], raw["units"], raw["labels"], raw.get("note", ""))
+
+
+def read_split(folder: Path, split: str, dataset: Dataset, problems: Problems) -> list[Record]:
+    """The records of folder/split.jsonl that are right; anything wrong is added to `problems`."""
+    path, records, seen = folder / f"{split}.jsonl", [], {}
+    lines = read_bytes(path).removesuffix(b"\n").split(b"\n")            # U+2028 ends no line
+    for number, line in enumerate(lines, 1):
+        where = f"{path}:{number}"
+        try:
+            raw = parse_json(line)
+            if not isinstance(raw, dict):
+                raise ValueError(f"a {type(raw).__name__}")
+        except ValueError as error:
+            reason = re.sub(r": line 1 (column \d+) .*", r", \1", str(error))
+            text = show(line.decode("utf-8", "replace"))
+            problems.add(where, "line", f"{text} is no JSON object ({reason}): write each record "
+                         "as one object on one line, in UTF-8")
+            continue
+        if problems.check_record(raw, dataset, where, seen):
+            records.append(Record(**{k: frozen(v) for k, v in raw.items()}, source=where))
+    return records
+
+
+def frozen(value: object) -> object:
+    """The value with its lists as tuples: a record stays as it was checked, and boxes can be
+    hashed."""
+    if isinstance(value, dict):
+        return {key: frozen(element) for key, element in value.items()}
+    return tuple(map(frozen, value)) if isinstance(value, list) else value
+
+
+def load_datasets(corpus: str | os.PathLike) -> dict[str, Dataset]:
+    """{name: descriptor} of every dataset below `corpus`, sorted by name.
+
+    A file that would be passed over in silence, *.jsonl of no split or no dataset, is an error.
+    """
+    corpus, files = Path(corpus), sorted(Path(corpus).glob("*/*.jsonl"))
+    folders = sorted({path.parent for path in [*files, *corpus.glob("*/dataset.json")]})
+    if not folders:
+        got = "none" if corpus.is_dir() else "no folder"
+        if (corpus / "dataset.json").exists():
+            got = "a single dataset: give the folder above it"
+        raise DataError(f"{corpus}: expected folders with a dataset.json, found {got}; "
+                        "`python -m tools.convert` and `python demo.py` make a corpus")
+    for path in files:
+        if path.stem not in SPLITS:
+            raise DataError(f'{path}: "{path.stem}" is no split: rename it to one of '
+                            f"{', '.join(SPLITS)}, or move it away")
+    return {folder.name: read_dataset(folder) for folder in folders}
+
+
+def load_corpus(corpus: str | os.PathLike, split: str,
+                units: Iterable[str] | None = None) -> list[Record]:
+    """Every record of one split, datasets in the order of their names, lines in file order.
+
+    units: only records of these units (default all). A dataset may lack a split; a split that no
+    dataset has, an unknown name and any faulty line raise DataError.
+    """
+    wanted = set(units or UNITS)
+    if unknown := {split} - set(SPLITS) | wanted - set(UNITS):
+        name = min(unknown)
+        raise DataError(f'"{name}" is no split or unit: ' + nearest(name, SPLITS + UNITS))
+    holding = {Path(corpus) / name: dataset for name, dataset in load_datasets(corpus).items()
+               if wanted & set(dataset.units.values())
+               and (Path(corpus) / name / f"{split}.jsonl").exists()}
+    if not holding:
+        raise DataError(f"{corpus}: no {split}.jsonl for the units {', '.join(sorted(wanted))}: "
+                        "convert that split or choose other units")
+    problems = Problems()
+    records = [record for folder, dataset in holding.items()
+               for record in read_split(folder, split, dataset, problems)
+               if dataset.units[record.task] in wanted]
+    problems.raise_if_any()
+    return records
+
+
+def read_splits(corpus: Path, datasets: dict[str, Dataset],
+                units: Sequence[str] | None) -> dict[str, list[Record]]:
+    """{split: its records of these units} for all splits; units None: all.
+
+    The list of a split that none of the datasets has is empty.
+    """
+    wanted = set(units or UNITS)
+    folders = [corpus / name for name, dataset in datasets.items()
+               if wanted & set(dataset.units.values())]
+    return {split: load_corpus(corpus, split, units)
+            if any((folder / f"{split}.jsonl").exists() for folder in folders) else []
+            for split in SPLITS}
+
+
+# ---------------------------------------------------------------------------- writing
+
+def write_dataset(folder: Path, descriptor: dict, splits: dict[str, Rows]) -> None:
+    """Check everything, then write folder/{dataset.json, <split>.jsonl, images/}."""
+    dataset, problems = Dataset(folder.name, descriptor["units"], descriptor["labels"]), Problems()
+    problems.check(descriptor, dataset_rule(descriptor, folder.name), str(folder), "dataset")
+    for split, rows in splits.items():
+        seen = {}
+        if not rows:
+            problems.add(str(folder), split, "has no record: leave its file out")
+        for where, record in rows:
+            problems.check_record(record, dataset, where, seen)
+    problems.raise_if_any()
+    texts = {f"{split}.jsonl": "".join(json.dumps(record, ensure_ascii=False) + "\n"
+                                       for _, record in rows) for split, rows in splits.items()}
+    texts["dataset.json"] = json.dumps(descriptor, ensure_ascii=False, indent=1) + "\n"
+    try:
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            write_whole(folder / name, text.encode())
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written ({error.strerror}): give another folder or "
+                        "make room") from None
+
+
+# ---------------------------------------------------------------------------- what a run asks
+
+def corpus_of(config: Config) -> Path:
+    """The corpus that settings name, else the demo world."""
+    return Path(config.data or "data/demo")
+
+
+def corpus_hash(corpus: Path) -> str:
+    """sha256 over the rows and label sets of a corpus, in hex; images count by their names."""
+    files = sorted(file for file in corpus.glob("*/*") if file.suffix in (".json", ".jsonl"))
+    named = (f"{file.parent.name}/{file.name} {file_hash(file)}\n" for file in files)
+    return hashlib.sha256("".join(named).encode()).hexdigest()
+
+
+def split_digest(corpus: Path, split: str) -> str:
+    """sha256 over the files of a split and the names of all images below the corpus, in hex."""
+    digest = hashlib.sha256()
+    for path in sorted([*corpus.glob("*/dataset.json"), *corpus.glob(f"*/{split}.jsonl")]):
+        digest.update(path.read_bytes())
+    images = sorted(str(path.relative_to(corpus)) for path in corpus.glob("*/images/**/*"))
+    digest.update("\n".join(images).encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def unit_rows(records: Sequence[Record], datasets: dict[str, Dataset]) -> dict[str, int]:
+    """{unit: number of its records}, in the order of the result table; no unit has 0."""
+    names = [datasets[record.dataset].units[record.task] for record in records]
+    return {unit: names.count(unit) for unit in UNITS if unit in names}
+
+
+def normalised(record: Record) -> str:
+    """A text as duplicates are compared: no URLs, lower case, letters and digits only."""
+    text = " ".join(token for token in record.tokens if not token.lower().startswith("http"))
+    return "".join(filter(str.isalnum, text.lower()))
+
+
+def texts_of(records: Iterable[Record]) -> set[str]:
+    """The different texts of records, normalised; pictures without text have none."""
+    return set(map(normalised, records)) - {""}
+
+
+def hold_out(records: dict[str, list[Record]], datasets: dict[str, Dataset],
+             how: str) -> str | None:
+    """Take Table 4's units out of the train and dev records, in place; return a line that says so.
+
+    how: "none", then the result is None; "paper": T17 and V2; "clean": also SNAP, drawn from the
+    same pool of tweets as T17, and every text of another dataset that stands in the test split of
+    T17 or V2 (V1 holds 183 of T17's).
+    """
+    if how == "none":
+        return None
+    away = {"T17", "V2"} | ({"SNAP"} if how == "clean" else set())
+
+    def unit(record: Record) -> str:
+        return datasets[record.dataset].units[record.task]
+
+    tested = texts_of(r for r in records["test"] if unit(r) in ("T17", "V2"))
+    dropped = 0
+    for split in ("train", "dev"):
+        kept = [record for record in records[split] if unit(record) not in away]
+        records[split] = [record for record in kept
+                          if how == "paper" or normalised(record) not in tested]
+        dropped += len(kept) - len(records[split])
+    return (f"hold-out ({how}): {', '.join(u for u in UNITS if u in away)} neither in train nor in "
+            f"dev; {dropped} more records left out, whose text is in the test split of T17 or V2")

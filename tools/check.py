@@ -1,0 +1,90 @@
+"""Check a corpus: every record of every dataset, what the splits hold, and what they share.
+
+    python -m tools.check DIR [--require-images]
+
+A text that stands in a test split and in a training split is a leak, also across datasets.
+"""
+
+from __future__ import annotations
+
+import sys
+from itertools import combinations
+from pathlib import Path
+
+from data import gold_items, prompt, target
+from engine.command import Parser
+from engine.corpus import load_datasets, read_split, texts_of
+from engine.schema import SPLITS, DataError, Dataset, Problems, Record
+
+
+def shared_texts(texts: dict[tuple[str, str], set[str]]) -> list[str]:
+    """A line for each two splits, {(dataset, split): texts}, that share texts; test before dev.
+
+    What two training splits share is no leak and not listed.
+    """
+    order = sorted(texts, key=lambda key: (-SPLITS.index(key[1]), key[0]))
+    return [f"{' '.join(a)} in {' '.join(b)}: {len(texts[a] & texts[b])} of {len(texts[a])} texts"
+            for a, b in combinations(order, 2) if a[1] != "train" and texts[a] & texts[b]]
+
+
+def check(corpus: Path, require_images: bool) -> None:
+    """Validate every split of every dataset; print what it holds, and what two splits share.
+
+    DataError names all problems; with require_images each picture that is not there is one.
+    """
+    problems, texts = Problems(), {}
+    for name, dataset in load_datasets(corpus).items():
+        images = corpus / name / "images"
+        splits = [s for s in SPLITS if (corpus / name / f"{s}.jsonl").exists()]
+        if not splits:
+            problems.add(str(corpus / name), "files", f"none of {', '.join(SPLITS)}.jsonl is here: "
+                         "convert the dataset again")
+        for split in splits:
+            records = read_split(corpus / name, split, dataset, problems)
+            texts[name, split] = texts_of(records)
+            for task in dataset.units:
+                of_task = [record for record in records if record.task == task]
+                print(f"{name} {split} {task}: {summary(of_task, dataset, images)}")
+            for record in records:
+                if require_images and record.image and not (images / record.image).is_file():
+                    problems.add(record.source, "image", f'"{record.image}" is not in {images}: '
+                                 "put it there or write null")
+    print("\n".join(shared_texts(texts)) or "no text stands in two splits")
+    problems.raise_if_any()
+
+
+def summary(records: list[Record], dataset: Dataset, folder: Path) -> str:
+    """The counts of one task's records in one split; folder: where their images are."""
+    images = {record.image for record in records if record.image}
+    missing = sum(not (folder / image).is_file() for image in images)
+    prompts = max((len("".join(prompt(r, dataset)).split()) for r in records), default=0)
+    targets = max((len(target(r).split()) for r in records), default=0)
+    return (f"{len(records)} records, {sum(len(gold_items(r)) for r in records)} gold items, "
+            f"{len(images)} images ({missing} missing), longest prompt {prompts} words, "
+            f"longest target {targets} words")
+
+
+def parser() -> Parser:
+    """The command line."""
+    result = Parser(prog="python -m tools.check", description="Validate every record of a corpus; "
+                    "print counts, lengths and the texts that splits share.")
+    what = result.add_argument_group("what to check")
+    what.add_argument("dir", type=Path, metavar="DIR", help="corpus folder")
+    what.add_argument("--require-images", action="store_true",
+                      help="a missing picture is an error instead of a count")
+    return result
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    args = parser().parse_args(arguments)
+    try:
+        check(args.dir, args.require_images)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
