@@ -17,8 +17,6 @@ References: C-LoRAE (arXiv 2505.06303), UMIE (Sun et al., AAAI 2024), T5 (Raffel
 Shape legend: B batch, S source tokens, T target tokens, V visual tokens, F image-feature width.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import os
@@ -397,14 +395,14 @@ class Batch:
     rows: Tensor                                     # [B] long, Example.row
     real: Tensor | None = None                       # [n] long, which of the B * T labels count
 
-    def to(self, device: torch.device | str) -> Batch:
+    def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device, but for `tasks` and `rows`: only the host reads these, and it
         would have to wait for a GPU to get them back."""
         return replace(self, **{name: value.to(device, non_blocking=True)
                                 for name, value in vars(self).items()
                                 if value is not None and name not in ("tasks", "rows")})
 
-    def widened(self, most_visual: int) -> Batch:
+    def widened(self, most_visual: int) -> "Batch":
         """The batch padded to one of few shapes, each of which a CUDA graph can be captured for.
 
         Sizes become multiples: B of 4 (with rows that are all padding), S and T of 16, V of 6 but

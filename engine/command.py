@@ -2,8 +2,8 @@
 
 import argparse
 import difflib
+import re
 import sys
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 
@@ -12,33 +12,28 @@ class Parser(argparse.ArgumentParser):
     and the help names each default that is not None or False."""
 
     def __init__(self, **options: object):
-        self.flags: list[str] = []                   # all that are declared
         super().__init__(**{"allow_abbrev": False, **options})
 
     def add_argument_group(self, *words: object, **options: object) -> Any:
+        """A group as argparse makes it, whose add_argument puts the default into the help."""
         group = super().add_argument_group(*words, **options)
-        group.add_argument = self.noted(group.add_argument)
-        return group
+        declare = group.add_argument
 
-    def add_argument(self, *names: object, **options: object) -> argparse.Action:
-        return self.noted(super().add_argument)(*names, **options)
-
-    def noted(self, add: Callable[..., argparse.Action]) -> Callable[..., argparse.Action]:
-        """`add`, which declares an argument, with its flags noted and its default in its help."""
-        def add_and_note(*names: object, **options: object) -> argparse.Action:
-            action = add(*names, **options)
-            self.flags += action.option_strings
-            silent = action.default in (None, argparse.SUPPRESS) or action.default is False
-            if action.help and not silent and "default" not in action.help:
-                action.help += " (default: %(default)s)"
+        def add_argument(*names: object, **settings: object) -> argparse.Action:
+            action = declare(*names, **settings)
+            silent = action.default is None or action.default is False or "default" in action.help
+            action.help += "" if silent else " (default: %(default)s)"
             return action
-        return add_and_note
+
+        group.add_argument = add_argument
+        return group
 
     def error(self, message: str) -> NoReturn:
         """End with exit code 2 and one line, which names flags close to the unknown ones."""
+        flags = re.findall(r"--[\w-]+", self.format_help())
         for word in message.split():
-            near = difflib.get_close_matches(word.split("=")[0], self.flags, n=1)
-            if word.startswith("--") and near and word not in self.flags:
+            near = difflib.get_close_matches(word.split("=")[0], flags, n=1)
+            if word.startswith("--") and near and word not in flags:
                 message += f" (did you mean {near[0]}?)"
         self.exit(2, f"error: {message}; see `{self.prog} --help`\n")
 

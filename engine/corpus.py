@@ -1,10 +1,8 @@
 """The files of a corpus: reading, checking and writing datasets, and what a run takes from them.
 
-The format is described at the top of engine/schema.py. Every reader is strict: it raises DataError
-with file, line, field and advice, and it never guesses.
+The format stands at the top of engine/schema.py. Readers are strict: they raise DataError with
+file, line, field and advice.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
@@ -14,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from engine.files import file_hash, write_whole
-from engine.schema import (SPLITS, UNITS, DataError, Dataset, Problems, Record, dataset_rule,
-                           nearest, show)
+from engine.schema import SPLITS, UNITS, DataError, Dataset, Problems, Record
+from engine.schema import dataset_rule, nearest, show
 from engine.settings import Config
 
 Rows = list[tuple[str, dict]]                        # (where it comes from, record as JSON)
@@ -81,8 +79,7 @@ def read_split(folder: Path, split: str, dataset: Dataset, problems: Problems) -
 
 
 def frozen(value: object) -> object:
-    """The value with its lists as tuples: a record stays as it was checked, and boxes can be
-    hashed."""
+    """The value with tuples for lists: a record remains as it was checked, boxes can be hashed."""
     if isinstance(value, dict):
         return {key: frozen(element) for key, element in value.items()}
     return tuple(map(frozen, value)) if isinstance(value, list) else value
@@ -135,10 +132,7 @@ def load_corpus(corpus: str | os.PathLike, split: str,
 
 def read_splits(corpus: Path, datasets: dict[str, Dataset],
                 units: Sequence[str] | None) -> dict[str, list[Record]]:
-    """{split: its records of these units} for all splits; units None: all.
-
-    The list of a split that none of the datasets has is empty.
-    """
+    """{split: its records of these units (None: all)}; empty lists for splits of no dataset."""
     wanted = set(units or UNITS)
     folders = [corpus / name for name, dataset in datasets.items()
                if wanted & set(dataset.units.values())]

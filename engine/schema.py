@@ -24,8 +24,6 @@ Med and meae records may have one key more, "accepted": a list like "events", of
 alone that are right although they are not gold of the sample.
 """
 
-from __future__ import annotations
-
 import difflib
 import json
 import math
@@ -95,7 +93,7 @@ class Must:
     """A value for which `holds` is true, and which obeys the rule `further` as well."""
     holds: Callable[[object], object]
     problem: str | Callable[[object], str]           # what is wrong otherwise: what to do
-    further: Rule | None = None
+    further: "Rule | None" = None
 
 
 Rule = Must | dict | list | Callable
@@ -134,18 +132,14 @@ class Problems(list):
             for i, element in enumerate(value):
                 self.check(element, rule[0], where, f"{place}[{i}]")
         else:
-            self.check_fields(value, rule, where, place)
+            for key in sorted(value.keys() - rule.keys()):
+                self.add(where, place, f"key {show(key)} is unknown: {nearest(key, rule)}")
+            for key, inner in rule.items():
+                if key in value:
+                    self.check(value[key], inner, where, f"{place}.{key}".removeprefix("record."))
+                else:
+                    self.add(where, place, f'key "{key}" is missing: add it, if only as null or []')
         return self.count == before
-
-    def check_fields(self, fields: dict, rules: dict[str, Rule], where: str, place: str) -> None:
-        """Every key must be known and none may lack; places inside a record start at its fields."""
-        for key in sorted(fields.keys() - rules.keys()):
-            self.add(where, place, f"key {show(key)} is unknown: {nearest(key, rules)}")
-        for key, rule in rules.items():
-            if key in fields:
-                self.check(fields[key], rule, where, f"{place}.{key}".removeprefix("record."))
-            else:
-                self.add(where, place, f'key "{key}" is missing: add it, if only as null or []')
 
     def check_record(self, raw: object, dataset: Dataset, where: str, seen: dict[str, str]) -> bool:
         """Whether `raw` is a record; seen, {id: where}, makes an id that comes twice a problem."""

@@ -5,16 +5,14 @@
 A text that stands in a test split and in a training split is a leak, also across datasets.
 """
 
-from __future__ import annotations
-
-import sys
 from itertools import combinations
 from pathlib import Path
 
 from data import gold_items, prompt, target
 from engine.command import Parser
 from engine.corpus import load_datasets, read_split, texts_of
-from engine.schema import SPLITS, DataError, Dataset, Problems, Record
+from engine.processes import exit_codes
+from engine.schema import SPLITS, Dataset, Problems, Record
 
 
 def shared_texts(texts: dict[tuple[str, str], set[str]]) -> list[str]:
@@ -64,27 +62,18 @@ def summary(records: list[Record], dataset: Dataset, folder: Path) -> str:
             f"longest target {targets} words")
 
 
-def parser() -> Parser:
-    """The command line."""
-    result = Parser(prog="python -m tools.check", description="Validate every record of a corpus; "
-                    "print counts, lengths and the texts that splits share.")
-    what = result.add_argument_group("what to check")
+def main(argv: list[str] | None = None) -> None:
+    """The command; it ends with exit code 2 where the corpus has a problem."""
+    command = Parser(prog="python -m tools.check", description="Validate every record of a corpus; "
+                     "print counts, lengths and the texts that splits share.")
+    what = command.add_argument_group("what to check")
     what.add_argument("dir", type=Path, metavar="DIR", help="corpus folder")
     what.add_argument("--require-images", action="store_true",
                       help="a missing picture is an error instead of a count")
-    return result
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
-    args = parser().parse_args(arguments)
-    try:
+    args = command.parse_args(argv)
+    with exit_codes():
         check(args.dir, args.require_images)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

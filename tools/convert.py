@@ -19,12 +19,9 @@ github.com/limanling/m2e2, its detections seebergerph/MMUTF; SWiG github.com/all
 from the LDC, as OneIE (Lin et al., ACL 2020) prepares it.
 """
 
-from __future__ import annotations
-
 import ast
 import math
 import random
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +30,7 @@ from pathlib import Path
 
 from engine.command import Parser
 from engine.corpus import Rows, parse_json, read_bytes, write_dataset
+from engine.processes import exit_codes
 from engine.schema import SIZE, DataError, box_within, iou, nearest, show
 
 # ---------------------------------------------------------------------------- published files
@@ -244,9 +242,11 @@ def read_m2e2(path: Path, dataset: str) -> Rows:
                 event["arguments"] += [{"role": role.lower(), "box": box} for role, box in boxes]
             more = {"accepted": accepted[name]} if name in accepted else {}
             rows.append((where, raw_record(dataset, "", f"{name}+{image}", sentence["words"],
-                                           image, [box for _, box in boxes], events=[event], **more)))
-    print(f"{dataset}: {sum('accepted' in row for _, row in rows)} of {len(rows)} samples have other "
-          f"events in their sentence, which are accepted ({len(accepted)} sentences)")
+                                           image, [box for _, box in boxes], events=[event],
+                                           **more)))
+    several = sum("accepted" in row for _, row in rows)
+    print(f"{dataset}: {several} of {len(rows)} samples have other events in their sentence, which "
+          f"are accepted ({len(accepted)} sentences)")
     return rows
 
 
@@ -517,34 +517,24 @@ def convert(dataset: str, source: Path, corpus: Path, max_objects: int = 16,
     write_dataset(corpus / dataset, descriptor, rows)
 
 
-def parser() -> Parser:
-    """The command line."""
-    result = Parser(prog="python -m tools.convert", description="Read the published files of a "
-                    "dataset, write DST/KIND, print the counts of records read and expected.")
-    what = result.add_argument_group("what to convert")
+def main(argv: list[str] | None = None) -> None:
+    """The command; it ends with exit code 2 where it cannot convert."""
+    command = Parser(prog="python -m tools.convert", description="Read the published files of a "
+                     "dataset, write DST/KIND, print the counts of records read and expected.")
+    what = command.add_argument_group("what to convert")
     what.add_argument("kind", choices=PUBLISHED, metavar="KIND", help=", ".join(PUBLISHED))
     what.add_argument("src", type=Path, metavar="SRC", help="folder of the published files")
     what.add_argument("dst", type=Path, metavar="DST",
                       help="corpus folder; the pictures belong into DST/KIND/images")
-    events = result.add_argument_group("events")
+    events = command.add_argument_group("events")
     events.add_argument("--max-objects", type=int, default=16, metavar="K",
                         help="m2e2, swig: objects of a picture")
     events.add_argument("--event-types", choices=("m2e2", "all"), default="m2e2",
-                        help="ace2005, swig: M2E2's event types and roles, or all that their files "
-                             "hold")
-    return result
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
-    args = parser().parse_args(arguments)
-    try:
+                        help="ace2005, swig: event types and roles of M2E2, or all in their files")
+    args = command.parse_args(argv)
+    with exit_codes():
         convert(args.kind, args.src, args.dst, args.max_objects, args.event_types)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
