@@ -48,9 +48,9 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 METHODS = ("clorae", "lora", "tlora", "moslora", "loramoe", "full")
 FUSED = ("clorae", "lora", "tlora")  # what clorae.cu computes

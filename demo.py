@@ -22,9 +22,9 @@ import math
 import random
 import zlib
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterable
 
 import sentencepiece
 import torch
@@ -32,10 +32,10 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Parser, Tokenizer
+from data import Tokenizer
+from engine.command import Parser
 from t5 import T5, Attention, T5Config
 from vision import ViT, ViTConfig, crop, preprocess
-
 
 # ------------------------------------------------------------------ constants of the world
 

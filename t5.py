@@ -25,37 +25,18 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from engine.files import WeightsError, read_json
+from engine.weights import odd_fields, open_weights, read_weights
+
 FIRST_UNUSED_ID = 32100  # where T5's vocabulary ends; hub files add untrained rows behind it
 POLL = {"cpu": 1, "cuda": 8}  # steps between two looks at which rows ended: a look stalls a GPU
 ONEDNN_PAYS = 1 << 18  # elements of a frozen weight from which on; see FrozenProduct
 NEVER = -1e9  # score that loses against any real one
-
-
-class WeightsError(ValueError):
-    """A checkpoint, its configuration or the requested type cannot be used."""
-
-
-def odd_fields(config: Any, **bounds: tuple[int, int]) -> list[str]:
-    """"name = value" of every field of a config that is not of its type or out of all bounds.
-
-    Whole numbers lie in 1..2^18, in 1..1000 if they count layers, unless `bounds` says otherwise:
-    nothing may be allocated for a size that nobody meant. Other numbers are shares, in [0, 1).
-    """
-    odd = []
-    for name, kind in ((name, field.type) for name, field in config.__dataclass_fields__.items()):
-        value = getattr(config, name)
-        low, high = bounds.get(name, (1, 1000 if "layers" in name else 1 << 18))
-        whole = type(value) is int and low <= value <= high
-        right = {int: whole, int | None: whole, bool: type(value) is bool,
-                 float: type(value) in (int, float) and 0 <= value < 1}
-        odd += [] if right.get(kind, True) else [f"{name} = {value!r}"]
-    return odd
 
 
 @dataclass
@@ -932,7 +913,6 @@ WEIGHT_MAP = {
 }
 # Never loaded: copies, if they equal shared; a bias in v1.0's files that no T5 ever used.
 COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
 
@@ -948,75 +928,3 @@ def hf_names(config: T5Config) -> dict[str, str]:
                 names[ours.format(s=s, i=i, p=p) + ".weight"] = theirs.format(
                     s=s, i=i, p=p, f=f, up=up) + ".weight"
     return names
-
-
-def read_json(path: Path) -> dict:
-    """The JSON object in a file; a key that stands twice is an error."""
-    def once(pairs: list[tuple[str, Any]]) -> dict:
-        if twice := [key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i])]:
-            raise ValueError(f"{twice[0]!r} stands twice")
-        return dict(pairs)
-
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{path}: expected JSON, got: {getattr(error, 'strerror', error)}; give "
-                           "a Hugging Face model directory, complete and unmodified") from None
-    if not isinstance(raw, dict):
-        raise WeightsError(f"{path}: expected a JSON object, got {type(raw)}; fetch it anew")
-    return raw
-
-
-def open_weights(folder: Path) -> dict[str, safe_open]:
-    """Key -> the open file that holds it, for model.safetensors or all shards of its index."""
-    names, listed = ["model.safetensors"], None
-    index = folder / "model.safetensors.index.json"
-    if not (folder / names[0]).is_file() and index.is_file():
-        listed = read_json(index).get("weight_map")
-        names = sorted(set(map(str, listed.values()))) if isinstance(listed, dict) else []
-    lost = [n for n in names if Path(n).name != n or not n.endswith(".safetensors")
-            or not (folder / n).is_file()]
-    if lost or not names:
-        raise WeightsError(f"{folder}: expected {lost or 'a weight_map in ' + index.name}, in this "
-                           f"folder and as .safetensors; {pickles(folder)}fetch the safetensors "
-                           "files of this checkpoint")
-    stored, places = {}, []
-    for path in (folder / name for name in names):
-        try:
-            file = safe_open(path, "pt")
-        except (SafetensorError, OSError) as error:
-            raise WeightsError(f"{path}: expected a whole safetensors file, got: {error}; "
-                               "fetch it anew") from None
-        stored |= dict.fromkeys(file.keys(), file)
-        places += [(key, path.name) for key in file.keys()]
-    if listed is not None and (wrong := set(places) ^ set(listed.items())):
-        raise WeightsError(f"{index}: expected each key of the shards in the one that it names; "
-                           f"they differ in {sorted(map(str, wrong))[:4]}; fetch all of them anew")
-    return stored
-
-
-def pickles(folder: Path) -> str:
-    """What to say about pickled weights in a folder, if there are any."""
-    found = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLES)
-    return found and (f"{', '.join(found)} is never read, as a pickle can run code: have it "
-                      "converted to safetensors where it comes from; ") or ""
-
-
-def read_weights(folder: Path, stored: dict[str, safe_open], model: nn.Module,
-                 names: dict[str, str], drop: set[str], dtype: torch.dtype) -> dict[str, Tensor]:
-    """State dict of a model (on the meta device) by `names`, our name -> stored key.
-    Every stored key must be used or be in `drop`; all is checked before anything is allocated."""
-    shapes = {names[ours]: list(param.shape) for ours, param in model.state_dict().items()}
-    missing, unknown = shapes.keys() - stored.keys(), stored.keys() - shapes.keys() - drop
-    if missing or unknown:
-        raise WeightsError(f"{folder}: the keys must be those of the model in config.json; missing "
-                           f"{sorted(missing)[:4]} of {len(missing)}, unknown (or a copy that "
-                           f"differs) {sorted(unknown)[:4]} of {len(unknown)}; use files that "
-                           "belong together")
-    for key, shape in shapes.items():
-        piece = stored[key].get_slice(key)
-        if piece.get_shape() != shape or piece.get_dtype() not in ("F32", "BF16", "F16"):
-            raise WeightsError(f"{folder}: expected {key} as {shape} in F32, BF16 or F16; it is "
-                               f"{piece.get_shape()} in {piece.get_dtype()}; use its own config")
-    # Copied, because a stored tensor is a view of a mapped file that may change or go away.
-    return {ours: stored[key].get_tensor(key).to(dtype, copy=True) for ours, key in names.items()}

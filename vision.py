@@ -27,79 +27,21 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from t5 import (T5, Attention, FeedForward, Linear, Padding, RMSNorm, Stack, T5Config, WeightsError,
-                compute_dtype, odd_fields, open_weights, prepare_memory, read_json, read_weights)
+from engine.files import ImageError, WeightsError, read_json, write_whole
+from engine.images import PathLike, load_image, regular, to_rgb
+from engine.weights import odd_fields, open_weights, read_weights
+from t5 import (T5, Attention, FeedForward, Linear, Padding, RMSNorm, Stack, T5Config,
+                compute_dtype, prepare_memory)
 
-# ------------------------------------------------------------------------------ pictures to pixels
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF")  # Pillow's many other readers are attack surface
-MAX_PIXELS = 32_000_000
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
-PathLike = str | os.PathLike
 Boxes = Sequence[Sequence[float]]  # of one picture, each x1, y1, x2, y2 in pixels
 Request = tuple[str, tuple, tuple[int, int] | None]  # path, boxes, size as (w, h) if known
-
-
-class ImageError(ValueError):
-    """A picture, its name, its boxes or its stored features cannot be used; the text says which."""
-
-
-def resolve_image(root: PathLike, name: str) -> Path:
-    """Path of picture `name`, parts joined by "/", inside folder `root`; it need not exist.
-
-    Links are followed before the check, so that one that leads out of `root` is refused.
-    """
-    try:
-        parts, inside = name.split("/"), os.path.realpath(root)
-        path = os.path.realpath(os.path.join(inside, name))
-        bad = (re.search(r"[\\\0]|^~|^[A-Za-z]:", name)
-               or any(not part.strip(" .") for part in parts)  # "", ".", ".." and look-alikes
-               or len(name) > 999 or any(len(part.encode()) > 255 for part in parts)
-               or os.path.commonpath([inside, path]) != inside)  # by parts: img is not img_x
-    except (AttributeError, OSError, ValueError):  # no text, too long, not encodable
-        bad = True
-    if bad:
-        raise ImageError(f"image name {name!r}: expected a relative path, parts joined by /, that "
-                         f"stays inside {root}, got one that may not; correct the record")
-    return Path(path)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode to RGB as the hub's processors do it: transparency is dropped.
-
-    16-bit grey keeps its high byte, where Pillow alone would turn all above 255 white.
-    """
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # the same pixels as without this step, but no warning
-    return image.convert("RGB")
-
-
-def regular(path: PathLike) -> PathLike:
-    """The path itself, if a file lies there; a pipe or a device would never end."""
-    if not os.path.isfile(path):
-        raise OSError("no regular file" if os.path.lexists(path) else "no such file")
-    return path
-
-
-def load_image(path: PathLike) -> Image.Image:
-    """File -> upright RGB picture: EXIF's rotation comes first. ImageError names the path."""
-    try:
-        with Image.open(regular(path), formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ImageError(f"{image.size}, more than {MAX_PIXELS} pixels")
-            return to_rgb(ImageOps.exif_transpose(image))
-    except Exception as error:  # damaged files raise nearly every built-in exception in Pillow
-        got = ("a file that begins like none of them" if isinstance(error, UnidentifiedImageError)
-               else f"{type(error).__name__}: {error}")
-        raise ImageError(f"{path}: expected a whole {', '.join(FORMATS)} picture, got {got}; "
-                         "replace the file") from error
 
 
 def preprocess(image: Image.Image, size: int = 224, mean: float | Sequence[float] = 0.5,
@@ -292,19 +234,6 @@ class ViT(nn.Module):
         write_whole(folder / "model.safetensors", save(tensors, {"format": "pt"}))
         write_whole(folder / "preprocessor_config.json", json.dumps(pictures, indent=2).encode())
         write_whole(folder / "config.json", json.dumps(config, indent=2).encode())
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """The file is complete under its name or absent: written aside, flushed to disk, renamed."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(aside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 # Our name: (ViTModel's, CLIPVisionModel's), None where a family lacks it. A module's name means its

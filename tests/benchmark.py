@@ -34,7 +34,10 @@ import data
 import evaluate
 import losses
 import train
-from t5 import Linear, T5, T5Config
+from engine.corpus import load_corpus, load_datasets
+from engine.settings import SIZES
+from t5 import T5, Linear, T5Config
+from tools.costs import GEOMETRY, FlopCounter
 from vision import UMIE
 
 PEER = all(importlib.util.find_spec(name) for name in ("transformers", "peft"))
@@ -100,14 +103,14 @@ def take_turns(title: str, variants: dict[str, Callable[[], object]], repeats: i
 
 
 def geometry(size: str) -> T5Config:
-    D, hidden, layers, heads = evaluate.GEOMETRY[size]
+    D, hidden, layers, heads = GEOMETRY[size]
     return T5Config(32128, D, 64, hidden, layers, heads, feed_forward_proj="gated-gelu",
                     tie_head=False, scale_logits=False)
 
 
 def layer(size: str, repeats: int) -> None:
     """2,048 tokens of three tasks, forward and backward."""
-    D, R = evaluate.GEOMETRY[size][0], train.SIZES[size].rank
+    D, R = GEOMETRY[size][0], SIZES[size].rank
     rows = torch.arange(3).repeat_interleave(6)[:16]
     for dtype, dropout in ((t, p) for t in (torch.float32, torch.bfloat16) for p in (0.0, 0.1)):
         base = Linear(D, D, 0.02).to(dtype).requires_grad_(False)
@@ -134,18 +137,18 @@ def layer(size: str, repeats: int) -> None:
 
 def ours(size: str) -> UMIE:
     model = UMIE(T5(geometry(size)), 768)
-    return clorae.adapt(model, "clorae", train.SIZES[size].rank)
+    return clorae.adapt(model, "clorae", SIZES[size].rank)
 
 
 def peer(size: str, lora: bool) -> nn.Module:
     """transformers' T5 at the same geometry, with peft's LoRA or plain."""
     import peft
     import transformers
-    D, hidden, layers, heads = evaluate.GEOMETRY[size]
+    D, hidden, layers, heads = GEOMETRY[size]
     model = transformers.T5ForConditionalGeneration(transformers.T5Config(
         vocab_size=32128, d_model=D, d_kv=64, d_ff=hidden, num_layers=layers, num_heads=heads,
         feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0))
-    R = train.SIZES[size].rank
+    R = SIZES[size].rank
     settings = peft.LoraConfig(r=R, lora_alpha=2 * R, target_modules=["q", "v"], lora_dropout=0.1,
                                task_type="SEQ_2_SEQ_LM")
     return peft.get_peft_model(model, settings) if lora else model
@@ -222,7 +225,7 @@ def types() -> list[torch.dtype]:
 
 def step(size: str, repeats: int) -> None:
     with torch.device("meta"):
-        counter = evaluate.FlopCounter(ours(size), SOURCE, TARGET, 0)
+        counter = FlopCounter(ours(size), SOURCE, TARGET, 0)
     for dtype in types():
         take_turns(f"training step, {size}, {dtype}, 8 x ({SOURCE} + {TARGET}) tokens",
                    peer_steps(size, dtype) | our_steps(size, dtype), repeats,
@@ -285,11 +288,11 @@ def by_graphs(t5: T5, decodes: Callable[[], object]) -> None:
 
 def padding(corpus: str, tokenizer: str) -> None:
     """Real over computed tokens of the first epoch of a corpus' training split, by size."""
-    records = data.load_corpus(corpus, "train")
-    examples = data.encode_records(records, data.load_datasets(corpus), data.Tokenizer(tokenizer),
+    records = load_corpus(corpus, "train")
+    examples = data.encode_records(records, load_datasets(corpus), data.Tokenizer(tokenizer),
                                    256, 192)
     print(f"\n{len(examples)} training examples: real of computed tokens")
-    for name, size in train.SIZES.items():
+    for name, size in SIZES.items():
         parts = [part for indices in data.global_batches(examples, 0, 0, size.batch)
                  for part in data.micro_batches(indices, examples, size.micro_batch)]
         shares = []
@@ -304,7 +307,7 @@ def main() -> None:
     sections = {"layer": layer, "step": step, "decode": decode, "memory": memory}
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("what", nargs="*", choices=(*sections, "padding", []), default=[])
-    parser.add_argument("--size", choices=tuple(evaluate.GEOMETRY), default="base")
+    parser.add_argument("--size", choices=tuple(GEOMETRY), default="base")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=9)

@@ -36,13 +36,14 @@ def make_small(root: Path) -> dict[str, str]:
     """The same in a folder of one's choice."""
     import data
     import demo
+    from engine.corpus import load_corpus, load_datasets
     from t5 import T5, T5Config
     from vision import ViT, ViTConfig
     world, t5, vit = root / "world", root / "t5", root / "vit"
     demo.make_world(world, seed=0, scale=0.04)
-    datasets = data.load_datasets(world)
+    datasets = load_datasets(world)
     texts = ["".join(data.prompt(record, datasets[record.dataset]))
-             for record in data.load_corpus(world, "train")]
+             for record in load_corpus(world, "train")]
     t5.mkdir()
     demo.make_tokenizer(texts, t5 / "spiece.model", 300)
     torch.manual_seed(0)

@@ -10,11 +10,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from safetensors.torch import save_file
 
+from engine.settings import parse_arguments
+from engine.processes import World
 import train
 
 if __name__ == "__main__":
-    config, _ = train.parse_arguments(None)
-    world = train.World()
+    config, _ = parse_arguments(None)
+    world = World()
     world.join()
     run = train.Run(config, train.prepare(config), world)
     row = run.train_step(run.batches(0)[0])

@@ -11,11 +11,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from engine.settings import parse_arguments
+from engine.processes import World
 import train
 
 if __name__ == "__main__":
-    config, _ = train.parse_arguments(None)
-    world, sources = train.World(), train.prepare(config)
+    config, _ = parse_arguments(None)
+    world, sources = World(), train.prepare(config)
     train.losses.token_cross_entropy = functools.partial(  # in pieces, as at a large size
         train.losses.token_cross_entropy, piece=48)
     for most in (train.Graphs.MOST, 0)[:1 + config.graphs]:

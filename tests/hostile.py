@@ -32,11 +32,18 @@ from safetensors.torch import load_file, save_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from engine.schema import DataError, Dataset, Problems, Record, iou
+from engine.corpus import load_corpus, load_datasets, read_split
+from engine.features import Features
+from engine.sources import Sources
+from engine.files import ImageError, UsageError, WeightsError
+from engine.checkpoints import find_checkpoint
+from engine.images import load_image
 import data  # noqa: E402
 import evaluate  # noqa: E402
 import train  # noqa: E402
-from t5 import T5, T5Config, WeightsError  # noqa: E402
-from vision import FeatureCache, ImageError, ViT, ViTConfig, load_image  # noqa: E402
+from t5 import T5, T5Config# noqa: E402
+from vision import FeatureCache, ViT, ViTConfig# noqa: E402
 
 # ----------------------------------------------------------------------------------- R11: records
 # A mutation takes (generator, a valid row) and returns the bytes of a line. Whether the result is
@@ -105,7 +112,7 @@ def is_record(row: dict, dataset: dict) -> bool:
         k = a["object"]
         return (fits and a.keys() == {"role", "box", "object"} and box(a["box"]) and bool(image)
                 and (k is None or type(k) is int and 1 <= k <= len(row["objects"])
-                     and data.iou(a["box"], row["objects"][k - 1]) >= 0.5))
+                     and iou(a["box"], row["objects"][k - 1]) >= 0.5))
 
     def event(e: dict, text: bool = False) -> bool:
         whole = e["trigger"] is None and not text and image is not None
@@ -331,12 +338,12 @@ MUTATIONS = {
 PROBLEM = re.compile(r"[a-z]\w*(\[\d+\]|\.\w+)*: [^\n\0\x1b]+: [^\n\0\x1b]+")  # field: problem: fix
 
 
-def read(folder: Path, name: str, lines: list[bytes]) -> tuple[list[data.Record], list[str]]:
+def read(folder: Path, name: str, lines: list[bytes]) -> tuple[list[Record], list[str]]:
     """What data.py makes of the lines of one file."""
-    raw, problems = DATASETS[name], data.Problems()
+    raw, problems = DATASETS[name], Problems()
     (folder / "dev.jsonl").write_bytes(b"\n".join(lines) + b"\n")
-    dataset = data.Dataset(raw["name"], raw["units"], raw["labels"])
-    records = data.read_split(folder, "dev", dataset, problems)
+    dataset = Dataset(raw["name"], raw["units"], raw["labels"])
+    records = read_split(folder, "dev", dataset, problems)
     for record in records:  # what is let through can be used
         data.prompt(record, dataset), data.target(record), data.gold_items(record)
     return records, list(problems)
@@ -578,10 +585,10 @@ def tower(folder: Path) -> Path:
     return folder
 
 
-def features(corpus: Path, missing_images: str) -> train.Features:
+def features(corpus: Path, missing_images: str) -> Features:
     """The image features of a run on this corpus."""
-    sources = train.Sources(corpus, corpus, corpus.parent / "vit")
-    return train.Features(sources, data.load_corpus(corpus, "train"), missing_images, 4,
+    sources = Sources(corpus, corpus, corpus.parent / "vit")
+    return Features(sources, load_corpus(corpus, "train"), missing_images, 4,
                           torch.device("cpu"))
 
 
@@ -600,20 +607,20 @@ def r13() -> str:
     with tempfile.TemporaryDirectory() as root:
         corpus = make_corpus(Path(root), ["a.jpg", "b.jpg"])
         path = write_names(corpus, names)
-        said = complaint(lambda: features(corpus, "error"), train.UsageError)
+        said = complaint(lambda: features(corpus, "error"), UsageError)
         for part in ("for each of 5 records, 3 are missing, first", f"({path}:2)",
                      f"{corpus}/tweets/images/lost 1", "--missing-images mask"):
             assert part in said, (part, said)
         found = features(corpus, "mask")
-        records = data.load_corpus(corpus, "train")
+        records = load_corpus(corpus, "train")
         assert found.missing_rows == 3
         assert [found(record) is None for record in records] == [False, True, True, True, False]
         scores = evaluate.score_rows(records, [evaluate.Answer("none", missing=found(r) is None)
-                                               for r in records], data.load_datasets(corpus))
+                                               for r in records], load_datasets(corpus))
         counts = evaluate.total(scores)
         assert counts["T17"].missing == 3
         assert evaluate.counts_json("T17", counts["T17"])["missing"] == 3
-        [note] = evaluate.notes(counts, data.load_datasets(corpus))
+        [note] = evaluate.notes(counts, load_datasets(corpus))
         assert "3 of 5 rows" in note, note
     return "3 missing images: refused with first file, line and count; masked, counted and stored"
 
@@ -623,11 +630,11 @@ def r14() -> str:
     with tempfile.TemporaryDirectory() as root:
         corpus = make_corpus(Path(root), KEPT_NAMES)
         found = features(corpus, "error")
-        assert all(found(record) for record in data.load_corpus(corpus, "train"))
+        assert all(found(record) for record in load_corpus(corpus, "train"))
         for name in REFUSED_NAMES + LED_OUT:
             path = write_names(corpus, ["a.jpg", name])
             for policy in ("error", "mask"):
-                said = complaint(lambda: features(corpus, policy), data.DataError, ImageError)
+                said = complaint(lambda: features(corpus, policy), DataError, ImageError)
                 assert f"{path}:2: image" in said, (name, said)
     return (f"{len(REFUSED_NAMES + LED_OUT)} names refused with file and line, "
             f"{len(KEPT_NAMES)} odd ones read")
@@ -671,9 +678,9 @@ def r15() -> str:
             run.mkdir(exist_ok=True)
             (run / name).write_bytes(pickle.dumps(Canary(canary)))
             for act in (lambda: load["t5"](root / "t5"), lambda: load["vit"](root / "vit"),
-                        lambda: train.find_checkpoint(run / name),
-                        lambda: train.find_checkpoint(run)):
-                said, asked = complaint(act, WeightsError, train.UsageError), asked + 1
+                        lambda: find_checkpoint(run / name),
+                        lambda: find_checkpoint(run)):
+                said, asked = complaint(act, WeightsError, UsageError), asked + 1
                 assert name in said and "safetensors" in said and "run code" in said, (name, said)
             for kind in load:
                 (root / kind / name).unlink()
@@ -878,11 +885,11 @@ def refused_tokenizers(folder: Path, count: int) -> int:
         cases.append(bytes(flipped))
     for content in cases:
         path.write_bytes(content)
-        said = complaint(lambda: data.Tokenizer(folder).encode("a b"), data.DataError)
+        said = complaint(lambda: data.Tokenizer(folder).encode("a b"), DataError)
         assert not said or str(path) in said, said
         refused += bool(said)
     path.unlink()
-    assert f"{path}: cannot be read" in complaint(lambda: data.Tokenizer(folder), data.DataError)
+    assert f"{path}: cannot be read" in complaint(lambda: data.Tokenizer(folder), DataError)
     return refused + 1
 
 

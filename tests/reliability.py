@@ -42,10 +42,14 @@ import torch._inductor.config
 import hostile
 from conftest import ENVIRONMENT, ROOT, descendants, make_small, sums
 
+from engine.processes import exit_codes
+from engine.checkpoints import read_state, write_checkpoint, write_state
+from engine.parameters import FlatParameters
+from engine.files import UsageError, file_hash
+from engine.schema import DataError, UNITS
 import data
 import evaluate
 import train
-from data import UNITS
 
 Mark = Callable[[str], None]
 Fault = Callable[[int, Mark], None]  # (rank, tell the parent one letter)
@@ -130,7 +134,7 @@ def child(command: Callable[[], None], fault: Fault, environment: dict[str, obje
             os.dup2(os.open(os.devnull, os.O_RDONLY) if number == 0 else output, number)
         os.environ.update({name: str(value) for name, value in environment.items()})
         fault(int(environment.get("RANK", 0)), lambda letter: os.write(marks, letter.encode()))
-        with train.exit_codes():
+        with exit_codes():
             command()
         code = 0
     except SystemExit as leaving:
@@ -185,13 +189,13 @@ def telling(rank: int, mark: Mark) -> None:
     train.Run.dev_f1 = made_up_scores
     if rank:
         return
-    write = train.write_checkpoint
+    write = write_checkpoint
 
     def told(folder: Path, flat: object, state: dict) -> None:
         mark("w")
         write(folder, flat, state)
         mark("W")
-    train.write_checkpoint = told
+    write_checkpoint = told
     before(train.Run, "train", lambda: mark("t"))
     before(train.Run, "train_step", lambda: mark("s"))
     before(train.Run, "evaluate", lambda: mark("e"))
@@ -199,12 +203,12 @@ def telling(rank: int, mark: Mark) -> None:
 
 def in_place(rank: int, mark: Mark) -> None:
     """The control: checkpoints written where they are read, as many programs do."""
-    def write(folder: Path, flat: train.FlatParameters, state: dict) -> None:
+    def write(folder: Path, flat: FlatParameters, state: dict) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         flat.save(folder)
-        train.write_state(folder, state, {f.name: train.file_hash(f) for f in folder.iterdir()})
-    train.write_checkpoint = write
+        write_state(folder, state, {f.name: file_hash(f) for f in folder.iterdir()})
+    write_checkpoint = write
     telling(rank, mark)
 
 
@@ -266,8 +270,8 @@ def broken(out: Path) -> list[Path]:
     found = []
     for folder in sorted(path for path in out.glob("[!.]*-*") if path.is_dir()):
         try:
-            train.read_state(folder)
-        except train.UsageError:
+            read_state(folder)
+        except UsageError:
             found.append(folder)
     return found
 
@@ -586,7 +590,7 @@ def failing(kind: str, victim: int, told: Path) -> Fault:
         if kind == "exit 0":
             sys.exit(0)
         if kind == "data error":
-            raise data.DataError("injected.jsonl:7: gold: expected a list, got 3; correct it")
+            raise DataError("injected.jsonl:7: gold: expected a list, got 3; correct it")
         time.sleep(600)
 
     def fault(rank: int, mark: Mark) -> None:
@@ -808,7 +812,7 @@ def main() -> None:
         kind, victim, told, _, *flags = sys.argv[2:]
         fault = failing(kind, int(victim), Path(told)) if kind != "none" else telling
         fault(int(os.environ.get("RANK", 0)), lambda letter: None)
-        with train.exit_codes():
+        with exit_codes():
             train.main(flags)
         return
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])

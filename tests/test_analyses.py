@@ -23,8 +23,18 @@ import data
 import evaluate
 import losses
 import train
-from evaluate import Decoding, Geometry
+from engine.compare import System
+from engine.corpus import load_corpus, load_datasets
+from engine.files import UsageError, save_csv
+from engine.schema import Record
+from engine.settings import Config
+from evaluate import Decoding, free_visual_adapter
 from t5 import T5, T5Config
+from tools.costs import (COSTED, GEOMETRY, PAPER_COSTS, PAPER_LENGTHS, VISUAL_POLICIES, Costs,
+                         FlopCounter, Geometry, costs, mim_flops, paper_notes)
+from tools.plot import draw_systems, error_counts, plot_curves, swept
+from tools.replay import replayed_weights, variants, weight_slopes
+from tools.routing import gate_sums, plot_routing, pooled, route, routing_rows
 from vision import UMIE
 
 TINY = T5Config(50, 16, 6, 20, 2, 2, 3, feed_forward_proj="gated-gelu", tie_head=False)
@@ -36,7 +46,7 @@ CPU = torch.device("cpu")
 def tiny(method: str, policy: str, t5: T5Config = TINY, fusion: str = "gate",
          **options: object) -> UMIE:
     model = clorae.adapt(UMIE(T5(t5), 7, 8, fusion), method, 5, **options)
-    train.free_visual_adapter(model, policy)
+    free_visual_adapter(model, policy)
     return model.eval()
 
 
@@ -61,15 +71,15 @@ def watched(model: UMIE, S: int, T: int, V: int) -> tuple[int, int]:
 
 
 def counted(model: UMIE, S: int, T: int, V: int) -> tuple[float, float]:
-    flops = evaluate.FlopCounter(model, S, T, V)
+    flops = FlopCounter(model, S, T, V)
     return flops.forward, flops.backward
 
 
-@pytest.mark.parametrize("policy", evaluate.VISUAL_POLICIES)
-@pytest.mark.parametrize("method", evaluate.COSTED)
+@pytest.mark.parametrize("policy", VISUAL_POLICIES)
+@pytest.mark.parametrize("method", COSTED)
 def test_the_counter_finds_every_matrix_product_of_a_real_pass(method, policy):
     """Every method and visual policy; forward and backward."""
-    model = tiny(method.split()[0], policy, **evaluate.COSTED[method])
+    model = tiny(method.split()[0], policy, **COSTED[method])
     assert counted(model, 9, 3, 4) == watched(model, 9, 3, 4)
 
 
@@ -92,7 +102,7 @@ def test_the_mutual_information_loss_costs_what_it_adds_to_a_training_step():
     without = sum(watched(model, 9, 3, 4))
     model.train()
     model.routing.mim_batch = 1
-    assert sum(watched(model, 9, 3, 4)) - without == sum(evaluate.mim_flops(model, (9, 3, 4)))
+    assert sum(watched(model, 9, 3, 4)) - without == sum(mim_flops(model, (9, 3, 4)))
 
 
 # -------------------------------------------------------------------------------- costs: the paper
@@ -109,7 +119,7 @@ def umie(size: str, e: int, d: int, v: int) -> float:
 def test_full_fine_tuning_is_umie_but_for_the_two_differences_that_are_printed(size, lengths):
     """Token-wise projections before the gate's mean, and 1 FLOP per attention score."""
     S, T, V = lengths
-    D, _, layers, heads = evaluate.GEOMETRY[size]
+    D, _, layers, heads = GEOMETRY[size]
     means = 2 * (D * 384 + 384 * 128) * (S + V - 2)
     scores = heads * (layers * (S * S + T * T + S * T) + 2 * V * V + S * V)
     ours = Geometry.of_size(size, 64, lengths).forward("full") * 1e9
@@ -117,14 +127,14 @@ def test_full_fine_tuning_is_umie_but_for_the_two_differences_that_are_printed(s
 
 
 @pytest.fixture(scope="module")
-def base() -> tuple[Geometry, evaluate.Costs]:
-    geometry = Geometry.of_size("base", 128, evaluate.PAPER_LENGTHS)
-    return geometry, evaluate.costs(geometry)
+def base() -> tuple[Geometry, Costs]:
+    geometry = Geometry.of_size("base", 128, PAPER_LENGTHS)
+    return geometry, costs(geometry)
 
 
 def test_the_paper_s_gflops_are_explained_as_far_as_its_model_is_ours(base):
     """Forward at (95, 1, 21): U and one task expert at full rank; its LoRA and LoRAMoE at half."""
-    notes = "\n".join(evaluate.paper_notes(*base, evaluate.PAPER_COSTS["base"]))
+    notes = "\n".join(paper_notes(*base, PAPER_COSTS["base"]))
     for value in ("21.28, paper 21.3", "clorae: 23.14, paper 23.2", "22.67 at rank R, 21.98 at R/2",
                   "moslora: 26.15", "loramoe: 22.69"):
         assert value in notes
@@ -138,7 +148,7 @@ def test_trainable_parameters_are_those_of_the_methods_and_policies(base):
     assert frozen == {"full": 269.922, "lora": 14.942, "moslora": 16.187, "loramoe": 30.001,
                       "clorae": 29.826, "tlora": 14.709, "clorae --no-egr": 29.709,
                       "clorae --no-mim": 29.768}
-    visual = [found["clorae"][policy].trainable["visual"] for policy in evaluate.VISUAL_POLICIES]
+    visual = [found["clorae"][policy].trainable["visual"] for policy in VISUAL_POLICIES]
     assert [round(n / 1e6, 2) for n in visual] == [0.0, 0.42, 22.34]
 
 
@@ -155,14 +165,14 @@ def test_the_cost_command_needs_no_checkpoint_and_prints_the_paper_beside_it(bas
 
 def a_run(**config: object) -> SimpleNamespace:
     """A run as far as its costs go: its settings, its T5 and where its image tower lies."""
-    return SimpleNamespace(config=train.Config(**config), model=SimpleNamespace(t5=T5(TINY)),
+    return SimpleNamespace(config=Config(**config), model=SimpleNamespace(t5=T5(TINY)),
                            sources=SimpleNamespace(vit=None))
 
 
 def test_the_costs_of_a_run_are_those_of_its_own_fusion(monkeypatch):
     """With concat the encoder reads the visual tokens too, and nothing else fuses them."""
     monkeypatch.setattr(evaluate.ViT, "feature_width", lambda folder: 7)
-    record = data.Record("1", "d", "mner", ("a",), "a.jpg", objects=((0, 0, 1, 1),) * 3)
+    record = Record("1", "d", "mner", ("a",), "a.jpg", objects=((0, 0, 1, 1),) * 3)
     rows = [data.Example(record, 0, 0, [1] * 9, [1] * 3, 0)]
     for fusion in ("gate", "concat"):
         geometry = Geometry.of_run(a_run(rank=6, max_objects=8, fusion=fusion), rows)
@@ -173,10 +183,10 @@ def test_the_costs_of_a_run_are_those_of_its_own_fusion(monkeypatch):
 
 def test_a_geometry_that_no_method_can_have_is_refused():
     """A task expert needs a rank of its own; a row has source and target tokens."""
-    with pytest.raises(train.UsageError, match="rank 3 or more.*got rank 2"):
+    with pytest.raises(UsageError, match="rank 3 or more.*got rank 2"):
         Geometry.of_run(a_run(method="lora", rank=2), [])
     for lengths in ((0, 1, 21), (95, 0, 21), (95, 1, -1)):
-        with pytest.raises(train.UsageError, match="--lengths.*got " + " ".join(map(str, lengths))):
+        with pytest.raises(UsageError, match="--lengths.*got " + " ".join(map(str, lengths))):
             Geometry.of_size("base", 6, lengths)
     assert Geometry.of_size("base", 6, (95, 1, 0)).lengths == (95, 1, 0)
 
@@ -188,7 +198,7 @@ class Pictures:
 
     width = 16
 
-    def __call__(self, record: data.Record) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def __call__(self, record: Record) -> tuple[torch.Tensor, torch.Tensor] | None:
         number = int(record.id.split("/")[2])
         draw = torch.Generator().manual_seed(number)
         V = number % 3
@@ -199,8 +209,8 @@ class Pictures:
 def world(small) -> tuple[UMIE, list[data.Example], list[tuple[str, str]], list[int]]:
     """A model with gates and experts that are not zero, examples, their groups."""
     torch.manual_seed(1)
-    datasets = data.load_datasets(Path(small["data"]))
-    examples = data.encode_records(data.load_corpus(Path(small["data"]), "test"), datasets,
+    datasets = load_datasets(Path(small["data"]))
+    examples = data.encode_records(load_corpus(Path(small["data"]), "test"), datasets,
                                    data.Tokenizer(Path(small["t5"])), 256, 24)
     model = clorae.adapt(UMIE(T5.from_pretrained(small["t5"]), 16), rank=6)
     for layer in clorae.expert_layers(model).values():
@@ -213,12 +223,12 @@ def world(small) -> tuple[UMIE, list[data.Example], list[tuple[str, str]], list[
 
 def sums_of(world: tuple, rank: int = 0, processes: int = 1, rows: int = 5) -> torch.Tensor:
     model, examples, _, groups = world
-    return evaluate.gate_sums(model, examples, groups, Pictures(), CPU, Decoding(rows), rank,
+    return gate_sums(model, examples, groups, Pictures(), CPU, Decoding(rows), rank,
                               processes)
 
 
 def rows_of(world: tuple, **how: int) -> list[dict]:
-    return evaluate.routing_rows(list(clorae.expert_layers(world[0])), world[2],
+    return routing_rows(list(clorae.expert_layers(world[0])), world[2],
                                  sums_of(world, **how))
 
 
@@ -273,19 +283,19 @@ def test_fresh_gates_are_half_and_half_and_no_token_is_beyond(world, small):
 @pytest.mark.parametrize("method, reason", [("lora", "which has none"),
                                             ("loramoe", "knows no task expert")])
 def test_a_method_without_a_gate_to_a_task_expert_is_refused(method, reason):
-    job = SimpleNamespace(config=train.Config(method=method))
-    with pytest.raises(train.UsageError, match=reason):
-        evaluate.route(job, Path(), None, None)
+    job = SimpleNamespace(config=Config(method=method))
+    with pytest.raises(UsageError, match=reason):
+        route(job, Path(), None, None)
 
 
 def test_layers_pool_their_linears_by_tokens_and_are_drawn(world, tmp_path):
     rows = [{"stack": "decoder", "layer": 0, "task": "mre", "dataset": "d", "n_tokens": n,
              "soft": soft} for n, soft in ((30, 0.2), (10, 0.6))]
-    assert evaluate.pooled(rows, ["decoder"]) == {(0, "d mre"): pytest.approx(0.3)}
-    evaluate.save_csv(tmp_path / "routing.csv", rows_of(world))
+    assert pooled(rows, ["decoder"]) == {(0, "d mre"): pytest.approx(0.3)}
+    save_csv(tmp_path / "routing.csv", rows_of(world))
     with open(tmp_path / "routing.csv") as file:
         assert len(list(csv.DictReader(file))) == len(rows_of(world))
-    evaluate.plot_routing(rows_of(world), [0], tmp_path / "routing.png")
+    plot_routing(rows_of(world), [0], tmp_path / "routing.png")
     assert_drawn(tmp_path / "routing.png")
 
 
@@ -304,7 +314,7 @@ ROWS = dict(zip(P, (4000, 2848, 3971, 7824, 12247, 20875, 20875)))
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
 def test_slopes_are_those_of_finite_differences(gamma, temperature):
     """d weight_m / d ln p_k = M softmax_m (delta_mk - softmax_k) gamma (1 - a_k)^(gamma-1) a_k."""
-    slopes = losses.weight_slopes(EARLY, P, 1.05, gamma, temperature)
+    slopes = weight_slopes(EARLY, P, 1.05, gamma, temperature)
     for k in P:
         up, down = (losses.achievement_weights(EARLY, {**P, k: P[k] * math.exp(e)}, 1.05, gamma,
                                                temperature) for e in (1e-6, -1e-6))
@@ -315,15 +325,15 @@ def test_slopes_are_those_of_finite_differences(gamma, temperature):
 @pytest.mark.parametrize("f1, slope, shift", [(EARLY, 0.37, 0.039), (LATE, 0.13, 0.018)])
 def test_a_reference_that_is_wrong_by_a_tenth_moves_no_weight_far(f1, slope, shift):
     """Steepest d weight / d ln p, and the largest shift by one p_m x 0.9 or x 1.1."""
-    assert max(map(abs, losses.weight_slopes(f1, P).values())) == pytest.approx(slope, abs=5e-3)
-    rows = losses.replay([{"epoch": 1, "f1": f1}], losses.variants(OWN), ROWS)
+    assert max(map(abs, weight_slopes(f1, P).values())) == pytest.approx(slope, abs=5e-3)
+    rows = replayed_weights([{"epoch": 1, "f1": f1}], variants(OWN), ROWS)
     shifts = [abs(row["shift"]) for row in rows if row["setting"].endswith(("x 0.9", "x 1.1"))
               and "all" not in row["setting"]]
     assert max(shifts) == pytest.approx(shift, abs=1e-3)
 
 
 def test_the_replay_of_a_run_s_own_setting_gives_the_weights_it_trained_with():
-    for row in losses.replay(HISTORY, {"run": OWN}, ROWS):
+    for row in replayed_weights(HISTORY, {"run": OWN}, ROWS):
         assert row["weight"] == HISTORY[row["after_epoch"] - 1]["weights"][row["unit"]]
         assert row["shift"] == 0
 
@@ -331,20 +341,20 @@ def test_the_replay_of_a_run_s_own_setting_gives_the_weights_it_trained_with():
 def test_a_margin_is_a_factor_on_all_references():
     """Eq. (9) sees margin p_m only: p x 1.05 at margin 1 is p at margin 1.05."""
     wider = {**OWN, "margin": 1.0, "reference": {m: 1.05 * p for m, p in P.items()}}
-    rows = losses.replay(HISTORY, {"run": OWN, "wider": wider}, ROWS)
+    rows = replayed_weights(HISTORY, {"run": OWN, "wider": wider}, ROWS)
     assert all(abs(row["shift"]) < 1e-12 for row in rows)
 
 
 def test_shares_add_up_to_one_and_achieved_units_are_flagged():
-    rows = losses.replay(HISTORY, losses.variants(OWN), ROWS)
-    assert len(rows) == 2 * 7 * len(losses.variants(OWN))
+    rows = replayed_weights(HISTORY, variants(OWN), ROWS)
+    assert len(rows) == 2 * 7 * len(variants(OWN))
     own = [row for row in rows if row["setting"] == "run" and row["after_epoch"] == 2]
     assert sum(row["share"] for row in own) == pytest.approx(1)
     assert [row["unit"] for row in own if row["achieved"]] == ["V1", "MED", "MEAE"]
 
 
 def test_the_replay_command_reads_a_run_s_history_and_trains_nothing(small, tmp_path, capsys):
-    run, config = tmp_path / "run", dataclasses.asdict(train.Config(data=small["data"]))
+    run, config = tmp_path / "run", dataclasses.asdict(Config(data=small["data"]))
     (run / "step-00000002").mkdir(parents=True)
     (run / "step-00000002/state.json").write_text(
         json.dumps({"config": config, "history": HISTORY, "reference": P, "sha256": {}}))
@@ -353,7 +363,7 @@ def test_the_replay_command_reads_a_run_s_history_and_trains_nothing(small, tmp_
     assert "p MEAE x 1.1" in printed and "wrong by 10 % moves a weight by at most 0.037" in printed
     assert "note:" not in printed
     with open(tmp_path / "out/aml.csv") as file:
-        assert len(list(csv.DictReader(file))) == 2 * 7 * len(losses.variants(OWN))
+        assert len(list(csv.DictReader(file))) == 2 * 7 * len(variants(OWN))
     assert_drawn(tmp_path / "out/aml.png")
 
 
@@ -368,41 +378,41 @@ def assert_drawn(path: Path) -> None:
 
 
 def system(name: str, f1: dict[str, tuple[float, ...]], missed: int = 0,
-           **config: object) -> evaluate.System:
+           **config: object) -> System:
     """Runs of one setting with these F1, one value a seed."""
     reports = [{"scores": {unit: {"f1": values[seed], "missed": missed, "boundary": 1}
                            for unit, values in f1.items()}} for seed in range(len(f1["T15"]))]
-    return evaluate.System(name, train.Config(out=name, **config), 0, reports)
+    return System(name, Config(out=name, **config), 0, reports)
 
 
 def test_systems_are_drawn_side_by_side_and_over_the_setting_in_which_they_differ(tmp_path):
     """Fig. 4 and 5, and their errors; seed and folder are no setting."""
     systems = [system("r8", {u: (f1, f1 + 1) for u, f1 in LATE.items()}, 3, rank=8),
                system("r16", {"T15": (70.0,)}, 2, rank=16, seed=5)]
-    made = evaluate.draw_systems(systems, tmp_path)
+    made = draw_systems(systems, tmp_path)
     assert [path.name for path in made] == ["systems.png", "rank.png", "errors.png"]
     for path in made:
         assert_drawn(path)
     both = [system("a", {"T15": (1.0,)}, rank=8), system("b", {"T15": (1.0,)}, rank=16, dropout=.2)]
-    assert evaluate.swept(both) is None and evaluate.swept(both[:1]) is None
+    assert swept(both) is None and swept(both[:1]) is None
 
 
 def test_errors_are_told_by_unit_of_one_system_and_by_system_of_several():
     """A number per seed; bars without errors are left out."""
     one = system("one", {"T15": (1.0, 2.0), "V1": (3.0, 4.0)}, missed=4)
-    assert evaluate.error_counts([one])["V1"] == {
+    assert error_counts([one])["V1"] == {
         "missed": 4, "boundary": 1, "wrong_type": 0, "spurious": 0, "malformed": 0}
-    assert list(evaluate.error_counts([one])) == ["T15", "V1"]
-    found = evaluate.error_counts([one, system("two", {"T15": (1.0,)})])
+    assert list(error_counts([one])) == ["T15", "V1"]
+    found = error_counts([one, system("two", {"T15": (1.0,)})])
     assert {name: bar.total() for name, bar in found.items()} == {"one": 10, "two": 1}
 
 
 def test_curves_are_drawn_and_a_run_without_a_step_has_none(tmp_path):
     """A unit that a step had no rows of is NaN there."""
     (tmp_path / "metrics.csv").write_text("step,loss,CE_T15,CE_V1\n")
-    with pytest.raises(train.UsageError, match="name a run that has taken a step"):
-        evaluate.plot_curves(tmp_path, tmp_path / "curves.png")
+    with pytest.raises(UsageError, match="name a run that has taken a step"):
+        plot_curves(tmp_path, tmp_path / "curves.png")
     (tmp_path / "metrics.csv").write_text("step,loss,CE_T15,CE_V1\n" + "".join(
         f"{i},{1 / i},nan,{1 / i}\n" for i in range(1, 9)))
     (tmp_path / "eval.jsonl").write_text("".join(json.dumps(past) + "\n" for past in HISTORY))
-    assert_drawn(evaluate.plot_curves(tmp_path, tmp_path / "curves.png"))
+    assert_drawn(plot_curves(tmp_path, tmp_path / "curves.png"))

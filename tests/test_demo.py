@@ -13,8 +13,11 @@ import torch
 
 import data
 import demo
+from engine.corpus import load_corpus, load_datasets
+from engine.images import load_image
+from engine.schema import UNITS, Record
 from t5 import T5
-from vision import ViT, load_image, preprocess
+from vision import ViT, preprocess
 
 SCALE = 0.15
 
@@ -28,20 +31,20 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def records(world: Path) -> dict[str, list[data.Record]]:
-    return {split: data.load_corpus(world, split) for split in demo.SPLITS}
+def records(world: Path) -> dict[str, list[Record]]:
+    return {split: load_corpus(world, split) for split in demo.SPLITS}
 
 
 @pytest.fixture(scope="module")
 def texts(world: Path, records: dict) -> list[str]:
     """The training inputs, from which the tiny backbone is made."""
-    datasets = data.load_datasets(world)
+    datasets = load_datasets(world)
     return ["".join(data.prompt(r, datasets[r.dataset])) for r in records["train"]]
 
 
 def labels_of(world: Path) -> set[str]:
     """Every word of every label of the world."""
-    found = str([d.labels for d in data.load_datasets(world).values()])
+    found = str([d.labels for d in load_datasets(world).values()])
     return set(re.findall(r"\w+", found)) - {"mner", "mre", "med", "meae"}
 
 
@@ -49,12 +52,12 @@ def is_name(word: str) -> bool:
     return word[0].isupper()
 
 
-def masked(record: data.Record) -> str:
+def masked(record: Record) -> str:
     """The task and the text with every name hidden: all a reader can go by without a picture."""
     return f"{record.task} " + " ".join("*" if is_name(w) else w for w in record.tokens)
 
 
-def answers(record: data.Record) -> list[str]:
+def answers(record: Record) -> list[str]:
     """The labels a record asks for, in the order of its target."""
     if record.task == "mner":
         return [e["type"] for e in record.entities]
@@ -76,10 +79,10 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(tmp_path: 
 
 def test_every_unit_is_there_and_every_record_is_valid(world: Path, records: dict) -> None:
     """load_corpus raises on any record that breaks the schema of data.py."""
-    datasets = data.load_datasets(world)
+    datasets = load_datasets(world)
     for split in demo.SPLITS:
         units = {datasets[r.dataset].units[r.task] for r in records[split]}
-        assert units == set(data.UNITS), split
+        assert units == set(UNITS), split
 
 
 def test_sizes_are_unbalanced(records: dict) -> None:
@@ -127,7 +130,7 @@ def test_no_reader_of_the_text_alone_can_score_well(tmp_path: Path) -> None:
     demo.make_world(tmp_path, seed=1, scale=1.0)
     right, total = collections.Counter(), collections.Counter()
     groups = collections.defaultdict(collections.Counter)
-    for record in data.load_corpus(tmp_path, "train"):
+    for record in load_corpus(tmp_path, "train"):
         for k, answer in enumerate(answers(record)):
             # Phrase by phrase: whole texts are too many to count, and phrases are independent.
             phrase = masked(record).partition(" ")[2].split(" and ")
@@ -195,7 +198,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory, world: Path, texts: list[
 
 
 def test_prompts_fit_in_48_pieces(backbone: Path, world: Path, records: dict) -> None:
-    tokenizer, datasets = data.Tokenizer(backbone / "t5"), data.load_datasets(world)
+    tokenizer, datasets = data.Tokenizer(backbone / "t5"), load_datasets(world)
     lengths = [len(tokenizer.encode("".join(data.prompt(r, datasets[r.dataset]))))
                for split in records for r in records[split]]
     assert max(lengths) <= 48

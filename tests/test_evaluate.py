@@ -12,8 +12,8 @@ import os
 import random
 import shutil
 from collections import Counter
-from fractions import Fraction
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,8 +28,16 @@ from torch import nn
 import data
 import evaluate
 import train
-from data import Dataset, Item, Record
+from data import Item
+from engine.checkpoints import find_checkpoint, read_state
+from engine.compare import System, difference, system_names
+from engine.corpus import load_corpus, load_datasets, write_dataset
+from engine.files import file_hash
+from engine.schema import RECORD_TASKS, SPLITS, UNITS, DataError, Dataset, Record
+from engine.settings import Config
 from evaluate import Answer, Counts, Decoding
+from tools.answer import find_words
+from tools.convert import convert
 
 SPIECE = Path(__file__).parent / "golden" / "tokenizer"
 ENTITY_TYPES = ["location", "miscellaneous", "organization", "person"]
@@ -434,7 +442,7 @@ def slow_percent(tp: int, pred: int, gold: int) -> tuple[float, float, float]:
     return 100 * p, 100 * r, 100 * (2 * p * r / (p + r) if p + r else 0)
 
 
-@pytest.mark.parametrize("task", data.RECORD_TASKS)
+@pytest.mark.parametrize("task", RECORD_TASKS)
 def test_every_scorer_agrees_with_the_slow_obvious_one(task: str) -> None:
     """1,500 random pairs a task, each by itself; P, R, F of 100 corpora of 15 of them."""
     draw = random.Random(task)
@@ -458,7 +466,7 @@ def test_every_scorer_agrees_with_the_slow_obvious_one(task: str) -> None:
         assert umie_sums.rounded_f1 == pytest.approx(100 * f1, abs=1e-9)
 
 
-@pytest.mark.parametrize("task", data.RECORD_TASKS)
+@pytest.mark.parametrize("task", RECORD_TASKS)
 def test_every_item_falls_into_exactly_one_class_and_types_add_up(task: str) -> None:
     """gold = tp + wrong type + boundary + missed, pred the same with spurious, none negative."""
     draw = random.Random(task)
@@ -577,7 +585,7 @@ def test_the_table_sums_the_columns_that_are_there() -> None:
               "T15~umie": Counts(1, 6, 7), "V1~umie": Counts(1, 1, 1)}
     lines = evaluate.table(scores).splitlines()
     cells = {line[:10].strip(): line[10:].split() for line in lines[1:lines.index("")]}
-    assert lines[0].split() == [*data.UNITS, "All", "mean"]
+    assert lines[0].split() == [*UNITS, "All", "mean"]
     assert cells["F1"] == ["100.00", "-", "-", "50.00", "-", "-", "-", "150.00", "75.00"]
     assert cells["F1 UMIE"] == ["15.39", "-", "-", "100.00", "-", "-", "-", "115.39", "57.70"]
     assert cells["R"][3] == "33.33" and cells["rows"][-1] == "7" and cells["malformed"][0] == "4"
@@ -685,7 +693,7 @@ def test_a_model_that_writes_its_targets_scores_100(tokenizer: data.Tokenizer) -
     """Encoding, batching, decoding, parsing and matching lose nothing and mix up no rows."""
     model = Parrot(tokenizer.vocab_size + 128).train()
     rows = decode(model, tokenizer, Decoding(batch_size=3))
-    assert {unit: c.f1 for unit, c in evaluate.total(rows).items() if unit in data.UNITS} == {
+    assert {unit: c.f1 for unit, c in evaluate.total(rows).items() if unit in UNITS} == {
         "T15": 100, "V1": 100, "MED": 100, "MEAE": 100}
     assert [row.record.id for row in rows] == [record.id for record in some_records()]
     assert model.training
@@ -694,7 +702,7 @@ def test_a_model_that_writes_its_targets_scores_100(tokenizer: data.Tokenizer) -
 def test_rows_that_miss_their_image_are_counted(tokenizer: data.Tokenizer) -> None:
     """A record that names an image but got no visual tokens; records without image do not count."""
     rows = decode(Parrot(tokenizer.vocab_size + 128), tokenizer)
-    assert {unit: c.missing for unit, c in evaluate.total(rows).items() if unit in data.UNITS} == {
+    assert {unit: c.missing for unit, c in evaluate.total(rows).items() if unit in UNITS} == {
         "T15": 0, "V1": 0, "MED": 1, "MEAE": 1}
 
 
@@ -769,7 +777,7 @@ def corpus(tmp_path: Path) -> Path:
             "entities": [{"type": "person", "start": 1, "end": 2}]} for i in range(6)]
     descriptor = {"name": "tweets", "units": TWEETS.units, "labels": TWEETS.labels,
                   "note": "made up"}
-    data.write_dataset(tmp_path / "corpus" / "tweets", descriptor,
+    write_dataset(tmp_path / "corpus" / "tweets", descriptor,
                        {"test": [(f"row {i}", row) for i, row in enumerate(raw)]})
     return tmp_path / "corpus"
 
@@ -786,21 +794,21 @@ def make_run(tmp_path: Path, corpus: Path, tokenizer: data.Tokenizer,
         checkpoint.mkdir(parents=True)
         save_file({"x": torch.full((silent + 1, 1000), 0.1)}, checkpoint / "model.safetensors")
         config = {"data": str(corpus), "max_source": 128, "max_target": 32, **config}
-        stored = dataclasses.asdict(train.Config(**config).resolved())
+        stored = dataclasses.asdict(Config(**config).resolved())
         del stored["out"], stored["save_every"]
         (checkpoint / "state.json").write_text(json.dumps({"config": stored, "sha256": {
-            "model.safetensors": train.file_hash(checkpoint / "model.safetensors")}}))
+            "model.safetensors": file_hash(checkpoint / "model.safetensors")}}))
         return tmp_path / name
 
     def load(path: Path, device: torch.device, **changes: object) -> SimpleNamespace:
         make.decoded.append(path.parent.name)
         stored = json.loads((path / "state.json").read_text())["config"]
-        config = dataclasses.replace(train.Config(**stored), **changes)
+        config = dataclasses.replace(Config(**stored), **changes)
         with evaluate.safe_open(path / "model.safetensors", "pt") as file:
             silent = file.get_slice("x").get_shape()[0] - 1
         model = Stammerer(tokenizer.vocab_size + 128, silent)
         return SimpleNamespace(config=config, sources=SimpleNamespace(corpus=corpus, vit=None),
-                               tokenizer=tokenizer, datasets=data.load_datasets(corpus),
+                               tokenizer=tokenizer, datasets=load_datasets(corpus),
                                model=model)
 
     make.decoded = []
@@ -911,10 +919,10 @@ def test_training_stores_scores_that_a_comparison_takes(
         make_run: Callable[..., Path], corpus: Path) -> None:
     """The one line in train.py: save_scores without a decoding means the run's own settings."""
     folder = make_run("a")
-    checkpoint = train.find_checkpoint(folder)
-    config = train.Config(**train.read_state(checkpoint)["config"])
-    records = data.load_corpus(corpus, "test")
-    rows = evaluate.score_rows(records, [Answer("none")] * 6, data.load_datasets(corpus))
+    checkpoint = find_checkpoint(folder)
+    config = Config(**read_state(checkpoint)["config"])
+    records = load_corpus(corpus, "test")
+    rows = evaluate.score_rows(records, [Answer("none")] * 6, load_datasets(corpus))
     evaluate.save_scores(folder / "scores-test.json", rows, checkpoint, config, "test")
     evaluate.main([str(folder), str(make_run("b", seed=1))])
     assert make_run.decoded == ["b"]
@@ -945,49 +953,49 @@ def test_options_at_the_default_of_their_method_are_not_named() -> None:
     """lora has no AML by default, so only clorae without it says so; the size is always named."""
     runs = [dict(), dict(aml=False), dict(method="lora"), dict(method="lora", aml=True),
             dict(size="base"), dict(units=("T15", "V1")), dict(dropout=0.3, seed=4, out="x")]
-    names = evaluate.system_names([train.Config(**run).resolved() for run in runs])
+    names = system_names([Config(**run).resolved() for run in runs])
     assert names == ["clorae --size tiny", "clorae --size tiny --no-aml", "lora --size tiny",
                      "lora --size tiny --aml", "clorae --size base",
                      "clorae --size tiny --units T15 V1", "clorae --size tiny --dropout 0.3"]
 
 
-def system(*outcomes: list[int]) -> evaluate.System:
+def system(*outcomes: list[int]) -> System:
     """One report per list: whether each of the records, one gold item each, was answered right."""
-    return evaluate.System("s", train.Config(), 0, [{"records": {"T15": {
+    return System("s", Config(), 0, [{"records": {"T15": {
         str(i): [right, 1, 1] for i, right in enumerate(seed)}}} for seed in outcomes])
 
 
 def test_a_difference_is_paired_by_record() -> None:
     """Equal answers differ by exactly 0; always being right beats the other surely."""
     some = [i % 2 for i in range(40)]
-    assert evaluate.difference(system(some), system(some)) == (0, 0, 0)
-    delta, low, high = evaluate.difference(system(some), system([1] * 40))
+    assert difference(system(some), system(some)) == (0, 0, 0)
+    delta, low, high = difference(system(some), system([1] * 40))
     assert delta == 50 and 20 < low < 50 < high < 80
-    mixed = evaluate.difference(system(some), system(some[1:] + some[:1]))
+    mixed = difference(system(some), system(some[1:] + some[:1]))
     assert mixed[0] == 0 and mixed[1] < 0 < mixed[2]
-    assert evaluate.difference(system(some), system([1] * 40, some))[0] == 25
+    assert difference(system(some), system([1] * 40, some))[0] == 25
 
 
 def test_seeds_that_disagree_widen_the_interval() -> None:
     """60 % against 40 % and 100 %: what single seeds would call a difference is none any more."""
     first, low, high = ([int(i < right) for i in range(200)] for right in (120, 80, 200))
-    alone = evaluate.difference(system(first), system(high))
-    both = evaluate.difference(system(first), system(low, high))
+    alone = difference(system(first), system(high))
+    both = difference(system(first), system(low, high))
     assert alone[1] > 0 and both[0] == pytest.approx(10) and both[1] < 0 < both[2]
 
 
 def test_records_that_one_system_lacks_are_left_out_of_the_difference() -> None:
     """Two records of three are shared; without any there is no difference to speak of."""
-    assert evaluate.difference(system([1, 0, 0]), system([1, 1]))[0] == 50
-    nothing = evaluate.System("s", train.Config(), 0, [{"records": {}}])
-    assert evaluate.difference(system([1]), nothing) is None
+    assert difference(system([1, 0, 0]), system([1, 1]))[0] == 50
+    nothing = System("s", Config(), 0, [{"records": {}}])
+    assert difference(system([1]), nothing) is None
 
 
 def test_the_interval_covers_what_a_slow_bootstrap_covers() -> None:
     """Resampling record by record with Python's own generator gives the same interval, +- 2."""
     draw = random.Random(1)
     first, other = ([int(draw.random() < p) for _ in range(60)] for p in (0.4, 0.7))
-    _, low, high = evaluate.difference(system(first), system(other))
+    _, low, high = difference(system(first), system(other))
     deltas = []
     for _ in range(2000):
         chosen = [draw.randrange(60) for _ in range(60)]
@@ -1027,9 +1035,9 @@ def test_a_command_that_cannot_be_carried_out_says_why(
 def test_head_and_tail_are_found_in_the_text() -> None:
     """Whole tokens, compared as answers are; words that are not there are named."""
     tokens = ("Kim", "Lee", "met", "Bo")
-    assert evaluate.find_words(tokens, "Kim Lee", "--head") == (0, 2)
-    with pytest.raises(data.DataError, match="--tail.*'Ki'"):
-        evaluate.find_words(tokens, "Ki", "--tail")
+    assert find_words(tokens, "Kim Lee", "--head") == (0, 2)
+    with pytest.raises(DataError, match="--tail.*'Ki'"):
+        find_words(tokens, "Ki", "--tail")
 
 
 @pytest.mark.skipif("CLORAE_REALDATA" not in os.environ, reason="CLORAE_REALDATA names no folder "
@@ -1041,10 +1049,10 @@ def test_gold_scored_against_itself_reaches_the_ceilings_on_the_published_files(
                 ("twitter2015", "test"): 99.65, ("twitter2017", "train"): 99.79,
                 ("twitter2017", "dev"): 99.77}
     for kind in ("twitter2015", "twitter2017", "mnre_v1", "mnre_v2", "m2e2_gold"):
-        data.convert(kind, real / kind.removesuffix("_gold"), tmp_path)
-    datasets, found = data.load_datasets(tmp_path), {}
-    for split in data.SPLITS:
-        records = data.load_corpus(tmp_path, split)
+        convert(kind, real / kind.removesuffix("_gold"), tmp_path)
+    datasets, found = load_datasets(tmp_path), {}
+    for split in SPLITS:
+        records = load_corpus(tmp_path, split)
         scores = score_predictions(records, list(map(data.target, records)), datasets)
         found |= {(name, split): counts for name, counts in scores.items()}
     for (name, split), counts in found.items():

@@ -12,17 +12,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT
 from safetensors.torch import load_file, save_file
 
 import clorae
 import data
 import evaluate
 import train
+from conftest import ENVIRONMENT, ROOT
+from engine.checkpoints import read_state, write_checkpoint
+from engine.corpus import load_corpus, load_datasets
+from engine.features import Features
+from engine.files import UsageError, file_hash
+from engine.parameters import FlatParameters
+from engine.settings import SIZES, VIT, Config, parse_arguments
+from engine.sources import Sources
+from engine.weights import HUB_FILES, HUB_GB, find_weights
+from evaluate import Setup, build, load_model
 from t5 import T5, T5Config, hf_names
+from tools.costs import Geometry
+from tools.export import fix_gates, mean_gates
 from vision import UMIE
 
-HUB = {"t5": "google/flan-t5-large", "vit": train.VIT}
+HUB = {"t5": "google/flan-t5-large", "vit": VIT}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -38,7 +49,7 @@ def hub_cache(small: dict[str, str], root: Path) -> Path:
             folder.mkdir(parents=True)
         (repo / "refs" / "main").write_text(COMMIT)
         for file in Path(small[part]).iterdir():
-            digest = train.file_hash(file)
+            digest = file_hash(file)
             shutil.copy(file, repo / "blobs" / digest)
             (snapshot / file.name).symlink_to(f"../../blobs/{digest}")
     return root
@@ -64,7 +75,7 @@ def snapshot(cache: Path, part: str) -> Path:
 
 
 def found(part: str = "t5", given: Path | None = None) -> Path:
-    return train.find_weights(part, given, HUB[part])
+    return find_weights(part, given, HUB[part])
 
 
 def test_weights_come_from_the_given_folder_then_weights_then_the_hub_cache(cache, small, tmp_path):
@@ -134,7 +145,7 @@ def test_a_half_downloaded_folder_is_named_before_anything_is_loaded(
     shutil.copytree(small["t5"], folder)
     spoil(folder)
     monkeypatch.setattr(T5, "from_pretrained", None)
-    with pytest.raises(train.UsageError) as problem:
+    with pytest.raises(UsageError) as problem:
         found(given=folder if place == "given" else None)
     said = str(problem.value) + capsys.readouterr().err
     assert str(folder) in said and what in said
@@ -152,14 +163,14 @@ def test_offline_without_weights_both_models_are_named_with_what_to_fetch_and_wh
         cache, small, capsys):
     """One start tells of T5 and ViT: names, size, command, folder, the reason of the failure."""
     shutil.rmtree(cache)
-    config = train.Config(size="large", data=small["data"]).resolved()
-    with pytest.raises(train.UsageError) as problem:
+    config = Config(size="large", data=small["data"]).resolved()
+    with pytest.raises(UsageError) as problem:
         train.prepare(config)
     said = str(problem.value)
     for part, name in HUB.items():
         local = f"weights/{name.split('/')[1]}"
         assert f"hf download {name} --local-dir {local} --include 'model*.safetensors*'" in said
-        assert f"--{part} DIR" in said and f"about {train.HUB_GB[name]} GB" in said
+        assert f"--{part} DIR" in said and f"about {HUB_GB[name]} GB" in said
     assert said.count("spiece.model") == 2 and "Connection refused" in said
     assert "Traceback" not in said and str(cache) in said
 
@@ -172,17 +183,17 @@ def test_a_download_is_used_if_it_is_whole(cache, small, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download",
                         lambda name, **options: asked.update({name: options}) or small["t5"])
     assert found() == Path(small["t5"])
-    assert asked[HUB["t5"]]["allow_patterns"] == train.HUB_FILES
-    assert not any("bin" in pattern or pattern == "*" for pattern in train.HUB_FILES)
+    assert asked[HUB["t5"]]["allow_patterns"] == HUB_FILES
+    assert not any("bin" in pattern or pattern == "*" for pattern in HUB_FILES)
 
 
 @pytest.mark.parametrize("size", ["base", "large", "xl"])
 def test_the_sizes_to_fetch_are_those_of_the_models(size):
     """4 bytes a parameter, counted on the meta device."""
     with torch.device("meta"):
-        model = T5(evaluate.Geometry.of_size(size, 64, (1, 1, 1)).t5)
+        model = T5(Geometry.of_size(size, 64, (1, 1, 1)).t5)
     expected = sum(p.numel() for p in model.parameters()) * 4e-9
-    assert train.HUB_GB[train.SIZES[size].t5] == pytest.approx(expected, rel=0.02)
+    assert HUB_GB[SIZES[size].t5] == pytest.approx(expected, rel=0.02)
 
 
 # ---------------------------------------------------------------------------------------- dry run
@@ -197,7 +208,7 @@ def test_a_dry_run_from_the_hub_cache_tells_all_and_writes_nothing(cache, small,
     assert not Path("run").exists()
     for part in HUB:
         path = snapshot(cache, part) / "model.safetensors"
-        assert f"{path}, {path.stat().st_size:,} bytes, sha256 {train.file_hash(path)[:12]}" in said
+        assert f"{path}, {path.stat().st_size:,} bytes, sha256 {file_hash(path)[:12]}" in said
     for words in ("experts", "gate", "mim", "visual", "frozen: ", "rows: train T15", "; dev T15",
                   "; test T15", "of batch 16 (micro-batches of 3), 20 epochs", "start: from the"):
         assert words in said
@@ -215,8 +226,8 @@ def test_under_torchrun_the_cache_of_hf_home_serves_and_one_process_speaks(small
          str(ROOT / "train.py"), *flags, "--dry-run"], capture_output=True, text=True, timeout=300,
         cwd=tmp_path, env={**ENVIRONMENT, "HF_HOME": str(tmp_path / "home")})
     assert done.returncode == 0, done.stderr
-    config, *_ = train.parse_arguments(flags)
-    setup = train.build(config, train.Sources(*map(Path, small.values())), torch.device("cpu"))
+    config, *_ = parse_arguments(flags)
+    setup = build(config, Sources(*map(Path, small.values())), torch.device("cpu"))
     trained = sum(clorae.parameter_split(setup.model).values())
     total = sum(p.numel() for p in setup.model.parameters())
     assert done.stdout.count(f"trainable: {trained:,} of {total:,} parameters") == 1
@@ -235,18 +246,18 @@ def runs(small, tmp_path_factory) -> Callable[..., Path]:
         key = (method, precision, *options.items())
         if key not in made:
             folder = made[key] = tmp_path_factory.mktemp("run") / "step-00000001"
-            config = train.Config(method=method, precision=precision, rank=6, max_target=12,
+            config = Config(method=method, precision=precision, rank=6, max_target=12,
                                   **small, **options).resolved()
             init = options.get("init") and Path(options["init"])
-            sources = train.Sources(*map(Path, small.values()), init)
-            setup = train.build(config, sources, torch.device("cpu"))
-            flat = train.FlatParameters(setup.model, 1e-3)
+            sources = Sources(*map(Path, small.values()), init)
+            setup = build(config, sources, torch.device("cpu"))
+            flat = FlatParameters(setup.model, 1e-3)
             torch.manual_seed(3)
             for name, view in flat.views(flat.values).items():
                 if name.split(".")[-1] in ("B_U", "B_T", "B_E", "W_g", "M_U"):
                     view.normal_(std=0.2)
             flat.optimizer.step()
-            train.write_checkpoint(folder, flat, {"config": asdict(config), "step": 1,
+            write_checkpoint(folder, flat, {"config": asdict(config), "step": 1,
                                    "history": [], "t5": small["t5"], "vit": small["vit"],
                                    "init": options.get("init"), **sources.fingerprints()})
         return made[key]
@@ -260,16 +271,16 @@ def elsewhere(small, tmp_path) -> dict[str, str]:
             for part in ("t5", "vit")}
 
 
-def batch_of(setup: train.Setup, small: dict[str, str], rows: int = 6) -> data.Batch:
-    records = data.load_corpus(small["data"], "dev")[::11][:rows]
-    features = train.Features(train.Sources(*map(Path, small.values())), records, "error", 16,
+def batch_of(setup: Setup, small: dict[str, str], rows: int = 6) -> data.Batch:
+    records = load_corpus(small["data"], "dev")[::11][:rows]
+    features = Features(Sources(*map(Path, small.values())), records, "error", 16,
                               torch.device("cpu"))
     examples = data.encode_records(records, setup.datasets, setup.tokenizer, 256, 12, lambda _: 0)
     return data.collate(examples, features, features.width)
 
 
 @torch.no_grad()
-def logits(setup: train.Setup, small: dict[str, str]) -> torch.Tensor:
+def logits(setup: Setup, small: dict[str, str]) -> torch.Tensor:
     setup.model.eval()
     with torch.autocast("cpu", torch.bfloat16, enabled=setup.config.precision == "bf16"):
         return setup.model(batch_of(setup, small))
@@ -281,9 +292,9 @@ def test_an_exported_adapter_on_a_fresh_backbone_gives_the_same_logits_bit_for_b
         runs, small, elsewhere, tmp_path, method, precision):
     """The folder alone, with the backbone from elsewhere; of method full it is the whole model."""
     source = runs(method, precision)
-    expected = logits(train.load_model(source, torch.device("cpu")), small)
+    expected = logits(load_model(source, torch.device("cpu")), small)
     evaluate.main([str(source), "--export", str(tmp_path / "adapter")])
-    setup = train.load_model(tmp_path / "adapter", torch.device("cpu"), **elsewhere)
+    setup = load_model(tmp_path / "adapter", torch.device("cpu"), **elsewhere)
     assert [str(setup.sources.t5), str(setup.sources.vit)] == list(elsewhere.values())
     assert torch.equal(logits(setup, small), expected)
 
@@ -294,14 +305,14 @@ def test_an_adapter_on_a_full_run_travels_with_that_run(runs, small, elsewhere, 
     source = runs("clorae", init=str(full), visual_policy="frozen")
     for run_, name in ((full, "full"), (source, "adapter")):
         evaluate.main([str(run_), "--export", str(tmp_path / name)])
-    assert f"init of sha256 {train.file_hash(full / 'model.safetensors')[:12]}" in \
+    assert f"init of sha256 {file_hash(full / 'model.safetensors')[:12]}" in \
         capsys.readouterr().out
-    setup = train.load_model(tmp_path / "adapter", torch.device("cpu"), **elsewhere,
+    setup = load_model(tmp_path / "adapter", torch.device("cpu"), **elsewhere,
                              init=str(tmp_path / "full"))
-    expected = logits(train.load_model(source, torch.device("cpu")), small)
+    expected = logits(load_model(source, torch.device("cpu")), small)
     assert torch.equal(logits(setup, small), expected)
-    with pytest.raises(train.UsageError, match="--init DIR"):
-        train.load_model(tmp_path / "adapter", torch.device("cpu"), **elsewhere)
+    with pytest.raises(UsageError, match="--init DIR"):
+        load_model(tmp_path / "adapter", torch.device("cpu"), **elsewhere)
     with pytest.raises(SystemExit):
         evaluate.main([str(source), "--export", str(tmp_path / "lora"), "--task", "mner"])
     assert "all of its T5 was trained" in capsys.readouterr().err
@@ -315,7 +326,7 @@ def test_an_adapter_holds_no_path_no_moments_and_no_variances(runs, small, tmp_p
     modes = {(tmp_path / "adapter" / name).stat().st_mode & 0o777 for name in files}
     (tmp_path / "new").touch()
     assert modes == {(tmp_path / "new").stat().st_mode & 0o777}  # as the umask has it
-    labels = {f"corpus/{name}/dataset.json" for name in data.load_datasets(small["data"])}
+    labels = {f"corpus/{name}/dataset.json" for name in load_datasets(small["data"])}
     assert files == {"state.json", "model.safetensors"} | labels
     text = (tmp_path / "adapter" / "state.json").read_text()
     assert not any(folder in text for folder in (*small.values(), str(tmp_path)))
@@ -344,7 +355,7 @@ def test_an_adapter_answers_and_scores_where_only_the_backbone_is(runs, small, e
         patch.chdir(tmp_path)
         evaluate.main([str(adapter), "--text", "Ann in Paris", "--task", "mner"])
     assert "malformed" in capsys.readouterr().out
-    state = train.read_state(adapter)
+    state = read_state(adapter)
     other = Path(elsewhere["t5"])
     (other / "spiece.model").write_bytes((other / "spiece.model").read_bytes() + b"\n")
     for line, words in (([], ["--t5 DIR", state["t5_sha256"][:12]]),
@@ -374,7 +385,7 @@ LORAS = {"clorae": {}, "clorae-plain": {"egr": False}, "lora": {}, "tlora": {}, 
 def export_task(run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> UMIE:
     """Run --export --task mre; returns our model with the gates fixed."""
     models = []
-    real = evaluate.fix_gates
+    real = fix_gates
     monkeypatch.setattr(evaluate, "fix_gates", lambda model, *rest: models.append(model)
                         or real(model, *rest))
     evaluate.main([str(run), "--export", str(folder), "--task", "mre"])
@@ -434,22 +445,22 @@ def test_the_exported_lora_merged_into_the_backbone_is_our_model_with_fixed_gate
 def test_lora_and_tlora_lose_nothing_by_the_export(runs, small, tmp_path, monkeypatch):
     """Without a gate the one LoRA is the layer itself, for the task's rows."""
     for method in ("lora", "tlora", "moslora"):
-        setup = train.load_model(runs(method), torch.device("cpu"))
+        setup = load_model(runs(method), torch.device("cpu"))
         setup.model.eval()
         batch = batch_of(setup, small)
         batch.tasks.fill_(1)
         with torch.no_grad():
             before = setup.model(batch)
-            evaluate.fix_gates(setup.model, 1, dict.fromkeys(clorae.expert_layers(setup.model)))
+            fix_gates(setup.model, 1, dict.fromkeys(clorae.expert_layers(setup.model)))
             torch.testing.assert_close(setup.model(batch), before, rtol=1e-4, atol=1e-4)
 
 
 def test_mean_gates_are_means_over_the_tokens_of_the_task(runs, small):
     """Layer by layer, over valid tokens, teacher-forced; the two sum to one."""
-    setup = train.load_model(runs("clorae"), torch.device("cpu"))
+    setup = load_model(runs("clorae"), torch.device("cpu"))
     sums = torch.tensor([[[4.0, 1.0, 3.0, 2, 1, 1]]]).expand(len(
         clorae.expert_layers(setup.model)), 1, 6)
-    gates = evaluate.mean_gates(setup.model, sums)
+    gates = mean_gates(setup.model, sums)
     assert set(gates.values()) == {(0.25, 0.75)}
 
 

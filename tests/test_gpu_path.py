@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
+
 from conftest import ENVIRONMENT, ROOT, run
 from pretend_gpu import build_guard
-from safetensors import safe_open
 from test_train import assert_same_step, first_step
 
 

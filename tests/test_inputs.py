@@ -6,12 +6,17 @@ The long forms are part of `python tests/reliability.py`.
 import json
 from pathlib import Path
 
-import hostile
 import pytest
 
 import data
 import evaluate
+import hostile
 import train
+from engine.files import UsageError
+from engine.schema import DataError, nearest
+from engine.settings import Config
+from engine.sources import Sources
+from evaluate import build
 
 
 def test_a_mutated_row_is_refused_with_file_line_and_field_and_its_neighbours_are_read() -> None:
@@ -43,7 +48,7 @@ def test_a_typing_mistake_is_answered_with_the_likely_intention(tmp_path: Path) 
     for word in ("tokens", "image", "objects", "entities", "person", "held on", "attacker"):
         known = {"id", "dataset", "task", "size", "relation", "couple", "none", "place", word}
         for _ in range(30):
-            assert data.nearest(hostile.typo(rng, word), known) == f'did you mean "{word}"?'
+            assert nearest(hostile.typo(rng, word), known) == f'did you mean "{word}"?'
     for path in (("events", 0, "type"), ("image",)):
         row = hostile.put(hostile.ROWS[4], path, ...)
         row = hostile.put(row, (*path[:-1], "wrong"), "x")
@@ -85,7 +90,7 @@ def test_an_unusable_image_is_named_with_its_record_and_all_are_listed(tmp_path:
     images = corpus / "tweets" / "images"
     (images / "text.jpg").write_text("<html>404</html>")
     (images / "half.jpg").write_bytes((images / "a.jpg").read_bytes()[:700])
-    said = hostile.complaint(lambda: hostile.features(corpus, "mask"), data.DataError)
+    said = hostile.complaint(lambda: hostile.features(corpus, "mask"), DataError)
     first, *lines = said.split("\n  ")
     assert first == "2 problem(s) in the data:"
     for line, number, name in zip(lines, (2, 4), ("text.jpg", "half.jpg"), strict=True):
@@ -106,7 +111,7 @@ def test_a_wrong_folder_is_named_before_anything_slow(
     files = {name: folder for name, folder in small.items() if f"--{name}" not in arguments}
     rest = [word for name, folder in files.items() for word in (f"--{name}", folder)]
     said = hostile.complaint(lambda: train.main([*arguments, *rest, "--out", "out"]),
-                             data.DataError, train.WeightsError, train.UsageError)
+                             DataError, train.WeightsError, UsageError)
     assert all(word in said for word in words), said
 
 
@@ -115,9 +120,9 @@ def test_a_tokenizer_of_another_checkpoint_is_refused(small: dict[str, str],
     """Its ids would lie outside the embedding."""
     hostile.T5(hostile.SMALL_T5).save_pretrained(tmp_path)
     (tmp_path / "spiece.model").write_bytes((Path(small["t5"]) / "spiece.model").read_bytes())
-    config = train.Config(data=small["data"], t5=str(tmp_path), vit=small["vit"]).resolved()
-    sources = train.Sources(Path(small["data"]), tmp_path, Path(small["vit"]))
-    said = hostile.complaint(lambda: train.build(config, sources, hostile.torch.device("cpu")),
+    config = Config(data=small["data"], t5=str(tmp_path), vit=small["vit"]).resolved()
+    sources = Sources(Path(small["data"]), tmp_path, Path(small["vit"]))
+    said = hostile.complaint(lambda: build(config, sources, hostile.torch.device("cpu")),
                              train.WeightsError)
     assert "pieces for a T5 of 29 ids, got 300 pieces; use the files of one checkpoint" in said
 

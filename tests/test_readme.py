@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 import clorae
 import data
 import evaluate
 import losses
 import train
+from conftest import ROOT
+from engine.settings import Config, Launch, parse_arguments
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = [block for block in re.findall(r"^```\n(.*?)^```", README, re.S | re.M)
@@ -89,7 +90,7 @@ def perform(script: str, flags: list[str], small: dict[str, str]) -> None:
 def understood(script: str, flags: list[str]) -> None:
     """The command line is one that the command accepts; it is not run."""
     if script == "train.py":
-        train.parse_arguments(flags)
+        parse_arguments(flags)
     elif script in ("evaluate.py", "data.py"):
         {"evaluate.py": evaluate, "data.py": data}[script].parser().parse_args(flags)
     else:
@@ -130,7 +131,7 @@ def test_every_flag_that_readme_names_exists():
     programs = [*ROOT.glob("*.py"), ROOT / "tests/benchmark.py", ROOT / "tests/reliability.py"]
     known = {"--help", "--nproc", "--nnodes", "--rdzv", "--max-restarts"}  # not our own
     known |= {flag for path in programs for flag in re.findall(r'"(--[a-z-]+)"', path.read_text())}
-    fields = {f"--{name.replace('_', '-')}" for kind in (train.Config, train.Launch)
+    fields = {f"--{name.replace('_', '-')}" for kind in (Config, Launch)
               for name in kind.__dataclass_fields__}
     known |= fields | {f"--no-{name.removeprefix('--')}" for name in fields}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known

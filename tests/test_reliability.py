@@ -10,9 +10,10 @@ import sys
 from collections.abc import Callable, Iterator
 
 import pytest
-from conftest import ENVIRONMENT, ROOT, run
 
 import train
+from conftest import ENVIRONMENT, ROOT, run
+from engine.files import UsageError, claim
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +90,8 @@ def test_a_folder_that_cannot_be_used_is_refused_in_a_sentence(tmp_path):
         for out, said in ((tmp_path / "file", "got a file; choose another --out"),
                           (tmp_path / "file" / "below", "Not a directory; choose another --out"),
                           (taken, "got one in use; wait for that run")):
-            with pytest.raises(train.UsageError, match=said):
-                train.claim(out)
+            with pytest.raises(UsageError, match=said):
+                claim(out)
 
 
 def test_a_path_to_resume_that_does_not_exist_is_fatal(command, tmp_path):

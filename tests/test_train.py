@@ -12,7 +12,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, run, sums
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -21,8 +20,18 @@ import clorae
 import data
 import losses
 import train
+from conftest import ROOT, run, sums
+from engine.checkpoints import (find_checkpoint, load_trainables, read_state, write_checkpoint,
+                                write_state)
+from engine.corpus import hold_out, load_corpus, load_datasets, read_splits
+from engine.files import UsageError, file_hash
+from engine.parameters import FlatParameters
+from engine.processes import World
+from engine.schema import SPLITS, UNITS, Dataset, Record
+from engine.settings import VIT, Launch, parse_arguments
+from engine.weights import find_weights
+from evaluate import Setup, build, free_visual_adapter, load_model
 from t5 import T5, T5Config
-from train import FlatParameters
 from vision import UMIE
 
 
@@ -95,11 +104,11 @@ def test_a_run_from_before_an_option_existed_goes_on_with_its_default(finished, 
     old = tmp_path / "old"
     shutil.copytree(finished["out"], old)
     folder = old / "step-00000004"
-    state = train.read_state(folder)
+    state = read_state(folder)
     digests = {name: digest for name, digest in state.pop("sha256").items()
                if name != "state.json"}
     del state["config"]["graphs"], state["config"]["aml_gamma"]
-    train.write_state(folder, state, digests)
+    write_state(folder, state, digests)
     flags = ("--steps", 6, "--epochs", 1, "--save-every", 2, "--resume", folder)
     assert run(command(tmp_path / "new", *flags)).returncode == 0
     assert sums(tmp_path / "new")["metrics.csv"].split(b"\n")[-2:] == \
@@ -144,25 +153,25 @@ def test_evaluate_reproduces_the_table_alone_and_under_torchrun(finished, tmp_pa
 
 def test_a_checkpoint_reproduces_logits_on_a_fresh_backbone_bit_for_bit(finished, tmp_path):
     """Experts, gate, MIM and visual adapter are all that a checkpoint holds."""
-    folder, device = train.find_checkpoint(finished["out"]), torch.device("cpu")
-    setup = train.load_model(folder, device)
+    folder, device = find_checkpoint(finished["out"]), torch.device("cpu")
+    setup = load_model(folder, device)
     flat = FlatParameters(setup.model, lr=0.1)
     flat.grads.normal_()
     flat.optimizer.step()  # away from what the checkpoint held
-    train.write_checkpoint(tmp_path / "step-1", flat, train.read_state(folder))
+    write_checkpoint(tmp_path / "step-1", flat, read_state(folder))
     saved = load_file(tmp_path / "step-1" / "model.safetensors")
     assert not any(name.startswith("t5.") and name[-3:] not in ("A_U", "B_U", "A_T", "B_T", "W_g",
                                                                 "rho") for name in saved)
 
-    def logits(setup: train.Setup) -> torch.Tensor:
-        records = data.load_corpus(setup.sources.corpus, "test")[:9]
+    def logits(setup: Setup) -> torch.Tensor:
+        records = load_corpus(setup.sources.corpus, "test")[:9]
         examples = data.encode_records(records, setup.datasets, setup.tokenizer)
         torch.manual_seed(5)
         visual = {record.id: (torch.randn(2, 16), torch.rand(2, 5)) for record in records}
         return setup.model.eval()(data.collate(examples, lambda record: visual[record.id], 16))
 
-    before = logits(train.load_model(folder, device))
-    assert torch.equal(logits(train.load_model(tmp_path / "step-1", device)), logits(setup))
+    before = logits(load_model(folder, device))
+    assert torch.equal(logits(load_model(tmp_path / "step-1", device)), logits(setup))
     assert not torch.equal(logits(setup), before)
 
 
@@ -178,11 +187,11 @@ def test_resuming_with_other_settings_is_refused_by_name(finished, flags, named)
 
 def test_other_rank_on_loading_names_the_tensor(finished):
     """Changing R gives a clear error, not a partial load."""
-    folder, device = train.find_checkpoint(finished["out"]), torch.device("cpu")
-    setup = train.load_model(folder, device)
-    other = train.build(dataclasses.replace(setup.config, rank=9), setup.sources, device)
-    with pytest.raises(train.UsageError, match=r"A_T: expected \[3, 3, 32\], got"):
-        train.load_trainables(other.model, folder)
+    folder, device = find_checkpoint(finished["out"]), torch.device("cpu")
+    setup = load_model(folder, device)
+    other = build(dataclasses.replace(setup.config, rank=9), setup.sources, device)
+    with pytest.raises(UsageError, match=r"A_T: expected \[3, 3, 32\], got"):
+        load_trainables(other.model, folder)
 
 
 # ------------------------------------------------------------------------------- arguments, errors
@@ -222,8 +231,8 @@ def test_a_download_that_fails_without_a_word_is_named_by_its_kind(tmp_path, mon
         raise ConnectionError
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(train.UsageError, match="the download failed .ConnectionError: .;"):
-        train.find_weights("vit", None, train.VIT)
+    with pytest.raises(UsageError, match="the download failed .ConnectionError: .;"):
+        find_weights("vit", None, VIT)
 
 
 @pytest.mark.parametrize("flag, value, rule", [
@@ -233,8 +242,8 @@ def test_a_download_that_fails_without_a_word_is_named_by_its_kind(tmp_path, mon
     ("--timeout", "0", "above 0")])
 def test_a_number_that_cannot_work_is_refused_before_anything_is_computed(flag, value, rule):
     """Some would be found out an epoch later: Eq. (9) divides by the margin."""
-    with pytest.raises(train.UsageError, match=f"{flag} {rule}, got {float(value):g}"):
-        train.parse_arguments([flag, value])
+    with pytest.raises(UsageError, match=f"{flag} {rule}, got {float(value):g}"):
+        parse_arguments([flag, value])
 
 
 def test_the_first_epoch_is_not_the_best_where_there_is_no_dev_split(command, corpus, tmp_path):
@@ -255,10 +264,10 @@ def test_the_first_epoch_is_not_the_best_where_there_is_no_dev_split(command, co
 def test_a_split_that_none_of_the_chosen_units_has_is_empty_as_without_a_choice(corpus):
     """Other units having one is no reason to refuse."""
     (corpus / "demo_v1" / "test.jsonl").unlink()
-    datasets = data.load_datasets(corpus)
-    records = train.read_splits(corpus, datasets, ["V1"])
+    datasets = load_datasets(corpus)
+    records = read_splits(corpus, datasets, ["V1"])
     assert records["train"] and records["dev"] and not records["test"]
-    assert train.read_splits(corpus, datasets, None)["test"]
+    assert read_splits(corpus, datasets, None)["test"]
 
 
 def test_starting_over_deletes_what_a_run_writes_and_nothing_else(tmp_path):
@@ -271,18 +280,18 @@ def test_starting_over_deletes_what_a_run_writes_and_nothing_else(tmp_path):
         (tmp_path / name).write_text("")
     job = train.Run.__new__(train.Run)
     job.world, job.out = SimpleNamespace(main=True, restarts=0), tmp_path
-    assert "from the beginning" in job.resume(train.Launch(resume="none"))
+    assert "from the beginning" in job.resume(Launch(resume="none"))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
 
 
 def test_references_are_numbers_and_may_not_change_within_a_run(command, tmp_path):
     """A number in quotes is one, too; the file may not say something else when a run goes on."""
     reference, out = tmp_path / "reference.json", tmp_path / "run"
-    reference.write_text(json.dumps(dict.fromkeys(data.UNITS, "70.5")))
+    reference.write_text(json.dumps(dict.fromkeys(UNITS, "70.5")))
     line = command(out, "--steps", 1, "--epochs", 1, "--aml-reference", reference)
     done = run(line)
     assert done.returncode == 0, done.stderr
-    reference.write_text(json.dumps(dict.fromkeys(data.UNITS, 80)))
+    reference.write_text(json.dumps(dict.fromkeys(UNITS, 80)))
     refused = run([*line, "--resume", str(out / "step-00000001")])
     assert refused.returncode == 2 and "Traceback" not in refused.stderr
     assert "reference {'T15': 70.5" in refused.stderr and "-> {'T15': 80.0" in refused.stderr
@@ -291,11 +300,11 @@ def test_references_are_numbers_and_may_not_change_within_a_run(command, tmp_pat
 def test_defaults_follow_the_size_and_the_paper():
     """Ranks 128 / 64 / 64, global batches 40 / 16 / 8, lr 1e-4, 20 epochs."""
     for size, rank, batch in (("base", 128, 40), ("large", 64, 16), ("xl", 64, 8)):
-        config, *_ = train.parse_arguments(["--size", size])
+        config, *_ = parse_arguments(["--size", size])
         assert (config.rank, config.batch, config.lr, config.epochs) == (rank, batch, 1e-4, 20)
         assert config.aml and config.uses_mim and config.beta == 0.01
-    assert not train.parse_arguments(["--method", "lora"])[0].aml
-    assert train.parse_arguments(["--method", "lora", "--aml"])[0].aml
+    assert not parse_arguments(["--method", "lora"])[0].aml
+    assert parse_arguments(["--method", "lora", "--aml"])[0].aml
 
 
 # -------------------------------------------------------------------------------------- the vector
@@ -379,7 +388,7 @@ def test_beta_zero_is_bitwise_the_run_without_mim(command, tmp_path):
 
 def test_resume_restores_the_achievement_weights(finished):
     """History and weights are in the checkpoint, equal to Eq. (9) of its dev F1."""
-    state = json.loads((train.find_checkpoint(finished["out"]) / "state.json").read_text())
+    state = json.loads((find_checkpoint(finished["out"]) / "state.json").read_text())
     entry = state["history"][-1]
     weights = losses.achievement_weights(entry["f1"], losses.SINGLE_TASK_F1)
     assert state["weights"] == entry["weights"] == weights
@@ -395,9 +404,9 @@ def test_the_visual_policies_train_what_they_say_at_base_geometry():
     before = clorae.parameter_split(model)
     embedding = sum(p.numel() for p in model.visual_embedding.parameters())
     for policy, visual in (("frozen", 0), ("paper", embedding)):
-        train.free_visual_adapter(model, policy)
+        free_visual_adapter(model, policy)
         assert clorae.parameter_split(model) == {**before, "visual": visual}
-    train.free_visual_adapter(model, "train")
+    free_visual_adapter(model, "train")
     split = clorae.parameter_split(model)
     assert round((split["visual"] - embedding) / 1e6, 2) == 21.93  # 14.16 + 7.08 + 0.69
     assert {**split, "visual": 0} == before
@@ -414,23 +423,23 @@ def test_experts_can_sit_on_a_fully_trained_model(command, tmp_path):
                    tmp_path / "full")
     done = run(line)
     assert done.returncode == 0, done.stderr
-    setup = train.load_model(train.find_checkpoint(tmp_path / "run"), torch.device("cpu"))
-    full = load_file(train.find_checkpoint(tmp_path / "full") / "model.safetensors")
+    setup = load_model(find_checkpoint(tmp_path / "run"), torch.device("cpu"))
+    full = load_file(find_checkpoint(tmp_path / "full") / "model.safetensors")
     parameters = dict(setup.model.named_parameters())
     for name in ("t5.decoder.blocks.0.feed_forward.up.weight", "fusion.attention.q.weight"):
         assert torch.equal(parameters[name], full[name]) and not parameters[name].requires_grad
     assert parameters["visual_embedding.feature.weight"].requires_grad
-    (train.find_checkpoint(tmp_path / "full") / "model.safetensors").write_bytes(b"")
-    with pytest.raises(train.UsageError, match="restore that folder"):
-        train.load_model(train.find_checkpoint(tmp_path / "run"), torch.device("cpu"))
+    (find_checkpoint(tmp_path / "full") / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UsageError, match="restore that folder"):
+        load_model(find_checkpoint(tmp_path / "run"), torch.device("cpu"))
     wrong = run(command(tmp_path / "other", *short, "--init", tmp_path / "run"))
     assert wrong.returncode == 2 and "got method clorae" in wrong.stderr
 
 
 def begun(line: list[str]) -> train.Run:
     """What a command has made before its first step, in this process."""
-    config, _ = train.parse_arguments(line[2:])
-    return train.Run(config, train.prepare(config), train.World())
+    config, _ = parse_arguments(line[2:])
+    return train.Run(config, train.prepare(config), World())
 
 
 def test_a_fresh_gate_is_turned_by_rows_that_have_an_image(command, tmp_path):
@@ -450,12 +459,12 @@ def test_a_trained_gate_is_left_as_it_is(command, tmp_path):
     """With --init it may be frozen, and then no checkpoint would tell that it was turned."""
     done = run(command(tmp_path / "full", "--steps", 1, "--epochs", 1, "--method", "full"))
     assert done.returncode == 0, done.stderr
-    full = train.find_checkpoint(tmp_path / "full")
-    state, saved = train.read_state(full), load_file(full / "model.safetensors")
+    full = find_checkpoint(tmp_path / "full")
+    state, saved = read_state(full), load_file(full / "model.safetensors")
     for _ in range(2):  # of a projection and its opposite, one shuts the gate
         saved["fusion.proj_visual.1.weight"].neg_()
         save_file(saved, full / "model.safetensors")
-        train.write_state(full, state, {name: train.file_hash(full / name) for name in (
+        write_state(full, state, {name: file_hash(full / name) for name in (
             "model.safetensors", "optimizer.safetensors")})
         job = begun(command(tmp_path / "run", "--init", full, "--visual-policy", "frozen"))
         assert torch.equal(job.model.fusion.proj_visual[1].weight,
@@ -466,24 +475,24 @@ def test_hold_out_never_trains_on_what_it_tests():
     """Table 4: A ('paper') leaves out T17 and V2; B ('clean') also SNAP and every training text
     that stands in their test splits."""
     units = {"tweets": "T17", "others": "T15", "pool": "SNAP", "pairs": "V1", "held": "V2"}
-    datasets = {name: data.Dataset(name, {"mre" if unit in ("V1", "V2") else "mner": unit}, {})
+    datasets = {name: Dataset(name, {"mre" if unit in ("V1", "V2") else "mner": unit}, {})
                 for name, unit in units.items()}
 
-    def records(split: str) -> list[data.Record]:
+    def records(split: str) -> list[Record]:
         rows = [("tweets", f"{split} one"), ("others", f"{split} two"), ("pool", f"{split} three"),
                 ("pairs", f"{split} four"), ("held", f"{split} five"), ("pairs", "Test one!"),
                 ("others", "test FIVE")]
-        return [data.Record(f"{i}", name, "mre" if name in ("pairs", "held") else "mner",
+        return [Record(f"{i}", name, "mre" if name in ("pairs", "held") else "mner",
                             tuple(text.split())) for i, (name, text) in enumerate(rows)]
 
     for how, kept in (("paper", ["others", "pool", "pairs", "pairs", "others"]),
                       ("clean", ["others", "pairs"])):
-        splits = {split: records(split) for split in data.SPLITS}
-        said = train.hold_out(splits, datasets, how)
+        splits = {split: records(split) for split in SPLITS}
+        said = hold_out(splits, datasets, how)
         assert [r.dataset for r in splits["train"]] == [r.dataset for r in splits["dev"]] == kept
         assert len(splits["test"]) == 7
         assert f"{0 if how == 'paper' else 4} more records" in said
-    assert train.hold_out(splits, datasets, "none") is None
+    assert hold_out(splits, datasets, "none") is None
 
 
 @pytest.mark.parametrize("flags", [["--method", "lora"], ["--method", "tlora"], ["--no-egr"],
@@ -551,8 +560,8 @@ def test_graphs_are_refused_where_there_can_be_none(command, tmp_path, flags, wo
 
 def test_checkpoints_may_be_read_by_whom_the_umask_lets(tmp_path):
     """safetensors writes for the owner alone; a run's files are as readable as one another."""
-    flat = train.FlatParameters(torch.nn.Linear(3, 2), 1e-3)
+    flat = FlatParameters(torch.nn.Linear(3, 2), 1e-3)
     flat.optimizer.step()
-    train.write_checkpoint(tmp_path / "step-1", flat, {})
+    write_checkpoint(tmp_path / "step-1", flat, {})
     modes = {file.stat().st_mode for file in (tmp_path / "step-1").iterdir()}
     assert len(modes) == 1

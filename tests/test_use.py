@@ -24,9 +24,18 @@ import data
 import demo
 import evaluate
 import train
-from data import Dataset, Item, Record
-from evaluate import Answer, Counts, Row, Strip
+from data import Item
+from engine.checkpoints import read_state, write_state
+from engine.command import Parser
+from engine.corpus import load_corpus, load_datasets
+from engine.schema import DataError, Dataset, Record
+from engine.settings import Config
+from evaluate import Answer, Counts, Row
 from t5 import T5
+from tools.answer import coloured, example_records
+from tools.page import Strip, answer_lines, draw_example, example_figure, marks, token_strips
+from tools.plot import plot_curves, running_mean
+from tools.routing import lacks_gate
 from vision import UMIE
 
 CPU = torch.device("cpu")
@@ -42,17 +51,17 @@ COMMANDS = {"train.py": lambda: train.main([]), "evaluate.py": lambda: evaluate.
             "data.py": lambda: data.main([]), "demo.py": demo.main}
 
 
-def options(name: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[data.Parser, str, object]]:
+def options(name: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Parser, str, object]]:
     """(parser, title of the group, action) of all that a command and its subcommands accept."""
-    def caught(self: data.Parser, argv: object = None) -> None:
+    def caught(self: Parser, argv: object = None) -> None:
         raise Seen(self)
 
-    monkeypatch.setattr(data.Parser, "parse_args", caught)
+    monkeypatch.setattr(Parser, "parse_args", caught)
     with pytest.raises(Seen) as seen:
         COMMANDS[name]()
     parsers = [seen.value.args[0]]
     parsers += [inner for action in parsers[0]._actions if isinstance(action.choices, dict)
-                for inner in action.choices.values() if isinstance(inner, data.Parser)]
+                for inner in action.choices.values() if isinstance(inner, Parser)]
     return [(parser, group.title, action) for parser in parsers
             for group in parser._action_groups for action in group._group_actions]
 
@@ -132,10 +141,10 @@ def test_of_several_runs_each_has_a_folder_for_its_own_pictures(finished, tmp_pa
     other.mkdir(parents=True)
     best = next(finished.glob("best-*"))
     shutil.copytree(best, other / best.name)
-    state = train.read_state(other / best.name)
+    state = read_state(other / best.name)
     digests = {name: digest for name, digest in state["sha256"].items() if name != "state.json"}
     state["config"]["seed"] = 1
-    train.write_state(other / best.name, state, digests)
+    write_state(other / best.name, state, digests)
     evaluate.main([str(finished), str(other), "--plot", str(tmp_path / "drawn")])
     told = capsys.readouterr().out
     made = {str(path.relative_to(tmp_path / "drawn")) for path in (tmp_path / "drawn").rglob("*.*")}
@@ -153,14 +162,14 @@ def test_layers_that_are_not_there_are_named(finished, tmp_path, capsys):
 def test_the_curves_of_a_run_are_drawn_before_its_first_epoch_has_ended(finished, tmp_path):
     """And while the last row is being written."""
     (tmp_path / "metrics.csv").write_text((finished / "metrics.csv").read_text() + "3,1,0.")
-    evaluate.plot_curves(tmp_path, tmp_path / "curves.png")
+    plot_curves(tmp_path, tmp_path / "curves.png")
     assert size_of(tmp_path / "curves.png") == (1800, 1200)
 
 
 def test_a_running_mean_leaves_out_steps_without_rows():
     nan = float("nan")
-    assert evaluate.running_mean([1, nan, 3, 5], 2) == [1, 1, 3, 4]
-    assert evaluate.running_mean([nan, 2], 1)[1] == 2
+    assert running_mean([1, nan, 3, 5], 2) == [1, 1, 3, 4]
+    assert running_mean([nan, 2], 1)[1] == 2
 
 
 # ---------------------------------------------------------------------------- examples as records
@@ -182,7 +191,7 @@ def folder(tmp_path: Path) -> Path:
 
 def records_of(small: dict[str, str], *words: object) -> list[Record]:
     args = evaluate.parser().parse_args(["run", *map(str, words)])
-    return evaluate.example_records(args, data.load_datasets(small["data"]))
+    return example_records(args, load_datasets(small["data"]))
 
 
 def test_rows_of_a_file_become_records_without_gold(small, folder):
@@ -223,12 +232,12 @@ def test_a_folder_of_texts_and_images_pairs_them_by_name(small, folder):
         ("a", ("Bo",), (20, 10)), ("b", ("Kim", "met", "Bo"), None)]
     (folder / "images" / "a.txt").unlink()
     assert records_of(small, "--examples", folder / "images", "--task", "med")[0].tokens == ()
-    with pytest.raises(data.DataError, match="a.png: tokens: .*only med and meae"):
+    with pytest.raises(DataError, match="a.png: tokens: .*only med and meae"):
         records_of(small, "--examples", folder / "images", "--task", "mner")
     (folder / "images" / "b.txt").rename(folder / "images" / "b.TXT")
     assert records_of(small, "--examples", folder / "images", "--task", "med")[1].tokens[0] == "Kim"
     (folder / "images" / "a.webp").touch()
-    with pytest.raises(data.DataError, match="a.webp: expected one .txt and at most one image"):
+    with pytest.raises(DataError, match="a.webp: expected one .txt and at most one image"):
         records_of(small, "--examples", folder / "images", "--task", "med")
 
 
@@ -250,7 +259,7 @@ def test_a_folder_of_texts_and_images_pairs_them_by_name(small, folder):
 def test_a_bad_row_is_named_by_file_and_line_and_none_is_skipped(small, folder, line, problem):
     """All of them at once, as in a corpus."""
     (folder / "rows.jsonl").write_text(f'{json.dumps(ROWS[0])}\n{line}\n{{"text": 3}}\n')
-    with pytest.raises(data.DataError, match=f"(?s)2 problem.*rows.jsonl:2: .*{problem}") as error:
+    with pytest.raises(DataError, match=f"(?s)2 problem.*rows.jsonl:2: .*{problem}") as error:
         records_of(small, "--examples", folder / "rows.jsonl")
     assert f"{folder}/rows.jsonl:3: " in str(error.value)
 
@@ -259,7 +268,7 @@ def test_an_image_that_is_not_there_may_be_masked_and_is_then_named(small, folde
     (folder / "images" / "a.png").unlink()
     record = records_of(small, "--examples", folder, "--missing-images", "mask")[2]
     row = Row(record, "MED", Answer("none", missing=True), [], [], Counts())
-    assert evaluate.answer_lines(row) == [
+    assert answer_lines(row) == [
         "nothing found", f"note: answered without {folder}/a.png, which is not there"]
 
 
@@ -336,18 +345,18 @@ FOUND = (Item("attack", "attacker", (0, 2), text="Kim Lee"),
 
 def test_an_answer_is_told_in_a_line_per_item():
     """With its place, or with the reason why it has none."""
-    assert evaluate.answer_lines(row_of(*FOUND, cut=True)) == [
+    assert answer_lines(row_of(*FOUND, cut=True)) == [
         "attack, attacker: Kim Lee", "attack, target: Bo", "attack, target: O1 [0, 0, 10, 5]",
         "attack, target: O2 [0, 0, 9, 5]", "attack, target: Al (not in the text)",
         "attack, target: O7 (no such object)", "note: cut at the length limit"]
     whole = Item("meet", whole_image=True, text="O0", object=0)
-    assert evaluate.answer_lines(row_of(whole, task="med")) == ["meet: O0, the whole image"]
+    assert answer_lines(row_of(whole, task="med")) == ["meet: O0, the whole image"]
 
 
 def test_spans_are_coloured_on_a_terminal_only(finished, monkeypatch, capsys):
     """And not there either, where NO_COLOR is set."""
-    assert evaluate.coloured(row_of(tokens=("a\033[2J",)), MEE) == "a?[2J"
-    text = evaluate.coloured(row_of(*FOUND), MEE)
+    assert coloured(row_of(tokens=("a\033[2J",)), MEE) == "a?[2J"
+    text = coloured(row_of(*FOUND), MEE)
     assert text.startswith("\033[1;34mKim Lee\033[0m paid") and "\033[1;33mBo\033[0m" in text
     monkeypatch.setattr(evaluate, "coloured", lambda row, dataset: "COLOURS")
     for tty, quiet, expected in ((True, "", True), (True, "1", False), (False, "", False)):
@@ -382,7 +391,7 @@ CROWD = tuple((x, y, x + 4, y + 2) for x in (2, 3, 8, 9) for y in (1, 2, 3))
 def test_nothing_on_a_page_covers_another_text_or_leaves_the_page(folder, tokens, items, boxes):
     """Long texts and long words wrap, labels make room, bars stand in rows."""
     row = row_of(*items, tokens=tokens, boxes=boxes, image=str(folder / "images" / "a.png"))
-    figure = evaluate.example_figure(row, MEE, STRIPS, None)
+    figure = example_figure(row, MEE, STRIPS, None)
     written = texts_of(figure)
     for (name, a), (other, b) in itertools.combinations(written, 2):
         both = a.intersection(a, b)
@@ -390,7 +399,7 @@ def test_nothing_on_a_page_covers_another_text_or_leaves_the_page(folder, tokens
     page = figure.bbox.padded(1)
     assert all(page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
                for _, box in written)
-    labels = {mark.label for mark in evaluate.marks(row, MEE)}
+    labels = {mark.label for mark in marks(row, MEE)}
     assert "".join(tokens) in "".join(name for name, _ in written if name not in labels)
 
 
@@ -398,22 +407,22 @@ def test_a_page_shows_every_box_label_and_dollar(folder):
     """Boxes are numbered in the order of the record, named ones say their role; "$5 ... $6" is no
     formula, as long as the page is drawn by `draw_example`."""
     row = row_of(*FOUND, image=str(folder / "images" / "a.png"))
-    figure = evaluate.example_figure(row, MEE, STRIPS, None)
+    figure = example_figure(row, MEE, STRIPS, None)
     written = [name for name, _ in texts_of(figure)]
     assert {"O1\ntarget", "O2\ntarget", "O3", "attacker", "$5", "$6"} <= set(written)
-    evaluate.draw_example(row, MEE, STRIPS, None, folder / "page.png")
+    draw_example(row, MEE, STRIPS, None, folder / "page.png")
     assert size_of(folder / "page.png")[0] == 1650
     whole = row_of(Item("meet", whole_image=True, text="O0", object=0), task="med",
                    image=row.record.image)
-    written = [name for name, _ in texts_of(evaluate.example_figure(whole, MEE, STRIPS, None))]
+    written = [name for name, _ in texts_of(example_figure(whole, MEE, STRIPS, None))]
     assert "O0, the whole image: meet" in written
 
 
 def test_without_image_there_is_no_image_and_without_gate_no_strip():
-    figure = evaluate.example_figure(row_of(*FOUND), MEE, [], "method lora, which has none")
+    figure = example_figure(row_of(*FOUND), MEE, [], "method lora, which has none")
     assert not any(ax.images or ax.containers for ax in figure.axes)
     assert "no gates to draw: method lora, which has none" in [n for n, _ in texts_of(figure)]
-    figure = evaluate.example_figure(row_of(*FOUND), MEE, STRIPS, None)
+    figure = example_figure(row_of(*FOUND), MEE, STRIPS, None)
     assert sum(bool(ax.containers) for ax in figure.axes) == 2  # two rows of bars
 
 
@@ -426,7 +435,7 @@ def setup(request: pytest.FixtureRequest, small: dict[str, str]) -> SimpleNamesp
         for weight in (layer.W_g, layer.B_U, layer.B_T):
             nn.init.normal_(weight)
     return SimpleNamespace(model=model, tokenizer=data.Tokenizer(small["t5"]),
-                           datasets=data.load_datasets(small["data"]), config=train.Config())
+                           datasets=load_datasets(small["data"]), config=Config())
 
 
 class Three:
@@ -442,7 +451,7 @@ class Three:
 def test_the_strips_are_the_gates_of_the_tokens_read_seen_and_written(setup, small, monkeypatch):
     """Eq. (6) once more, by hand from every layer's input while the answer is written greedily,
     token by token; layers are told apart by their paths, visual tokens of concat come first."""
-    records = data.load_corpus(small["data"], "test", ["T15"])[:1]
+    records = load_corpus(small["data"], "test", ["T15"])[:1]
     example, = data.encode_records(records, setup.datasets, setup.tokenizer, 256, 24)
     row, = evaluate.evaluate_split(setup.model, [example], setup.datasets, Three(),
                                    setup.tokenizer, CPU, evaluate.Decoding(1, 1, 9))
@@ -451,7 +460,7 @@ def test_the_strips_are_the_gates_of_the_tokens_read_seen_and_written(setup, sma
     for path, layer in clorae.expert_layers(setup.model).items():
         layer.register_forward_pre_hook(lambda layer, inputs, path=path: seen.setdefault(
             path, []).append(F.linear(inputs[0], layer.W_g).softmax(-1)[0, :, 1]))
-    strips = evaluate.token_strips(setup, example, row, Three(), CPU, evaluate.Decoding())
+    strips = token_strips(setup, example, row, Three(), CPU, evaluate.Decoding())
     seen.clear()
     evaluate.generate_answers(setup.model, [example], Three(), setup.tokenizer, CPU,
                               evaluate.Decoding(1, 1, 9))
@@ -473,7 +482,7 @@ def test_the_strips_are_the_gates_of_the_tokens_read_seen_and_written(setup, sma
     assert strips[1].names == ["image", " O1", " O2"]
     wrote = mean(r"decoder\S*(self_attention|cross_attention\.q)", last=T)
     assert strips[2].gates == pytest.approx(wrote, abs=1e-5) and T == len(strips[2].names)
-    figure = evaluate.example_figure(row, setup.datasets["demo_t15"], strips, None)
+    figure = example_figure(row, setup.datasets["demo_t15"], strips, None)
     bars = [patch.get_height() for ax in figure.axes for patch in
             (ax.containers[0] if ax.containers else ())]
     assert bars == sum((strip.gates for strip in strips), [])
@@ -485,7 +494,7 @@ def test_the_strips_are_the_gates_of_the_tokens_read_seen_and_written(setup, sma
     ("loramoe", True, "whose gate knows no task expert"), ("clorae", True, None)])
 def test_a_method_without_gate_says_so(small, method, egr, reason):
     """What the settings say is true of the model's layers."""
-    found = evaluate.lacks_gate(train.Config(method=method, egr=egr))
+    found = lacks_gate(Config(method=method, egr=egr))
     assert found == reason or reason in found
     model = clorae.adapt(UMIE(T5.from_pretrained(small["t5"]), 16), method, rank=6, egr=egr)
     layers = clorae.expert_layers(model).values()

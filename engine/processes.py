@@ -1,0 +1,152 @@
+"""The processes of a run, signals, exit codes."""
+
+import argparse
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from engine.files import NO_SPACE, DiskFull, ImageError, Stopped, UsageError, WeightsError
+from engine.schema import DataError
+
+# ----------------------------------------------------------------------------------------- World
+
+class World:
+    """The processes of this run: the one place that knows about ranks and signals."""
+
+    def __init__(self, timeout: float = 300.0) -> None:
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.main = self.rank == 0
+        self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # by torchrun
+        self.timeout = timeout
+        self.signal = 0  # the one that asked this process to stop
+        self.resting = False  # nothing would be lost if the process ended now
+        self.heard = time.monotonic()  # when the processes last met
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+            if local >= count:
+                raise UsageError(f"--nproc_per_node: expected at most {count}, the number of GPUs, "
+                                 f"got a process {local + 1}; start fewer")
+            self.device = torch.device("cuda", local)
+            torch.cuda.set_device(self.device)
+
+    def join(self) -> None:
+        """Meet the other processes; called once everything slow is prepared.
+
+        torchrun (torch 2.13) keeps one store for all its restarts, and in it the addresses of
+        processes that are gone: each restart gets a corner of its own.
+        """
+        if self.size > 1 and not dist.is_initialized():
+            wait = timedelta(seconds=self.timeout)
+            store, _, _ = next(dist.rendezvous("env://", timeout=wait))
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=wait,
+                                    store=dist.PrefixStore(f"start {self.restarts}", store),
+                                    rank=self.rank, world_size=self.size)
+
+    def leave(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum `tensor` over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        self.heard = time.monotonic()
+        return tensor
+
+    def print(self, *lines: str) -> None:
+        if self.main:
+            print(*lines, sep="\n", flush=True)
+
+    def listen(self) -> None:
+        """From now on Ctrl-C and SIGTERM ask for a stop, which comes after the current step."""
+        self.heard = time.monotonic()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.hear)
+
+    def hear(self, number: int, _: object) -> None:
+        """A second signal ends the process at once, and so does one that comes because the others
+        have waited for this process in vain."""
+        hung = not self.resting and time.monotonic() - self.heard > self.timeout
+        if self.signal or hung:
+            os._exit(128 + number)
+        self.signal = number
+        if self.resting:
+            raise Stopped(number)
+
+    @contextmanager
+    def rest(self) -> Iterator[None]:
+        """Long work that can be begun again from what is on disk: a signal ends it at any line."""
+        self.resting = True
+        if self.signal:
+            raise Stopped(self.signal)
+        yield
+        self.resting, self.heard = False, time.monotonic()
+
+
+def carry_out(run: Callable[[argparse.Namespace, World], None], args: argparse.Namespace) -> None:
+    """Do what a parsed command line asks, by `run`, and end with the promised exit codes."""
+    with exit_codes():
+        world = World()
+        run(args, world)
+        world.leave()
+
+
+def verdict(problem: BaseException) -> tuple[int, str]:
+    """Exit code and message of a command that ends with this exception."""
+    match problem:
+        case UsageError() | DataError() | ImageError() | WeightsError():
+            return getattr(problem, "exit_code", 2), f"error: {problem}"
+        case KeyboardInterrupt():
+            return 128 + signal.SIGINT, "interrupted"
+        case Stopped():
+            return 128 + problem.args[0], ""
+        case OSError() if problem.errno in NO_SPACE:
+            return DiskFull.exit_code, f"error: {problem}; make room, run it again"
+        case PermissionError() | IsADirectoryError() | NotADirectoryError():
+            return 2, (f"error: {problem.filename}: expected a place that can be written to, got "
+                       f"{problem.strerror}; name another one")
+    return 1, "".join(traceback.format_exception(problem))
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """End the process with the exit code that this file's docstring promises, and its message.
+
+    One of several processes ends by os._exit: a destructor might wait for the others.  Often all
+    fail together, and the cause should be read once: whoever is not rank 0, or only has to say that
+    another process is gone, waits a second, in which torchrun ends it before it speaks.
+    """
+    rank, alone = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", 1)) == 1
+    lost = None  # the words that say that another process is gone
+    try:
+        yield
+        return
+    except BaseException as problem:
+        if isinstance(problem, SystemExit) and not dist.is_initialized():
+            raise  # argparse has spoken
+        code, message = verdict(problem)
+        if isinstance(problem, RuntimeError) and not alone:
+            lost = re.search(r".*(gloo|NCCL|by peer|[Tt]imed out).*", str(problem))
+        if lost:
+            message = f"rank {rank}: another process has ended or does not answer: {lost[0]}"
+    if not alone and message and (rank != "0" or lost):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        time.sleep(1)
+    sys.stdout.flush()
+    if message:
+        print(message, file=sys.stderr, flush=True)
+    if alone:
+        sys.exit(code)
+    os._exit(code)

@@ -1,0 +1,191 @@
+"""The settings of a run, and its command line."""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from engine.command import Parser
+from engine.files import UsageError
+from engine.schema import TASKS, UNITS
+
+VIT = "google/vit-base-patch16-224-in21k"
+
+
+# ---------------------------------------------------------------------------------------- Config
+
+@dataclass(frozen=True)
+class Size:
+    """Defaults that come with a backbone; batch is global (paper: 10, 4, 2 a GPU on 4 GPUs)."""
+
+    t5: str | None  # hub name; None: made locally by demo.py
+    vit: str | None
+    rank: int
+    batch: int
+    micro_batch: int
+    epochs: int
+    lr: float
+    lr_epochs: int
+    dropout: float
+    max_target: int
+
+
+SIZES = {"tiny": Size(None, None, 24, 32, 32, 3, 1e-3, 2, 0.0, 40),
+         "base": Size("google/flan-t5-base", VIT, 128, 40, 10, 20, 1e-4, 5, 0.1, 192),
+         "large": Size("google/flan-t5-large", VIT, 64, 16, 4, 20, 1e-4, 5, 0.1, 192),
+         "xl": Size("google/flan-t5-xl", VIT, 64, 8, 2, 20, 1e-4, 5, 0.1, 192)}
+
+
+def option(default: object, text: str, kind: type = str, **more: object) -> object:
+    """A field that is also a command-line option: `kind` converts its argument, and a bool has
+    none but a --no- form; `more` goes to argparse."""
+    reads = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+    return field(default=default, metadata={"help": text, **reads, **more})
+
+
+# What a number must be: in words, as a test, and the fields of Config that it holds for.
+BOUNDS = (
+    (f"at least {len(TASKS)}", lambda value: value >= len(TASKS), ("rank",)),
+    ("at least 2", lambda value: value >= 2, ("max_source", "max_target")),
+    ("at least 1", lambda value: value >= 1,
+     ("epochs", "steps", "batch", "micro_batch", "lr_epochs", "save_every")),
+    ("at least 0", lambda value: value >= 0,
+     ("max_objects", "backbone_steps", "beta", "aml_gamma")),
+    ("above 0", lambda value: value > 0, ("lr", "clip", "aml_margin")),
+    ("in [0, 1)", lambda value: 0 <= value < 1, ("dropout", "backbone_dropout")))
+
+
+@dataclass
+class Config:
+    """Everything that decides what a run computes; stored in its checkpoints."""
+
+    size: str = option("tiny", "backbone size", choices=tuple(SIZES))
+    method: str = option("clorae", "what is trained")
+    egr: bool = option(True, "gate router between the experts, Eq. (6)", bool)
+    mim: bool = option(True, "mutual-information loss, Eq. (5)", bool)
+    data: str | None = option(None, "corpus folder (see data.py convert); default: the demo world",
+                             metavar="DIR")
+    units: list[str] | None = option(None, "train on these units only (" + ", ".join(UNITS)
+                                     + "); default: all", nargs="+", choices=UNITS, metavar="UNIT")
+    hold_out: str = option("none", "Table 4: never train on T17 and V2; 'clean' leaves out SNAP "
+                           "and every training text of their test splits as well",
+                           choices=("none", "paper", "clean"))
+    missing_images: str = option("error", "'mask': rows whose image is missing train without one",
+                                 choices=("error", "mask"))
+    max_source: int = option(256, "source tokens; only the text part is cut", int)
+    max_target: int | None = option(None, "target tokens; default: by size", int)
+    max_objects: int = option(16, "object crops used per image", int)
+    t5: str | None = option(None, "T5 folder; default: the size's own", metavar="DIR")
+    vit: str | None = option(None, "ViT or CLIP folder; default: the size's own", metavar="DIR")
+    backbone_steps: int | None = option(None, "steps to make the tiny T5 with; default: enough",
+                                        int)
+    rank: int | None = option(None, "universal rank R; default: by size", int)
+    alpha: float | None = option(None, "numerator of the expert scale, Eq. (8); default: 2 R",
+                                 float)
+    dropout: float | None = option(None, "dropout on the experts' input; default: by size", float)
+    visual_policy: str = option("train", "'train' the visual adapter in full; 'paper': of it only "
+                                "the visual embedding; 'frozen': nothing of it (both need --init)",
+                                choices=("train", "paper", "frozen"))
+    init: str | None = option(None, "begin with the weights of this run of method full, which "
+                              "holds a trained visual adapter; default: fresh ones", metavar="RUN")
+    backbone_dropout: float | None = option(None, "dropout of T5 and the visual adapter; "
+                                            "default: T5's own", float)
+    fusion: str = option("gate", "how visual tokens meet the text", choices=("gate", "concat"))
+    epochs: int | None = option(None, "epochs; default: by size", int)
+    steps: int | None = option(None, "optimizer steps to stop after; default: by --epochs", int)
+    batch: int | None = option(None, "global batch size; default: by size", int)
+    micro_batch: int | None = option(None, "mean rows per forward pass; default: by size", int)
+    lr: float | None = option(None, "Adam's learning rate; default: by size", float)
+    lr_epochs: int | None = option(None, "halve the rate every so many epochs; default: by size",
+                                   int)
+    clip: float = option(1.0, "largest gradient norm", float)
+    aml: bool | None = option(None, "achievement weights, Eq. (9); default: clorae only", bool)
+    beta: float = option(0.01, "weight of the mutual-information loss, Eq. (10)", float)
+    aml_margin: float = option(1.05, "margin above the reference F1, Eq. (9)", float)
+    aml_gamma: float = option(2.0, "exponent, Eq. (9)", float)
+    aml_reference: str | None = option(None, "JSON file {unit: reference F1}, p_m of Eq. (9); "
+                                       "default: the demo's own, or the paper's", metavar="FILE")
+    out: str | None = option(None, "run folder; default: runs/DATA-SIZE-METHOD", metavar="DIR")
+    save_every: int = option(200, "optimizer steps between checkpoints", int)
+    seed: int = option(0, "seed of initialisation, order and dropout", int)
+    precision: str | None = option(None, "computation; default: bf16 on CUDA, fp32 elsewhere",
+                                   choices=("fp32", "bf16"))
+    impl: str = option("auto", "expert layers on PyTorch ('reference') or on clorae.cu ('cuda'); "
+                       "'auto': on clorae.cu where it can be built",
+                       choices=("auto", "reference", "cuda"))
+    graphs: bool = option(False, "on a GPU, launch all kernels of a micro-batch at once, as a CUDA "
+                          "graph for each of its shapes: for GPUs that wait for their host; takes "
+                          "up to twice the memory of activations", bool)
+    checkpoint_activations: bool = option(False, "keep only each block's input and compute the "
+                                          "rest again: less memory, about a third more time", bool)
+
+    def resolved(self) -> "Config":
+        """The same with every default that depends on another field filled in."""
+        size = SIZES[self.size]
+        filled = {name: value for name, value in vars(size).items()
+                  if name not in ("t5", "vit") and getattr(self, name) is None}
+        if self.aml is None:
+            filled["aml"] = self.method == "clorae"
+        if self.precision is None:
+            filled["precision"] = "bf16" if torch.cuda.is_available() else "fp32"
+        if self.out is None:
+            name = Path(self.data).resolve().name if self.data else "demo"
+            filled["out"] = f"runs/{name}-{self.size}-{self.method}"
+        return dataclasses.replace(self, **filled)
+
+    def check(self) -> None:
+        """Refuse numbers that cannot work, before anything slow has begun."""
+        bad = [f"--{name.replace('_', '-')} {words}, got {value}"
+               for words, holds, names in BOUNDS for name in names
+               if (value := getattr(self, name)) is not None and not holds(value)]
+        if self.visual_policy != "train" and (self.init is None or self.method == "full"):
+            bad.append("--visual-policy other than train with --init RUN (a run of method full) "
+                       f"and a method with experts, got --init {self.init}, --method "
+                       f"{self.method}: a fresh adapter that is not trained shows nothing")
+        if bad:
+            raise UsageError(f"expected {'; '.join(bad)}; correct the command line")
+
+    @property
+    def uses_mim(self) -> bool:
+        return self.method == "clorae" and self.mim and self.beta > 0
+
+
+# The option groups of --help: each begins with the field named here.
+GROUPS = {"size": "what to train", "data": "data", "t5": "model", "epochs": "optimisation",
+          "aml": "losses", "out": "run"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What one start of a run needs besides its Config; nothing here changes what is computed."""
+
+    resume: str = option("auto", "'auto' goes on with the newest checkpoint of --out, 'none' "
+                         "starts over, a path names a checkpoint")
+    allow_world_change: bool = option(False, "resume with another number of processes: the same "
+                                      "batches, equal but for rounding", bool, action="store_true")
+    timeout: float = option(300.0, "seconds that the processes wait for one that does not answer",
+                            float)
+    dry_run: bool = option(False, "find, make or fetch corpus and backbone, print files, "
+                           "parameters, rows, steps and memory, and stop: no weight is loaded, "
+                           "nothing is written to --out", bool, action="store_true")
+
+
+def parse_arguments(argv: Sequence[str] | None, description: str,
+                    methods: Sequence[str]) -> tuple[Config, Launch]:
+    """The command line: one option per field of Config and of Launch."""
+    parser = Parser(description=description, usage="%(prog)s [options]")
+    for spec in dataclasses.fields(Config) + dataclasses.fields(Launch):
+        if spec.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[spec.name])
+        group.add_argument("--" + spec.name.replace("_", "-"), default=spec.default,
+                           **spec.metadata, **{"choices": methods} if spec.name == "method" else {})
+    values = vars(parser.parse_args(argv))
+    launch = Launch(**{spec.name: values.pop(spec.name) for spec in dataclasses.fields(Launch)})
+    config = Config(**values).resolved()
+    config.check()
+    if not launch.timeout > 0:
+        raise UsageError(f"expected --timeout above 0, got {launch.timeout}; correct it")
+    return config, launch

@@ -1,0 +1,240 @@
+"""Pictures of runs: curves, weights, routing, errors; several runs side by side."""
+
+import argparse
+import csv
+import dataclasses
+import itertools
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+
+import numpy
+
+from engine.command import Parser
+from engine.compare import System, collect, system_names
+from engine.files import UsageError
+from engine.processes import World, carry_out
+from engine.schema import UNITS
+from evaluate import Job, compare, percent, refresh, run_options
+from tools.figures import COLOURS, STYLES, canvas, write_figure
+from tools.replay import replay
+from tools.routing import route
+
+ERRORS = ("wrong_type", "boundary", "missed", "spurious", "malformed")  # of Counts
+Results = Mapping[object, Mapping[str, Sequence[float]]]  # {system: {unit: F1 in %, one a seed}}
+
+
+def plot_curves(run: Path, path: Path) -> Path:
+    """Losses per step, dev F1 and AML weights per epoch, from a run's metrics.csv and eval.jsonl;
+    the latter is not there before the first epoch has ended."""
+    rows = [{name: float(value) for name, value in row.items()}
+            for row in csv.DictReader(whole_lines(run / "metrics.csv"))]
+    history = list(map(json.loads, whole_lines(run / "eval.jsonl")))
+    if not rows:
+        raise UsageError(f"{run}: expected a run folder with a metrics.csv that has a row, "
+                         "got none; name a run that has taken a step")
+    units = [unit for unit in UNITS if f"CE_{unit}" in rows[0]]
+    window = max(1, len(rows) // 40)
+    figure, (whole, each, dev, weights) = canvas(12, 8, 2, 2)
+    steps = [row["step"] for row in rows]
+    whole.plot(steps, [row["loss"] for row in rows], color="#BBBBBB", linewidth=0.6)
+    whole.plot(steps, running_mean([row["loss"] for row in rows], window), color="black")
+    whole.set(title=f"training loss, and mean of {window} steps", xlabel="step")
+    for unit in units:
+        each.plot(steps, running_mean([row[f"CE_{unit}"] for row in rows], window), label=unit,
+                  markevery=max(1, len(rows) // 8), **STYLES[unit])
+    each.set(title=f"cross-entropy per token, mean of {window} steps", xlabel="step", yscale="log")
+    used = [dict.fromkeys(units, 1.0), *(past["weights"] for past in history[:-1])]
+    for ax, title, series in ((dev, "dev F1, %", [past["f1"] for past in history]),
+                              (weights, "AML weight in the epoch", used[:len(history)])):
+        for unit in units:
+            ax.plot(range(1, len(series) + 1), [values[unit] for values in series], **STYLES[unit])
+        ax.set(title=title, xlabel="epoch", xlim=(0.5, max(len(series), 1) + 0.5))
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    if not history:
+        dev.text(0.5, 0.5, "no epoch has ended yet", ha="center", transform=dev.transAxes)
+    figure.legend(*each.get_legend_handles_labels(), loc="outside right upper")
+    return write_figure(figure, path)
+
+
+def whole_lines(log: Path) -> list[str]:
+    """The lines of a file, without a last one that is still being written; [] without the file."""
+    return log.read_text(encoding="utf-8").split("\n")[:-1] if log.exists() else []
+
+
+def running_mean(values: Sequence[float], window: int) -> list[float]:
+    """Mean of the last `window` values at each place, without those that are NaN (no such rows)."""
+    sums, numbers = (numpy.convolve(part, numpy.ones(window))[:len(values)] for part in (
+        numpy.nan_to_num(values), ~numpy.isnan(values)))
+    with numpy.errstate(invalid="ignore"):
+        return (sums / numbers).tolist()
+
+
+def plot_systems(results: Results, path: Path) -> Path:
+    """Fig. 4: F1 relative to each unit's best system; means and deviations over seeds."""
+    units = [u for u in UNITS if any(u in scores for scores in results.values())]
+    best = {u: max(fmean(s[u]) for s in results.values() if u in s) or 1.0 for u in units}
+    figure, (ax,) = canvas(4 + 1.2 * len(units), 4)
+    width, lowest = 0.8 / len(results), 1.0
+    for i, (system, scores) in enumerate(results.items()):
+        at = {j: [f1 / best[u] for f1 in scores[u]] for j, u in enumerate(units) if u in scores}
+        ax.bar([j + (i + 0.5) * width - 0.4 for j in at], [fmean(r) for r in at.values()], width,
+               yerr=[deviation(r) for r in at.values()], capsize=2, label=system, edgecolor="white",
+               color=COLOURS[i % len(COLOURS)], hatch="//" * (i // len(COLOURS)))
+        lowest = min([lowest, *(min(r) for r in at.values())])
+    start = max(0, math.floor(10 * lowest - 0.5) / 10)
+    ax.set_ylim(bottom=start)
+    ax.set_xticks(range(len(units)), units)
+    ax.set_ylabel(f"F1 / F1 of the best system (from {start:g})")
+    figure.legend(loc="outside right upper")
+    return write_figure(figure, path)
+
+
+def deviation(values: Sequence[float]) -> float:
+    """Standard deviation over seeds; NaN, which draws no error bar, for a single one."""
+    return stdev(values) if len(values) > 1 else math.nan
+
+
+def plot_sweep(results: Results, name: str, path: Path) -> Path:
+    """Fig. 5: F1 of each unit, and their mean, at each value of a setting (the results' keys)."""
+    values = sorted(results)
+    units = [u for u in UNITS if all(u in results[x] for x in values)]
+    figure, (ax,) = canvas(7, 4.5)
+    for unit in units:
+        ax.errorbar(range(len(values)), [fmean(results[x][unit]) for x in values],
+                    [deviation(results[x][unit]) for x in values], capsize=2, label=unit,
+                    **STYLES[unit])
+    ax.errorbar(range(len(values)), [fmean(fmean(results[x][u]) for u in units) for x in values],
+                label="mean", color="#777777", linestyle="--", linewidth=2.5)
+    ax.set_xticks(range(len(values)), [f"{x:g}" for x in values])
+    ax.set_xlabel(name)
+    ax.set_ylabel("F1, %")
+    figure.legend(loc="outside right upper")
+    return write_figure(figure, path)
+
+
+def swept(systems: Sequence[System]) -> str | None:
+    """The one setting, rank or dropout, in which systems differ, if there is one."""
+    for name in ("rank", "dropout"):
+        rest = [dataclasses.replace(system.config, **dict.fromkeys((
+            name, "seed", "out", "save_every"))) for system in systems]
+        values = {getattr(system.config, name) for system in systems}
+        if len(values) == len(systems) > 1 and all(other == rest[0] for other in rest):
+            return name
+    return None
+
+
+def error_counts(systems: Sequence[System]) -> dict[str, Counter]:
+    """{system, or of a single one its unit: {class of errors: number per seed}}."""
+    bars: dict[str, Counter] = {}
+    for system, unit in itertools.product(systems, UNITS):
+        bar = bars.setdefault(unit if len(systems) == 1 else system.name, Counter())
+        for report, kind in itertools.product(system.reports, ERRORS):
+            bar[kind] += report["scores"].get(unit, {}).get(kind, 0) / len(system.reports)
+    return {name: bar for name, bar in bars.items() if bar.total()}
+
+
+def plot_errors(counts: Mapping[str, Counter], path: Path) -> Path:
+    """Stacked bars of `error_counts`, in % of a bar's errors, whose number is named."""
+    figure, (ax,) = canvas(9, 1.5 + 0.4 * len(counts))
+    left = [0.0] * len(counts)
+    for kind, colour in zip(ERRORS, COLOURS):
+        parts = [percent(bar[kind], bar.total()) for bar in counts.values()]
+        bars = ax.barh(range(len(counts)), parts, 0.7, left, label=kind.replace("_", " "),
+                       edgecolor="white", color=colour)
+        ax.bar_label(bars, [f"{bar[kind]:.0f}" if part > 4 else "" for bar, part
+                            in zip(counts.values(), parts)], label_type="center", color="white")
+        left = [a + b for a, b in zip(left, parts)]
+    ax.set_yticks(range(len(counts)), [f"{name} ({bar.total():.0f})"
+                                       for name, bar in counts.items()])
+    ax.invert_yaxis()
+    ax.set_xlabel("% of the errors (their number per seed)")
+    figure.legend(loc="outside right upper")
+    return write_figure(figure, path)
+
+
+def draw_systems(systems: Sequence[System], folder: Path) -> list[Path]:
+    """Systems side by side, over the setting in which they differ, and their errors."""
+    results = {system.name: {unit: f1 for unit, f1 in system.columns().items() if unit in UNITS}
+               for system in systems}
+    made = []
+    if len(systems) > 1:
+        made.append(plot_systems(results, folder / "systems.png"))
+    if name := swept(systems):
+        made.append(plot_sweep({getattr(system.config, name): results[system.name]
+                                for system in systems}, name, folder / f"{name}.png"))
+    if errors := error_counts(systems):
+        made.append(plot_errors(errors, folder / "errors.png"))
+    return made
+
+
+def draw_run(job: Job, folder: Path, args: argparse.Namespace,
+             world: World) -> list[str]:
+    """A run's routing, curves and AML weights: what was made, and what was not and why."""
+    run, lines = job.checkpoint.parent, []
+    curves = folder / f"curves-{run.resolve().name}.png"
+    makers = {"routing": lambda: route(job, folder, args.layers, world)}
+    if world.main:
+        makers["curves"] = lambda: [plot_curves(run, curves)]
+    if world.main and job.config.aml:
+        makers["AML weights"] = lambda: replay(job, folder)[0]
+    for name, make in makers.items():
+        try:
+            lines += map(str, make())
+        except UsageError as why:
+            lines.append(f"no {name}: {why}")
+    return lines + ["no AML weights: trained without them"] * (not job.config.aml)
+
+
+def pictures(args: argparse.Namespace, world: World) -> list[str]:
+    """Draw what these runs and their systems allow; what was made, and what was not and why.
+
+    Needs fresh scores in every folder.  Of several runs each has a folder of its own for what
+    concerns it alone, numbered in the order of the command line.
+    """
+    jobs, lines = [Job.of(folder, args) for folder in args.checkpoint], []
+    for number, job in enumerate(jobs, 1):
+        own = f"{number:02d}-{job.checkpoint.parent.resolve().name}" if len(jobs) > 1 else ""
+        lines += draw_run(job, args.folder / own, args, world)
+    if world.main:
+        systems = collect(jobs, system_names([job.config for job in jobs]))
+        lines += map(str, draw_systems(systems, args.folder))
+    return lines
+
+
+def parser() -> Parser:
+    """The options of this command."""
+    result = Parser(
+        prog="python -m tools.plot", usage="%(prog)s CKPT [CKPT ...] --out DIR [options]",
+        description="Draw runs. Of one CKPT its losses, dev F1, AML weights (and under other "
+                    "assumptions), routing and classes of errors; of several the systems side by "
+                    "side, the setting in which they differ, and the pictures of each in a folder "
+                    "of its own. Scores that still hold are not made again.")
+    result.add_argument("--out", dest="folder", type=Path, metavar="DIR", required=True,
+                        help="folder for the pictures")
+    result.add_argument("--layers", nargs="+", type=int, metavar="N",
+                        help="layers that the routing picture shows; default: all")
+    result.add_argument("--csv", type=Path, metavar="FILE",
+                        help="several CKPT: write the rows of the comparison there, too")
+    run_options(result, several=True)
+    return result
+
+
+def run(args: argparse.Namespace, world: World) -> None:
+    if len(args.checkpoint) > 1 or args.csv:
+        compare(args, world)
+    else:
+        refresh([Job.of(args.checkpoint[0], args)], world)
+    world.print("pictures:", *pictures(args, world))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    carry_out(run, parser().parse_args(argv))
+
+
+
+if __name__ == "__main__":
+    main()
