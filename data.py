@@ -304,7 +304,7 @@ class Tokenizer:
         return " ".join(text for text in texts + [self.pieces.decode(run)] if text)
 
     def undecodable(self, vocab_size: int) -> list[int]:
-        """Ids below vocab_size (the model's) that no target holds: never generate them."""
+        """Ids below vocab_size (the model's) that no answer may hold: never generate them."""
         kept = {i for i in range(self.vocab_size) if not self.pieces.is_control(i)}
         kept |= {self.pad_id, self.eos_id, self.spot_id, self.asoc_id}
         return [i for i in range(vocab_size) if i not in kept]
@@ -370,8 +370,7 @@ def encode_source(record: Record, dataset: Dataset, tokenizer: Tokenizer,
 
 def encode_target(record: Record, groups: list[list[str]], tokenizer: Tokenizer,
                   limit: int) -> tuple[list[int], int]:
-    """(ids of the target, number of last items dropped until it fits). A relation keeps its label.
-    """
+    """(ids of the target, number of last items dropped so that it fits); a relation is kept."""
     count = sum(map(len, groups))
     while len(ids := tokenizer.encode(join_groups(groups))) > limit and any(groups):
         if record.task == "mre" and len(groups[0]) > 1:

@@ -226,6 +226,7 @@ class RecordRules:
         self.box = box_within(*(size if size is not None and SIZE.holds(size) else ()))
 
     def record(self) -> Rule:
+        """The fields of every record and, unless its task is unknown, the gold of that task."""
         events = {"events": [self.event]}
         if self.has_accepted:
             events["accepted"] = [lambda event: self.event(event, in_text=True)]
@@ -250,7 +251,7 @@ class RecordRules:
                 "end": Must(lambda v: self.span.holds(span), self.span.problem)}
 
     def event(self, event: object, in_text: bool = False) -> Rule:
-        """An event without trigger is one of the whole image; in_text: image and boxes are none."""
+        """A null trigger stands for the whole image; in_text: an event of the text alone."""
         of_image = not in_text and get(event, "trigger") is None
         role = one_of(get(get(self.dataset.labels, "meae"), get(event, "type"), ()))
         if not one_of(self.labels).holds(get(event, "type")):

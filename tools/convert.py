@@ -84,11 +84,10 @@ def event_word(name: str) -> str:
     return name.split(":")[1].replace("-", " ").lower()
 
 
-def raw_record(dataset: str, task: str, name: str, tokens: list[str], image: str | None,
-               objects: list, **gold: object) -> dict:
-    """A record as JSON; the size of the image is unknown unless `gold` holds it too."""
-    return {"id": name, "dataset": dataset, "task": task, "tokens": tokens, "image": image,
-            "size": None, "objects": objects, **gold}
+def raw_record(dataset: str, **fields: object) -> dict:
+    """A record as JSON; what `fields` do not hold is empty or unknown."""
+    return {"id": "", "dataset": dataset, "task": "", "tokens": [], "image": None, "size": None,
+            "objects": [], **fields}
 
 
 @contextmanager
@@ -125,8 +124,8 @@ def read_conll(path: Path, dataset: str) -> Rows:
         mark, _, label = tag.partition("-")
         if line.startswith("IMGID:") and not tab:
             name, inside = line.removeprefix("IMGID:"), True
-            rows.append((where, raw_record(dataset, "mner", name, [], f"{name}.jpg", [],
-                                           entities=[])))
+            rows.append((where, raw_record(dataset, id=name, task="mner", tokens=[],
+                                           image=f"{name}.jpg", entities=[])))
         elif not line:
             inside = False
         elif not inside or not token or tag != "O" and not (mark in ("B", "I") and label in TAGS):
@@ -159,8 +158,8 @@ def read_mnre(path: Path, dataset: str) -> Rows:
             if not isinstance(image, str):
                 raise ValueError(f"img_id {show(image)} names no picture")
             rows.append((where, raw_record(
-                dataset, "mre", f"{number}", row["token"], image, [], head=row["h"]["pos"],
-                tail=row["t"]["pos"], relation=relation_word(relation))))
+                dataset, id=f"{number}", task="mre", tokens=row["token"], image=image,
+                head=row["h"]["pos"], tail=row["t"]["pos"], relation=relation_word(relation))))
     return rows
 
 
@@ -177,9 +176,9 @@ def text_event(mention: dict) -> dict:
 
 
 def read_ace(path: Path, dataset: str) -> Rows:
-    """A sample for each line of OneIE's JSON lines, sentences without event too; no pictures.
+    """A sample for each line of OneIE's JSON lines, also for sentences without event; no pictures.
 
-    An argument stands where the entity mention stands that it names.
+    An argument names an entity mention, and stands where that stands.
     """
     rows = []
     for where, line in read_lines(path):
@@ -196,7 +195,7 @@ def read_ace(path: Path, dataset: str) -> Rows:
             if not name.startswith(document):        # the number of the sentence in its document
                 name = f"{document}-{name}"
             rows.append((where, raw_record(
-                dataset, "", name, sentence["tokens"], None, [],
+                dataset, id=name, tokens=sentence["tokens"],
                 events=list(map(text_event, sentence["event_mentions"])))))
     return rows
 
@@ -240,10 +239,10 @@ def read_m2e2(path: Path, dataset: str) -> Rows:
             event = text_event(mention)
             if coref == picture["event_type"]:
                 event["arguments"] += [{"role": role.lower(), "box": box} for role, box in boxes]
-            more = {"accepted": accepted[name]} if name in accepted else {}
-            rows.append((where, raw_record(dataset, "", f"{name}+{image}", sentence["words"],
-                                           image, [box for _, box in boxes], events=[event],
-                                           **more)))
+            rows.append((where, raw_record(
+                dataset, id=f"{name}+{image}", tokens=sentence["words"], image=image,
+                objects=[box for _, box in boxes], events=[event],
+                **({"accepted": accepted[name]} if name in accepted else {}))))
     several = sum("accepted" in row for _, row in rows)
     print(f"{dataset}: {several} of {len(rows)} samples have other events in their sentence, which "
           f"are accepted ({len(accepted)} sentences)")
@@ -293,8 +292,8 @@ def read_swig(path: Path, dataset: str) -> Rows:
                 if name in roles and argument not in arguments:
                     arguments.append(argument)
             event = {"type": event, "trigger": None, "arguments": arguments}
-            rows.append((where, raw_record(dataset, "", image, [], image, objects, size=size,
-                                           events=[event])))
+            rows.append((where, raw_record(dataset, id=image, image=image, size=size,
+                                           objects=objects, events=[event])))
     print(f"{path}: {len(pictures) - len(rows)} of {len(pictures)} pictures left out (verb unmapped"
           f"); {flat} boxes without area dropped")
     return rows
