@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import re
 import sys
 from typing import Any, NoReturn
 
@@ -12,28 +11,31 @@ class Parser(argparse.ArgumentParser):
     and the help names each default that is not None or False."""
 
     def __init__(self, **options: object):
+        self.flags: list[str] = []                   # all that are declared
         super().__init__(**{"allow_abbrev": False, **options})
 
+    def add_argument(self, *names: object, **settings: object) -> argparse.Action:
+        return self.noted(super().add_argument(*names, **settings))
+
     def add_argument_group(self, *words: object, **options: object) -> Any:
-        """A group as argparse makes it, whose add_argument puts the default into the help."""
         group = super().add_argument_group(*words, **options)
         declare = group.add_argument
-
-        def add_argument(*names: object, **settings: object) -> argparse.Action:
-            action = declare(*names, **settings)
-            silent = action.default is None or action.default is False or "default" in action.help
-            action.help += "" if silent else " (default: %(default)s)"
-            return action
-
-        group.add_argument = add_argument
+        group.add_argument = lambda *names, **settings: self.noted(declare(*names, **settings))
         return group
+
+    def noted(self, action: argparse.Action) -> argparse.Action:
+        """A declared argument, with its default in its help."""
+        self.flags += action.option_strings
+        silent = action.default in (None, argparse.SUPPRESS) or action.default is False
+        if not silent and "default" not in action.help:
+            action.help += " (default: %(default)s)"
+        return action
 
     def error(self, message: str) -> NoReturn:
         """End with exit code 2 and one line, which names flags close to the unknown ones."""
-        flags = re.findall(r"--[\w-]+", self.format_help())
         for word in message.split():
-            near = difflib.get_close_matches(word.split("=")[0], flags, n=1)
-            if word.startswith("--") and near and word not in flags:
+            near = difflib.get_close_matches(word.split("=")[0], self.flags, n=1)
+            if word.startswith("--") and near and word not in self.flags:
                 message += f" (did you mean {near[0]}?)"
         self.exit(2, f"error: {message}; see `{self.prog} --help`\n")
 
