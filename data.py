@@ -1,30 +1,7 @@
-"""Records, prompts, target strings and batches: everything between the files and the model.
+"""From a record to the tensors that a model reads, and from its answer back to facts.
 
-In reading order: what a record must be; the files of a corpus; prompts, targets and how answers
-are read; T5's tokenizer; examples and batches; published files and their conversion; the commands.
-
-A corpus is a folder of datasets, CORPUS/<dataset>/{dataset.json, train|dev|test.jsonl, images/}.
-dataset.json describes its dataset. "units" names, for each record task, its column of the result
-table; labels are sorted lower-case words; "note" (optional) is one line that stands beside scores:
-
-    {"name": "twitter2017", "units": {"mner": "T17"}, "labels": {"mner": ["location", "person"]}}
-
-mner, mre (with "none") and med have a list of labels, meae has {event type: [roles]}. A record is
-one JSON object on one line: the seven keys that every record has, and the gold of its task.
-
-    {"id": "17_06_4705", "dataset": "twitter2017", "task": "mner",
-     "tokens": ["Kyrie", "in", "Boston"], "image": "17_06_4705.jpg" (below images/) or null,
-     "size": [width, height] or null (unknown), "objects": [[x1, y1, x2, y2], ...] (O1, O2, ...),
-     mner:        "entities": [{"type": "person", "start": 0, "end": 1}, ...]
-     mre:         "head": [0, 1], "tail": [2, 3], "relation": "none"
-     med, meae:   "events": [{"type": "attack", "trigger": [4, 5] or null (the whole image, O0),
-                              "arguments": [{"role": "attacker", "span": [0, 2]},
-                                            {"role": "target", "box": [1, 2, 9, 9], "object": 1}]}]}
-
-Spans are [start, end) in tokens, boxes are pixels. "object" is the 1-based number of the object
-that shows a gold box (IoU >= 0.5), null where none does. A sample without text has "tokens": [].
-Med and meae records may have one key more, "accepted": a list like "events", of events in the text
-alone that are right although they are not gold of the sample.
+In reading order: prompts, targets and how answers are read; T5's tokenizer; examples and batches.
+What a record is stands at the top of engine/schema.py.
 
 A prompt states the task and its labels first and the text last: only text is ever truncated.
 The model answers in this grammar (text is percent-escaped where it looks like structure):
@@ -34,30 +11,11 @@ The model answers in this grammar (text is percent-escaped where it looks like s
     meae = "none" | event {<asoc> event}                    event  = type {<spot> role, filler}
     <spot>, <asoc>: T5's <extra_id_0>, <extra_id_1>         filler = text | O0 | O1 | O2 ...
 
+O1, O2, ... are the objects of the record's image, O0 is the whole image.
+
 References: C-LoRAE (arXiv 2505.06303), UMIE (Sun et al., AAAI 2024), T5 (Raffel et al., 2020).
 Shape legend: B batch, S source tokens, T target tokens, V visual tokens, F image-feature width.
-
-    python data.py convert KIND SRC DST      KIND and the files that SRC holds:
-        twitter2015, twitter2017, snap       {train,valid,test}.txt
-        mnre_v1 | mnre_v2                    ours_{train,val,test}.txt | mnre_{train,val,test}.txt
-        ace2005                              {train,dev}.oneie.json (licensed; OneIE's JSON lines)
-        swig                                 {train,dev}.json, ace_sr_mapping.txt (of M2E2)
-        m2e2_gold                            crossmedia_coref.txt, *_multimedia_event.json and, for
-                                             "accepted", text_only_event.json
-        m2e2                                 the same, m2e2_yolov8_objects.json
-    python data.py check DST                 validate everything, print counts and shared texts
-
-m2e2 is the detector mode and the one to report: objects are the --max-objects most confident
-detections. m2e2_gold is the gold-box mode: objects are the gold boxes, which leaks their number.
-ace2005 and swig train what m2e2 tests, with its event types and roles (--event-types all: theirs).
-
-A converter writes DST/KIND in the format above; put (or link) the pictures into
-DST/KIND/images. Sources: Twitter-15/17 github.com/jefferyYu/UMT; SNAP (Lu et al., ACL 2018); MNRE
-github.com/thecharm/MNRE; M2E2 github.com/limanling/m2e2, its detections seebergerph/MMUTF; SWiG
-github.com/allenai/swig; ACE2005 from the LDC, as OneIE (Lin et al., ACL 2020) prepares it.
 """
-
-from __future__ import annotations
 
 import hashlib
 import math
@@ -73,8 +31,8 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional as F
 
 from engine.command import moved
 from engine.corpus import read_bytes
@@ -87,7 +45,7 @@ OBJECT = re.compile(r"O([0-9]+)")
 
 
 def escape(text: str, filler: bool = False) -> str:
-    """Text that cannot be read as structure nor, for a filler, as an object; the rest is kept."""
+    """Text that cannot be read as structure nor, as a filler, as an object; else unchanged."""
     if filler and OBJECT.fullmatch(text):
         return "%4F" + text[1:]
     return RESERVED.sub("%3C", re.sub(r"%(?=[0-9A-Fa-f]{2})", "%25", text))
@@ -108,18 +66,21 @@ def prompt(record: Record, dataset: Dataset) -> tuple[str, str]:
     labels = dataset.labels[record.task]
     listed = ", ".join(sorted(labels))
     if record.task == "meae":
-        listed = "; ".join(f"{kind}: {', '.join(sorted(labels[kind]))}" for kind in sorted(labels))
-    what = {"mner": "the following entity type", "med": "event trigger", "meae": "event argument"}
+        listed = "; ".join(f"{name}: {', '.join(sorted(labels[name]))}" for name in sorted(labels))
+    asked = {"mner": "the following entity type", "med": "event trigger", "meae": "event argument"}
     if record.task == "mre":
         head, tail = (escape(words(record, span)) for span in (record.head, record.tail))
-        what["mre"] = f"the following relation between {head} and {tail}"
+        asked["mre"] = f"the following relation between {head} and {tail}"
     text = escape(" ".join(record.tokens)) or "none"
-    return f"Please extract {what[record.task]}: {listed}. Text: ", text
+    return f"Please extract {asked[record.task]}: {listed}. Text: ", text
 
 
 @dataclass(frozen=True)
 class Item:
-    """A gold or predicted fact as metrics compare it. Located nowhere, it can never match."""
+    """A gold or predicted fact as metrics compare it.
+
+    One that has neither span nor box nor is the whole image can never match, but for a relation.
+    """
     label: str                                       # entity type, relation or event type
     role: str | None = None                          # of an argument
     span: Span | None = None
@@ -131,15 +92,15 @@ class Item:
 
 
 def sorted_events(record: Record) -> list[dict]:
-    """By trigger; events of the whole image last."""
+    """The gold events of a record by their triggers; those of the whole image come last."""
     return sorted(record.events, key=lambda e: (e["trigger"] is None, e["trigger"] or ()))
 
 
 def gold_items(record: Record) -> list[Item]:
-    """The gold facts of a record in the order of its target, unreachable boxes included.
+    """The gold facts of a record in the order of its target.
 
-    Entities and triggers by offset; arguments event by event: those in the text by offset, then
-    objects by number, then boxes that no object shows.
+    Entities and triggers come by offset; arguments event by event: those in the text by offset,
+    then objects by number, then boxes that no object shows, which no target can name.
     """
     def located(label: str, span: Span | None, number: int | None = None, role: str | None = None,
                 box: Box | None = None, event: int = 0) -> Item:
@@ -167,7 +128,7 @@ def gold_items(record: Record) -> list[Item]:
 def target_groups(record: Record, visible: int | None = None) -> list[list[str]]:
     """The target's fields: groups (joined by <asoc>) of items (joined by <spot>).
 
-    visible: number of leading tokens that the model can see (default all); items with a span
+    visible: number of leading tokens that the model can see (default all); items whose span ends
     beyond are left out. A relation is always kept, as its prompt names head and tail.
     """
     if record.task == "mre":
@@ -184,6 +145,7 @@ def target_groups(record: Record, visible: int | None = None) -> list[list[str]]
 
 
 def join_groups(groups: list[list[str]]) -> str:
+    """The groups of target_groups() as a target string."""
     return " <asoc> ".join(" <spot> ".join(group) for group in groups) or "none"
 
 
@@ -193,7 +155,10 @@ def target(record: Record) -> str:
 
 
 def split_item(item: str, labels: Iterable[str]) -> tuple[str, str] | None:
-    """"label, text" -> (label, text), or None. Without a comma the longest label in front."""
+    """"label, text" -> (label, text), None if it has no known label or no text.
+
+    Where the comma is missing, the label is the longest one that the item begins with.
+    """
     label, comma, text = item.partition(",")
     label = label.strip(" ").lower()
     if not comma:
@@ -205,10 +170,10 @@ def split_item(item: str, labels: Iterable[str]) -> tuple[str, str] | None:
 
 def parse(task: str, text: str, labels: Iterable[str] | dict,
           cut: bool = False) -> tuple[list[Item], int]:
-    """Lenient reading of a model's output: items, not yet located, and how many pieces fit no rule.
+    """Read a model's output leniently: (items, not yet located; how many pieces fit no rule).
 
     labels: dataset.labels[task]. cut: the output hit the length limit, so that its last item may
-    be incomplete and is dropped. mre always gives one item, "none" where no relation is found.
+    be incomplete and is dropped. mre always gives one item, "none" where no relation is readable.
     """
     text = re.sub(r"\s+", " ", re.sub("<pad>|</s>", " ", text), flags=re.ASCII).strip(" ")
     groups = re.split(" ?<asoc> ?", text) if task == "meae" else [text]
@@ -224,20 +189,20 @@ def parse(task: str, text: str, labels: Iterable[str] | dict,
         groups[-1].pop()
     items, malformed = [], int(cut)
     for event, group in enumerate(groups):
-        kind, known = None, labels                   # an event type, and what may follow it
+        event_type, known = None, labels             # of meae, and the labels of the group's items
         if task == "meae" and group:
-            kind = group.pop(0).lower()
-            known = labels.get(kind, ())
-            malformed += kind not in labels and not group
-        for found in (split_item(item, known) for item in group):
-            if found is None:
+            event_type = group.pop(0).lower()
+            known = labels.get(event_type, ())
+            malformed += event_type not in labels and not group
+        for pair in (split_item(item, known) for item in group):
+            if pair is None:
                 malformed += 1
                 continue
-            name, filler = found
+            label, filler = pair
             match = OBJECT.fullmatch(filler) if task != "mner" else None
             number = int(match[1][:9]) if match else None    # longer ones are beyond any list too
-            items.append(Item(kind or name, name if kind else None, object=number, event=event,
-                              text=filler if match else unescape(filler)))
+            items.append(Item(event_type or label, label if event_type else None, object=number,
+                              event=event, text=filler if match else unescape(filler)))
     return items, malformed
 
 
@@ -248,20 +213,20 @@ def canon(text: str) -> str:
 
 
 def occurrences(tokens: list[str], text: str) -> list[Span]:
-    """All token-aligned places of `text`, left to right; tokens and text are canonical."""
-    found = []
+    """All spans of tokens that read `text`, left to right; tokens and text are canonical."""
+    spans = []
     for start in (i for i, token in enumerate(tokens) if token and text.startswith(token)):
         joined, end = tokens[start], start + 1
         while len(joined) < len(text) and end < len(tokens):
             joined, end = joined + (" " + tokens[end] if tokens[end] else ""), end + 1
-        found += [(start, end)] if joined == text else []
-    return found
+        spans += [(start, end)] if joined == text else []
+    return spans
 
 
 def predicted_items(record: Record, text: str, dataset: Dataset,
                     triggers: dict[str, int] | None = None,
                     cut: bool = False) -> tuple[list[Item], int]:
-    """(items, malformed) of a model's output, located in the record's text and objects.
+    """What parse() returns for a model's output, with items located in text and objects.
 
     The k-th entity or trigger with one text is its k-th occurrence. An argument is the occurrence
     nearest to its event's trigger; triggers: {event type: first token} as predicted for the same
@@ -313,7 +278,7 @@ class Tokenizer:
         self.spot_id, self.asoc_id = self.vocab_size + 99, self.vocab_size + 98
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` with eos. It is split at sentinels, each part is encoded by itself."""
+        """Ids of `text` and eos; each piece of text between sentinels is encoded by itself."""
         ids, start = [], 0
         for match in SENTINEL.finditer(text):
             k = int(match[1]) if match[1] else STRUCTURE.index(match[0])
@@ -323,7 +288,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text up to eos; <spot>, <asoc> and <extra_id_k> stay visible, pad does not."""
-        parts, run = [], []
+        texts, run = [], []                          # what is decoded, ids that are not yet
         for i in map(int, ids):
             if i == self.eos_id:
                 break
@@ -332,14 +297,14 @@ class Tokenizer:
                 run += [i] if i != self.pad_id else []
             elif 0 <= k < 100:
                 name = STRUCTURE[k] if k < len(STRUCTURE) else f"<extra_id_{k}>"
-                parts, run = parts + [self.pieces.decode(run), name], []
+                texts, run = texts + [self.pieces.decode(run), name], []
             else:
                 raise DataError(f"decode: id {i} is neither one of {self.vocab_size} pieces nor a "
                                 "sentinel: ban undecodable() ids when generating")
-        return " ".join(part for part in parts + [self.pieces.decode(run)] if part)
+        return " ".join(text for text in texts + [self.pieces.decode(run)] if text)
 
     def undecodable(self, vocab_size: int) -> list[int]:
-        """Ids below vocab_size (the model's) that stand for no output: never generate them."""
+        """Ids below vocab_size (the model's) that no answer may hold: never generate them."""
         kept = {i for i in range(self.vocab_size) if not self.pieces.is_control(i)}
         kept |= {self.pad_id, self.eos_id, self.spot_id, self.asoc_id}
         return [i for i in range(vocab_size) if i not in kept]
@@ -349,7 +314,7 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class Example:
-    """A record as ids: `unit` and `task` index UNITS and TASKS, `row` the list it came from."""
+    """A record as ids; `unit` and `task` index UNITS and TASKS, `row` the list of all records."""
     record: Record
     unit: int
     task: int
@@ -387,7 +352,7 @@ def encode_records(records: list[Record], datasets: dict[str, Dataset], tokenize
 
 def encode_source(record: Record, dataset: Dataset, tokenizer: Tokenizer,
                   limit: int) -> tuple[list[int], int | None]:
-    """(ids, number of leading tokens that are left whole, None when nothing was cut)."""
+    """(ids of the prompt, number of leading tokens that are whole in it or None if all are)."""
     prefix, text = prompt(record, dataset)
     ids = tokenizer.encode(prefix + text)
     if len(ids) <= limit:
@@ -405,7 +370,7 @@ def encode_source(record: Record, dataset: Dataset, tokenizer: Tokenizer,
 
 def encode_target(record: Record, groups: list[list[str]], tokenizer: Tokenizer,
                   limit: int) -> tuple[list[int], int]:
-    """(ids, number of last items dropped until they fit); of a relation its label stays."""
+    """(ids of the target, number of last items dropped so that it fits); a relation is kept."""
     count = sum(map(len, groups))
     while len(ids := tokenizer.encode(join_groups(groups))) > limit and any(groups):
         if record.task == "mre" and len(groups[0]) > 1:
@@ -427,31 +392,33 @@ class Batch:
     boxes: Tensor                                    # [B,V,5] float32
     visual_mask: Tensor                              # [B,V] bool; V = 0 when no row has an image
     rows: Tensor                                     # [B] long, Example.row
-    real: Tensor | None = None                       # [n] long, which of the B T labels count
+    real: Tensor | None = None                       # [n] long, which of the B * T labels count
 
-    def to(self, device: torch.device | str) -> Batch:
-        """The batch there, but for `tasks` and `rows`: only the host reads them, and it would
-        have to wait for a GPU to get them back."""
-        there = {name: value.to(device, non_blocking=True) for name, value in vars(self).items()
-                 if value is not None and name not in ("tasks", "rows")}
-        return replace(self, **there)
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch on a device, but for `tasks` and `rows`: only the host reads these, and it
+        would have to wait for a GPU to get them back."""
+        return replace(self, **{name: value.to(device, non_blocking=True)
+                                for name, value in vars(self).items()
+                                if value is not None and name not in ("tasks", "rows")})
 
-    def widened(self, most_visual: int) -> Batch:
-        """The batch with padding, also whole rows of it, up to sizes that other batches have, too:
-        multiples of 4 rows, of 16 tokens and of 6 visual ones, of which there are at most so many.
-        All labels are counted among the real ones: which are is no matter of size."""
+    def widened(self, most_visual: int) -> "Batch":
+        """The batch padded to one of few shapes, each of which a CUDA graph can be captured for.
+
+        Sizes become multiples: B of 4 (with rows that are all padding), S and T of 16, V of 6 but
+        at most most_visual. `real` counts all labels, so that its length follows from the shape.
+        """
         (B, S), T, V = self.input_ids.shape, self.labels.shape[1], self.features.shape[1]
         extra = {"B": -B % 4, "S": -S % 16, "T": -T % 16, "V": min(-V % 6, most_visual - V)}
-        values = {"labels": -100, "tasks": int(self.tasks.max()), "rows": -1}  # or 0
+        padding = {"labels": -100, "tasks": int(self.tasks.max()), "rows": -1}  # of others 0
 
-        def wide(name: str, dimensions: str) -> Tensor:
+        def widen(name: str, dimensions: str) -> Tensor:
             by = [size for letter in reversed(dimensions) for size in (0, extra.get(letter, 0))]
-            return F.pad(getattr(self, name), by, value=values.get(name, 0))
+            return F.pad(getattr(self, name), by, value=padding.get(name, 0))
 
-        padded = {name: wide(name, dimensions) for name, dimensions in {
+        wide = {name: widen(name, dimensions) for name, dimensions in {
             "input_ids": "BS", "attention_mask": "BS", "labels": "BT", "tasks": "B", "units": "B",
             "features": "BVF", "boxes": "BVF", "visual_mask": "BV", "rows": "B"}.items()}
-        return Batch(**padded, real=torch.arange(padded["labels"].numel()))
+        return Batch(**wide, real=torch.arange(wide["labels"].numel()))
 
 
 def collate(examples: list[Example],
@@ -459,7 +426,7 @@ def collate(examples: list[Example],
             feature_width: int, pad_id: int = 0) -> Batch:
     """Examples -> Batch, stably sorted by task so that each task's rows form one segment.
 
-    features(record) -> (features [V,F], boxes [V,5]) or None for a record without an image.
+    features(record): (features [V,F], boxes [V,5]), or None for a record without an image.
     """
     def padded(rows: list, value: int) -> Tensor:
         return torch.nn.utils.rnn.pad_sequence(list(map(torch.as_tensor, rows)), True, value)
@@ -500,28 +467,28 @@ def global_batches(examples: list[Example], seed: int, epoch: int,
 
 
 def micro_batches(indices: list[int], examples: list[Example], rows: int) -> list[list[int]]:
-    """`indices` in slices of `rows` examples on average, each of examples of similar length.
+    """`indices` in slices of `rows` examples on average and 2 * rows at most, of similar length.
 
     The examples, sorted by length, are cut where the sum of the slices' computed tokens, squared,
-    is least: little of it is padding, and processes that get a slice each finish together. At most
-    2 * rows are in a slice. Found by dynamic programming, one slice more in each round.
+    is least: little of that is padding, and processes that get a slice each finish together. This
+    is dynamic programming, with one slice more in each round.
     """
     order = sorted(indices, key=lambda i: (len(examples[i].input_ids), len(examples[i].labels), i))
     best = {0: (0, [])}                              # examples placed -> least sum, its slices
     for _ in range(math.ceil(len(order) / rows)):
-        found = {}
+        longer = {}                                  # the same with one slice more
         for stop in range(1, len(order) + 1):
-            longest = 0                              # target of order[start:stop]
+            longest = 0                              # target in order[start:stop]
             for start in range(stop - 1, max(-1, stop - 2 * rows - 1), -1):
                 longest = max(longest, len(examples[order[start]].labels))
                 width = len(examples[order[stop - 1]].input_ids) + longest
                 cost = ((stop - start) * width) ** 2 + best.get(start, (math.inf,))[0]
-                if cost < found.get(stop, (math.inf,))[0]:
-                    found[stop] = cost, best[start][1] + [order[start:stop]]
-        best = found
+                if cost < longer.get(stop, (math.inf,))[0]:
+                    longer[stop] = cost, best[start][1] + [order[start:stop]]
+        best = longer
     return best[len(order)][1]
 
 
 if __name__ == "__main__":
-    moved(f"data.py {' '.join(sys.argv[1:2])}".strip(),
-          "python -m tools.check" if sys.argv[1:2] == ["check"] else "python -m tools.convert")
+    tool = "check" if sys.argv[1:2] == ["check"] else "convert"
+    moved(f"data.py {tool}", f"python -m tools.{tool}")

@@ -1,4 +1,6 @@
-"""What every run needs and no equation mentions: files, weights, images.
+"""What every run needs and no equation mentions: files, corpora, settings, processes, checkpoints.
 
-Nothing here imports a chapter; models, towers and modules are passed in as arguments.
+Modules of this folder import only each other; models, towers and tokenizers are passed in as
+arguments. Whatever a reader needs to follow the paper belongs into a chapter at the top level,
+whatever makes a chapter faster into fast/, and whatever is a command into tools/.
 """

@@ -1,42 +1,46 @@
-"""The command line of all commands."""
-
-from __future__ import annotations
+"""How every command declares its options, answers mistakes, and says where it has moved."""
 
 import argparse
 import difflib
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """The argparse of all four commands: no abbreviated flags, an unknown flag is answered with
-    the nearest known one, and the help names each default that is not "nothing" or "no"."""
-
-    class Help(argparse.ArgumentDefaultsHelpFormatter):
-        def _get_help_string(self, action: argparse.Action) -> str:
-            silent = action.default is None or action.default is False or "default" in action.help
-            return action.help if silent else super()._get_help_string(action)
+    """argparse without abbreviated flags; an unknown flag is answered with the nearest known one,
+    and the help names each default that is not None or False."""
 
     def __init__(self, **options: object):
-        super().__init__(**{"allow_abbrev": False, "formatter_class": self.Help, **options})
+        self.flags: list[str] = []                   # all that are declared
+        super().__init__(**{"allow_abbrev": False, **options})
 
-    def flags(self) -> list[str]:
-        """All flags, those of subcommands included."""
-        inner = [parser for action in self._actions if isinstance(action.choices, dict)
-                 for parser in action.choices.values() if isinstance(parser, Parser)]
-        own = [flag for action in self._actions for flag in action.option_strings]
-        return sum((parser.flags() for parser in inner), own)
+    def add_argument(self, *names: object, **settings: object) -> argparse.Action:
+        return self.noted(super().add_argument(*names, **settings))
 
-    def error(self, message: str) -> None:
-        flags = self.flags()
+    def add_argument_group(self, *words: object, **options: object) -> Any:
+        group = super().add_argument_group(*words, **options)
+        declare = group.add_argument
+        group.add_argument = lambda *names, **settings: self.noted(declare(*names, **settings))
+        return group
+
+    def noted(self, action: argparse.Action) -> argparse.Action:
+        """A declared argument, with its default in its help."""
+        self.flags += action.option_strings
+        silent = action.default in (None, argparse.SUPPRESS) or action.default is False
+        if not silent and "default" not in action.help:
+            action.help += " (default: %(default)s)"
+        return action
+
+    def error(self, message: str) -> NoReturn:
+        """End with exit code 2 and one line, which names flags close to the unknown ones."""
         for word in message.split():
-            near = difflib.get_close_matches(word.split("=")[0], flags, n=1)
-            if word.startswith("--") and near and word not in flags:
+            near = difflib.get_close_matches(word.split("=")[0], self.flags, n=1)
+            if word.startswith("--") and near and word not in self.flags:
                 message += f" (did you mean {near[0]}?)"
         self.exit(2, f"error: {message}; see `{self.prog} --help`\n")
 
 
 def moved(old: str, new: str) -> NoReturn:
-    """End a command that was spelt otherwise before: say how it is spelt now, exit with 2."""
+    """End with exit code 2 and the new spelling of a command."""
     print(f"error: {old} is now {new}; see `{new} --help`", file=sys.stderr)
     sys.exit(2)

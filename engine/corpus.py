@@ -1,6 +1,8 @@
-"""The files of a corpus."""
+"""The files of a corpus: reading, checking and writing datasets, and what a run takes from them.
 
-from __future__ import annotations
+The format stands at the top of engine/schema.py. Readers are strict: they raise DataError with
+file, line, field and advice.
+"""
 
 import hashlib
 import json
@@ -9,80 +11,18 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from engine.files import file_hash
-from engine.schema import (SPLITS, UNITS, DataError, Dataset, Problems, Record, dataset_rule,
-                           nearest, show)
+from engine.files import file_hash, write_whole
+from engine.schema import SPLITS, UNITS, DataError, Dataset, Problems, Record
+from engine.schema import dataset_rule, nearest, show
 from engine.settings import Config
 
-
-def corpus_hash(corpus: Path) -> str:
-    """sha256 over the rows and label sets of a corpus, in hex; images count by their names."""
-    files = sorted(file for file in corpus.glob("*/*") if file.suffix in (".json", ".jsonl"))
-    named = (f"{file.parent.name}/{file.name} {file_hash(file)}\n" for file in files)
-    return hashlib.sha256("".join(named).encode()).hexdigest()
+Rows = list[tuple[str, dict]]                        # (where it comes from, record as JSON)
 
 
-def read_splits(corpus: Path, datasets: dict[str, Dataset],
-                units: Sequence[str] | None) -> dict[str, list[Record]]:
-    """{split: its records of these units}, None for all; empty if no dataset of theirs has it."""
-    wanted = set(units or UNITS)
-    folders = [corpus / name for name, dataset in datasets.items()
-               if wanted & set(dataset.units.values())]
-    return {split: load_corpus(corpus, split, units)
-            if any((folder / f"{split}.jsonl").exists() for folder in folders) else []
-            for split in SPLITS}
-
-
-def hold_out(records: dict[str, list[Record]], datasets: dict[str, Dataset],
-             how: str) -> str | None:
-    """Take Table 4's units out of the train and dev records, in place; what was done, in words.
-
-    paper: T17 and V2.  clean: also SNAP, drawn from the same pool of tweets as T17, and every text
-    of another dataset that stands in the test split of T17 or V2 (V1 holds 183 of T17's).
-    """
-    if how == "none":
-        return None
-    away = {"T17", "V2"} | ({"SNAP"} if how == "clean" else set())
-
-    def unit(record: Record) -> str:
-        return datasets[record.dataset].units[record.task]
-
-    seen = texts_of(r for r in records["test"] if unit(r) in ("T17", "V2"))
-    dropped = 0
-    for split in ("train", "dev"):
-        kept = [record for record in records[split] if unit(record) not in away]
-        records[split] = [record for record in kept
-                          if how == "paper" or normalised(record) not in seen]
-        dropped += len(kept) - len(records[split])
-    return (f"hold-out ({how}): {', '.join(u for u in UNITS if u in away)} neither in train nor in "
-            f"dev; {dropped} more records left out, whose text is in the test split of T17 or V2")
-
-
-def unit_rows(records: Sequence[Record], datasets: dict[str, Dataset]) -> dict[str, int]:
-    """Rows per unit, in the order of the table."""
-    names = [datasets[record.dataset].units[record.task] for record in records]
-    return {unit: names.count(unit) for unit in UNITS if unit in names}
-
-
-def corpus_of(config: "Config") -> Path:
-    """The corpus that settings name, else the demo world."""
-    return Path(config.data or "data/demo")
-
-
-def split_digest(corpus: Path, split: str) -> str:
-    """sha256 over the files of a split and the names of the images that are there."""
-    digest = hashlib.sha256()
-    for path in sorted([*corpus.glob("*/dataset.json"), *corpus.glob(f"*/{split}.jsonl")]):
-        digest.update(path.read_bytes())
-    images = sorted(str(path.relative_to(corpus)) for path in corpus.glob("*/images/**/*"))
-    digest.update("\n".join(images).encode(errors="surrogateescape"))
-    return digest.hexdigest()
-
-
-# ---------------------------------------------------------------------------- files of a corpus
+# ---------------------------------------------------------------------------- reading
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a file, DataError where there is none."""
+    """The content of a file; DataError where it cannot be read."""
     try:
         if path.exists() and not path.is_file():     # a pipe or a device would never end
             raise OSError(0, "no regular file")
@@ -139,25 +79,25 @@ def read_split(folder: Path, split: str, dataset: Dataset, problems: Problems) -
 
 
 def frozen(value: object) -> object:
-    """Lists as tuples, so that a record stays as it was checked and its boxes can be hashed."""
+    """The value with tuples for lists: a record remains as it was checked, boxes can be hashed."""
     if isinstance(value, dict):
         return {key: frozen(element) for key, element in value.items()}
     return tuple(map(frozen, value)) if isinstance(value, list) else value
 
 
 def load_datasets(corpus: str | os.PathLike) -> dict[str, Dataset]:
-    """name -> descriptor of every dataset below `corpus`, sorted by name.
+    """{name: descriptor} of every dataset below `corpus`, sorted by name.
 
     A file that would be passed over in silence, *.jsonl of no split or no dataset, is an error.
     """
     corpus, files = Path(corpus), sorted(Path(corpus).glob("*/*.jsonl"))
     folders = sorted({path.parent for path in [*files, *corpus.glob("*/dataset.json")]})
     if not folders:
-        found = "none" if corpus.is_dir() else "no folder"
+        got = "none" if corpus.is_dir() else "no folder"
         if (corpus / "dataset.json").exists():
-            found = "a single dataset: give the folder above it"
-        raise DataError(f"{corpus}: expected folders with a dataset.json, found {found}; "
-                        "`python data.py convert` and `python demo.py` make a corpus")
+            got = "a single dataset: give the folder above it"
+        raise DataError(f"{corpus}: expected folders with a dataset.json, found {got}; "
+                        "`python -m tools.convert` and `python demo.py` make a corpus")
     for path in files:
         if path.stem not in SPLITS:
             raise DataError(f'{path}: "{path.stem}" is no split: rename it to one of '
@@ -190,11 +130,21 @@ def load_corpus(corpus: str | os.PathLike, split: str,
     return records
 
 
-Rows = list[tuple[str, dict]]                        # (where it comes from, record as JSON)
+def read_splits(corpus: Path, datasets: dict[str, Dataset],
+                units: Sequence[str] | None) -> dict[str, list[Record]]:
+    """{split: its records of these units (None: all)}; empty lists for splits of no dataset."""
+    wanted = set(units or UNITS)
+    folders = [corpus / name for name, dataset in datasets.items()
+               if wanted & set(dataset.units.values())]
+    return {split: load_corpus(corpus, split, units)
+            if any((folder / f"{split}.jsonl").exists() for folder in folders) else []
+            for split in SPLITS}
 
+
+# ---------------------------------------------------------------------------- writing
 
 def write_dataset(folder: Path, descriptor: dict, splits: dict[str, Rows]) -> None:
-    """Checks everything, then writes folder/{dataset.json, <split>.jsonl, images/}."""
+    """Check everything, then write folder/{dataset.json, <split>.jsonl, images/}."""
     dataset, problems = Dataset(folder.name, descriptor["units"], descriptor["labels"]), Problems()
     problems.check(descriptor, dataset_rule(descriptor, folder.name), str(folder), "dataset")
     for split, rows in splits.items():
@@ -209,15 +159,42 @@ def write_dataset(folder: Path, descriptor: dict, splits: dict[str, Rows]) -> No
     texts["dataset.json"] = json.dumps(descriptor, ensure_ascii=False, indent=1) + "\n"
     try:
         (folder / "images").mkdir(parents=True, exist_ok=True)
-        for name, text in texts.items():             # renamed when whole: never half a file
-            (folder / f".{name}.part").write_text(text, encoding="utf-8", newline="\n")
-            os.replace(folder / f".{name}.part", folder / name)
+        for name, text in texts.items():
+            write_whole(folder / name, text.encode())
     except OSError as error:
         raise DataError(f"{folder}: cannot be written ({error.strerror}): give another folder or "
                         "make room") from None
 
 
-# ---------------------------------------------------------------------------- check, command line
+# ---------------------------------------------------------------------------- what a run asks
+
+def corpus_of(config: Config) -> Path:
+    """The corpus that settings name, else the demo world."""
+    return Path(config.data or "data/demo")
+
+
+def corpus_hash(corpus: Path) -> str:
+    """sha256 over the rows and label sets of a corpus, in hex; images count by their names."""
+    files = sorted(file for file in corpus.glob("*/*") if file.suffix in (".json", ".jsonl"))
+    named = (f"{file.parent.name}/{file.name} {file_hash(file)}\n" for file in files)
+    return hashlib.sha256("".join(named).encode()).hexdigest()
+
+
+def split_digest(corpus: Path, split: str) -> str:
+    """sha256 over the files of a split and the names of all images below the corpus, in hex."""
+    digest = hashlib.sha256()
+    for path in sorted([*corpus.glob("*/dataset.json"), *corpus.glob(f"*/{split}.jsonl")]):
+        digest.update(path.read_bytes())
+    images = sorted(str(path.relative_to(corpus)) for path in corpus.glob("*/images/**/*"))
+    digest.update("\n".join(images).encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def unit_rows(records: Sequence[Record], datasets: dict[str, Dataset]) -> dict[str, int]:
+    """{unit: number of its records}, in the order of the result table; no unit has 0."""
+    names = [datasets[record.dataset].units[record.task] for record in records]
+    return {unit: names.count(unit) for unit in UNITS if unit in names}
+
 
 def normalised(record: Record) -> str:
     """A text as duplicates are compared: no URLs, lower case, letters and digits only."""
@@ -228,3 +205,29 @@ def normalised(record: Record) -> str:
 def texts_of(records: Iterable[Record]) -> set[str]:
     """The different texts of records, normalised; pictures without text have none."""
     return set(map(normalised, records)) - {""}
+
+
+def hold_out(records: dict[str, list[Record]], datasets: dict[str, Dataset],
+             how: str) -> str | None:
+    """Take Table 4's units out of the train and dev records, in place; return a line that says so.
+
+    how: "none", then the result is None; "paper": T17 and V2; "clean": also SNAP, drawn from the
+    same pool of tweets as T17, and every text of another dataset that stands in the test split of
+    T17 or V2 (V1 holds 183 of T17's).
+    """
+    if how == "none":
+        return None
+    away = {"T17", "V2"} | ({"SNAP"} if how == "clean" else set())
+
+    def unit(record: Record) -> str:
+        return datasets[record.dataset].units[record.task]
+
+    tested = texts_of(r for r in records["test"] if unit(r) in ("T17", "V2"))
+    dropped = 0
+    for split in ("train", "dev"):
+        kept = [record for record in records[split] if unit(record) not in away]
+        records[split] = [record for record in kept
+                          if how == "paper" or normalised(record) not in tested]
+        dropped += len(kept) - len(records[split])
+    return (f"hold-out ({how}): {', '.join(u for u in UNITS if u in away)} neither in train nor in "
+            f"dev; {dropped} more records left out, whose text is in the test split of T17 or V2")

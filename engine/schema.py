@@ -1,16 +1,38 @@
-"""What a record and a dataset must be."""
+"""The schema of a corpus: datasets, records, and what is wrong where a file breaks the rules.
 
-from __future__ import annotations
+A corpus is a folder of datasets, CORPUS/<dataset>/{dataset.json, train|dev|test.jsonl, images/}.
+dataset.json describes its dataset. "units" names, for each record task, its column of the result
+table; labels are sorted lower-case words; "note" (optional) is one line that stands beside scores:
+
+    {"name": "twitter2017", "units": {"mner": "T17"}, "labels": {"mner": ["location", "person"]}}
+
+mner, mre (with "none") and med have a list of labels, meae has {event type: [roles]}. A record is
+one JSON object on one line: the seven keys that every record has, and the gold of its task.
+
+    {"id": "17_06_4705", "dataset": "twitter2017", "task": "mner",
+     "tokens": ["Kyrie", "in", "Boston"], "image": "17_06_4705.jpg" (below images/) or null,
+     "size": [width, height] or null (unknown), "objects": [[x1, y1, x2, y2], ...] (O1, O2, ...),
+     mner:        "entities": [{"type": "person", "start": 0, "end": 1}, ...]
+     mre:         "head": [0, 1], "tail": [2, 3], "relation": "none"
+     med, meae:   "events": [{"type": "attack", "trigger": [4, 5] or null (the whole image, O0),
+                              "arguments": [{"role": "attacker", "span": [0, 2]},
+                                            {"role": "target", "box": [1, 2, 9, 9], "object": 1}]}]}
+
+Spans are [start, end) in tokens, boxes are pixels. "object" is the 1-based number of the object
+that shows a gold box (IoU >= 0.5), null where none does. A sample without text has "tokens": [].
+Med and meae records may have one key more, "accepted": a list like "events", of events in the text
+alone that are right although they are not gold of the sample.
+"""
 
 import difflib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 TASKS = ("mner", "mre", "mee")                       # one task expert each
-RECORD_TASKS = ("mner", "mre", "med", "meae")        # kinds of record; med and meae share "mee"
+RECORD_TASKS = ("mner", "mre", "med", "meae")        # med and meae share the expert "mee"
 UNIT_TASK = {"T15": "mner", "T17": "mner", "SNAP": "mner", "V1": "mre", "V2": "mre",
              "MED": "med", "MEAE": "meae"}
 UNITS = tuple(UNIT_TASK)
@@ -61,12 +83,20 @@ def iou(a: Box, b: Box) -> float:
     return width * height / (areas - width * height)
 
 
-# ---------------------------------------------------------------------------- what is right
-# A rule says what a JSON value must be. A dict demands an object with exactly these keys, a list of
-# one rule demands a list of such elements, None demands nothing, and a string is what is wrong and
-# what to do. A function looks at the value and returns its rule; None then means: it is right.
+# ---------------------------------------------------------------------------- rules
+# A rule has the shape of the JSON that it demands: a dict stands for an object with exactly these
+# keys, a list of one rule for a list of such elements, a Must for a value that passes a test. A
+# function stands for the rule that it returns when it is shown the value.
 
-Rule = dict | list | str | Callable | None
+@dataclass(frozen=True)
+class Must:
+    """A value for which `holds` is true, and which obeys the rule `further` as well."""
+    holds: Callable[[object], object]
+    problem: str | Callable[[object], str]           # what is wrong otherwise: what to do
+    further: "Rule | None" = None
+
+
+Rule = Must | dict | list | Callable
 
 
 class Problems(list):
@@ -85,19 +115,23 @@ class Problems(list):
             raise DataError(f"{self.count} problem(s) in the data{first}:\n  " + "\n  ".join(self))
 
     def check(self, value: object, rule: Rule, where: str, place: str) -> bool:
-        """Whether `value` keeps the rule; every place where it does not is added."""
+        """Whether `value` obeys the rule; everything in it that does not is added."""
         before = self.count
-        while callable(rule):
+        if callable(rule):
             rule = rule(value)
-        if isinstance(rule, str):
-            self.add(where, place, f"{show(value)} {rule}")
-        elif rule is not None and not isinstance(value, type(rule)):
+        if isinstance(rule, Must):
+            if not rule.holds(value):
+                problem = rule.problem(value) if callable(rule.problem) else rule.problem
+                self.add(where, place, f"{show(value)} {problem}")
+            elif rule.further is not None:
+                self.check(value, rule.further, where, place)
+        elif not isinstance(value, type(rule)):
             name = "object" if isinstance(rule, dict) else "list"
             self.add(where, place, f"{show(value)} is no JSON {name}: correct it")
         elif isinstance(rule, list):
             for i, element in enumerate(value):
                 self.check(element, rule[0], where, f"{place}[{i}]")
-        elif isinstance(rule, dict):
+        else:
             for key in sorted(value.keys() - rule.keys()):
                 self.add(where, place, f"key {show(key)} is unknown: {nearest(key, rule)}")
             for key, inner in rule.items():
@@ -109,7 +143,7 @@ class Problems(list):
 
     def check_record(self, raw: object, dataset: Dataset, where: str, seen: dict[str, str]) -> bool:
         """Whether `raw` is a record; seen, {id: where}, makes an id that comes twice a problem."""
-        right = self.check(raw, record_rule(raw, dataset), where, "record")
+        right = self.check(raw, RecordRules(raw, dataset).record(), where, "record")
         if right and (first := seen.setdefault(raw["id"], where)) != where:
             self.add(where, "id", f'"{raw["id"]}" is the id of {first} too: make ids unique')
         return right
@@ -124,28 +158,11 @@ def show(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def nearest(word: object, known: Iterable[str]) -> str:
+def nearest(word: object, known: Collection[str]) -> str:
     """What to do about an unknown word: the likely intention, else the choices."""
     close = difflib.get_close_matches(str(word), known, n=1)
     choices = ", ".join(sorted(known)) or "nothing, as none is allowed here"
     return f'did you mean "{close[0]}"?' if close else f"use one of: {choices}"
-
-
-def must(test: Callable[[object], object], problem: str) -> Rule:
-    """The rule that the test holds."""
-    return lambda value: None if test(value) else problem
-
-
-def one_of(known: Iterable[str]) -> Rule:
-    """The rule for a name out of a closed set."""
-    return lambda value: (None if isinstance(value, str) and value in known
-                          else f"is unknown: {nearest(value, known)}")
-
-
-def numbers(value: object, kinds: tuple[type, ...], count: int) -> bool:
-    """A list of `count` sane numbers of these types (type(), because True is an int)."""
-    return (isinstance(value, list) and len(value) == count
-            and all(type(x) in kinds and abs(x) < 1e9 for x in value))
 
 
 def get(mapping: object, key: object, default: object = None) -> object:
@@ -154,96 +171,127 @@ def get(mapping: object, key: object, default: object = None) -> object:
     return mapping.get(key, default) if known else default
 
 
-BLANK = re.compile("[\0- \x7f\ud800-\udfff]")         # no token holds these
-string = must(lambda v: isinstance(v, str) and v and v.isprintable(),
+def are_numbers(value: object, types: tuple[type, ...], count: int) -> bool:
+    """A list of `count` numbers below 1e9 of these types (type(), because True is an int)."""
+    return (isinstance(value, list) and len(value) == count
+            and all(type(x) in types and abs(x) < 1e9 for x in value))
+
+
+def one_of(choices: Collection[str]) -> Must:
+    """A string out of a closed set."""
+    return Must(lambda v: isinstance(v, str) and v in choices,
+                lambda v: f"is unknown: {nearest(v, choices)}")
+
+
+ANYTHING = Must(lambda v: True, "")                  # what is judged elsewhere
+STRING = Must(lambda v: isinstance(v, str) and v != "" and v.isprintable(),
               "is no non-empty printable string: correct it")
-token = must(lambda v: isinstance(v, str) and v and not BLANK.search(v),
+TOKEN = Must(lambda v: isinstance(v, str) and re.fullmatch("[^\0- \x7f\ud800-\udfff]+", v),
              "is no non-empty string without blanks, control characters and half surrogates: "
              "repair it, mind the spans")
-word = must(lambda v: not string(v) and v == v.lower()
-            and re.fullmatch("[^ ,:;<>%]+( [^ ,:;<>%]+)*", v),
-            "is no lower-case word without , : ; < > %: rename the label")
-image_name = must(lambda v: v is None or not string(v)
+LABEL = Must(lambda v: STRING.holds(v) and v == v.lower()
+             and re.fullmatch("[^ ,:;<>%]+( [^ ,:;<>%]+)*", v),
+             "is no lower-case word without , : ; < > %: rename the label")
+IMAGE_NAME = Must(lambda v: v is None or STRING.holds(v)
                   and not re.search(r"[\\:]|^~|(^|/)[ .]*(/|$)", v) and len(v) < 1000
-                  and all(len(part.encode()) < 256 for part in v.split("/")),
+                  and all(len(name.encode()) < 256 for name in v.split("/")),
                   "is neither null nor a plain relative path: name a file below images/")
-image_size = must(lambda v: v is None or numbers(v, (int,), 2) and min(v) > 0,
-                  "is neither null nor [width, height] in pixels: correct it")
+SIZE = Must(lambda v: v is None or are_numbers(v, (int,), 2) and min(v) > 0,
+            "is neither null nor [width, height] in pixels: correct it")
 
 
-def box_within(right: float = math.inf, bottom: float = math.inf) -> Rule:
-    """The rule for a box in a picture of this size, which may be unknown."""
-    return must(lambda v: numbers(v, (int, float), 4) and 0 <= v[0] < v[2] <= right
+def span_within(length: float) -> Must:
+    """[start, end) in a text of so many tokens."""
+    return Must(lambda v: are_numbers(v, (int,), 2) and 0 <= v[0] < v[1] <= length,
+                f"is no span 0 <= start < end <= {length} (tokens): correct the offsets")
+
+
+def box_within(right: float = math.inf, bottom: float = math.inf) -> Must:
+    """[x1, y1, x2, y2] in a picture of this size, which may be unknown."""
+    return Must(lambda v: are_numbers(v, (int, float), 4) and 0 <= v[0] < v[2] <= right
                 and 0 <= v[1] < v[3] <= bottom, f"is no box 0 <= x1 < x2 <= {right}, 0 <= y1 < y2 "
                 f"<= {bottom}: order its corners and clip it, or correct the size")
 
 
-def record_rule(raw: object, dataset: Dataset) -> Rule:
-    """The rule for one record; `raw` itself sets the bounds of its spans and boxes."""
-    tokens, objects = get(raw, "tokens"), get(raw, "objects")
-    task, size, image = get(raw, "task"), get(raw, "size"), get(raw, "image", "(missing key)")
-    labels = get(dataset.labels, task, ())
-    length = len(tokens) if isinstance(tokens, list) else math.inf       # one problem is enough
-    box = box_within(*(() if size is None or image_size(size) else size))
-    span = must(lambda v: numbers(v, (int,), 2) and 0 <= v[0] < v[1] <= length,
-                f"is no span 0 <= start < end <= {length} (tokens): correct the offsets")
+class RecordRules:
+    """The rules of one record. Its tokens set the bounds of its spans, its size those of boxes."""
 
-    def in_image(rule: Rule) -> Rule:
-        return lambda v: "needs an image: name it" if image is None and v != [] else rule
+    def __init__(self, raw: object, dataset: Dataset):
+        self.dataset, self.task, size = dataset, get(raw, "task"), get(raw, "size")
+        self.labels = get(dataset.labels, self.task, ())
+        self.tokens, self.objects = get(raw, "tokens"), get(raw, "objects")
+        self.has_image = get(raw, "image", "(a missing key is one problem)") is not None
+        self.has_accepted = isinstance(raw, dict) and "accepted" in raw
+        self.span = span_within(len(self.tokens) if isinstance(self.tokens, list) else math.inf)
+        self.box = box_within(*(size if size is not None and SIZE.holds(size) else ()))
 
-    def entity(value: object) -> Rule:
-        pair = [get(value, "start"), get(value, "end")]
-        return {"type": one_of(labels), "start": None, "end": lambda v: span(pair)}
+    def record(self) -> Rule:
+        """The fields of every record and, unless its task is unknown, the gold of that task."""
+        events = {"events": [self.event]}
+        if self.has_accepted:
+            events["accepted"] = [lambda event: self.event(event, in_text=True)]
+        gold = {"mner": {"entities": [self.entity]}, "med": events, "meae": events,
+                "mre": {"head": self.span, "tail": self.span, "relation": one_of(self.labels)}}
+        needs_text = self.task in ("mner", "mre") or not self.has_image
+        return {"id": STRING,
+                "dataset": one_of([self.dataset.name]),
+                "task": one_of(self.dataset.labels),
+                "tokens": Must(lambda v: v != [] or not needs_text, "is no text: only med and meae "
+                               "records with an image may lack it", [TOKEN]),
+                "image": IMAGE_NAME, "size": SIZE,
+                "objects": self.in_image([self.box]),
+                **(gold[self.task] if self.labels else {})}
 
-    def event(value: object, in_text: bool = False) -> Rule:
-        kind = get(value, "type")
-        whole_image = not in_text and get(value, "trigger") is None
-        role = one_of(get(get(dataset.labels, "meae"), kind, ()))
-        if one_of(labels)(kind):                     # one problem, not one more for each role
-            role = None
-        return {"type": one_of(labels), "trigger": in_image(None) if whole_image else span,
-                "arguments": [lambda a: argument(a, role, in_text)]}
+    def in_image(self, rule: Rule) -> Rule:
+        return Must(lambda v: self.has_image or v == [], "needs an image: name it", rule)
 
-    def argument(value: object, role: Rule, in_text: bool) -> Rule:
-        if in_text or not isinstance(value, dict) or not value.keys() & {"box", "object"}:
-            return {"role": role, "span": span}
-        return {"role": role, "box": in_image(box),
-                "object": lambda k: None if k is None else shown(k, value.get("box"))}
+    def entity(self, entity: object) -> Rule:
+        span = [get(entity, "start"), get(entity, "end")]          # judged together, at the end
+        return {"type": one_of(self.labels), "start": ANYTHING,
+                "end": Must(lambda v: self.span.holds(span), self.span.problem)}
 
-    def shown(k: object, wanted: object) -> str | None:
-        if not isinstance(objects, list) or type(k) is not int or not 0 < k <= len(objects):
-            return "is neither null nor the number of one of the objects: correct it"
-        if not box(wanted) and not box(objects[k - 1]) and iou(wanted, objects[k - 1]) < 0.5:
-            return "is the number of an object with IoU < 0.5 to the box: correct it or write null"
+    def event(self, event: object, in_text: bool = False) -> Rule:
+        """A null trigger stands for the whole image; in_text: an event of the text alone."""
+        of_image = not in_text and get(event, "trigger") is None
+        role = one_of(get(get(self.dataset.labels, "meae"), get(event, "type"), ()))
+        if not one_of(self.labels).holds(get(event, "type")):
+            role = ANYTHING                          # one problem, not one more for each role
+        return {"type": one_of(self.labels),
+                "trigger": self.in_image(ANYTHING) if of_image else self.span,
+                "arguments": [lambda argument: self.argument(argument, role, in_text)]}
 
-    events, text = {"events": [event]}, [token]
-    if task in ("med", "meae") and "accepted" in raw:                    # the one optional key
-        events["accepted"] = [lambda e: event(e, in_text=True)]
-    gold = {"mner": {"entities": [entity]}, "med": events, "meae": events,
-            "mre": {"head": span, "tail": span, "relation": one_of(labels)}}
-    if tokens == [] and (image is None or task in ("mner", "mre")):
-        text = "is no text: only med and meae records with an image may lack it"
-    return {"id": string, "dataset": one_of([dataset.name]), "task": one_of(dataset.labels),
-            "tokens": text, "image": image_name, "size": image_size, "objects": in_image([box]),
-            **(gold[task] if labels else {})}
+    def argument(self, argument: object, role: Rule, in_text: bool) -> Rule:
+        if in_text or not isinstance(argument, dict) or not argument.keys() & {"box", "object"}:
+            return {"role": role, "span": self.span}
+        return {"role": role, "box": self.in_image(self.box),
+                "object": lambda number: self.number(number, argument.get("box"))}
+
+    def number(self, number: object, box: object) -> Rule:
+        """null, or the number of an object that overlaps the box."""
+        count = len(self.objects) if isinstance(self.objects, list) else 0
+        if type(number) is not int or not 0 < number <= count:
+            return Must(lambda v: v is None,
+                        "is neither null nor the number of one of the objects: correct it")
+        boxes = box, self.objects[number - 1]        # those that are none are named elsewhere
+        return Must(lambda v: not all(map(self.box.holds, boxes)) or iou(*boxes) >= 0.5, "is the "
+                    "number of an object with IoU < 0.5 to the box: correct it or write null")
 
 
 def dataset_rule(raw: object, name: str) -> Rule:
     """The rule for dataset.json in the folder `name`; `raw` itself chooses the tasks."""
-    def labels(none: bool) -> Rule:
-        right = must(lambda v: not isinstance(v, list) or v and ("none" in v) == none, "is empty "
-                     'or breaks that "none" is a label of mre and of no other task: correct it')
-        return lambda v: right(v) or [word]
+    def labels(with_none: bool) -> Rule:
+        return Must(lambda v: not isinstance(v, list) or v and ("none" in v) == with_none,
+                    'is empty or breaks that "none" is a label of mre and of no other task: '
+                    "correct it", [LABEL])
 
-    def roles(value: object) -> Rule:
-        if not isinstance(value, dict) or not value or any(map(word, value)):
-            return "is no {event type: [roles]} in lower-case words: correct it"
-        return dict.fromkeys(value, [word])
-
+    roles = Must(lambda v: isinstance(v, dict) and v and all(map(LABEL.holds, v)),
+                 "is no {event type: [roles]} in lower-case words: correct it",
+                 lambda v: dict.fromkeys(v, [LABEL]))
     rules = {"mner": labels(False), "mre": labels(True), "med": labels(False), "meae": roles}
     units = get(raw, "units")
     tasks = [t for t in RECORD_TASKS if isinstance(units, dict) and t in units] or ["mner"]
-    same = must(lambda v: v == name, f'is not "{name}", the name of its folder: rename one of them')
-    return {"name": same, **({} if get(raw, "note") is None else {"note": string}),
+    return {"name": Must(lambda v: v == name,
+                         f'is not "{name}", the name of its folder: rename one of them'),
+            **({} if get(raw, "note") is None else {"note": STRING}),
             "units": {t: one_of([u for u in UNITS if UNIT_TASK[u] == t]) for t in tasks},
             "labels": {t: rules[t] for t in tasks}}

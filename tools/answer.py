@@ -19,7 +19,7 @@ from engine.corpus import frozen, parse_json, read_bytes
 from engine.files import write_whole
 from engine.images import load_image, resolve_image
 from engine.processes import World, carry_out
-from engine.schema import RECORD_TASKS, DataError, Dataset, Problems, Record, record_rule, show
+from engine.schema import RECORD_TASKS, DataError, Dataset, Problems, Record, show
 from evaluate import Job, Row, evaluate_split, items_json, load_model, run_options
 from tools.page import Strip, answer_lines, draw_example, has_image, marks, token_strips
 from tools.routing import lacks_gate
@@ -164,10 +164,7 @@ def example_records(args: argparse.Namespace, datasets: Mapping[str, Dataset]) -
             field, _, problem = str(error).partition(": ")
             problems.add(where, field, problem)
             continue
-        if problems.check(raw, record_rule(raw, datasets[raw["dataset"]]), where, "record"):
-            if seen.setdefault(raw["id"], where) != where:
-                problems.add(where, "id", f'"{raw["id"]}" is the id of {seen[raw["id"]]} too: make '
-                             "ids unique")
+        if problems.check_record(raw, datasets[raw["dataset"]], where, seen):
             path = raw["image"] and str(image_path(folder, raw["image"]))
             raw = {key: frozen(value) for key, value in raw.items()}
             records.append(Record(**{**raw, "image": path}, source=where))

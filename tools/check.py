@@ -1,6 +1,9 @@
-"""Check a corpus."""
+"""Check a corpus: every record of every dataset, what the splits hold, and what they share.
 
-from __future__ import annotations
+    python -m tools.check DIR [--require-images]
+
+A text that stands in a test split and in a training split is a leak, also across datasets.
+"""
 
 from itertools import combinations
 from pathlib import Path
@@ -23,7 +26,10 @@ def shared_texts(texts: dict[tuple[str, str], set[str]]) -> list[str]:
 
 
 def check(corpus: Path, require_images: bool) -> None:
-    """Validates every split of every dataset and prints what is in it and what two splits share."""
+    """Validate every split of every dataset; print what it holds, and what two splits share.
+
+    DataError names all problems; with require_images each picture that is not there is one.
+    """
     problems, texts = Problems(), {}
     for name, dataset in load_datasets(corpus).items():
         images = corpus / name / "images"
@@ -35,8 +41,8 @@ def check(corpus: Path, require_images: bool) -> None:
             records = read_split(corpus / name, split, dataset, problems)
             texts[name, split] = texts_of(records)
             for task in dataset.units:
-                some = [record for record in records if record.task == task]
-                print(f"{name} {split} {task}: {summary(some, dataset, images)}")
+                of_task = [record for record in records if record.task == task]
+                print(f"{name} {split} {task}: {summary(of_task, dataset, images)}")
             for record in records:
                 if require_images and record.image and not (images / record.image).is_file():
                     problems.add(record.source, "image", f'"{record.image}" is not in {images}: '
@@ -46,7 +52,7 @@ def check(corpus: Path, require_images: bool) -> None:
 
 
 def summary(records: list[Record], dataset: Dataset, folder: Path) -> str:
-    """The counts of one task's records in one split."""
+    """The counts of one task's records in one split; folder: where their images are."""
     images = {record.image for record in records if record.image}
     missing = sum(not (folder / image).is_file() for image in images)
     prompts = max((len("".join(prompt(r, dataset)).split()) for r in records), default=0)
@@ -57,8 +63,9 @@ def summary(records: list[Record], dataset: Dataset, folder: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    does = "validate every record of a corpus; print counts, lengths and texts that splits share"
-    command = Parser(prog="python -m tools.check", description=does)
+    """The command; it ends with exit code 2 where the corpus has a problem."""
+    command = Parser(prog="python -m tools.check", description="Validate every record of a corpus; "
+                     "print counts, lengths and the texts that splits share.")
     what = command.add_argument_group("what to check")
     what.add_argument("dir", type=Path, metavar="DIR", help="corpus folder")
     what.add_argument("--require-images", action="store_true",

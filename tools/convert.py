@@ -1,6 +1,23 @@
-"""Convert published datasets into the corpus format."""
+"""Convert a published dataset into a dataset of a corpus, as engine/schema.py describes it.
 
-from __future__ import annotations
+    python -m tools.convert KIND SRC DST     KIND and the files that SRC holds:
+        twitter2015, twitter2017, snap       {train,valid,test}.txt
+        mnre_v1 | mnre_v2                    ours_{train,val,test}.txt | mnre_{train,val,test}.txt
+        ace2005                              {train,dev}.oneie.json (licensed; OneIE's JSON lines)
+        swig                                 {train,dev}.json, ace_sr_mapping.txt (of M2E2)
+        m2e2_gold                            crossmedia_coref.txt, *_multimedia_event.json and, for
+                                             "accepted", text_only_event.json
+        m2e2                                 the same, m2e2_yolov8_objects.json
+
+m2e2 is the detector mode and the one to report: objects are the --max-objects most confident
+detections. m2e2_gold is the gold-box mode: objects are the gold boxes, which leaks their number.
+ace2005 and swig train what m2e2 tests, with its event types and roles (--event-types all: theirs).
+
+A converter writes DST/KIND; put (or link) the pictures into DST/KIND/images. Sources: Twitter-15/17
+github.com/jefferyYu/UMT; SNAP (Lu et al., ACL 2018); MNRE github.com/thecharm/MNRE; M2E2
+github.com/limanling/m2e2, its detections seebergerph/MMUTF; SWiG github.com/allenai/swig; ACE2005
+from the LDC, as OneIE (Lin et al., ACL 2020) prepares it.
+"""
 
 import ast
 import math
@@ -14,7 +31,7 @@ from pathlib import Path
 from engine.command import Parser
 from engine.corpus import Rows, parse_json, read_bytes, write_dataset
 from engine.processes import exit_codes
-from engine.schema import DataError, box_within, image_size, iou, nearest, show
+from engine.schema import SIZE, DataError, box_within, iou, nearest, show
 
 # ---------------------------------------------------------------------------- published files
 
@@ -67,16 +84,15 @@ def event_word(name: str) -> str:
     return name.split(":")[1].replace("-", " ").lower()
 
 
-def raw_record(kind: str, task: str, name: str, tokens: list[str], image: str | None, objects: list,
-               **gold: object) -> dict:
-    """A record as JSON; the size of the image is unknown unless `gold` holds it too."""
-    return {"id": name, "dataset": kind, "task": task, "tokens": tokens, "image": image,
-            "size": None, "objects": objects, **gold}
+def raw_record(dataset: str, **fields: object) -> dict:
+    """A record as JSON; what `fields` do not hold is empty or unknown."""
+    return {"id": "", "dataset": dataset, "task": "", "tokens": [], "image": None, "size": None,
+            "objects": [], **fields}
 
 
 @contextmanager
 def expecting(what: str, where: object, line: str | None = None) -> Iterator[None]:
-    """Whatever is found inside that cannot be read as `what` becomes an error that says where."""
+    """Turn any failure to read `what` into an error that says where, and quotes the line."""
     try:
         yield
     except DataError:
@@ -96,7 +112,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
             raise DataError(f"{path}:{number}: not UTF-8 ({error}): save it as UTF-8") from None
 
 
-def read_conll(path: Path, kind: str) -> Rows:
+def read_conll(path: Path, dataset: str) -> Rows:
     """`IMGID:name`, then token<TAB>tag lines, then a blank line.
 
     Chunks are read leniently: an I- tag that continues nothing starts an entity, as the scorers
@@ -108,7 +124,8 @@ def read_conll(path: Path, kind: str) -> Rows:
         mark, _, label = tag.partition("-")
         if line.startswith("IMGID:") and not tab:
             name, inside = line.removeprefix("IMGID:"), True
-            rows.append((where, raw_record(kind, "mner", name, [], f"{name}.jpg", [], entities=[])))
+            rows.append((where, raw_record(dataset, id=name, task="mner", tokens=[],
+                                           image=f"{name}.jpg", entities=[])))
         elif not line:
             inside = False
         elif not inside or not token or tag != "O" and not (mark in ("B", "I") and label in TAGS):
@@ -117,37 +134,37 @@ def read_conll(path: Path, kind: str) -> Rows:
         else:
             tokens, entities = rows[-1][1]["tokens"], rows[-1][1]["entities"]
             tokens.append(token)
-            here = {"type": TAGS.get(label), "start": len(tokens) - 1, "end": len(tokens)}
+            chunk = {"type": TAGS.get(label), "start": len(tokens) - 1, "end": len(tokens)}
             last = entities[-1] if entities else {"type": None, "end": None}
-            if mark == "I" and (last["type"], last["end"]) == (here["type"], here["start"]):
+            if mark == "I" and (last["type"], last["end"]) == (chunk["type"], chunk["start"]):
                 last["end"] += 1
             elif mark != "O":
-                entities.append(here)
+                entities.append(chunk)
     return rows
 
 
-def read_mnre(path: Path, kind: str) -> Rows:
+def read_mnre(path: Path, dataset: str) -> Rows:
     """One Python literal per line. Names come from the offsets; V1's image ids may be numbers."""
     rows = []
     for number, (where, line) in enumerate(read_lines(path), 1):
         with expecting("a Python dict with token, h, t, img_id, relation", where, line):
             row = ast.literal_eval(line)
             relation, image = row["relation"], row["img_id"]
-            if relation not in RELATIONS[kind]:
-                raise ValueError(f"relation {show(relation)} is not in the scheme of {kind}: "
-                                 + nearest(relation, RELATIONS[kind]))
+            if relation not in RELATIONS[dataset]:
+                raise ValueError(f"relation {show(relation)} is not in the scheme of {dataset}: "
+                                 + nearest(relation, RELATIONS[dataset]))
             if type(image) is int:
                 image = f"{image}.jpg"
             if not isinstance(image, str):
                 raise ValueError(f"img_id {show(image)} names no picture")
             rows.append((where, raw_record(
-                kind, "mre", f"{number}", row["token"], image, [], head=row["h"]["pos"],
-                tail=row["t"]["pos"], relation=relation_word(relation))))
+                dataset, id=f"{number}", task="mre", tokens=row["token"], image=image,
+                head=row["h"]["pos"], tail=row["t"]["pos"], relation=relation_word(relation))))
     return rows
 
 
-# Readers of events return a row for a sample, without a task and with the gold boxes as objects;
-# event_rows() makes its med and meae records with the objects that the model is to see.
+# Readers of events return one row per sample, without a task and with the gold boxes as objects.
+# event_rows() makes of it a med and a meae record with the objects that the model is to see.
 
 def text_event(mention: dict) -> dict:
     """An event in M2E2's or ACE's text; only its offsets are used, not the words beside them."""
@@ -158,10 +175,10 @@ def text_event(mention: dict) -> dict:
         {"role": a["role"].lower(), "span": [a["start"], a["end"]]} for a in mention["arguments"]]}
 
 
-def read_ace(path: Path, kind: str) -> Rows:
-    """A sample for each line of OneIE's JSON lines, sentences without event too; no pictures.
+def read_ace(path: Path, dataset: str) -> Rows:
+    """A sample for each line of OneIE's JSON lines, also for sentences without event; no pictures.
 
-    An argument stands where the entity mention stands that it names.
+    An argument names an entity mention, and stands where that stands.
     """
     rows = []
     for where, line in read_lines(path):
@@ -178,7 +195,7 @@ def read_ace(path: Path, kind: str) -> Rows:
             if not name.startswith(document):        # the number of the sentence in its document
                 name = f"{document}-{name}"
             rows.append((where, raw_record(
-                kind, "", name, sentence["tokens"], None, [],
+                dataset, id=name, tokens=sentence["tokens"],
                 events=list(map(text_event, sentence["event_mentions"])))))
     return rows
 
@@ -198,7 +215,7 @@ def read_text_only(folder: Path, sentences: dict[str, dict]) -> dict[str, list[d
                 and one["words"] == sentences.get(one["sentence_id"], {}).get("words")}
 
 
-def read_m2e2(path: Path, kind: str) -> Rows:
+def read_m2e2(path: Path, dataset: str) -> Rows:
     """A sample for each line of crossmedia_coref.txt: the one event of a sentence, and a picture.
 
     Where line and picture disagree about the event type, the arguments in the picture are dropped
@@ -214,19 +231,21 @@ def read_m2e2(path: Path, kind: str) -> Rows:
         with expecting("sentence<TAB>image.jpg<TAB>event type, all annotated", where, line):
             name, image, coref = line.split("\t")
             sentence, picture = sentences[name], pictures[image.removesuffix(".jpg")]
-            boxes = [(role, box[1:]) for role, some in picture["role"].items() for box in some]
+            boxes = [(role, box[1:]) for role, shown in picture["role"].items() for box in shown]
             for _, box in boxes:
-                if problem := box_within()(box):
-                    raise ValueError(f"{show(box)} {problem}")
+                if not box_within().holds(box):
+                    raise ValueError(f"{show(box)} {box_within().problem}")
             [mention] = sentence["golden-event-mentions"]
             event = text_event(mention)
             if coref == picture["event_type"]:
                 event["arguments"] += [{"role": role.lower(), "box": box} for role, box in boxes]
-            more = {"accepted": accepted[name]} if name in accepted else {}
-            rows.append((where, raw_record(kind, "", f"{name}+{image}", sentence["words"], image,
-                                           [box for _, box in boxes], events=[event], **more)))
-    print(f"{kind}: {sum('accepted' in row for _, row in rows)} of {len(rows)} samples have other "
-          f"events in their sentence, which are accepted ({len(accepted)} sentences)")
+            rows.append((where, raw_record(
+                dataset, id=f"{name}+{image}", tokens=sentence["words"], image=image,
+                objects=[box for _, box in boxes], events=[event],
+                **({"accepted": accepted[name]} if name in accepted else {}))))
+    several = sum("accepted" in row for _, row in rows)
+    print(f"{dataset}: {several} of {len(rows)} samples have other events in their sentence, which "
+          f"are accepted ({len(accepted)} sentences)")
     return rows
 
 
@@ -235,15 +254,15 @@ def read_mapping(path: Path) -> dict[str, tuple[str, dict[str, str]]]:
     verbs = {}
     for where, line in read_lines(path):
         with expecting("verb<TAB>role<TAB>Type||Sub|Type<TAB>ACE role", where, line):
-            verb, name, kind, role = line.split("\t")
-            kind = event_word(kind.replace("||", ":").replace("|", "-"))
-            if kind not in M2E2 or verbs.setdefault(verb, (kind, {}))[0] != kind:
-                raise ValueError(f"{kind} is no type of M2E2, or {verb} has another one above")
+            verb, name, event, role = line.split("\t")
+            event = event_word(event.replace("||", ":").replace("|", "-"))
+            if event not in M2E2 or verbs.setdefault(verb, (event, {}))[0] != event:
+                raise ValueError(f"{event} is no type of M2E2, or {verb} has another one above")
             verbs[verb][1][name] = ROLE_FIXES.get((verb, name), role).lower()
     return verbs
 
 
-def read_swig(path: Path, kind: str) -> Rows:
+def read_swig(path: Path, dataset: str) -> Rows:
     """A sample without text for each picture whose verb is mapped; the whole picture triggers.
 
     SWiG's verb template is not used as text, as it gives the verb away. Objects are the grounded
@@ -258,7 +277,7 @@ def read_swig(path: Path, kind: str) -> Rows:
             if picture["verb"] not in verbs:
                 continue
             event, roles = verbs[picture["verb"]]
-            if image_size(size := [picture["width"], picture["height"]]):
+            if not SIZE.holds(size := [picture["width"], picture["height"]]):
                 raise ValueError(f"the size {size}")
             objects, arguments = [], []
             for name, box in picture["bb"].items():
@@ -273,8 +292,8 @@ def read_swig(path: Path, kind: str) -> Rows:
                 if name in roles and argument not in arguments:
                     arguments.append(argument)
             event = {"type": event, "trigger": None, "arguments": arguments}
-            rows.append((where, raw_record(kind, "", image, [], image, objects, size=size,
-                                           events=[event])))
+            rows.append((where, raw_record(dataset, id=image, image=image, size=size,
+                                           objects=objects, events=[event])))
     print(f"{path}: {len(pictures) - len(rows)} of {len(pictures)} pictures left out (verb unmapped"
           f"); {flat} boxes without area dropped")
     return rows
@@ -307,17 +326,18 @@ def detections(path: Path) -> dict[str, list[list]]:
                         '[{"bbox", "class", "conf"}]}, found no file: put MMUTF\'s objects '
                         "(github.com/seebergerph/MMUTF) there as JSON, or convert m2e2_gold")
     with expecting('{image.jpg: [{"bbox", "class", "conf"}]}', path):
-        found = {image: [tidy(one["bbox"]) for one in sorted(some, key=lambda one: -one["conf"])]
-                 for image, some in parse_json(read_bytes(path)).items()}
-    flat = sum(box is None for boxes in found.values() for box in boxes)
-    print(f"{path}: detections in {len(found)} pictures; {flat} without area dropped")
-    return {image: [box for box in boxes if box] for image, boxes in found.items()}
+        detected = {image: [tidy(one["bbox"]) for one in sorted(ones, key=lambda x: -x["conf"])]
+                    for image, ones in parse_json(read_bytes(path)).items()}
+    flat = sum(box is None for boxes in detected.values() for box in boxes)
+    print(f"{path}: detections in {len(detected)} pictures; {flat} without area dropped")
+    return {image: [box for box in boxes if box] for image, boxes in detected.items()}
 
 
-def reachable(rows: Rows, found: dict[str, list[list]], limit: int) -> tuple[int, int]:
+def reachable(rows: Rows, detected: dict[str, list[list]], limit: int) -> tuple[int, int]:
     """(gold boxes that one of `limit` detections shows, gold boxes), each picture counted once."""
     gold = {row["image"]: row["objects"] for _, row in rows}
-    best = [shown_by(box, found[image][:limit]) for image, boxes in gold.items() for box in boxes]
+    best = [shown_by(box, detected[image][:limit]) for image, boxes in gold.items()
+            for box in boxes]
     return len(best) - best.count(None), len(best)
 
 
@@ -346,13 +366,13 @@ def mixed(row: dict, count: int) -> list[list]:
 # ---------------------------------------------------------------------------- converters
 
 @dataclass(frozen=True)
-class Kind:
-    """A published dataset: what reads it, and what is known about it."""
+class Published:
+    """A published dataset: the function that reads its files, and what is known about it."""
     read: Callable[[Path, str], Rows]
     units: dict[str, str]                            # as in Dataset
     labels: dict
     files: dict[str, tuple[str, int | None]]         # split -> (file, number of records if known)
-    note: str = ""                                   # {objects}, {types}: options of the command
+    note: str = ""                                   # {objects}, {types}: options
 
 
 TWITTER = {"mner": sorted(set(TAGS.values()))}
@@ -361,45 +381,45 @@ EVENTS = {"med": sorted(M2E2), "meae": M2E2}
 MEE = {"med": "MED", "meae": "MEAE"}
 FOREIGN = ("ace2005", "swig")                        # these train what M2E2 tests
 DETECTIONS = "m2e2_yolov8_objects.json"
-KINDS = {
-    "twitter2015": Kind(read_conll, {"mner": "T15"}, TWITTER, {
-        "train": ("txt", 4000), "dev": ("valid.txt", 1000), "test": ("test.txt", 3257)}),
-    "twitter2017": Kind(read_conll, {"mner": "T17"}, TWITTER, {
-        "train": ("txt", 3373), "dev": ("valid.txt", 723), "test": ("test.txt", 723)}),
-    "snap": Kind(read_conll, {"mner": "SNAP"}, TWITTER, {
-        "train": ("txt", 4290), "dev": ("valid.txt", 1432), "test": ("test.txt", 1459)}),
-    "mnre_v1": Kind(read_mnre, {"mre": "V1"}, V1, {
+PUBLISHED = {
+    "twitter2015": Published(read_conll, {"mner": "T15"}, TWITTER, {
+        "train": ("train.txt", 4000), "dev": ("valid.txt", 1000), "test": ("test.txt", 3257)}),
+    "twitter2017": Published(read_conll, {"mner": "T17"}, TWITTER, {
+        "train": ("train.txt", 3373), "dev": ("valid.txt", 723), "test": ("test.txt", 723)}),
+    "snap": Published(read_conll, {"mner": "SNAP"}, TWITTER, {
+        "train": ("train.txt", 4290), "dev": ("valid.txt", 1432), "test": ("test.txt", 1459)}),
+    "mnre_v1": Published(read_mnre, {"mre": "V1"}, V1, {
         "train": ("ours_train.txt", 7824), "dev": ("ours_val.txt", 975),
         "test": ("ours_test.txt", 1282)}),
-    "mnre_v2": Kind(read_mnre, {"mre": "V2"}, V2, {
+    "mnre_v2": Published(read_mnre, {"mre": "V2"}, V2, {
         "train": ("mnre_train.txt", 12247), "dev": ("mnre_val.txt", 1624),
         "test": ("mnre_test.txt", 1614)}),
-    "ace2005": Kind(
+    "ace2005": Published(
         read_ace, MEE, EVENTS, {
-            "train": ("oneie.json", None), "dev": ("dev.oneie.json", None)},
+            "train": ("train.oneie.json", None), "dev": ("dev.oneie.json", None)},
         "ACE2005 with event types {types}, sentences without event included, no test file"),
-    "swig": Kind(
-        read_swig, MEE, EVENTS, {"train": ("json", None), "dev": ("dev.json", 6700)},
+    "swig": Published(
+        read_swig, MEE, EVENTS, {"train": ("train.json", None), "dev": ("dev.json", 6700)},
         "SWiG with event types {types}: pictures without text, {objects} objects each (grounded "
         "boxes and distractors, shuffled), no test file, two rows of the role mapping corrected"),
-    "m2e2": Kind(
+    "m2e2": Published(
         read_m2e2, MEE, EVENTS, {"test": ("crossmedia_coref.txt", 618)},
         "M2E2 in detector mode: objects are the {objects} most confident YOLOv8 detections"),
-    "m2e2_gold": Kind(
+    "m2e2_gold": Published(
         read_m2e2, MEE, EVENTS, {"test": ("crossmedia_coref.txt", 618)},
         "M2E2 in gold-box mode: objects are exactly the gold boxes in file order, which leaks "
         "their number")}
 
 
-def published(source: Path, name: str) -> Path:
-    """Where a published file lies: MNRE-V2's dev file has a blank in its name, OneIE's may lack a
-    part of theirs."""
+def published_file(source: Path, name: str) -> Path:
+    """The path of a file, which may have another name: MNRE-V2's dev file with a blank in it,
+    OneIE's files without "oneie"."""
     names = (name.replace(".txt", " .txt"), name, name.replace(".oneie", ""))
     return next((source / other for other in names if (source / other).exists()), source / name)
 
 
-def only_m2e2(rows: Rows) -> None:
-    """Drops events and roles that M2E2 does not have, and prints which."""
+def keep_m2e2(rows: Rows) -> None:
+    """Drop events and roles that M2E2 does not have, and print how many of which."""
     lost = Counter()
     for _, row in rows:
         lost.update(e["type"] for e in row["events"] if e["type"] not in M2E2)
@@ -413,34 +433,34 @@ def only_m2e2(rows: Rows) -> None:
               ", ".join(f"{count} x {name}" for name, count in lost.most_common()))
 
 
-def found_labels(rows: Rows) -> dict:
-    """The event types and roles of these samples."""
+def labels_of(rows: Rows) -> dict:
+    """The labels of a dataset that has the event types and roles of these samples."""
     roles = {}
     for event in (event for _, row in rows for event in row["events"]):
         roles.setdefault(event["type"], set()).update(a["role"] for a in event["arguments"])
-    return {"med": sorted(roles), "meae": {kind: sorted(roles[kind]) for kind in sorted(roles)}}
+    return {"med": sorted(roles), "meae": {name: sorted(roles[name]) for name in sorted(roles)}}
 
 
-def event_rows(kind: str, rows: Rows, folder: Path, max_objects: int,
+def event_rows(dataset: str, rows: Rows, folder: Path, max_objects: int,
                event_types: str) -> tuple[Rows, str]:
-    """(med and meae records of samples with the objects of this kind, what a result must name).
+    """(med and meae records of samples with the objects of this dataset, what a result must name).
 
     Every sample has a med record, "none" where it has no event; arguments need an event.
     """
-    note = KINDS[kind].note.format(objects=max_objects, types=event_types)
-    if kind in FOREIGN and event_types == "m2e2":
-        only_m2e2(rows)
-    if kind == "m2e2":
-        found = detections(folder / DETECTIONS)
+    note = PUBLISHED[dataset].note.format(objects=max_objects, types=event_types)
+    if dataset in FOREIGN and event_types == "m2e2":
+        keep_m2e2(rows)
+    if dataset == "m2e2":
+        detected = detections(folder / DETECTIONS)
         with expecting("detections, if only [], for each picture of M2E2", folder / DETECTIONS):
-            reached, total = reachable(rows, found, max_objects)
+            reached, total = reachable(rows, detected, max_objects)
         share = 100 * reached / max(total, 1)
         note += f"; they show {reached} of {total} gold boxes ({share:.1f} %)"
-    print(f"{kind}: {note}")
+    print(f"{dataset}: {note}")
     for _, row in rows:
-        if kind == "m2e2":
-            row["objects"] = found[row["image"]][:max_objects]
-        elif kind == "swig":
+        if dataset == "m2e2":
+            row["objects"] = detected[row["image"]][:max_objects]
+        elif dataset == "swig":
             row["objects"] = mixed(row, max_objects)
         for argument in (a for event in row["events"] for a in event["arguments"] if "box" in a):
             argument["object"] = shown_by(argument["box"], row["objects"])
@@ -448,54 +468,60 @@ def event_rows(kind: str, rows: Rows, folder: Path, max_objects: int,
             for task in ("med", "meae") if task == "med" or row["events"]], note
 
 
-def convert(kind: str, source: Path, corpus: Path, max_objects: int = 16,
-            event_types: str = "m2e2") -> None:
-    """Reads the published files of a dataset in `source` and writes corpus/kind.
-
-    max_objects: number of objects in m2e2 and swig. event_types: "m2e2" or, for ace2005 and swig,
-    "all" that their files hold.
-    """
-    other = {"m2e2": "m2e2_gold", "m2e2_gold": "m2e2"}.get(kind)
+def refuse(dataset: str, corpus: Path, max_objects: int, event_types: str) -> None:
+    """DataError where the folder or the options make no sense for this dataset."""
+    other = {"m2e2": "m2e2_gold", "m2e2_gold": "m2e2"}.get(dataset)
     if other and (corpus / other / "dataset.json").exists():
-        raise DataError(f"{corpus}: holds {other}, which would be scored together with {kind}: "
+        raise DataError(f"{corpus}: holds {other}, which would be scored together with {dataset}: "
                         "give another folder")
     if (corpus / "dataset.json").exists():
         raise DataError(f"{corpus}: expected a folder of datasets, found a single dataset: give "
                         "the folder above it")
     if max_objects < 1:
         raise DataError(f"--max-objects: expected 1 or more, got {max_objects}: raise it")
-    if event_types == "all" and kind not in FOREIGN:
-        raise DataError(f"--event-types all: {kind} has one set of labels only: leave it out")
-    known = KINDS[kind]
-    paths = {split: published(source, name) for split, (name, _) in known.files.items()}
-    rows = {split: known.read(path, kind) for split, path in paths.items() if path.exists()}
+    if event_types == "all" and dataset not in FOREIGN:
+        raise DataError(f"--event-types all: {dataset} has one set of labels only: leave it out")
+
+
+def convert(dataset: str, source: Path, corpus: Path, max_objects: int = 16,
+            event_types: str = "m2e2") -> None:
+    """Read the published files of a dataset in `source` and write corpus/dataset.
+
+    max_objects: number of objects in m2e2 and swig. event_types: "m2e2" or, for ace2005 and swig,
+    "all" that their files hold.
+    """
+    refuse(dataset, corpus, max_objects, event_types)
+    known = PUBLISHED[dataset]
+    paths = {split: published_file(source, name) for split, (name, _) in known.files.items()}
+    rows = {split: known.read(path, dataset) for split, path in paths.items() if path.exists()}
     if not rows:
         raise DataError(f"{source}: expected at least one of "
                         f"{', '.join(name for name, _ in known.files.values())}, found none: "
                         "give the folder that holds them")
-    descriptor = {"name": kind, "units": known.units, "labels": known.labels}
+    descriptor = {"name": dataset, "units": known.units, "labels": known.labels}
     if event_types == "all":
-        descriptor["labels"] = found_labels(sum(rows.values(), []))
+        descriptor["labels"] = labels_of(sum(rows.values(), []))
     if known.units == MEE:
-        for split, some in rows.items():
-            rows[split], descriptor["note"] = event_rows(kind, some, source, max_objects,
+        for split, samples in rows.items():
+            rows[split], descriptor["note"] = event_rows(dataset, samples, source, max_objects,
                                                          event_types)
     for split, (_, expected) in known.files.items():
         count = len(rows.get(split, ()))
-        found = f"{count} records found" if split in rows else "FILE NOT FOUND, nothing written"
+        read = f"{count} records found" if split in rows else "FILE NOT FOUND, nothing written"
         wanted = f", {expected} expected" if expected else ""
         differs = "  <-- differs" if expected and count != expected else ""
-        print(f"{kind} {split}: {found}{wanted}, from {paths[split]}{differs}")
-    if "test" not in known.files and (path := published(source, "test.oneie.json")).exists():
-        print(f"{kind} test: {path} left out, as M2E2 is the only test of events")
-    write_dataset(corpus / kind, descriptor, rows)
+        print(f"{dataset} {split}: {read}{wanted}, from {paths[split]}{differs}")
+    if "test" not in known.files and (path := published_file(source, "test.oneie.json")).exists():
+        print(f"{dataset} test: {path} left out, as M2E2 is the only test of events")
+    write_dataset(corpus / dataset, descriptor, rows)
 
 
 def main(argv: list[str] | None = None) -> None:
-    does = "read a dataset's published files, write DST/KIND, print found and expected counts"
-    command = Parser(prog="python -m tools.convert", description=does)
+    """The command; it ends with exit code 2 where it cannot convert."""
+    command = Parser(prog="python -m tools.convert", description="Read the published files of a "
+                     "dataset, write DST/KIND, print the counts of records read and expected.")
     what = command.add_argument_group("what to convert")
-    what.add_argument("kind", choices=KINDS, metavar="KIND", help=", ".join(KINDS))
+    what.add_argument("kind", choices=PUBLISHED, metavar="KIND", help=", ".join(PUBLISHED))
     what.add_argument("src", type=Path, metavar="SRC", help="folder of the published files")
     what.add_argument("dst", type=Path, metavar="DST",
                       help="corpus folder; the pictures belong into DST/KIND/images")
@@ -503,7 +529,7 @@ def main(argv: list[str] | None = None) -> None:
     events.add_argument("--max-objects", type=int, default=16, metavar="K",
                         help="m2e2, swig: objects of a picture")
     events.add_argument("--event-types", choices=("m2e2", "all"), default="m2e2",
-                        help="ace2005, swig: M2E2's event types and roles, or all of their own")
+                        help="ace2005, swig: event types and roles of M2E2, or all in their files")
     args = command.parse_args(argv)
     with exit_codes():
         convert(args.kind, args.src, args.dst, args.max_objects, args.event_types)
