@@ -1,5 +1,4 @@
-"""AML replayed: the weights that other settings of Eq. (9) would have given a run; and their slopes.
-"""
+"""AML replayed: the weights that other settings of Eq. (9) would have given a run, and slopes."""
 
 import itertools
 from collections.abc import Mapping, Sequence
