@@ -114,7 +114,7 @@ def test_a_unit_without_reference_is_named():
 
 
 def test_mim_closed_form_of_one_token():
-    """Eq. (5) by hand: e = (D - U) / rms per channel, L = mean_c (e^2 / sigma^2 + ln sigma^2) / 2."""
+    """Eq. (5) by hand: e = (D - U) / rms, L = mean_c (e^2 / sigma^2 + ln sigma^2) / 2."""
     U, D = torch.tensor([[[1.0, -2.0]]]), torch.tensor([[[3.0, 1.0]]])
     variance, rms = torch.tensor([0.5, 2.0]), math.sqrt(2.5) + 1e-3
     expected = 0.5 * ((4 / rms ** 2 / 0.5 + math.log(0.5)) + (9 / rms ** 2 / 2 + math.log(2.0))) / 2
@@ -124,7 +124,7 @@ def test_mim_closed_form_of_one_token():
 
 def naive_mim(U: torch.Tensor, D: torch.Tensor, mask: torch.Tensor, variance: torch.Tensor,
               B: int) -> torch.Tensor:
-    """Eq. (5) word for word: sum over samples of the mean bound of their real tokens, U detached."""
+    """Eq. (5) word for word: over samples, the mean bound of their real tokens, U detached."""
     U, total = U.detach(), D.new_zeros(())
     for i in range(len(U)):
         J = mask[i].nonzero()[:, 0].tolist()
@@ -138,7 +138,7 @@ def naive_mim(U: torch.Tensor, D: torch.Tensor, mask: torch.Tensor, variance: to
 
 
 def test_mim_equals_the_bound_written_out_with_every_gradient():
-    """Padding, a row without a real token, a global batch of more rows; the teacher learns nothing."""
+    """Padding, a row without a real token, a batch of more rows; the teacher learns nothing."""
     U, D = torch.randn(2, 3, 4, 5, dtype=torch.float64).requires_grad_()
     variance = torch.rand(5, dtype=torch.float64).add(0.1).requires_grad_()
     mask = torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1]]).bool()
