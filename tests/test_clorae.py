@@ -179,11 +179,16 @@ def test_float64_gradcheck_of_mim_in_the_student_and_the_variance():
     assert torch.autograd.gradcheck(loss, tuple(getattr(m, name) for name in names))
 
 
-def test_a_bf16_layer_stays_within_twice_the_error_of_the_naive_form():
-    """bf16: the error against float64 is bounded by twice the naive formula's own bf16 error."""
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_bf16_layer_stays_within_twice_the_error_of_the_naive_form(autocast):
+    """The error against float64 is bounded by twice the naive formula's own in bf16; autocast: a
+    bf16 linear with fp32 experts, as in training."""
     x, tasks, _ = inputs()
     exact = naive(layer(dtype=torch.float64), x.double(), tasks)[0]
-    ours = run(layer(dtype=torch.bfloat16), x.bfloat16(), tasks)
+    m = layer(dtype=torch.float32 if autocast else torch.bfloat16)
+    m.base.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ours = run(m, x if autocast else x.bfloat16(), tasks)
     plain = naive(layer(dtype=torch.bfloat16), x.bfloat16(), tasks)[0]
     assert ours.dtype == torch.bfloat16
     assert (ours - exact).abs().max() <= 2 * (plain - exact).abs().max()
@@ -446,6 +451,18 @@ def test_beams_and_dropped_rows_keep_their_tasks():
     followed = m(x[:4])
     expected = run(m, x[:4], torch.tensor([1, 1, 1, 0]))
     assert torch.equal(followed, expected)
+
+
+def test_what_is_derived_from_the_rows_is_forgotten_with_them():
+    """`set` and `rows` empty `derived`; rows before any batch change nothing."""
+    routing = Routing(TASKS)
+    routing.rows(torch.tensor([0, 0]))
+    assert routing.tasks is None and routing.tasks_of(3).tolist() == [0, 0, 0]
+    for change, values in ((routing.set, [0, 2]), (routing.rows, [1, 1, 1])):
+        routing.derived["made"] = 1
+        change(torch.tensor(values))
+        assert routing.derived == {}
+    assert routing.tasks_of(3).tolist() == [2, 2, 2]
 
 
 def test_unknown_tasks_and_forgotten_rows_are_errors():
