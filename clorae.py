@@ -200,11 +200,14 @@ class ExpertLinear(nn.Module):
         return y + self.scale * h  # Eq. (8): y = W_0 x + s h
 
     def experts(self, x: Tensor) -> Tensor:
-        """x [B,S,D_in] -> h [B,S,D_out], what the experts of the layer's method add."""
+        """x [B,S,D_in] -> h [B,S,D_out], what the experts of the layer's method add.
+
+        A new method needs a name in METHODS, its parameters in __init__ and its h here.
+        """
         if self.config.method == "lora":
-            return product(self.B_U, self.A_U, self.dropped(x))  # Eq. (2)
+            return product(self.B_U, self.A_U, self.dropped(x))  # Eq. (2) less W_0 x
         if self.config.method == "tlora":
-            n = self.tasks(x)
+            n = self.row_tasks(x)
             return product(self.B_T[n], self.A_T[n], self.dropped(x))
         if self.config.method == "moslora":
             return product(self.B_U, self.M_U, self.A_U, self.dropped(x))
@@ -216,14 +219,13 @@ class ExpertLinear(nn.Module):
 
     def universal_and_task(self, x: Tensor) -> Tensor:
         """C-LoRAE's h: the universal expert and the one of the row's task n, weighed per token."""
-        g, n, x = self.gates(x), self.tasks(x), self.dropped(x)
+        g, n, x = self.gates(x), self.row_tasks(x), self.dropped(x)
         U = product(self.B_U, self.A_U, x)  # Eq. (3)
         D = product(self.B_T[n], self.A_T[n], x)  # Eq. (4)
-        self.remember(U, D)
-        if g is None:
-            return U + D
-        g1, g2 = g.split(1, dim=-1)
-        return g1 * U + g2 * D  # Eq. (7)
+        self.remember(U, D)  # Eq. (5) compares them: losses.mutual_information
+        g1, g2 = (1, 1) if g is None else g.split(1, dim=-1)
+        h = g1 * U + g2 * D  # Eq. (7)
+        return h
 
     def gates(self, x: Tensor) -> Tensor | None:
         """x [...,D_in] -> gates [...,2] >= 0 that sum to 1, in x's type; None without a router.
@@ -242,7 +244,7 @@ class ExpertLinear(nn.Module):
         """x under dropout, in training."""
         return F.dropout(x, self.config.dropout, self.training)
 
-    def tasks(self, x: Tensor) -> Tensor:
+    def row_tasks(self, x: Tensor) -> Tensor:
         """The task n of each row of x, [B]."""
         return self.routing.tasks_of(len(x)).to(x.device)
 
