@@ -9,24 +9,24 @@ variational bound follows Ahn et al., CVPR 2019.  README lists where the paper i
     p_m               reference        F1 to be reached by unit m ("SoTA"), in %
     w_t^m             weights          achievement weight of unit m in epoch t + 1
     ∂, gamma          margin, gamma    slack above the reference, exponent
-    U, D              (never formed)   outputs of the universal and the task expert
+    U, D              U, D             outputs of the universal and the task expert of a linear
     (Ahn) sigma^2     variance         one per output channel of a wrapped linear
 
-Shapes: B rows, T target tokens, D model width, C vocabulary, D_out width of a wrapped linear,
-k = R + r its rank-space columns.  A unit is a column of Table 2: T15 T17 SNAP V1 V2 MED MEAE.
+Shapes: B rows, T target tokens, D model width, C vocabulary; S tokens of a row and D_out channels
+that a wrapped linear puts out.  A unit is a column of Table 2: T15 T17 SNAP V1 V2 MED MEAE.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100  # label of padding
 PIECE = 1024  # tokens whose logits are held at once
+RMS_FLOOR = 1e-3  # keeps the scale of L_MIM finite while U is still zero
 
 # p_m of Eq. (9), from Table 2: the best single-task model of each unit; or, the paper's other
 # reading, the best of all, UMIE-XL included.
@@ -43,22 +43,24 @@ def token_cross_entropy(hidden: Tensor, labels: Tensor, head: Callable[[Tensor],
     hidden [B,T,D]; labels [B,T] with IGNORE for padding, which adds nothing; head: [n,D] -> logits
     [n,C]; real [n]: where the labels that count lie among all B T, if that is known; padding may be
     among them.  Weighed by the rows' units and divided by the target tokens of the global batch it
-    is L_MT of Eq. (10); with all weights 1 that is the plain token mean.  The head runs on these
-    tokens alone and, past `piece` of them, on one piece at a time, which the backward pass makes
-    again: the logits [B,T,C] are the largest tensor that a step would keep.
+    is L_MT of Eq. (10); with all weights 1 that is the plain token mean.  Past `piece` tokens the
+    head runs on one piece at a time, which the backward pass computes again: the logits are the
+    largest tensor that a step would keep.
     """
-    if real is None:  # to find them, the host waits for a GPU
+    if real is None:  # on a GPU the host waits for these
         real = (labels.flatten() != IGNORE).nonzero()[:, 0]
-    pieces = list(zip(hidden.flatten(0, 1)[real].split(piece), labels.flatten()[real].split(piece)))
+    states, targets = hidden.flatten(0, 1)[real], labels.flatten()[real]
 
     def loss(states: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(head(states).float(), targets, reduction="none")
 
-    again = dict(use_reentrant=False, preserve_rng_state=False)  # nothing is drawn in a head
-    found = [checkpoint(loss, *some, **again) if len(pieces) > 1 else loss(*some)
-             for some in pieces]
-    rows = real // labels.shape[1]
-    return hidden.new_zeros(len(labels), dtype=torch.float32).index_add(0, rows, torch.cat(found))
+    if len(real) <= piece:
+        each = loss(states, targets)
+    else:  # nothing random is drawn in a head
+        each = torch.cat([checkpoint(loss, *pair, use_reentrant=False, preserve_rng_state=False)
+                          for pair in zip(states.split(piece), targets.split(piece))])
+    sums = hidden.new_zeros(len(labels), dtype=torch.float32)
+    return sums.index_add(0, real // labels.shape[1], each)
 
 
 def achievement_weights(f1: Mapping[str, float], reference: Mapping[str, float],
@@ -81,27 +83,23 @@ def achievement_weights(f1: Mapping[str, float], reference: Mapping[str, float],
     return {m: len(f1) * e / total for m, e in exponentials.items()}
 
 
-class Moments(Protocol):
-    """What the L wrapped linears of one stream of tokens report; made by clorae.stream_moments,
-    which explains the weights a_t and b_t of a token t."""
+def mutual_information(outputs: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], B: int | Tensor,
+                       count: int) -> Tensor:
+    """L_MIM = 1 / count sum_l L_l, a scalar >= ln(0.1) / 2.
 
-    distance: Tensor  # [L,D_out] sum_t a_t (D_tc - U_tc)^2
-    b: Tensor  # sum_t b_t
-    variance: Tensor  # [L,D_out] sigma^2
-
-
-def mutual_information(streams: Sequence[Moments], count: int) -> Tensor:
-    """L_MIM = 1 / count sum_l L_l, a scalar >= ln(0.1) / 2, exact without forming U or D.
-
-    L_l = 1 / (2 D_out) sum_c (distance_c / sigma_c^2 + (sum_t b_t) ln sigma_c^2): the bound of
-    Eq. (5), -E log p(U | D) for a Gaussian with mean D and variance sigma^2, constants dropped.
-    streams: the reports of this (micro-)batch; count: wrapped linears of the model, including those
-    that saw no valid token.  Additive over micro-batches and ranks.
+    outputs: for each wrapped linear that saw tokens U and D [rows,S,D_out], the mask of the real
+    tokens [rows,S] and variance [D_out] (clorae.expert_outputs); B: rows of the global batch;
+    count: wrapped linears of the model, also those that saw no token.  L_l, the bound of Eq. (5),
+    is -log p(U | D) for a Gaussian with mean D and variance sigma^2, constants dropped: the mean
+    over channels, over the real tokens of a row, and over rows.  U and D are measured in units of
+    the row's RMS of U.  The teacher U gets no gradient.  Additive over micro-batches and ranks.
     """
     total = torch.zeros(())
-    for report in streams:
-        variance = report.variance
-        with torch.autocast(variance.device.type, enabled=False):  # fp32 island
-            bound = (report.distance / variance + report.b * variance.log()).sum()
-        total = total + bound / (2 * variance.shape[-1])  # Eq. (5)
+    for U, D, mask, variance in outputs:
+        U, D = U.detach().to(variance.dtype), D.to(variance.dtype)
+        share = mask / mask.sum(dim=1, keepdim=True).clamp(min=1).to(variance.dtype)  # 1 / |J_i|
+        rms = (share * U.square().mean(dim=-1)).sum(dim=1).sqrt() + RMS_FLOOR  # [rows]
+        e = (D - U) / rms[:, None, None]
+        bound = 0.5 * (e.square() / variance + variance.log()).mean(dim=-1)  # Eq. (5), a token's
+        total = total + (share * bound).sum() / B
     return total / count

@@ -65,7 +65,7 @@ def emulator_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     line = [compiler, "-std=c++20", "-O2", "-fno-strict-aliasing", "-fPIC", "-shared",
             "-DCLORAE_EMULATOR", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-I", ROOT / "tests",
             *(f"-isystem{path}" for path in cpp_extension.include_paths()),
-            "-x", "c++", ROOT / "clorae.cu", "-o", library,
+            "-x", "c++", ROOT / "fast" / "clorae.cu", "-o", library,
             *(f"-L{path}" for path in cpp_extension.library_paths()), "-ltorch", "-ltorch_cpu"]
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -51,7 +51,7 @@ struct Fiber {
     ucontext_t context;
     std::vector<char> stack = std::vector<char>(STACK);
     bool done = false;
-    int block_barriers = 0, warp_barriers = 0;
+    int barriers = 0;
     std::vector<std::vector<Copy>> groups;  // oldest first; the last one is still open
 };
 
@@ -62,7 +62,6 @@ inline int current, threads;
 inline dim3 block, grid;
 inline bool reversed;
 inline unsigned char* shared;
-inline double exchanged[1024];
 
 inline void require(bool fact, const char* rule) {
     if (fact) return;
@@ -72,18 +71,15 @@ inline void require(bool fact, const char* rule) {
 
 inline void take_turns() { swapcontext(&fibers[current].context, &scheduler); }
 
-// Goes on when threads [first, last) have all come to the barrier that this thread has come to.
-inline void barrier(int Fiber::*count, int first, int last) {
-    const int mine = ++(fibers[current].*count);
-    for (int other = first; other < last;) {
-        if (fibers[other].*count >= mine) { ++other; continue; }
+// Goes on when all threads have come to the barrier that this thread has come to.
+inline void barrier() {
+    const int mine = ++fibers[current].barriers;
+    for (int other = 0; other < threads;) {
+        if (fibers[other].barriers >= mine) { ++other; continue; }
         require(!fibers[other].done, "waits at a barrier for a thread that has left");
         take_turns();
     }
 }
-
-inline int warp_start() { return current / 32 * 32; }
-inline int warp_end() { return warp_start() + 32 < threads ? warp_start() + 32 : threads; }
 
 inline void start() {
     body();
@@ -98,7 +94,7 @@ inline void run_block() {
         (reinterpret_cast<uintptr_t>(memory.data()) + 127) / 128 * 128);
     for (Fiber& fiber : fibers) {
         fiber.done = false;
-        fiber.block_barriers = fiber.warp_barriers = 0;
+        fiber.barriers = 0;
         fiber.groups.assign(1, {});
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack.data();
@@ -163,20 +159,7 @@ const char* launch(void (*kernel)(Parameters...), dim3 grid, int threads, int sh
 }
 
 inline void __syncthreads() {
-    emulator::barrier(&emulator::Fiber::block_barriers, 0, emulator::threads);
-}
-
-inline void __syncwarp() {
-    emulator::barrier(&emulator::Fiber::warp_barriers, emulator::warp_start(),
-                      emulator::warp_end());
-}
-
-inline float __shfl_xor_sync(unsigned, float value, int mask) {
-    emulator::exchanged[emulator::current] = value;
-    __syncwarp();
-    const float other = emulator::exchanged[emulator::current ^ mask];
-    __syncwarp();
-    return other;
+    emulator::barrier();
 }
 
 inline void copy_async(void* to, const void* from, bool inside) {

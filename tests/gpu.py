@@ -1,18 +1,14 @@
 """Everything about clorae.cu that needs a GPU, in one command: python tests/gpu.py
 
-Builds the extension, runs tests/test_cuda.py on the GPU, then compute-sanitizer (memcheck and
-racecheck) where it is installed, then training steps with CUDA graphs beside the same without,
-then times one layer: the frozen linear, peft's LoRA where it is installed, and the forms of
-C-LoRAE's layer, in bf16, forward and backward, eagerly and inside a CUDA graph; last
-tests/benchmark.py's step, decoding and memory. Prints markdown; takes a few minutes. Exit code 1 if
-anything was wrong.
+Builds the extension, runs tests/test_cuda.py and tests/test_experts.py on the GPU, then
+compute-sanitizer (memcheck and racecheck) where it is installed, then training steps with CUDA
+graphs beside the same without, then times one layer: the frozen linear, peft's LoRA where it is
+installed, and C-LoRAE's layer in two forms, in bf16, forward and backward, eagerly and inside a
+CUDA graph; last tests/benchmark.py's step, decoding and memory. Prints markdown; takes a few
+minutes. Exit code 1 if anything was wrong.
 
-    reference   PyTorch in rank space, segment by segment (clorae.py without the extension)
-    fused       clorae.cu's shrink and expand (clorae.expert_linear)
-    (b)         [W_0 ; A] in one cuBLAS product, gate_forward, [.] += zt Bt; gate_backward
-    (b*)        the same backward; forward as one product [x | zt] [W_0 | B]^T
-(b) and (b*) compute every task's columns and choose by mask: cuBLAS shapes that do not depend on
-the segments, at N r instead of r columns.
+    reference   PyTorch in rank space, segment by segment, under autograd
+    fused       clorae.cu's shrink and expand (fast.cuda.expert_linear)
 """
 
 import argparse
@@ -32,8 +28,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch
 from torch import Tensor, nn
 
-import clorae
 import conftest
+import fast.cuda
 import test_cuda
 
 SIZES = {"base": (768, 128, 42), "large": (1024, 64, 21), "xl": (2048, 64, 21)}  # D, R, r
@@ -55,55 +51,11 @@ class Problem:
                            for s in shapes]
         edges = [T * i // tasks for i in range(tasks + 1)]
         self.runs = [(i, b - a) for i, (a, b) in enumerate(zip(edges, edges[1:]))]
-        self.table = clorae.table_of(self.runs, dev)
-        self.rows = R + tasks * r + 1
-        self.width = (self.rows + 7) // 8 * 8
-        zeros = torch.zeros(2 * D + self.width, D + self.width, device=dev, dtype=torch.bfloat16)
-        self.below = zeros[:D + self.width, :D].contiguous()  # [W_0 ; A]
-        self.beside = zeros[:D].clone()  # [W_0 | B]
-        self.below[:D], self.beside[:, :D] = self.base.weight, self.base.weight
-        self.Bt = zeros[:self.width, :D].clone()
+        self.table = fast.cuda.table_of(self.runs, dev)
 
     def layer(self, function: Callable, tokens: object) -> Tensor:
         """expert_linear with the table of the tokens, or its reference with their runs."""
         return function(self.x, self.base, self.parameters, tokens, SCALE)[0]
-
-
-class Concatenated(torch.autograd.Function):
-    """Forms (b) and (b*): cuBLAS on all columns, K1 and K2 between the products, K3 before them."""
-
-    @staticmethod
-    def forward(ctx, p: Problem, beside: bool, x: Tensor, *parameters: Tensor) -> Tensor:
-        library, queue, D = clorae.KERNELS[x.device.type], clorae.cuda_queue(x), p.D
-        A, Bt = p.below[D:], p.Bt
-        library.pack(*parameters, A[:p.rows], Bt[:p.rows - 1], queue)
-        gates = torch.empty(p.T, 2, device=x.device)
-        if beside:
-            p.beside[:, D:] = Bt.T
-            wide = torch.empty(p.T, D + p.width, device=x.device, dtype=x.dtype)
-            wide[:, :D] = x
-            z, zt = x @ A.T, wide[:, D:]
-        else:
-            wide = x @ p.below.T
-            z, zt = wide[:, D:], torch.empty(p.T, p.width, device=x.device, dtype=x.dtype)
-        library.gate_forward(z, p.table.tasks, p.ranks, SCALE, zt, gates, queue)
-        ctx.p = p
-        ctx.save_for_backward(x, z, zt, gates)
-        return wide @ p.beside.T if beside else wide[:, :D].addmm_(zt, Bt)
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple:
-        p, (x, z, zt, gates) = ctx.p, ctx.saved_tensors
-        dz = dy @ p.Bt.T
-        library, queue = clorae.KERNELS[x.device.type], clorae.cuda_queue(x)
-        library.gate_backward(dz, z, None, p.table.tasks, p.ranks, SCALE, gates, queue)
-        dx = (dy @ p.base.weight).addmm_(dz, p.below[p.D:])
-        dA = clorae.rank_gradient(dz, x, p.table.tasks, [p.width, 0, 0])
-        dBt = clorae.rank_gradient(zt, dy, p.table.tasks, [p.width, 0, 0])
-        R, r, tasks = p.ranks
-        k = R + tasks * r
-        return (None, None, dx, dA[:R], dA[R:k].view(tasks, r, -1), dBt[:R].T,
-                dBt[R:k].view(tasks, r, -1).transpose(1, 2), torch.cat([dA[k:k + 1], -dA[k:k + 1]]))
 
 
 def peft_layer(p: Problem) -> nn.Module | None:
@@ -126,24 +78,20 @@ def forms(p: Problem) -> dict[str, tuple[Callable[[], Tensor], list[Tensor]]]:
         calls["peft LoRA"] = (lambda: lora(p.x),
                               [p.x, *(q for q in lora.parameters() if q.requires_grad)])
     return calls | {"reference": (lambda: p.layer(test_cuda.pytorch, p.runs), ours),
-                    "fused": (lambda: p.layer(clorae.expert_linear, p.table), ours),
-                    "(b)": (lambda: Concatenated.apply(p, False, *ours), ours),
-                    "(b*)": (lambda: Concatenated.apply(p, True, *ours), ours)}
+                    "fused": (lambda: p.layer(fast.cuda.expert_linear, p.table), ours)}
 
 
 def forms_agree(p: Problem) -> bool:
     """No form may be timed that computes something else: results within 2 % of the reference's."""
-    results, fine = {}, True
+    results = {}
     for name, (call, wanted) in forms(p).items():
         y = call()
         results[name] = [y.detach(), *torch.autograd.grad(y, wanted, p.dy)]
-    for name in ("fused", "(b)", "(b*)"):
-        errors = [test_cuda.error(a.double(), b.double())
-                  for a, b in zip(results[name], results["reference"])]
-        fine = fine and max(errors) < 0.02
-        print(f"- {name} against reference, T = {p.T}, D = {p.D}: largest relative difference "
-              f"{max(errors):.1e} {'' if max(errors) < 0.02 else '**WRONG**'}")
-    return fine
+    worst = max(test_cuda.error(a.double(), b.double())
+                for a, b in zip(results["fused"], results["reference"]))
+    print(f"- fused against reference, T = {p.T}, D = {p.D}: largest relative difference "
+          f"{worst:.1e} {'' if worst < 0.02 else '**WRONG**'}")
+    return worst < 0.02
 
 
 def quantiles(work: Callable[[], object], repeats: int) -> tuple[float, float, float]:
@@ -240,14 +188,14 @@ def small() -> None:
         for case in ("large: 64 and 21", "one task, ranks of two column blocks", "one token"):
             given = test_cuda.problem(case, "live gate", dtype, torch.device("cuda"))
             test_cuda.run(test_cuda.fused, given, dtype)
-        test_cuda.concatenated_gate(torch.device("cuda"), dtype)
 
 
 def tests() -> bool:
-    """tests/test_cuda.py, the GPU's part of it."""
-    line = [sys.executable, "-m", "pytest", "-q", "tests/test_cuda.py", "-k", "[cuda"]
+    """What of tests/test_cuda.py and tests/test_experts.py runs on the GPU."""
+    files = ["tests/test_cuda.py", "tests/test_experts.py"]
+    line = [sys.executable, "-m", "pytest", "-q", *files, "-k", "[cuda"]
     done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=200)
-    print("- tests/test_cuda.py on the GPU:", done.stdout.strip().splitlines()[-1])
+    print("- tests on the GPU:", done.stdout.strip().splitlines()[-1])
     if done.returncode:
         print("```\n" + done.stdout[-6000:] + "\n```")
     return done.returncode == 0
@@ -275,8 +223,8 @@ def graphs_agree() -> bool:
 
 def fresh_build() -> bool:
     """Seconds of a build from nothing, in a cache of its own."""
-    line = [sys.executable, "-c", "import torch, clorae, warnings; "
-            "warnings.simplefilter('error'); clorae.kernels(torch.device('cuda'))"]
+    line = [sys.executable, "-c", "import torch, fast.cuda, warnings; "
+            "warnings.simplefilter('error'); fast.cuda.kernels(torch.device('cuda'))"]
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT,
@@ -301,7 +249,7 @@ def main() -> int:
               f"{torch.version.cuda}\n")
         if not fresh_build():
             return 1
-    if clorae.kernels(torch.device("cuda")) is None:
+    if fast.cuda.kernels(torch.device("cuda")) is None:
         return 1
     if options.small:
         small()

@@ -8,7 +8,6 @@ from torch import nn
 from torch.nn import functional as F
 
 import losses
-from clorae import Moments
 
 UNITS = ("T15", "T17", "SNAP", "V1", "V2", "MED", "MEAE")
 SINGLE = dict(zip(UNITS, (78.9, 89.8, 90.2, 81.8, 82.0, 57.6, 23.4)))
@@ -115,19 +114,63 @@ def test_a_unit_without_reference_is_named():
 
 
 def test_mim_closed_form_of_one_token():
-    """Eq. (5) by hand: e = D - U per channel, L = mean_c (e^2 / sigma^2 + ln sigma^2) / 2."""
-    U, D = torch.tensor([1.0, -2.0]), torch.tensor([3.0, 1.0])
-    variance = torch.tensor([0.5, 2.0])
-    layer = Moments((D - U).square()[None], torch.tensor(1.0), variance[None])
-    expected = 0.5 * ((4 / 0.5 + math.log(0.5)) + (9 / 2 + math.log(2.0))) / 2
-    assert math.isclose(losses.mutual_information([layer], 1).item(), expected, rel_tol=1e-6)
+    """Eq. (5) by hand: e = (D - U) / rms, L = mean_c (e^2 / sigma^2 + ln sigma^2) / 2."""
+    U, D = torch.tensor([[[1.0, -2.0]]]), torch.tensor([[[3.0, 1.0]]])
+    variance, rms = torch.tensor([0.5, 2.0]), math.sqrt(2.5) + 1e-3
+    expected = 0.5 * ((4 / rms ** 2 / 0.5 + math.log(0.5)) + (9 / rms ** 2 / 2 + math.log(2.0))) / 2
+    ours = losses.mutual_information([(U, D, torch.tensor([[True]]), variance)], 1, 1)
+    assert math.isclose(ours.item(), expected, rel_tol=1e-6)
+
+
+def naive_mim(U: torch.Tensor, D: torch.Tensor, mask: torch.Tensor, variance: torch.Tensor,
+              B: int) -> torch.Tensor:
+    """Eq. (5) word for word: over samples, the mean bound of their real tokens, U detached."""
+    U, total = U.detach(), D.new_zeros(())
+    for i in range(len(U)):
+        J = mask[i].nonzero()[:, 0].tolist()
+        rms = torch.stack([U[i, j] for j in J]).square().mean().sqrt() + 1e-3 if J else 1.0
+        for j in J:
+            for c in range(U.shape[-1]):
+                e = (D[i, j, c] - U[i, j, c]) / rms
+                bound = 0.5 * (e ** 2 / variance[c] + variance[c].log())
+                total = total + bound / (len(J) * U.shape[-1])
+    return total / B
+
+
+def test_mim_equals_the_bound_written_out_with_every_gradient():
+    """Padding, a row without a real token, a batch of more rows; the teacher learns nothing."""
+    U, D = torch.randn(2, 3, 4, 5, dtype=torch.float64).requires_grad_()
+    variance = torch.rand(5, dtype=torch.float64).add(0.1).requires_grad_()
+    mask = torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1]]).bool()
+    ours = losses.mutual_information([(U, D, mask, variance)], 8, 1)
+    truth = naive_mim(U, D, mask, variance, 8)
+    torch.testing.assert_close(ours, truth)
+    wanted = [U, D, variance]
+    for a, b in zip(*(torch.autograd.grad(value, wanted, allow_unused=True)
+                      for value in (ours, truth))):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b)
+    assert torch.autograd.grad(losses.mutual_information([(U, D, mask, variance)], 8, 1), U,
+                               allow_unused=True) == (None,)
+    assert torch.autograd.gradcheck(
+        lambda D, v: losses.mutual_information([(U, D, mask, v)], 8, 1), (D, variance))
+
+
+def test_mim_of_bf16_outputs_is_computed_in_fp32():
+    """The outputs come as autocast leaves them; the variance is fp32."""
+    U, D = torch.randn(2, 3, 4, 5, dtype=torch.bfloat16)
+    mask, variance = torch.ones(3, 4, dtype=torch.bool), torch.full((5,), 1.5)
+    ours = losses.mutual_information([(U, D, mask, variance)], 3, 1)
+    truth = naive_mim(U.double(), D.double(), mask, variance.double(), 3)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=1e-5)
 
 
 def test_mim_is_the_mean_over_all_layers_also_those_that_saw_nothing():
-    """1 / |l| sum_l, with |l| the wrapped linears of the model."""
-    layer = Moments(torch.rand(1, 3), torch.tensor(1.0), torch.full((1, 3), 2.0))
-    two = Moments(layer.distance.repeat(2, 1), layer.b, layer.variance.repeat(2, 1))
-    one = losses.mutual_information([layer], 1)
-    torch.testing.assert_close(losses.mutual_information([layer, layer], 8), one / 4)
-    torch.testing.assert_close(losses.mutual_information([two], 8), one / 4)
-    assert losses.mutual_information([], 8) == 0
+    """1 / |l| sum_l, with |l| the wrapped linears of the model; layers may differ in width."""
+    one, other = ((torch.randn(3, 4, n), torch.randn(3, 4, n), torch.ones(3, 4, dtype=torch.bool),
+                   torch.full((n,), 2.0)) for n in (5, 7))
+    each = [losses.mutual_information([layer], 3, 1) for layer in (one, other)]
+    torch.testing.assert_close(losses.mutual_information([one, other], 3, 8), sum(each) / 8)
+    assert losses.mutual_information([], 3, 8) == 0

@@ -28,10 +28,7 @@
 //     dx += A^T [dz ; dl]                           expand again, on A
 // and the gradients of A and Bt are products over tokens, dz^T x and (s g z)^T dy, left to cuBLAS.
 //
-// Kernels:  K3 pack                       fp32 parameters -> A and Bt
-//           K4 shrink, shrink_backward    K5 expand
-//           K1 gate_forward, K2 gate_backward: the gate alone, between cuBLAS products; another
-//           way to compute the same, which clorae.py does not take and tests/gpu.py measures
+// Kernels: pack (fp32 parameters -> A and Bt), shrink and shrink_backward, expand.
 // Every sum runs in an order fixed by the shapes: no atomics, the same bits every time.
 //
 // The file is compiled three times: by nvcc (kernels and launchers, no torch header: seconds), by
@@ -50,7 +47,7 @@ struct Segment {  // tokens [start, stop) belong to one task
     int task, start, stop;
 };
 
-// One matrix that K3 rewrites: `count` matrices [rows, columns] of fp32, one after another.
+// One matrix that `pack` rewrites: `count` matrices [rows, columns] of fp32, one after another.
 enum PackKind { COPY, TRANSPOSE, DIFFERENCE };
 struct PackJob {
     const float* source;
@@ -82,11 +79,6 @@ struct Call {
 // The launchers answer null, or what the driver has against the launch.
 extern "C" {
 const char* clorae_pack(const Call& call, const PackJob* jobs, int count);
-const char* clorae_gate_forward(const Call& call, void* z, int64_t z_stride, const int* tasks,
-                                int tokens, void* weighted, int64_t weighted_stride, float* gates);
-const char* clorae_gate_backward(const Call& call, void* gradient, int64_t stride, const void* z,
-                                 int64_t z_stride, const void* upstream /* or null */,
-                                 const int* tasks, int tokens, const float* gates);
 const char* clorae_shrink(const Call& call, const void* x, const void* A, int d, bool gate_row,
                           void* z, float* gates /* written from the gate row */);
 const char* clorae_shrink_backward(const Call& call, const void* dy, const void* Bt, int d,
@@ -193,86 +185,13 @@ __device__ inline void store_eight(E* to, const float (&from)[8]) {
         __stcg(reinterpret_cast<uint4*>(to) + i, eight.word[i]);
 }
 
-// ------------------------------------------------------------- K1, K2: the gate between products
-
-// K1 gate_forward: the concatenated form, all N tasks' columns computed by one cuBLAS product.
-//     z <- z m,   weighted = s (g1 z_U, g2 z_1 .. g2 z_N) m,   g = (sigmoid(l), sigmoid(-l))
-// with m_t = 1 on the universal columns and on those of token t's own task, and the logit l in
-// column R + N r, which becomes zero.
-// Shapes: z [T, >= V] (rows may be further apart: the tail of x [W_0 ; A]^T), weighted [T, V] with
-//     V = R + N r + 1 rounded up to 8 or more, tasks [T].
-// Tiling: one warp per token, four per block; a lane takes eight columns at a time.
-// Bytes: 3 T V elements (z read and written, weighted written) + 12 T.
-template <class E>
-__global__ void gate_forward(E* z, int64_t z_stride, const int* tasks, int tokens, Ranks ranks,
-                             float scale, E* weighted, int64_t weighted_stride, int width,
-                             float* gates) {
-    const int token = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (token >= tokens) return;  // the whole warp leaves together
-    E* row = z + token * z_stride;
-    const float logit = to_float(row[ranks.universal + ranks.tasks * ranks.task]);
-    __syncwarp();  // all lanes have the logit before one of them clears it
-    const float g1 = sigmoid(logit), g2 = sigmoid(-logit);
-    if (lane == 0) gates[2 * token] = g1, gates[2 * token + 1] = g2;
-    const int own = ranks.universal + tasks[token] * ranks.task;
-    for (int column = lane * 8; column < width; column += 32 * 8) {
-        float code[8], product[8];
-        load_eight(code, row + column);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            const int c = column + j;
-            const bool universal = c < ranks.universal, task = c >= own && c < own + ranks.task;
-            code[j] = universal || task ? code[j] : 0.0f;
-            product[j] = scale * (universal ? g1 : g2) * code[j];
-        }
-        store_eight(row + column, code);
-        store_eight(weighted + token * weighted_stride + column, product);
-    }
-}
-
-// K2 gate_backward, in place: gradient = q on entry, (dz, dl) on return (the head of this file).
-// Shapes: gradient, upstream [T, V], z [T, >= V] as K1 left it, tasks [T], gates [T, 2].
-// Tiling: as K1; the two inner products are summed over the warp by five exchanges.
-// Bytes: 3 T V elements (4 with P) + 12 T.
-template <class E>
-__global__ void gate_backward(E* gradient, int64_t stride, int width, const E* z, int64_t z_stride,
-                              const E* upstream, const int* tasks, int tokens, Ranks ranks,
-                              float scale, const float* gates) {
-    const int token = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (token >= tokens) return;
-    E* row = gradient + token * stride;
-    const float g1 = gates[2 * token], g2 = gates[2 * token + 1];
-    const int own = ranks.universal + tasks[token] * ranks.task;
-    const int gate = ranks.universal + ranks.tasks * ranks.task;
-    float difference = 0.0f;  // e_U - e_n
-    for (int column = lane * 8; column < width; column += 32 * 8) {
-        float q[8], code[8], extra[8] = {};
-        load_eight(q, row + column);
-        load_eight(code, z + token * z_stride + column);
-        if (upstream) load_eight(extra, upstream + token * stride + column);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            const int c = column + j;
-            const bool universal = c < ranks.universal, task = c >= own && c < own + ranks.task;
-            const float slope = universal || task ? scale * q[j] : 0.0f;
-            difference += (universal ? slope : -slope) * code[j];
-            q[j] = universal || task ? (universal ? g1 : g2) * slope + extra[j] : 0.0f;
-        }
-        store_eight(row + column, q);
-    }
-    for (int distance = 16; distance > 0; distance /= 2)
-        difference += __shfl_xor_sync(0xffffffffu, difference, distance);
-    if (lane == gate / 8 % 32)  // the lane that has just cleared this column
-        row[gate] = from_float<E>(g1 * g2 * difference);
-}
-
-// --------------------------------------------------------------------------------------- K3: pack
+// -------------------------------------------------------------------------------------------- pack
 
 struct PackJobs {
     PackJob job[MAX_JOBS];
 };
 
-// K3 pack: fp32 parameters -> the packs A and Bt in E: in training at each use of a layer, in
+// pack: fp32 parameters -> the packs A and Bt in E: in training at each use of a layer, in
 //     decoding once for all the tokens of a batch.
 //     COPY        target = source                     A_U [R, D_in], A_T [N r, D_in]
 //     TRANSPOSE   target_i = source_i^T               B_U [D_out, R], B_T [N, D_out, r]
@@ -314,7 +233,7 @@ __global__ void pack(PackJobs jobs) {
     }
 }
 
-// ------------------------------------------------------- what K4 and K5 share: tiles and products
+// ----------------------------------------------- what shrink and expand share: tiles and products
 
 // The segments lie in the GPU's memory, not among the launch's parameters: a CUDA graph may then
 // replay the launch for other tasks, whose segments have come to the same place.
@@ -464,7 +383,7 @@ __device__ inline void pipeline(int slabs, Load load, Prepare prepare, Multiply 
     __syncthreads();  // the stages are free for the epilogue
 }
 
-// ------------------------------------------------------------------------------------- K4: shrink
+// ----------------------------------------------------------------------------------------- shrink
 
 constexpr int SHRINK_GROUPS = 3;  // warps side by side, each 16 F columns wide: 48, 96 or 192
 template <int F> constexpr int SHRINK_COLUMNS = 16 * F * SHRINK_GROUPS;
@@ -514,7 +433,7 @@ __device__ float* shrink_products(const E* x, const E* matrix, int d, Tile tile,
     return sums;
 }
 
-// K4 shrink: z = [A_U x ; A_n x], and the gate from its own column of the same product.
+// shrink: z = [A_U x ; A_n x], and the gate from its own column of the same product.
 // Shapes: x [T, d], pack A, z [T, W], gates [T, 2] (written if A has its `gate_row`).
 // Tiling: block (i, j) computes columns 48 F j ... of the i-th tile of 16, 32 or 64 tokens; few
 //     tokens give narrow columns, so that more multiprocessors work.
@@ -545,7 +464,7 @@ shrink(const E* x, const E* A, int d, Segments segments, Ranks ranks, bool gate_
     }
 }
 
-// K4 shrink_backward: q = Bt dy, and from it dz, dl and the weighted codes s (g1 z_U, g2 z_n) that
+// shrink_backward: q = Bt dy, and from it dz, dl and the weighted codes s (g1 z_U, g2 z_n) that
 // the gradient of Bt needs.
 // Shapes: dy [T, d], pack Bt, z, upstream, dz, weighted [T, W], gates, dgates [T, 2].
 // Tiling: dl is a sum over a token's whole row, so one block computes whole rows, 48 F columns at a
@@ -607,7 +526,7 @@ shrink_backward(const E* dy, const E* matrix, int d, Segments segments, Ranks ra
     if (dgates) dgates[2 * token] = e_U, dgates[2 * token + 1] = e_n;
 }
 
-// ------------------------------------------------------------------------------------- K5: expand
+// ----------------------------------------------------------------------------------------- expand
 
 constexpr int EXPAND_GROUPS = 4, EXPAND_F = 2;  // warps side by side, squares in each
 constexpr int EXPAND_COLUMNS = 16 * EXPAND_F * EXPAND_GROUPS;  // 128
@@ -622,7 +541,7 @@ int expand_bytes(int height) {
     return stages > epilogue ? stages : epilogue;
 }
 
-// K5 expand: y_t (+)= sum_c w_t(c) codes_t(c) pack_row(c), with w_t = s g1 on the universal
+// expand: y_t (+)= sum_c w_t(c) codes_t(c) pack_row(c), with w_t = s g1 on the universal
 //     columns and s g2 on the task's (forward), or 1 where `gates` is null (backward, on dz).
 // Shapes: codes [T, W], gates [T, 2], pack [.., d], y [T, d].
 // Tiling: block (i, j) computes columns 128 j ... of the i-th tile.  The inner dimension is short
@@ -779,11 +698,6 @@ const char* all_pack(const Call& call, const PackJob* jobs, int count) {
     return nullptr;
 }
 
-// The width V of the concatenated form's codes: all tasks' columns and the gate.
-inline int concatenated_width(Ranks ranks) {
-    return code_width({ranks.universal, ranks.tasks * ranks.task, 1}, true);
-}
-
 // Calls run with a null pointer of the element type that the call asks for.
 template <class Run>
 const char* with_type(const Call& call, Run run) {
@@ -793,29 +707,6 @@ const char* with_type(const Call& call, Run run) {
 extern "C" {
 const char* clorae_pack(const Call& call, const PackJob* jobs, int count) {
     return call.bf16 ? all_pack<bf16>(call, jobs, count) : all_pack<float>(call, jobs, count);
-}
-
-const char* clorae_gate_forward(const Call& call, void* z, int64_t z_stride, const int* tasks,
-                                int tokens, void* weighted, int64_t weighted_stride, float* gates) {
-    return with_type(call, [&](auto* type) {
-        using E = std::remove_pointer_t<decltype(type)>;
-        return launch(gate_forward<E>, dim3((tokens + 3) / 4), 128, 0, call.stream,
-                      static_cast<E*>(z), z_stride, tasks, tokens, call.ranks, call.scale,
-                      static_cast<E*>(weighted), weighted_stride, concatenated_width(call.ranks),
-                      gates);
-    });
-}
-
-const char* clorae_gate_backward(const Call& call, void* gradient, int64_t stride, const void* z,
-                                 int64_t z_stride, const void* upstream, const int* tasks,
-                                 int tokens, const float* gates) {
-    return with_type(call, [&](auto* type) {
-        using E = std::remove_pointer_t<decltype(type)>;
-        return launch(gate_backward<E>, dim3((tokens + 3) / 4), 128, 0, call.stream,
-                      static_cast<E*>(gradient), stride, concatenated_width(call.ranks),
-                      static_cast<const E*>(z), z_stride, static_cast<const E*>(upstream), tasks,
-                      tokens, call.ranks, call.scale, gates);
-    });
 }
 
 const char* clorae_shrink(const Call& call, const void* x, const void* A, int d, bool gate_row,
@@ -856,8 +747,8 @@ const char* clorae_expand(const Call& call, const void* codes, const float* gate
 //
 // Operators of the library `clorae_kernels` that check every argument, make its GPU the current
 // one and launch.  Torch's stable C++ interface: it compiles in seconds, not in a minute.
-// Outputs are arguments, allocated by clorae.py.  segments [n, 3] in int32: task, start, stop of
-// each run of tokens, on the GPU and therefore not looked at here: clorae.py, which makes them,
+// Outputs are arguments, allocated by fast/cuda.py.  segments [n, 3] in int32: task, start, stop of
+// each run of tokens, on the GPU and therefore not looked at here: cuda.py, which makes them,
 // sees that they cover all tokens in order and have tasks below N.  ranks: R, r, N.
 
 #include <torch/csrc/stable/accelerator.h>
@@ -900,13 +791,13 @@ struct Checker {
         : kernel(kernel), type(x.scalar_type()), device(x.get_device_index()) {
         STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Float, kernel,
                         ": expected bfloat16 or float32, got ", torch::headeronly::toString(type),
-                        "; convert the input, or use --impl reference");
+                        "; convert the input, or use --impl fast");
     }
 
     // Raises unless `tensor` is a contiguous [sizes] (-1: any) of this type, on this device and
-    // aligned; `gaps`: its rows may lie further apart.
+    // aligned.
     void operator()(const Tensor& tensor, const char* name, const Integers& sizes,
-                    ScalarType wanted, bool gaps = false, int alignment = 16) const {
+                    ScalarType wanted, int alignment = 16) const {
         const Integers got(tensor.sizes().begin(), tensor.sizes().end());
         bool fits = got.size() == sizes.size();
         for (size_t i = 0; fits && i < sizes.size(); ++i) fits = sizes[i] < 0 || sizes[i] == got[i];
@@ -917,8 +808,7 @@ struct Checker {
                         torch::headeronly::toString(tensor.scalar_type()));
         STD_TORCH_CHECK(tensor.get_device_index() == device, kernel, ": expected ", name,
                         " on device ", device, ", got device ", tensor.get_device_index());
-        const bool rows = gaps && tensor.stride(1) == 1 && tensor.stride(0) % 8 == 0;
-        STD_TORCH_CHECK(rows || tensor.is_contiguous(), kernel, ": expected ", name,
+        STD_TORCH_CHECK(tensor.is_contiguous(), kernel, ": expected ", name,
                         " to be contiguous; call .contiguous()");
         STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % alignment == 0,
                         kernel, ": expected ", name, " to start at a multiple of ", alignment,
@@ -938,7 +828,7 @@ int rows_of(Ranks ranks, bool gate) { return ranks.universal + ranks.tasks * ran
 // The call for T tokens in these segments.
 Call call_of(const Checker& check, const Tensor& segments, Ranks ranks, bool live, double scale,
              int64_t tokens, int64_t stream) {
-    check(segments, "segments", {-1, 3}, ScalarType::Int, false, 4);
+    check(segments, "segments", {-1, 3}, ScalarType::Int, 4);
     const int64_t count = segments.size(0);
     STD_TORCH_CHECK(tokens < int64_t(1) << 31, check.kernel, ": expected fewer than 2^31 tokens, ",
                     "got ", tokens);
@@ -952,7 +842,7 @@ void check_width(const char* kernel, int64_t d) {
                     ": expected a width that is a multiple of 8, got ", d);
 }
 
-// The launch itself: on the tensors' own GPU, on the stream that clorae.py passes.
+// The launch itself: on the tensors' own GPU, on the stream that fast/cuda.py passes.
 template <class Launch>
 void run(const Checker& check, Launch launch) {
 #ifndef CLORAE_EMULATOR
@@ -975,11 +865,11 @@ void pack(Tensor A_U, Tensor A_T, Tensor B_U, Tensor B_T, Tensor W_g, Tensor A, 
     const int64_t d_out = Bt.size(1), gate = W_g.size(0) / 2;
     check_width("pack", d_in);
     check_width("pack", d_out);
-    check(A_U, "A_U", {-1, d_in}, ScalarType::Float, false, 4);
-    check(A_T, "A_T", {-1, -1, d_in}, ScalarType::Float, false, 4);
-    check(B_U, "B_U", {d_out, R}, ScalarType::Float, false, 4);
-    check(B_T, "B_T", {N, d_out, r}, ScalarType::Float, false, 4);
-    check(W_g, "W_g", {2 * gate, d_in}, ScalarType::Float, false, 4);
+    check(A_U, "A_U", {-1, d_in}, ScalarType::Float, 4);
+    check(A_T, "A_T", {-1, -1, d_in}, ScalarType::Float, 4);
+    check(B_U, "B_U", {d_out, R}, ScalarType::Float, 4);
+    check(B_T, "B_T", {N, d_out, r}, ScalarType::Float, 4);
+    check(W_g, "W_g", {2 * gate, d_in}, ScalarType::Float, 4);
     check(A, "A", {R + N * r + gate, d_in}, check.type);
     check(Bt, "Bt", {R + N * r, d_out}, check.type);
     char* const to_A = static_cast<char*>(A.mutable_data_ptr());
@@ -1065,50 +955,6 @@ void expand(Tensor codes, std::optional<Tensor> gates, Tensor matrix, Tensor seg
     });
 }
 
-void gate_forward(Tensor z, Tensor tasks, Integers ranks, double scale, Tensor weighted,
-                  Tensor gates, int64_t stream) {
-    const Checker check("gate_forward", z);
-    const Ranks layout = read_ranks("gate_forward", ranks);
-    const int64_t T = z.size(0), width = code_width({0, rows_of(layout, true), 0}, false);
-    STD_TORCH_CHECK(z.size(1) >= width, "gate_forward: expected z with at least ", width,
-                    " columns, got ", z.size(1));
-    check(z, "z", {T, -1}, check.type, true);
-    check(tasks, "tasks", {T}, ScalarType::Int);
-    check(weighted, "weighted", {T, width}, check.type, true);
-    check(gates, "gates", {T, 2}, ScalarType::Float);
-    const Call call{check.type != ScalarType::Float, true, layout, float(scale), int(T), nullptr, 0,
-                    reinterpret_cast<void*>(stream)};
-    if (T == 0) return;
-    run(check, [&] {
-        return clorae_gate_forward(call, z.mutable_data_ptr(), z.stride(0),
-                                   static_cast<const int*>(tasks.const_data_ptr()), int(T),
-                                   weighted.mutable_data_ptr(), weighted.stride(0), floats(gates));
-    });
-}
-
-void gate_backward(Tensor gradient, Tensor z, std::optional<Tensor> upstream, Tensor tasks,
-                   Integers ranks, double scale, Tensor gates, int64_t stream) {
-    const Checker check("gate_backward", gradient);
-    const Ranks layout = read_ranks("gate_backward", ranks);
-    const int64_t T = gradient.size(0), width = code_width({0, rows_of(layout, true), 0}, false);
-    check(gradient, "gradient", {T, width}, check.type);
-    check(z, "z", {T, -1}, check.type, true);
-    STD_TORCH_CHECK(z.size(1) >= width, "gate_backward: expected z with at least ", width,
-                    " columns, got ", z.size(1));
-    if (upstream) check(*upstream, "the gradient of z", {T, width}, check.type);
-    check(tasks, "tasks", {T}, ScalarType::Int);
-    check(gates, "gates", {T, 2}, ScalarType::Float);
-    const Call call{check.type != ScalarType::Float, true, layout, float(scale), int(T), nullptr, 0,
-                    reinterpret_cast<void*>(stream)};
-    if (T == 0) return;
-    run(check, [&] {
-        return clorae_gate_backward(call, gradient.mutable_data_ptr(), gradient.stride(0),
-                                    z.const_data_ptr(), z.stride(0), pointer_or_null(upstream),
-                                    static_cast<const int*>(tasks.const_data_ptr()), int(T),
-                                    floats(gates));
-    });
-}
-
 STABLE_TORCH_LIBRARY(CLORAE_LIBRARY, library) {
     library.def("pack(Tensor A_U, Tensor A_T, Tensor B_U, Tensor B_T, Tensor W_g, Tensor(a!) A, "
                 "Tensor(b!) Bt, int stream) -> ()");
@@ -1119,10 +965,6 @@ STABLE_TORCH_LIBRARY(CLORAE_LIBRARY, library) {
                 "Tensor(b!) weighted, Tensor(c!) dgates, int stream) -> ()");
     library.def("expand(Tensor codes, Tensor? gates, Tensor matrix, Tensor segments, int[] ranks, "
                 "bool live, float scale, bool accumulate, Tensor(a!) y, int stream) -> ()");
-    library.def("gate_forward(Tensor(a!) z, Tensor tasks, int[] ranks, float scale, "
-                "Tensor(b!) weighted, Tensor(c!) gates, int stream) -> ()");
-    library.def("gate_backward(Tensor(a!) gradient, Tensor z, Tensor? upstream, Tensor tasks, "
-                "int[] ranks, float scale, Tensor gates, int stream) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(CLORAE_LIBRARY, CLORAE_DEVICE, library) {
@@ -1130,8 +972,6 @@ STABLE_TORCH_LIBRARY_IMPL(CLORAE_LIBRARY, CLORAE_DEVICE, library) {
     library.impl("shrink", TORCH_BOX(&shrink));
     library.impl("shrink_backward", TORCH_BOX(&shrink_backward));
     library.impl("expand", TORCH_BOX(&expand));
-    library.impl("gate_forward", TORCH_BOX(&gate_forward));
-    library.impl("gate_backward", TORCH_BOX(&gate_backward));
 }
 
 }  // namespace binding
