@@ -821,10 +821,10 @@ KERNELS: dict[str, object] = {"cpu": None}  # device type -> library; tests put 
 def kernels(device: torch.device, impl: str = "auto") -> object | None:
     """The operators of clorae.cu for a device; None: take the PyTorch path.
 
-    impl: "auto" (the extension wherever it can be built), "reference" (never) or "cuda", for which
+    impl: "auto" (the extension wherever it can be built), "plain" or "fast" (never) or "cuda", for which
     a machine that cannot build it raises ValueError.
     """
-    if impl == "reference":
+    if impl in ("plain", "fast"):
         return None
     if device.type not in KERNELS:
         KERNELS[device.type] = load_extension() if device.type == "cuda" else None

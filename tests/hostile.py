@@ -589,7 +589,7 @@ def features(corpus: Path, missing_images: str) -> Features:
     """The image features of a run on this corpus."""
     sources = Sources(corpus, corpus, corpus.parent / "vit")
     return Features(sources, load_corpus(corpus, "train"), missing_images, 4,
-                          torch.device("cpu"))
+                    torch.device("cpu"), ViT)
 
 
 def complaint(act: Callable[[], object], *kinds: type) -> str:

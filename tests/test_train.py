@@ -21,8 +21,8 @@ import data
 import losses
 import train
 from conftest import ROOT, run, sums
-from engine.checkpoints import (find_checkpoint, load_trainables, read_state, write_checkpoint,
-                                write_state)
+from engine.checkpoints import (Checkpoints, Progress, find_checkpoint, load_trainables,
+                                read_state, write_checkpoint, write_state)
 from engine.corpus import hold_out, load_corpus, load_datasets, read_splits
 from engine.files import UsageError, file_hash
 from engine.parameters import FlatParameters
@@ -278,9 +278,9 @@ def test_starting_over_deletes_what_a_run_writes_and_nothing_else(tmp_path):
         (tmp_path / name).mkdir()
     for name in ("metrics.csv", "table.txt", "scores-test.json", "notes.txt", ".lock"):
         (tmp_path / name).write_text("")
-    job = train.Run.__new__(train.Run)
-    job.world, job.out = SimpleNamespace(main=True, restarts=0), tmp_path
-    assert "from the beginning" in job.resume(Launch(resume="none"))
+    world = SimpleNamespace(main=True, restarts=0)
+    checkpoints = Checkpoints(tmp_path, world, None, None, Progress(), {})
+    assert "from the beginning" in checkpoints.resume(Launch(resume="none"))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
 
 
@@ -445,8 +445,9 @@ def begun(line: list[str]) -> train.Run:
 def test_a_fresh_gate_is_turned_by_rows_that_have_an_image(command, tmp_path):
     """Even if the first micro-batch has none: shut, its projection is turned around again."""
     job = begun(command(tmp_path / "run"))
-    first = [job.examples[i].record for i in job.batches(0)[0][:4]]
-    job.features.missing |= {job.features.path(record) for record in first if record.image}
+    first = [job.rows.examples[i].record for i in job.rows.batches(0)[0][:4]]
+    features = job.rows.features
+    features.missing |= {features.path(record) for record in first if record.image}
     job.open_gate()
     weight = job.model.fusion.proj_visual[1].weight
     opened = weight.detach().clone()
