@@ -31,7 +31,7 @@ from evaluate import Setup, build, load_model
 from t5 import T5, T5Config, hf_names
 from tools.costs import Geometry
 from tools.export import fix_gates, mean_gates
-from vision import UMIE
+from vision import UMIE, ViT
 
 HUB = {"t5": "google/flan-t5-large", "vit": VIT}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
