@@ -202,9 +202,9 @@ class Run:
                        "corpus_sha256": corpus_hash(sources.corpus)}
         decides = {name: value for name, value in dataclasses.asdict(config).items()
                    if name not in ("out", "save_every", "impl")}  # they change no mathematics
-        self.checkpoints = Checkpoints(self.out, world, self.model, self.flat, self.progress, {
-            "config": decides, "reference": {u: self.reference[u] for u in self.rows.units},
-            **self.origin})
+        self.checkpoints = Checkpoints(
+            self.out, world, self.model, self.flat, self.progress, decides,
+            {"reference": {u: self.reference[u] for u in self.rows.units}, **self.origin})
         self.logs = Logs(self.out) if world.main else None
 
     @torch.no_grad()
@@ -236,6 +236,16 @@ class Run:
                 while progress.cursor < len(batches) and progress.step < limit:
                     self.step(batches[progress.cursor], bar)
             self.finish_epoch()
+
+    def train_and_test(self) -> None:
+        """Train to the end, then print the table of the test split, if there is one."""
+        started = time.perf_counter()
+        self.train()
+        seconds, progress = time.perf_counter() - started, self.progress
+        self.world.print(f"trained to step {progress.step} in {seconds:.0f} s; best dev epoch "
+                         f"ended at step {progress.best_step}")
+        if self.rows.records["test"]:
+            self.world.print("test split, best checkpoint:", self.test())
 
     def step(self, indices: list[int], bar: tqdm) -> None:
         """One step, logged and shown, saved when it is time; Stopped if someone asked for it."""
@@ -471,7 +481,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     world.print(*describe(run, run.resume(launch)))
     world.listen()
     try:
-        carry_through(run)
+        run.train_and_test()
     except Stopped as stop:
         world.print(f"stopped by {signal.Signals(stop.args[0]).name} after step "
                     f"{run.progress.step}; last checkpoint: {run.checkpoints.newest}; the same "
@@ -481,16 +491,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     world.leave()
     if lock:
         lock.close()
-
-
-def carry_through(run: Run) -> None:
-    """Train to the end, then print the table of the test split, if there is one."""
-    started = time.perf_counter()
-    run.train()
-    run.world.print(f"trained to step {run.progress.step} in {time.perf_counter() - started:.0f} "
-                    f"s; best dev epoch ended at step {run.progress.best_step}")
-    if run.rows.records["test"]:
-        run.world.print("test split, best checkpoint:", run.test())
 
 
 if __name__ == "__main__":

@@ -1,8 +1,5 @@
-"""Checkpoints: written whole or not at all, checked before they are read, resumed from.
-
-A checkpoint folder holds model.safetensors (what is trained, nothing else), optimizer.safetensors
-(Adam's moments) and state.json (settings, progress, sha256 of everything).
-"""
+"""Checkpoints: folders of model.safetensors (what is trained), optimizer.safetensors (Adam's
+moments) and state.json (settings, progress, sha256 of all), written whole or not at all."""
 
 import dataclasses
 import hashlib
@@ -50,18 +47,17 @@ def write_checkpoint(folder: Path, flat: FlatParameters, state: dict) -> None:
         aside.mkdir()
         flat.save(aside)
         tensors = sorted(aside.iterdir())
-        for file in tensors:
-            sync(file)
         write_state(aside, state, {file.name: file_hash(file) for file in tensors})
-        for file in tensors:  # safetensors lets only the owner read its files
-            shutil.copymode(aside / "state.json", file)
+        for file in tensors:
+            shutil.copymode(aside / "state.json", file)  # safetensors lets only the owner read it
+            sync(file)
         if folder.exists():
             discard(folder)
     whole(folder, make)
 
 
 def discard(folder: Path) -> None:
-    """Remove a checkpoint, whole or not at all: under its own name it is never half there."""
+    """Remove a checkpoint: under its own name it is never half there."""
     aside = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)
@@ -139,32 +135,26 @@ def load_trainables(model: nn.Module, checkpoint: Path) -> None:
 
 
 class Checkpoints:
-    """The checkpoints of one run: saved, thinned out, resumed from.
-
-    All processes call `save` and `resume` together; rank 0 alone writes.
-    """
+    """The checkpoints of one run.  All processes save and resume together; rank 0 alone writes."""
 
     def __init__(self, out: Path, world: World, model: nn.Module, flat: FlatParameters | None,
-                 progress: Progress, fixed: Mapping[str, object]):
-        """progress: changed in place by `resume`.  fixed: what state.json holds besides it:
-        "config", the settings that decide what is computed, "reference", and the sources."""
+                 progress: Progress, config: Mapping, fixed: Mapping):
+        """progress: changed in place by `resume`.  config: the settings that decide what is
+        computed.  fixed: references and sources, which state.json holds as well."""
         self.out, self.world, self.model, self.flat = out, world, model, flat
-        self.progress, self.fixed = progress, fixed
+        self.progress, self.config, self.fixed = progress, config, fixed
         self.failed: set[int] = set()  # steps since the last save that could not be written
         self.newest: Path | None = None  # the last whole checkpoint of this run
 
     def state(self) -> dict:
         """What state.json holds.  Dropout needs no more than the seed and the step to go on."""
-        fixed = dict(self.fixed)
-        return {"config": fixed.pop("config"), **dataclasses.asdict(self.progress),
-                "world": self.world.size, "rng": {"seed": self.fixed["config"]["seed"],
-                                                  "next_step": self.progress.step}, **fixed}
+        rng = {"seed": self.config["seed"], "next_step": self.progress.step}
+        return {"config": self.config, **dataclasses.asdict(self.progress),
+                "world": self.world.size, "rng": rng, **self.fixed}
 
     def save(self, prefix: str = "step") -> bool:
-        """Write a checkpoint of this moment; all processes learn whether that worked.
-
-        A full disk costs this checkpoint and not the run, unless it stays full: DiskFull.
-        """
+        """Write a checkpoint of this moment; all processes learn whether that worked.  A full disk
+        costs this checkpoint and not the run, unless it stays full: DiskFull."""
         step = self.progress.step
         folder, failures = self.out / f"{prefix}-{step:08d}", torch.zeros(1).to(self.world.device)
         if self.world.main:
@@ -210,8 +200,8 @@ class Checkpoints:
                            "room, or choose an --out on another disk")
 
     def resume(self, launch: Launch) -> str:
-        """Load the checkpoint that the command line asks for, if there is one; returns the line
-        that says so.  With --resume none the folder is emptied first, but not at a restart."""
+        """Load the checkpoint that --resume asks for, if there is one; returns the line that says
+        so.  "none" empties the run folder first, but not when torchrun restarts."""
         anew = launch.resume == "none" and not self.world.restarts
         if self.world.main:
             names = (*LEFT_BY_KILLS, *RUN_FILES * anew)
@@ -235,14 +225,14 @@ class Checkpoints:
         return f"start: resumed {folder} at step {state['step']}, epoch {state['epoch'] + 1}"
 
     def bring_best(self, run: Path) -> None:
-        """Copy the best checkpoint of the run folder that this run goes on from; if it is gone, a
-        later epoch is the best."""
+        """Copy the best checkpoint from the run folder that this run goes on from; if it is gone,
+        a later epoch will be the best."""
         best = run / f"best-{self.progress.best_step:08d}"
         if not best.is_dir():
             self.progress.best_sum, self.progress.best_step = -1.0, 0
         elif self.world.main and not (self.out / best.name).exists():
             whole(self.out / best.name, lambda aside: shutil.copytree(best, aside))
-        self.world.barrier()  # nobody looks for it before it is there
+        self.world.sum(torch.zeros(1).to(self.world.device))  # nobody looks before it is there
 
     def check_same(self, state: dict, folder: Path, any_world: bool) -> None:
         """UsageError unless settings, references and weights are those of the checkpoint; an

@@ -1,8 +1,4 @@
-"""Errors, locks, atomic writes, hashes and strict JSON: each stands once, here.
-
-It imports nothing of ours.  An error whose text is for the user is a ValueError; the text says
-what was expected, what was found instead, and what to do.
-"""
+"""Errors, locks, atomic writes, hashes and strict JSON: each stands once, here."""
 
 import csv
 import errno
@@ -21,7 +17,7 @@ NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class UsageError(ValueError):
-    """A command cannot be carried out as it was given."""
+    """A command cannot be carried out; the text says what was expected, found, and to be done."""
 
 
 class DiskFull(UsageError):
@@ -59,17 +55,17 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def claim(out: Path) -> TextIO:
-    """Take an exclusive lock on a run folder, which is made if need be, until the file that is
-    returned is closed.  UsageError if the folder cannot be written to or is in use."""
+    """Take an exclusive lock on a run folder until the file that is returned is closed.
+    UsageError if the folder cannot be made or written to, or is in use."""
     try:
         return lock_file(out / ".lock", wait=False)
     except BlockingIOError:
         raise UsageError(f"--out {out}: expected a run folder that no other process writes to, got "
                          "one in use; wait for that run, end it, or use another --out") from None
     except OSError as cause:
-        raise UsageError(f"--out {out}: expected a folder that can be written to, got "
-                         f"{'a file' if out.is_file() else cause.strerror}; choose another --out"
-                         ) from None
+        problem = "a file" if out.is_file() else cause.strerror
+        raise UsageError(f"--out {out}: expected a folder that can be written to, got {problem}; "
+                         "choose another --out") from None
 
 
 def sync(path: Path) -> None:
@@ -108,7 +104,7 @@ def whole(folder: Path, make: Callable[[Path], object]) -> None:
 
 
 def append(path: Path, text: str) -> None:
-    """Append to a file, all of the text or, where the disk is full, nothing (OSError)."""
+    """Append all of a text to a file or, where the disk is full, nothing (OSError)."""
     content = text.encode()
     with open(path, "ab", buffering=0) as file:
         before = file.seek(0, os.SEEK_END)

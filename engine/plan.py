@@ -1,7 +1,4 @@
-"""What a run will do and need, said before it begins; --dry-run prints it and stops.
-
-The run is handed in: a train.Run, whose model may lie on the device "meta".
-"""
+"""What a run (a train.Run, handed in) will do and need; --dry-run prints it and stops."""
 
 import dataclasses
 import json
@@ -24,21 +21,19 @@ def describe(run: Any, start: str) -> list[str]:
     """The lines that a run begins with; `start` says what it goes on from."""
     config, world, rows, origin = run.config, run.world, run.rows, run.origin
     total = sum(p.numel() for p in run.model.parameters())
-    counted = {split: unit_rows(records, run.setup.datasets)
-               for split, records in rows.records.items()}
+    counted = {split: unit_rows(r, run.setup.datasets) for split, r in rows.records.items()}
     most = len(rows.batches(0)) * config.epochs
     lines = [
         f"device: {world.device}, torch {torch.__version__}, {world.size} process(es), "
         f"{config.precision}, experts on {'clorae.cu' if run.fused else 'PyTorch'}"
         f"{', CUDA graphs' * config.graphs}, seed {config.seed}",
         f"method: {config.method}, rank {config.rank}, {len(run.experts)} wrapped linears, visual "
-        f"adapter: {config.visual_policy}, AML "
-        f"{'on' if config.aml else 'off'}, MIM {'on' if config.uses_mim else 'off'}",
+        f"adapter: {config.visual_policy}, AML {'on' if config.aml else 'off'}, MIM "
+        f"{'on' if config.uses_mim else 'off'}",
         f"trainable: {sum(run.trained.values()):,} of {total:,} parameters ("
         + ", ".join(f"{group} {count:,}" for group, count in run.trained.items() if count) + ")",
-        "rows: " + "; ".join(f"{split} " + ", ".join(
-            f"{unit} {count}" for unit, count in units.items())
-            for split, units in counted.items() if units),
+        "rows: " + "; ".join(f"{split} " + ", ".join(f"{u} {n}" for u, n in units.items())
+                             for split, units in counted.items() if units),
         f"images: {rows.features.missing_rows} rows without their image",
         f"steps: {min(config.steps or most, most)} of batch {config.batch} (micro-batches of "
         f"{config.micro_batch}), {config.epochs} epochs, lr {config.lr:g} halved every "
@@ -46,36 +41,30 @@ def describe(run: Any, start: str) -> list[str]:
         f"backbone: {origin['t5']} sha256 {origin['t5_sha256'][:12]}, "
         f"{origin['vit']} sha256 {origin['vit_sha256'][:12]}",
         *([rows.held_out] if rows.held_out else []), f"output: {run.out}", start]
-    return lines + notes(run, [unit for unit in rows.units if unit not in counted["dev"]])
-
-
-def notes(run: Any, without_dev: list[str]) -> list[str]:
-    """What may surprise: units without dev rows, references of other data, idle processes."""
-    config, lines = run.config, []
-    if without_dev and config.aml:
-        lines.append(f"note: no dev rows for {', '.join(without_dev)}: their achievement stays 0")
+    missing = [unit for unit in rows.units if unit not in counted["dev"]]
+    if missing and config.aml:
+        lines.append(f"note: no dev rows for {', '.join(missing)}: their achievement stays 0")
     papers = config.data is not None and config.aml_reference is None
-    if config.aml and papers and {"MED", "MEAE"} & set(run.rows.units):
+    if config.aml and papers and {"MED", "MEAE"} & set(rows.units):
         lines.append("note: the references of MED and MEAE are M2E2 test figures, which dev scores "
                      "on other data do not match; give your own with --aml-reference")
-    busy = math.ceil(min(config.batch, len(run.rows.examples)) / config.micro_batch)
-    if busy < run.world.size:
-        lines.append(f"note: a batch makes {busy} micro-batches for {run.world.size} processes, so "
-                     f"{run.world.size - busy} only wait; start fewer, or lower --micro-batch")
+    busy = math.ceil(min(config.batch, len(rows.examples)) / config.micro_batch)
+    if busy < world.size:
+        lines.append(f"note: a batch makes {busy} micro-batches for {world.size} processes, so "
+                     f"{world.size - busy} only wait; start fewer, or lower --micro-batch")
     return lines
 
 
 def memory(run: Any, piece: int) -> dict[str, float]:
-    """Bytes that training takes, term by term, for a micro-batch of the longest rows there are.
+    """Bytes that training takes, term by term, for a micro-batch of the longest rows there are;
+    within about 10 % of what was measured.
 
-    Activations are what autograd keeps; a frozen weight adds nothing.  Numbers kept per token:
+    Activations are what autograd keeps.  Numbers per token (D model width, H heads of width K):
       attention     3 D (5 D with T5's dropout) + 5 H K + 16 per column of the experts, and 4 D with
                     the experts' dropout; on a CPU T5's dropout keeps 3 H scores per key as well
       feed-forward  3 times its width (4 times with dropout)
-    with D model width, H heads, K head width.  Under --graphs all of it twice, since graphs share
-    their memory with nothing else.  Then three copies of the logits, of which `piece` rows are held
-    at once, and two of the experts: joined per task, and for L_MIM.  Within about 10 % of what was
-    measured.
+    --graphs takes it twice, since graphs share memory with nothing else.  Then three copies of the
+    logits, of which `piece` rows are held at once, and two of the experts: per task, for L_MIM.
     """
     config, t5, examples = run.config, run.model.t5.config, run.rows.examples
     frozen, trained = (sum(p.numel() * p.element_size() for p in run.model.parameters()
@@ -99,15 +88,14 @@ def memory(run: Any, piece: int) -> dict[str, float]:
         numbers = max(blocks) + (t5.num_layers * S + layers * T + 2 * V) * t5.d_model
     kept = rows * numbers * (2 if config.precision == "bf16" else 4) * (1 + config.graphs)
     logits = 12 * min(rows * T, piece) * t5.vocab_size
+    process = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"frozen weights": frozen, "trained": trained, "gradients": trained,
             "moments": 2 * trained, f"activations of {rows} rows of {S} + {T} + {V} tokens":
-                kept + logits + 8 * experts,
-            "the process itself": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+                kept + logits + 8 * experts, "the process itself": process}
 
 
 def plan(run: Any, sources: Sources, launch: Launch, piece: int) -> list[str]:
-    """What a run would use, from configurations, headers and the corpus alone (--dry-run).
-    piece: see `memory`."""
+    """What a run would use, from configurations, headers and the corpus; piece: see `memory`."""
     newest = newest_checkpoint(run.out) if launch.resume == "auto" else launch.resume
     start = ("start: from the beginning" if newest in (None, "none")
              else f"start: would resume {newest}")

@@ -40,11 +40,9 @@ class World:
             torch.cuda.set_device(self.device)
 
     def join(self) -> None:
-        """Meet the other processes; called once everything slow is prepared.
-
-        torchrun (torch 2.13) keeps one store for all its restarts, and in it the addresses of
-        processes that are gone, so each restart uses keys of its own.
-        """
+        """Meet the other processes, once everything slow is prepared.  torchrun (torch 2.13) keeps
+        one store for all its restarts, with addresses of processes that are gone, so each restart
+        uses keys of its own."""
         if self.size > 1 and not dist.is_initialized():
             wait = timedelta(seconds=self.timeout)
             store, _, _ = next(dist.rendezvous("env://", timeout=wait))
@@ -63,10 +61,6 @@ class World:
             dist.all_reduce(tensor)
         self.last_met = time.monotonic()
         return tensor
-
-    def barrier(self) -> None:
-        """Wait until all processes are here."""
-        self.sum(torch.zeros(1, device=self.device))
 
     def print(self, *lines: str) -> None:
         """Print lines, on rank 0 alone."""
@@ -126,12 +120,11 @@ def verdict(problem: BaseException) -> tuple[int, str]:
 
 @contextmanager
 def exit_codes() -> Iterator[None]:
-    """End the process after this block with the exit code that train.py promises, and its message.
+    """Let an exception in this block end the process with its message and the promised exit code.
 
-    One of several processes ends by os._exit, since a destructor might wait for the others.  Often
-    all fail together, and the cause should be read once: a process that is not rank 0, or that can
-    only say that another one is gone, waits a second, in which torchrun ends it before it speaks.
-    """
+    One of several processes ends by os._exit, since a destructor might wait for the others.  All
+    may fail together, and the cause should be read once: a process that is not rank 0, or only
+    knows that another one is gone, waits a second, in which torchrun ends it before it speaks."""
     rank, alone = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", 1)) == 1
     gone = None  # the words that say that another process is gone
     try:

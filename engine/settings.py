@@ -21,12 +21,10 @@ IMPLS = ("auto", "plain", "fast", "cuda")  # --impl: forms of the expert layers
 
 @cache
 def old_spelling(impl: str) -> str:
-    """What --impl is called now; "reference" is read as "fast", which is said once."""
-    if impl != "reference":
-        return impl
-    if os.environ.get("RANK", "0") == "0":
+    """A value of --impl, as it is spelt now: "reference" is "fast", which is said once."""
+    if impl == "reference" and os.environ.get("RANK", "0") == "0":
         print("note: --impl reference is now called fast", file=sys.stderr, flush=True)
-    return "fast"
+    return "fast" if impl == "reference" else impl
 
 
 @dataclass(frozen=True)
@@ -78,8 +76,8 @@ class Config:
     method: str = option("clorae", "what is trained")
     egr: bool = option(True, "gate router between the experts, Eq. (6)", bool)
     mim: bool = option(True, "mutual-information loss, Eq. (5)", bool)
-    data: str | None = option(None, "corpus folder (see data.py convert); default: the demo world",
-                             metavar="DIR")
+    data: str | None = option(None, "corpus folder (see python -m tools.convert); default: the "
+                              "demo world", metavar="DIR")
     units: list[str] | None = option(None, "train on these units only (" + ", ".join(UNITS)
                                      + "); default: all", nargs="+", choices=UNITS, metavar="UNIT")
     hold_out: str = option("none", "Table 4: never train on T17 and V2; 'clean' leaves out SNAP "
@@ -92,11 +90,9 @@ class Config:
     max_objects: int = option(16, "object crops used per image", int)
     t5: str | None = option(None, "T5 folder; default: the size's own", metavar="DIR")
     vit: str | None = option(None, "ViT or CLIP folder; default: the size's own", metavar="DIR")
-    backbone_steps: int | None = option(None, "steps to make the tiny T5 with; default: enough",
-                                        int)
+    backbone_steps: int | None = option(None, "steps to make the tiny T5; default: enough", int)
     rank: int | None = option(None, "universal rank R; default: by size", int)
-    alpha: float | None = option(None, "numerator of the expert scale, Eq. (8); default: 2 R",
-                                 float)
+    alpha: float | None = option(None, "numerator of the scale, Eq. (8); default: 2 R", float)
     dropout: float | None = option(None, "dropout on the experts' input; default: by size", float)
     visual_policy: str = option("train", "'train' the visual adapter in full; 'paper': of it only "
                                 "the visual embedding; 'frozen': nothing of it (both need --init)",
@@ -111,8 +107,7 @@ class Config:
     batch: int | None = option(None, "global batch size; default: by size", int)
     micro_batch: int | None = option(None, "mean rows per forward pass; default: by size", int)
     lr: float | None = option(None, "Adam's learning rate; default: by size", float)
-    lr_epochs: int | None = option(None, "halve the rate every so many epochs; default: by size",
-                                   int)
+    lr_epochs: int | None = option(None, "epochs until the rate is halved; default: by size", int)
     clip: float = option(1.0, "largest gradient norm", float)
     aml: bool | None = option(None, "achievement weights, Eq. (9); default: clorae only", bool)
     beta: float = option(0.01, "weight of the mutual-information loss, Eq. (10)", float)

@@ -1,4 +1,4 @@
-"""The folders that a run reads, and those that a checkpoint was trained on."""
+"""The folders that a run reads; those that a checkpoint was trained on."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -51,9 +51,9 @@ def stored_sources(checkpoint: Path, config: Config, given: Mapping[str, object]
             folder = next((made for made in sorted(Path("weights").glob(f"*/{model}"))
                            if folder_hash(made) == digest), None)
             if not folder:
-                raise UsageError(f"{checkpoint}: expected the folder of its {model} (sha256 "
-                                 f"{digest[:12]}), got {then or 'none'}; name it with --{model} "
-                                 "DIR")
+                raise UsageError(
+                    f"{checkpoint}: expected the folder of its {model} (sha256 {digest[:12]}), got "
+                    f"{then or 'none'}; name it with --{model} DIR")
         folders[model] = (find_checkpoint(Path(folder)) if model == "init"
                           else find_weights(model, folder, name))
     sources = Sources(corpus_of(config), **folders)
