@@ -738,8 +738,8 @@ class Job:
 
     def features(self, setup: Setup, examples: Sequence[Example],
                  world: World) -> Features:
-        return Features(setup.sources, [e.record for e in examples],
-                        self.config.missing_images, self.config.max_objects, world.device)
+        return Features(setup.sources, [e.record for e in examples], self.config.missing_images,
+                        self.config.max_objects, world.device, ViT)
 
     def score(self, world: World) -> tuple[Scores, dict[str, Dataset]]:
         """Decode and score; write predictions and scores.

@@ -1,79 +1,73 @@
-"""Checkpoints: written whole or not at all, checked before they are read."""
+"""Checkpoints: folders of model.safetensors (what is trained), optimizer.safetensors (Adam's
+moments) and state.json (settings, progress, sha256 of all), written whole or not at all."""
 
+import dataclasses
 import hashlib
 import json
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from engine.files import UsageError, file_hash, sync
+from engine.files import DiskFull, UsageError, file_hash, sync, whole, write_whole
 from engine.parameters import FlatParameters
+from engine.processes import World
+from engine.settings import Config, Launch
 from engine.weights import pickles
 
-CHECKPOINTS_KEPT = 2
+KEPT = {"step": 2, "best": 1}  # checkpoints of each sort that a run folder keeps
 FAILED_SAVES = 3  # in a row, then the run ends
 RUN_FILES = ("step-*", "best-*", "metrics.csv", "eval.jsonl", "table.txt", "predictions-*.jsonl",
              "scores-*.json")  # what a run writes into its folder
+LEFT_BY_KILLS = (".step-*", ".best-*", "step-*/*.tmp", "best-*/*.tmp")
 
-
-# ------------------------------------------------------------------------------------ checkpoints
 
 @dataclass
 class Progress:
-    """Where a run stands: stored as state.json in every checkpoint, without any clock time."""
+    """Where a run stands.  It is stored in state.json and holds no clock time."""
 
     step: int = 0
-    epoch: int = 0  # current epoch, from 0
+    epoch: int = 0  # the current one, from 0
     cursor: int = 0  # global batches of this epoch that are done
-    weights: dict[str, float] = field(default_factory=dict)  # AML weights of this epoch
+    weights: dict[str, float] = field(default_factory=dict)  # w_t^m of Eq. (9) in this epoch
     history: list[dict] = field(default_factory=list)  # per epoch: dev F1 and the weights it gave
     best_sum: float = -1.0  # highest sum of dev F1
     best_step: int = 0
 
 
 def write_checkpoint(folder: Path, flat: FlatParameters, state: dict) -> None:
-    """Write a checkpoint aside, force it to disk, then rename: whole or not there at all."""
-    aside = folder.with_name("." + folder.name + ".writing")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    """Write a checkpoint, whole or not at all, over a broken or an abandoned one."""
+    def make(aside: Path) -> None:
+        aside.mkdir()
         flat.save(aside)
-        digests = {file.name: file_hash(file) for file in sorted(aside.iterdir())}
-        for file in aside.iterdir():
+        tensors = sorted(aside.iterdir())
+        write_state(aside, state, {file.name: file_hash(file) for file in tensors})
+        for file in tensors:
+            shutil.copymode(aside / "state.json", file)  # safetensors lets only the owner read it
             sync(file)
-        write_state(aside, state, digests)
-        for file in aside.glob("*.safetensors"):  # which that library lets only its owner read
-            shutil.copymode(aside / "state.json", file)
-    except Exception:
-        shutil.rmtree(aside, ignore_errors=True)  # on a full disk, its space is needed
-        raise
-    if folder.exists():
-        discard(folder)  # broken, or made again after a kill
-    aside.rename(folder)
-    sync(folder.parent)
+        if folder.exists():
+            discard(folder)
+    whole(folder, make)
 
 
 def discard(folder: Path) -> None:
-    """Remove a checkpoint, whole or not at all: under its own name it is never half there."""
-    aside = folder.with_name("." + folder.name + ".old")
+    """Remove a checkpoint: under its own name it is never half there."""
+    aside = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def write_state(folder: Path, state: dict, digests: dict[str, str]) -> None:
-    """Put state.json, or a newer one, into a checkpoint folder; one rename, so never half of it."""
-    aside = folder / ".state.json.writing"
+def write_state(folder: Path, state: dict, digests: Mapping[str, str]) -> None:
+    """Write or replace state.json, never half of it.  digests: sha256 of the other files."""
     digests = {**digests, "state.json": state_hash({**state, "sha256": digests})}
-    text = json.dumps({**state, "sha256": digests}, indent=1) + "\n"
-    aside.write_text(text, encoding="utf-8")
-    sync(aside)
-    aside.rename(folder / "state.json")
+    write_whole(folder / "state.json", json.dumps({**state, "sha256": digests}, indent=1) + "\n")
     sync(folder)
 
 
@@ -84,7 +78,7 @@ def state_hash(state: dict) -> str:
 
 
 def read_state(folder: Path) -> dict:
-    """state.json of a checkpoint whose files are all whole; UsageError otherwise."""
+    """state.json of a checkpoint whose files are all as they were written; else UsageError."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         broken = [name for name, digest in state["sha256"].items() if digest != (
@@ -111,14 +105,14 @@ def newest_checkpoint(run: Path, prefix: str = "step") -> Path | None:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """A checkpoint folder as it is, or the best one of a run folder."""
+    """The path itself if it is a checkpoint folder, else the best checkpoint of that run folder."""
     if (path / "state.json").exists():
         return path
     best = newest_checkpoint(path, "best") or newest_checkpoint(path)
     if best is None:
         other = pickles(path.parent if path.is_file() else path)
-        found = "no checkpoint in it" if path.exists() else "nothing there"
-        raise UsageError(f"{path}: expected a run folder or a checkpoint folder, found {found}; "
+        got = "no checkpoint in it" if path.exists() else "nothing there"
+        raise UsageError(f"{path}: expected a run folder or a checkpoint folder, found {got}; "
                          f"{other}train first, or name a folder below runs/")
     return best
 
@@ -127,9 +121,8 @@ def load_trainables(model: nn.Module, checkpoint: Path) -> None:
     """Copy a checkpoint's tensors into the trainable parameters; names and shapes must agree."""
     saved = load_file(checkpoint / "model.safetensors")
     wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    both = sorted(saved.keys() & wanted.keys())
-    odd = [name for name in both if saved[name].shape != wanted[name].shape]
-    odd += sorted(saved.keys() ^ wanted.keys())
+    odd = [name for name in sorted(saved.keys() & wanted.keys())
+           if saved[name].shape != wanted[name].shape] + sorted(saved.keys() ^ wanted.keys())
     if odd:
         name = odd[0]
         shapes = [list(side[name].shape) if name in side else "nothing" for side in (wanted, saved)]
@@ -139,3 +132,124 @@ def load_trainables(model: nn.Module, checkpoint: Path) -> None:
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(saved[name])
+
+
+class Checkpoints:
+    """The checkpoints of one run.  All processes save and resume together; rank 0 alone writes."""
+
+    def __init__(self, out: Path, world: World, model: nn.Module, flat: FlatParameters | None,
+                 progress: Progress, config: Mapping, fixed: Mapping):
+        """progress: changed in place by `resume`.  config: the settings that decide what is
+        computed.  fixed: references and sources, which state.json holds as well."""
+        self.out, self.world, self.model, self.flat = out, world, model, flat
+        self.progress, self.config, self.fixed = progress, config, fixed
+        self.failed: set[int] = set()  # steps since the last save that could not be written
+        self.newest: Path | None = None  # the last whole checkpoint of this run
+
+    def state(self) -> dict:
+        """What state.json holds.  Dropout needs no more than the seed and the step to go on."""
+        rng = {"seed": self.config["seed"], "next_step": self.progress.step}
+        return {"config": self.config, **dataclasses.asdict(self.progress),
+                "world": self.world.size, "rng": rng, **self.fixed}
+
+    def save(self, prefix: str = "step") -> bool:
+        """Write a checkpoint of this moment; all processes learn whether that worked.  A full disk
+        costs this checkpoint and not the run, unless it stays full: DiskFull."""
+        step = self.progress.step
+        folder, failures = self.out / f"{prefix}-{step:08d}", torch.zeros(1).to(self.world.device)
+        if self.world.main:
+            try:
+                self.write(folder, KEPT[prefix])
+            except (OSError, SafetensorError) as cause:
+                failures += 1
+                print(f"error: {folder}: expected to write a checkpoint, got {cause}; the ones "
+                      "before it are whole and training goes on: make room", file=sys.stderr,
+                      flush=True)
+        if not self.world.sum(failures).item():
+            self.failed.clear()
+            self.newest = folder if prefix == "step" else self.newest
+            return True
+        self.failed.add(step)
+        if len(self.failed) == FAILED_SAVES:
+            raise DiskFull(f"{self.out}: expected room for a checkpoint, got none at steps "
+                           f"{', '.join(map(str, sorted(self.failed)))}; make room, then the same "
+                           "command goes on from the last checkpoint")
+        return False
+
+    def write(self, folder: Path, kept: int) -> None:
+        """Write `folder`, or its state alone if the weights are in it; keep `kept` of its sort."""
+        if folder == self.newest:
+            digests = json.loads((folder / "state.json").read_text(encoding="utf-8"))["sha256"]
+            write_state(folder, self.state(), digests)
+        else:
+            write_checkpoint(folder, self.flat, self.state())
+        alike = sorted(self.out.glob(f"{folder.name.split('-')[0]}-*"))
+        end = alike.index(folder) + 1
+        for old in alike[:max(end - kept, 0)] + alike[end:]:  # later ones are broken or abandoned
+            discard(old)
+
+    def check_room(self) -> None:
+        """Refuse a disk that could not hold the checkpoints, before anything is computed."""
+        size = 3 * self.flat.values.nbytes  # with Adam's two moments
+        present = len([*self.out.glob("step-*"), *self.out.glob("best-*")])
+        needed = size * max(sum(KEPT.values()) + 1 - present, 1)  # one is being written
+        free = shutil.disk_usage(self.out).free
+        if free < needed:
+            raise DiskFull(f"{self.out}: expected {needed / 1e6:,.1f} MB of free disk for "
+                           f"checkpoints of {size / 1e6:,.1f} MB, got {free / 1e6:,.1f} MB; make "
+                           "room, or choose an --out on another disk")
+
+    def resume(self, launch: Launch) -> str:
+        """Load the checkpoint that --resume asks for, if there is one; returns the line that says
+        so.  "none" empties the run folder first, but not when torchrun restarts."""
+        anew = launch.resume == "none" and not self.world.restarts
+        if self.world.main:
+            names = (*LEFT_BY_KILLS, *RUN_FILES * anew)
+            for old in (path for name in names for path in self.out.glob(name)):
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+        if anew:
+            return "start: from the beginning (--resume none)"
+        folder = (newest_checkpoint(self.out) if launch.resume in ("auto", "none")
+                  else Path(launch.resume))
+        if folder is None:
+            return f"start: from the beginning, no checkpoint in {self.out}"
+        state = read_state(folder)
+        self.check_same(state, folder, launch.allow_world_change)
+        load_trainables(self.model, folder)
+        self.flat.load_moments(folder, state["step"])
+        vars(self.progress).update({name: state[name] for name in vars(self.progress)})
+        if folder.resolve().parent == self.out.resolve():
+            self.newest = self.out / folder.name
+        else:
+            self.bring_best(folder.resolve().parent)
+        return f"start: resumed {folder} at step {state['step']}, epoch {state['epoch'] + 1}"
+
+    def bring_best(self, run: Path) -> None:
+        """Copy the best checkpoint from the run folder that this run goes on from; if it is gone,
+        a later epoch will be the best."""
+        best = run / f"best-{self.progress.best_step:08d}"
+        if not best.is_dir():
+            self.progress.best_sum, self.progress.best_step = -1.0, 0
+        elif self.world.main and not (self.out / best.name).exists():
+            whole(self.out / best.name, lambda aside: shutil.copytree(best, aside))
+        self.world.sum(torch.zeros(1).to(self.world.device))  # nobody looks before it is there
+
+    def check_same(self, state: dict, folder: Path, any_world: bool) -> None:
+        """UsageError unless settings, references and weights are those of the checkpoint; an
+        option that did not exist then had its default."""
+        mine = json.loads(json.dumps(self.state()))
+        fixed = [*mine["config"], "reference", *(name for name in mine if name.endswith("_sha256"))]
+        was, now = ({**dataclasses.asdict(Config()), **side, **side["config"]}
+                    for side in (state, mine))
+        changed = [f"{name} {was.get(name)} -> {now[name]}" for name in fixed
+                   if was.get(name) != now[name]]
+        if changed:
+            raise UsageError(f"{folder}: expected the settings it was started with, got changes: "
+                             f"{', '.join(changed)}; repeat the old command, or use another --out, "
+                             "or --resume none to start over")
+        world = state["world"]
+        if world != self.world.size and not any_world:
+            raise UsageError(f"{folder}: expected {world} process(es), as it was started with, got "
+                             f"{self.world.size}; use torchrun --nproc_per_node={world}, or pass "
+                             "--allow-world-change to go on with the same batches but another "
+                             "order of sums, no longer bit for bit")

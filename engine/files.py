@@ -1,4 +1,4 @@
-"""Exceptions, locks, whole writes, hashes and strict JSON: each stands once, here."""
+"""Errors, locks, atomic writes, hashes and strict JSON: each stands once, here."""
 
 import csv
 import errno
@@ -17,70 +17,94 @@ NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class UsageError(ValueError):
-    """A command that cannot be carried out, with what to do instead."""
+    """A command cannot be carried out; the text says what was expected, found, and to be done."""
 
 
 class DiskFull(UsageError):
-    """No room for checkpoints."""
+    """No checkpoint can be written."""
 
     exit_code = 74  # EX_IOERR
 
 
+class WeightsError(ValueError):
+    """A model folder, its configuration or the requested type cannot be used."""
+
+
+class ImageError(ValueError):
+    """A picture, its name, its boxes or its stored features cannot be used."""
+
+
 class Stopped(Exception):
-    """A signal ended the run in good order; its number is the argument."""
+    """A signal ended the run in good order; the argument is its number."""
 
 
-# --------------------------------------------------------------------------------------- prepare
+def lock_file(path: Path, wait: bool) -> TextIO:
+    """Lock a file against all other processes of this machine; BlockingIOError if it is taken and
+    `wait` is False.  The kernel releases it when the file is closed or its holder is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "w")
+    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    return file
+
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Let one process of this machine at a time do what the others then find done."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # released by the kernel even if the holder is killed
+    """One process at a time runs this block; the others wait and then find its work done."""
+    with lock_file(path, wait=True):
         yield
 
 
-def file_hash(path: Path) -> str:
-    """sha256 of a file's content, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def whole(folder: Path, make: Callable[[Path], object]) -> None:
-    """Let `make` fill a folder that appears under its name only once it is complete."""
-    aside = folder.with_name(f".{folder.name}.making")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.parent.mkdir(parents=True, exist_ok=True)
-    make(aside)
-    aside.rename(folder)
+def claim(out: Path) -> TextIO:
+    """Take an exclusive lock on a run folder until the file that is returned is closed.
+    UsageError if the folder cannot be made or written to, or is in use."""
+    try:
+        return lock_file(out / ".lock", wait=False)
+    except BlockingIOError:
+        raise UsageError(f"--out {out}: expected a run folder that no other process writes to, got "
+                         "one in use; wait for that run, end it, or use another --out") from None
+    except OSError as cause:
+        problem = "a file" if out.is_file() else cause.strerror
+        raise UsageError(f"--out {out}: expected a folder that can be written to, got {problem}; "
+                         "choose another --out") from None
 
 
 def sync(path: Path) -> None:
+    """Force a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
 
 
-def claim(out: Path) -> TextIO:
-    """Hold a run folder until this process ends, however it ends, or until the file is closed."""
+def write_whole(path: Path, content: bytes | str) -> None:
+    """Write a file that is never seen half written: it is renamed once it is on disk.
+    Folders that lead to it are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "w")
-    except OSError as cause:
-        raise UsageError(f"--out {out}: expected a folder that can be written to, got "
-                         f"{'a file' if out.is_file() else cause.strerror}; choose another --out"
-                         ) from None
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+        sync(aside)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def whole(folder: Path, make: Callable[[Path], object]) -> None:
+    """make(path) fills a new folder, which is renamed to `folder` once it is complete; if make
+    fails, nothing is left."""
+    aside = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.parent.mkdir(parents=True, exist_ok=True)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UsageError(f"--out {out}: expected a run folder that no other process writes to, got "
-                         "one in use; wait for that run, end it, or use another --out") from None
-    return lock
+        make(aside)
+    except Exception:
+        shutil.rmtree(aside, ignore_errors=True)  # on a full disk its space is needed
+        raise
+    aside.rename(folder)
+    sync(folder.parent)
 
 
 def append(path: Path, text: str) -> None:
-    """Append to a file, all of it or, where the disk is full, nothing."""
+    """Append all of a text to a file or, where the disk is full, nothing (OSError)."""
     content = text.encode()
     with open(path, "ab", buffering=0) as file:
         before = file.seek(0, os.SEEK_END)
@@ -90,7 +114,7 @@ def append(path: Path, text: str) -> None:
 
 
 def save_csv(path: Path, rows: Sequence[Mapping]) -> None:
-    """Write rows under the names of the first one."""
+    """Write rows as CSV under the keys of the first one."""
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
@@ -98,42 +122,30 @@ def save_csv(path: Path, rows: Sequence[Mapping]) -> None:
     write_whole(path, text.getvalue())
 
 
-class WeightsError(ValueError):
-    """A checkpoint, its configuration or the requested type cannot be used."""
+def file_hash(path: Path) -> str:
+    """sha256 of a file's content, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_json(path: Path) -> dict:
-    """The JSON object in a file; a key that stands twice is an error."""
+def strict_json(content: bytes) -> Any:
+    """Parse UTF-8 JSON; ValueError where json would go on: at a key that stands twice in an
+    object.  RecursionError if it is nested too deeply."""
     def once(pairs: list[tuple[str, Any]]) -> dict:
         if twice := [key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i])]:
             raise ValueError(f"{twice[0]!r} stands twice")
         return dict(pairs)
 
+    return json.loads(content.decode("utf-8"), object_pairs_hook=once)
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file of a model folder; WeightsError if there is none."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
+        raw = strict_json(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: expected JSON, got: {getattr(error, 'strerror', error)}; give "
                            "a Hugging Face model directory, complete and unmodified") from None
     if not isinstance(raw, dict):
         raise WeightsError(f"{path}: expected a JSON object, got {type(raw)}; fetch it anew")
     return raw
-
-
-class ImageError(ValueError):
-    """A picture, its name, its boxes or its stored features cannot be used; the text says which."""
-
-
-def write_whole(path: Path, content: bytes | str) -> None:
-    """The file is complete under its name or absent: written aside, flushed to disk, renamed.
-    Folders that lead to it are made."""
-    data = content.encode() if isinstance(content, str) else content
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(aside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)

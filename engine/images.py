@@ -1,4 +1,4 @@
-"""Pictures, read safely."""
+"""Reading pictures that nobody vouches for."""
 
 import os
 import re
@@ -9,24 +9,23 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from engine.files import ImageError
 
-# ------------------------------------------------------------------------------ pictures to pixels
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")  # Pillow's many other readers are attack surface
 MAX_PIXELS = 32_000_000
 PathLike = str | os.PathLike
 
 
 def resolve_image(root: PathLike, name: str) -> Path:
-    """Path of picture `name`, parts joined by "/", inside folder `root`; it need not exist.
+    """Path of the picture with a record's name inside the folder `root`; it need not exist.
 
-    Links are followed before the check, so that one that leads out of `root` is refused.
+    ImageError if it may lie elsewhere: links are followed before the check.
     """
     try:
-        parts, inside = name.split("/"), os.path.realpath(root)
+        words, inside = name.split("/"), os.path.realpath(root)
         path = os.path.realpath(os.path.join(inside, name))
         bad = (re.search(r"[\\\0]|^~|^[A-Za-z]:", name)
-               or any(not part.strip(" .") for part in parts)  # "", ".", ".." and look-alikes
-               or len(name) > 999 or any(len(part.encode()) > 255 for part in parts)
-               or os.path.commonpath([inside, path]) != inside)  # by parts: img is not img_x
+               or any(not word.strip(" .") for word in words)  # "", ".", ".." and look-alikes
+               or len(name) > 999 or any(len(word.encode()) > 255 for word in words)
+               or os.path.commonpath([inside, path]) != inside)  # img does not begin img_x
     except (AttributeError, OSError, ValueError):  # no text, too long, not encodable
         bad = True
     if bad:
@@ -36,10 +35,8 @@ def resolve_image(root: PathLike, name: str) -> Path:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode to RGB as the hub's processors do it: transparency is dropped.
-
-    16-bit grey keeps its high byte, where Pillow alone would turn all above 255 white.
-    """
+    """A picture of any Pillow mode as RGB, without transparency, as the hub's processors do it.
+    16-bit grey keeps its high byte, where Pillow alone would turn all above 255 white."""
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
@@ -55,7 +52,7 @@ def regular(path: PathLike) -> PathLike:
 
 
 def load_image(path: PathLike) -> Image.Image:
-    """File -> upright RGB picture: EXIF's rotation comes first. ImageError names the path."""
+    """Read a file as an upright RGB picture; ImageError if it is not a whole one of FORMATS."""
     try:
         with Image.open(regular(path), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:

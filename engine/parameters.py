@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 
 class FlatParameters:
-    """All trainable parameters as views of one vector, and their gradients of another.
+    """All trainable parameters as views of one vector `values`, their gradients as views of
+    `grads`, so that optimizer step, clipping and all-reduce are one call each.
 
-    Optimizer, clipping and all-reduce are then one call each.  The vector has two slices: the
-    variance vectors of L_MIM (`rho`) come last and learn at ten times the rate.
+    The variance vectors of L_MIM (`rho`) come last in it and learn at ten times the rate.
     """
 
     def __init__(self, model: nn.Module, lr: float):
@@ -25,42 +25,43 @@ class FlatParameters:
             parameter.data, parameter.grad = value, grad
         experts = sum(p.numel() for n, p in named if not n.endswith(".rho"))
         groups = []
-        for part, rate in ((slice(0, experts), 1.0), (slice(experts, None), 10.0)):
-            vector = nn.Parameter(self.values[part])
-            vector.grad = self.grads[part]
+        for piece, rate in ((slice(0, experts), 1.0), (slice(experts, None), 10.0)):
+            vector = nn.Parameter(self.values[piece])
+            vector.grad = self.grads[piece]
             if len(vector):
                 groups.append({"params": [vector], "lr": lr * rate, "rate": rate})
         self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
-        """A flat vector over all parameters as {name: tensor of that parameter's shape}."""
-        parts = flat.split([shape.numel() for shape in self.shapes.values()])
-        return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts)}
+        """A vector over all parameters as {name: view in that parameter's shape}."""
+        pieces = flat.split([shape.numel() for shape in self.shapes.values()])
+        return {n: piece.view(shape) for (n, shape), piece in zip(self.shapes.items(), pieces)}
 
     def set_lr(self, lr: float) -> None:
+        """Set the learning rate; each group keeps its factor."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["rate"]
 
     def save(self, folder: Path) -> None:
         """Write model.safetensors and optimizer.safetensors, every tensor under its own name."""
-        def owned(flat: Tensor) -> dict[str, Tensor]:
+        def copies(flat: Tensor) -> dict[str, Tensor]:
             return {name: view.clone() for name, view in self.views(flat.cpu()).items()}
-        save_file(owned(self.values), folder / "model.safetensors")
+        save_file(copies(self.values), folder / "model.safetensors")
         states = [self.optimizer.state[g["params"][0]] for g in self.optimizer.param_groups]
         save_file({f"{moment}.{name}": value for moment in ("exp_avg", "exp_avg_sq")
-                   for name, value in owned(torch.cat([s[moment] for s in states])).items()},
+                   for name, value in copies(torch.cat([s[moment] for s in states])).items()},
                   folder / "optimizer.safetensors")
 
     def load_moments(self, folder: Path, step: int) -> None:
-        """Restore Adam's moments after `step` steps."""
+        """Restore Adam's moments as they were after `step` steps."""
         saved = load_file(folder / "optimizer.safetensors", device=str(self.values.device))
         flat = {moment: torch.cat([saved[f"{moment}.{name}"].flatten() for name in self.shapes])
                 for moment in ("exp_avg", "exp_avg_sq")}
         start = 0
         for group in self.optimizer.param_groups:
             vector, = group["params"]
-            part = slice(start, start + len(vector))
+            end = start + len(vector)
             self.optimizer.state[vector] = {
                 "step": torch.tensor(float(step), device=vector.device),
-                **{moment: values[part].clone() for moment, values in flat.items()}}
-            start = part.stop
+                **{moment: values[start:end].clone() for moment, values in flat.items()}}
+            start = end

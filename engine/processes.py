@@ -1,4 +1,4 @@
-"""The processes of a run, signals, exit codes."""
+"""The processes of a run, their signals and exit codes."""
 
 import argparse
 import os
@@ -18,19 +18,18 @@ from torch import Tensor
 from engine.files import NO_SPACE, DiskFull, ImageError, Stopped, UsageError, WeightsError
 from engine.schema import DataError
 
-# ----------------------------------------------------------------------------------------- World
-
 class World:
     """The processes of this run: the one place that knows about ranks and signals."""
 
     def __init__(self, timeout: float = 300.0) -> None:
+        """timeout: seconds that the processes wait for one that does not answer."""
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.main = self.rank == 0
         self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # by torchrun
         self.timeout = timeout
         self.signal = 0  # the one that asked this process to stop
-        self.resting = False  # nothing would be lost if the process ended now
-        self.heard = time.monotonic()  # when the processes last met
+        self.repeatable = False  # an interruptible block runs: nothing is lost if it ends now
+        self.last_met = time.monotonic()  # when all processes last took part in something
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
             local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
@@ -41,11 +40,9 @@ class World:
             torch.cuda.set_device(self.device)
 
     def join(self) -> None:
-        """Meet the other processes; called once everything slow is prepared.
-
-        torchrun (torch 2.13) keeps one store for all its restarts, and in it the addresses of
-        processes that are gone: each restart gets a corner of its own.
-        """
+        """Meet the other processes, once everything slow is prepared.  torchrun (torch 2.13) keeps
+        one store for all its restarts, with addresses of processes that are gone, so each restart
+        uses keys of its own."""
         if self.size > 1 and not dist.is_initialized():
             wait = timedelta(seconds=self.timeout)
             store, _, _ = next(dist.rendezvous("env://", timeout=wait))
@@ -54,48 +51,50 @@ class World:
                                     rank=self.rank, world_size=self.size)
 
     def leave(self) -> None:
+        """Part from the other processes at the end of a command."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum `tensor` over all processes, in place."""
+        """Sum a tensor over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
-        self.heard = time.monotonic()
+        self.last_met = time.monotonic()
         return tensor
 
     def print(self, *lines: str) -> None:
+        """Print lines, on rank 0 alone."""
         if self.main:
             print(*lines, sep="\n", flush=True)
 
     def listen(self) -> None:
         """From now on Ctrl-C and SIGTERM ask for a stop, which comes after the current step."""
-        self.heard = time.monotonic()
+        self.last_met = time.monotonic()
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.hear)
+            signal.signal(number, self.on_signal)
 
-    def hear(self, number: int, _: object) -> None:
-        """A second signal ends the process at once, and so does one that comes because the others
-        have waited for this process in vain."""
-        hung = not self.resting and time.monotonic() - self.heard > self.timeout
+    def on_signal(self, number: int, _: object) -> None:
+        """Remember the signal.  A second one ends the process at once, and so does one that comes
+        after this process has hung for longer than the timeout."""
+        hung = not self.repeatable and time.monotonic() - self.last_met > self.timeout
         if self.signal or hung:
             os._exit(128 + number)
         self.signal = number
-        if self.resting:
+        if self.repeatable:
             raise Stopped(number)
 
     @contextmanager
-    def rest(self) -> Iterator[None]:
-        """Long work that can be begun again from what is on disk: a signal ends it at any line."""
-        self.resting = True
+    def interruptible(self) -> Iterator[None]:
+        """A signal may end this block at once (Stopped); the block is repeated on resume."""
+        self.repeatable = True
         if self.signal:
             raise Stopped(self.signal)
         yield
-        self.resting, self.heard = False, time.monotonic()
+        self.repeatable, self.last_met = False, time.monotonic()
 
 
 def carry_out(run: Callable[[argparse.Namespace, World], None], args: argparse.Namespace) -> None:
-    """Do what a parsed command line asks, by `run`, and end with the promised exit codes."""
+    """Run a parsed command line, run(args, world), and end with the promised exit codes."""
     with exit_codes():
         world = World()
         run(args, world)
@@ -121,26 +120,25 @@ def verdict(problem: BaseException) -> tuple[int, str]:
 
 @contextmanager
 def exit_codes() -> Iterator[None]:
-    """End the process with the exit code that this file's docstring promises, and its message.
+    """Let an exception in this block end the process with its message and the promised exit code.
 
-    One of several processes ends by os._exit: a destructor might wait for the others.  Often all
-    fail together, and the cause should be read once: whoever is not rank 0, or only has to say that
-    another process is gone, waits a second, in which torchrun ends it before it speaks.
-    """
+    One of several processes ends by os._exit, since a destructor might wait for the others.  All
+    may fail together, and the cause should be read once: a process that is not rank 0, or only
+    knows that another one is gone, waits a second, in which torchrun ends it before it speaks."""
     rank, alone = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", 1)) == 1
-    lost = None  # the words that say that another process is gone
+    gone = None  # the words that say that another process is gone
     try:
         yield
         return
     except BaseException as problem:
         if isinstance(problem, SystemExit) and not dist.is_initialized():
-            raise  # argparse has spoken
+            raise  # argparse has printed its message
         code, message = verdict(problem)
         if isinstance(problem, RuntimeError) and not alone:
-            lost = re.search(r".*(gloo|NCCL|by peer|[Tt]imed out).*", str(problem))
-        if lost:
-            message = f"rank {rank}: another process has ended or does not answer: {lost[0]}"
-    if not alone and message and (rank != "0" or lost):
+            gone = re.search(r".*(gloo|NCCL|by peer|[Tt]imed out).*", str(problem))
+        if gone:
+            message = f"rank {rank}: another process has ended or does not answer: {gone[0]}"
+    if not alone and message and (rank != "0" or gone):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         time.sleep(1)

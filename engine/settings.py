@@ -1,9 +1,12 @@
-"""The settings of a run, and its command line."""
+"""The settings of a run, and the command line that sets them."""
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -13,9 +16,16 @@ from engine.files import UsageError
 from engine.schema import TASKS, UNITS
 
 VIT = "google/vit-base-patch16-224-in21k"
+IMPLS = ("auto", "plain", "fast", "cuda")  # --impl: forms of the expert layers
 
 
-# ---------------------------------------------------------------------------------------- Config
+@cache
+def old_spelling(impl: str) -> str:
+    """A value of --impl, as it is spelt now: "reference" is "fast", which is said once."""
+    if impl == "reference" and os.environ.get("RANK", "0") == "0":
+        print("note: --impl reference is now called fast", file=sys.stderr, flush=True)
+    return "fast" if impl == "reference" else impl
+
 
 @dataclass(frozen=True)
 class Size:
@@ -39,10 +49,10 @@ SIZES = {"tiny": Size(None, None, 24, 32, 32, 3, 1e-3, 2, 0.0, 40),
          "xl": Size("google/flan-t5-xl", VIT, 64, 8, 2, 20, 1e-4, 5, 0.1, 192)}
 
 
-def option(default: object, text: str, kind: type = str, **more: object) -> object:
-    """A field that is also a command-line option: `kind` converts its argument, and a bool has
-    none but a --no- form; `more` goes to argparse."""
-    reads = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+def option(default: object, text: str, convert: Callable = str, **more: object) -> object:
+    """A field that is also a command-line option with this help text.  convert: makes the value
+    from a word; with bool the option takes no word but has a --no- form.  more: for argparse."""
+    reads = {"action": argparse.BooleanOptionalAction} if convert is bool else {"type": convert}
     return field(default=default, metadata={"help": text, **reads, **more})
 
 
@@ -60,14 +70,14 @@ BOUNDS = (
 
 @dataclass
 class Config:
-    """Everything that decides what a run computes; stored in its checkpoints."""
+    """Everything that decides what a run computes.  It is stored in checkpoints."""
 
     size: str = option("tiny", "backbone size", choices=tuple(SIZES))
     method: str = option("clorae", "what is trained")
     egr: bool = option(True, "gate router between the experts, Eq. (6)", bool)
     mim: bool = option(True, "mutual-information loss, Eq. (5)", bool)
-    data: str | None = option(None, "corpus folder (see data.py convert); default: the demo world",
-                             metavar="DIR")
+    data: str | None = option(None, "corpus folder (see python -m tools.convert); default: the "
+                              "demo world", metavar="DIR")
     units: list[str] | None = option(None, "train on these units only (" + ", ".join(UNITS)
                                      + "); default: all", nargs="+", choices=UNITS, metavar="UNIT")
     hold_out: str = option("none", "Table 4: never train on T17 and V2; 'clean' leaves out SNAP "
@@ -80,11 +90,9 @@ class Config:
     max_objects: int = option(16, "object crops used per image", int)
     t5: str | None = option(None, "T5 folder; default: the size's own", metavar="DIR")
     vit: str | None = option(None, "ViT or CLIP folder; default: the size's own", metavar="DIR")
-    backbone_steps: int | None = option(None, "steps to make the tiny T5 with; default: enough",
-                                        int)
+    backbone_steps: int | None = option(None, "steps to make the tiny T5; default: enough", int)
     rank: int | None = option(None, "universal rank R; default: by size", int)
-    alpha: float | None = option(None, "numerator of the expert scale, Eq. (8); default: 2 R",
-                                 float)
+    alpha: float | None = option(None, "numerator of the scale, Eq. (8); default: 2 R", float)
     dropout: float | None = option(None, "dropout on the experts' input; default: by size", float)
     visual_policy: str = option("train", "'train' the visual adapter in full; 'paper': of it only "
                                 "the visual embedding; 'frozen': nothing of it (both need --init)",
@@ -99,8 +107,7 @@ class Config:
     batch: int | None = option(None, "global batch size; default: by size", int)
     micro_batch: int | None = option(None, "mean rows per forward pass; default: by size", int)
     lr: float | None = option(None, "Adam's learning rate; default: by size", float)
-    lr_epochs: int | None = option(None, "halve the rate every so many epochs; default: by size",
-                                   int)
+    lr_epochs: int | None = option(None, "epochs until the rate is halved; default: by size", int)
     clip: float = option(1.0, "largest gradient norm", float)
     aml: bool | None = option(None, "achievement weights, Eq. (9); default: clorae only", bool)
     beta: float = option(0.01, "weight of the mutual-information loss, Eq. (10)", float)
@@ -113,9 +120,9 @@ class Config:
     seed: int = option(0, "seed of initialisation, order and dropout", int)
     precision: str | None = option(None, "computation; default: bf16 on CUDA, fp32 elsewhere",
                                    choices=("fp32", "bf16"))
-    impl: str = option("auto", "expert layers on PyTorch ('reference') or on clorae.cu ('cuda'); "
-                       "'auto': on clorae.cu where it can be built",
-                       choices=("auto", "reference", "cuda"))
+    impl: str = option("auto", "expert layers as the paper writes them ('plain'), in rank space "
+                       "('fast') or on clorae.cu ('cuda'); 'auto': the fastest that works",
+                       old_spelling, choices=IMPLS)
     graphs: bool = option(False, "on a GPU, launch all kernels of a micro-batch at once, as a CUDA "
                           "graph for each of its shapes: for GPUs that wait for their host; takes "
                           "up to twice the memory of activations", bool)
@@ -137,7 +144,7 @@ class Config:
         return dataclasses.replace(self, **filled)
 
     def check(self) -> None:
-        """Refuse numbers that cannot work, before anything slow has begun."""
+        """UsageError if a number cannot work, before anything slow has begun."""
         bad = [f"--{name.replace('_', '-')} {words}, got {value}"
                for words, holds, names in BOUNDS for name in names
                if (value := getattr(self, name)) is not None and not holds(value)]
@@ -150,6 +157,7 @@ class Config:
 
     @property
     def uses_mim(self) -> bool:
+        """Whether L_MIM, Eq. (5), takes part in the loss."""
         return self.method == "clorae" and self.mim and self.beta > 0
 
 
@@ -160,7 +168,7 @@ GROUPS = {"size": "what to train", "data": "data", "t5": "model", "epochs": "opt
 
 @dataclass(frozen=True)
 class Launch:
-    """What one start of a run needs besides its Config; nothing here changes what is computed."""
+    """What one start of a run needs besides its Config.  Nothing here changes what is computed."""
 
     resume: str = option("auto", "'auto' goes on with the newest checkpoint of --out, 'none' "
                          "starts over, a path names a checkpoint")
@@ -173,9 +181,10 @@ class Launch:
                            "nothing is written to --out", bool, action="store_true")
 
 
-def parse_arguments(argv: Sequence[str] | None, description: str,
-                    methods: Sequence[str]) -> tuple[Config, Launch]:
-    """The command line: one option per field of Config and of Launch."""
+def parse_arguments(argv: Sequence[str] | None, description: str = "",
+                    methods: Sequence[str] | None = None) -> tuple[Config, Launch]:
+    """The command line: one option per field of Config and of Launch.  methods: the values of
+    --method; without them any word is taken.  UsageError for a number that cannot work."""
     parser = Parser(description=description, usage="%(prog)s [options]")
     for spec in dataclasses.fields(Config) + dataclasses.fields(Launch):
         if spec.name in GROUPS:

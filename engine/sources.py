@@ -1,6 +1,5 @@
-"""The folders that a run reads, and those that a checkpoint was trained on."""
+"""The folders that a run reads; those that a checkpoint was trained on."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +7,13 @@ from pathlib import Path
 from engine.checkpoints import find_checkpoint, read_state
 from engine.corpus import corpus_of
 from engine.files import UsageError, file_hash
-from engine.settings import SIZES, Config
+from engine.settings import SIZES, Config, old_spelling
 from engine.weights import find_weights, folder_hash
 
 
 @dataclass
 class Sources:
-    """Folders that a run reads."""
+    """The folders that a run reads."""
 
     corpus: Path
     t5: Path
@@ -30,7 +29,8 @@ class Sources:
 
 def stored_config(checkpoint: Path, **changes: object) -> Config:
     """The settings of a checkpoint; an exported adapter brings its datasets' labels along."""
-    config = dataclasses.replace(Config(**read_state(checkpoint)["config"]), **changes)
+    config = Config(**{**read_state(checkpoint)["config"], **changes})
+    config.impl = old_spelling(config.impl)
     if config.data is None and (checkpoint / "corpus").is_dir():
         config.data = str(checkpoint / "corpus")
     return config
@@ -41,25 +41,26 @@ def stored_sources(checkpoint: Path, config: Config, given: Mapping[str, object]
     where they lay then, else by hash in weights/ (tiny) or by name from the hub (other sizes).
     UsageError unless each has the very content it had then."""
     state, folders = read_state(checkpoint), {}
-    for part in ("t5", "vit", "init"):
-        digest, then = state.get(f"{part}_sha256"), state.get(part)
+    for model in ("t5", "vit", "init"):
+        digest, then = state.get(f"{model}_sha256"), state.get(model)
         if digest is None:  # a run without --init
             continue
-        folder = given.get(part) or (then if then and Path(then).is_dir() else None)
-        name = getattr(SIZES[config.size], part, None)
+        folder = given.get(model) or (then if then and Path(then).is_dir() else None)
+        name = getattr(SIZES[config.size], model, None)
         if not folder and not name:
-            folder = next((made for made in sorted(Path("weights").glob(f"*/{part}"))
+            folder = next((made for made in sorted(Path("weights").glob(f"*/{model}"))
                            if folder_hash(made) == digest), None)
             if not folder:
-                raise UsageError(f"{checkpoint}: expected the folder of its {part} (sha256 "
-                                 f"{digest[:12]}), got {then or 'none'}; name it with --{part} DIR")
-        folders[part] = (find_checkpoint(Path(folder)) if part == "init"
-                         else find_weights(part, folder, name))
+                raise UsageError(
+                    f"{checkpoint}: expected the folder of its {model} (sha256 {digest[:12]}), got "
+                    f"{then or 'none'}; name it with --{model} DIR")
+        folders[model] = (find_checkpoint(Path(folder)) if model == "init"
+                          else find_weights(model, folder, name))
     sources = Sources(corpus_of(config), **folders)
     for name, digest in sources.fingerprints().items():
         if state.get(name, digest) != digest:
-            part, _, what = name.removesuffix("_sha256").partition("_")
-            raise UsageError(f"{getattr(sources, part)}: expected the {what or 'weights'} that "
+            model, _, what = name.removesuffix("_sha256").partition("_")
+            raise UsageError(f"{getattr(sources, model)}: expected the {what or 'weights'} that "
                              f"{checkpoint} was trained on (sha256 {state[name][:12]}), got others "
-                             f"({digest[:12]}); restore that folder, or name it with --{part} DIR")
+                             f"({digest[:12]}); restore that folder, or name it with --{model} DIR")
     return sources

@@ -1,4 +1,4 @@
-"""Weights in Hugging Face's layout: reading them, finding them, fetching them."""
+"""Model folders in Hugging Face's layout: finding them, fetching them, reading their weights."""
 
 import hashlib
 import sys
@@ -15,63 +15,65 @@ from engine.settings import VIT
 HUB_FILES = ["model*.safetensors*", "*config.json", "spiece.model"]  # never pickled weights
 HUB_GB = {"google/flan-t5-base": 1.0, "google/flan-t5-large": 3.1, "google/flan-t5-xl": 11.4,
           VIT: 0.35}  # 4 bytes a parameter
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def folder_hash(folder: Path) -> str:
-    """sha256 over the weight files of a model folder, in hex."""
+    """sha256 over the weight files of a model folder, in name order, in hex."""
     files = sorted(Path(folder).glob("*.safetensors"))
     return hashlib.sha256("".join(map(file_hash, files)).encode()).hexdigest()
 
 
 def hub_snapshots(name: str) -> list[Path]:
-    """Folders of a hub model in the hub's cache on this machine, that of its main branch first."""
-    from huggingface_hub import constants  # imported only when it is needed; knows HF_HOME
+    """Folders of a hub model in this machine's cache, that of its main branch first."""
+    from huggingface_hub import constants  # slow to import; it knows HF_HOME
     repo = Path(constants.HF_HUB_CACHE, "models--" + name.replace("/", "--"))
     main = repo / "refs" / "main"
     commit = main.read_text(encoding="utf-8").strip() if main.is_file() else ""
     return sorted(repo.glob("snapshots/*"), key=lambda folder: folder.name != commit)
 
 
-def fault(folder: Path, part: str) -> str | None:
-    """Why a model folder cannot be used, found without loading it; None if it can."""
-    names = ["config.json"] + ["spiece.model"] * (part == "t5")
+def fault(folder: Path, model: str) -> str | None:
+    """Why a folder cannot be used for a model, "t5" or "vit", judged by names and headers; None if
+    it can."""
+    names = ["config.json"] + ["spiece.model"] * (model == "t5")
     lost = [name for name in names if not (folder / name).is_file()]
     if lost and folder.is_dir():
         return (f"{folder}: expected a whole model folder in Hugging Face's layout, it lacks "
                 f"{', '.join(lost)}; fetch what is missing, or name another folder")
     try:
-        open_weights(folder)  # headers only
+        open_weights(folder)
     except WeightsError as problem:
         return str(problem)
     return None
 
 
-def find_weights(part: str, given: str | Path | None, name: str | None) -> Path:
-    """A whole model folder for "t5" or "vit": the one given; without it that of the hub's `name`
-    in weights/, in the hub cache, or downloaded."""
+def find_weights(model: str, given: str | Path | None, name: str | None) -> Path:
+    """A whole folder for a model, "t5" or "vit": the one given; without it that of the hub's `name`
+    in weights/, in the hub cache, or downloaded.  UsageError if there is none."""
     if given:
-        if problem := fault(Path(given), part):
-            raise UsageError(f"--{part}: {problem}")
+        if problem := fault(Path(given), model):
+            raise UsageError(f"--{model}: {problem}")
         return Path(given)
     local = Path("weights", name.split("/")[-1])
     for folder in filter(Path.is_dir, (local, *hub_snapshots(name))):
-        problem = fault(folder, part)
+        problem = fault(folder, model)
         if problem is None:
             return folder
         print(f"passed over: {problem}", file=sys.stderr)
-    return download(part, name, local)
+    return download(model, name, local)
 
 
-def download(part: str, name: str, local: Path) -> Path:
-    """Fetch a hub model into the hub cache; where that fails, UsageError says what to fetch
-    elsewhere and that `local` is a place for it."""
+def download(model: str, name: str, local: Path) -> Path:
+    """Fetch a hub model into the hub cache.  Where that fails, UsageError says what to fetch on
+    another machine, and that it may be put into the folder `local`."""
     from huggingface_hub import constants, snapshot_download
-    patterns = HUB_FILES if part == "t5" else HUB_FILES[:-1]  # a ViT has no tokenizer
+    patterns = HUB_FILES if model == "t5" else HUB_FILES[:-1]  # a ViT has no tokenizer
     size = f"about {HUB_GB[name]} GB"
     print(f"{name}: not on this machine, asking the hub ({size})", file=sys.stderr)
     try:
         folder = Path(snapshot_download(name, allow_patterns=patterns))
-        problem = fault(folder, part)
+        problem = fault(folder, model)
         if problem is None:
             return folder
     except Exception as cause:  # whatever the reason: the same remedy
@@ -79,33 +81,33 @@ def download(part: str, name: str, local: Path) -> Path:
         problem = f"{type(first).__name__}: " + str(first).partition("\n")[0]
     raise UsageError(
         f"{name}: expected config.json, model.safetensors (or all its shards and their index)"
-        f"{' and spiece.model' * (part == 't5')} in {local}/ or in the hub cache "
+        f"{' and spiece.model' * (model == 't5')} in {local}/ or in the hub cache "
         f"({constants.HF_HUB_CACHE}), found no whole copy, and the download failed ({problem}); "
-        f"name its folder with --{part} DIR, or fetch it ({size}) where there is a network, and "
+        f"name its folder with --{model} DIR, or fetch it ({size}) where there is a network, and "
         f"bring the folder here:\n    hf download {name} --local-dir {local} "
         + " ".join(f"--include '{pattern}'" for pattern in patterns))
 
 
 def odd_fields(config: Any, **bounds: tuple[int, int]) -> list[str]:
-    """"name = value" of every field of a config that is not of its type or out of all bounds.
+    """"name = value" of each field of a config dataclass that has another type or is out of bounds.
 
     Whole numbers lie in 1..2^18, in 1..1000 if they count layers, unless `bounds` says otherwise:
-    nothing may be allocated for a size that nobody meant. Other numbers are shares, in [0, 1).
+    nothing may be allocated for a size that nobody meant.  Floats are shares, in [0, 1).
     """
     odd = []
-    for name, kind in ((name, field.type) for name, field in config.__dataclass_fields__.items()):
+    for name, field in config.__dataclass_fields__.items():
         value = getattr(config, name)
         low, high = bounds.get(name, (1, 1000 if "layers" in name else 1 << 18))
         whole = type(value) is int and low <= value <= high
-        right = {int: whole, int | None: whole, bool: type(value) is bool,
+        valid = {int: whole, int | None: whole, bool: type(value) is bool,
                  float: type(value) in (int, float) and 0 <= value < 1}
-        odd += [] if right.get(kind, True) else [f"{name} = {value!r}"]
+        odd += [] if valid.get(field.type, True) else [f"{name} = {value!r}"]
     return odd
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def open_weights(folder: Path) -> dict[str, safe_open]:
-    """Key -> the open file that holds it, for model.safetensors or all shards of its index."""
+    """{key: the open file that holds it}, of model.safetensors or all shards of its index.  Only
+    headers are read; WeightsError if they do not fit together."""
     names, listed = ["model.safetensors"], None
     index = folder / "model.safetensors.index.json"
     if not (folder / names[0]).is_file() and index.is_file():
@@ -117,7 +119,7 @@ def open_weights(folder: Path) -> dict[str, safe_open]:
         raise WeightsError(f"{folder}: expected {lost or 'a weight_map in ' + index.name}, in this "
                            f"folder and as .safetensors; {pickles(folder)}fetch the safetensors "
                            "files of this checkpoint")
-    stored, places = {}, []
+    stored, pairs = {}, []
     for path in (folder / name for name in names):
         try:
             file = safe_open(path, "pt")
@@ -125,24 +127,24 @@ def open_weights(folder: Path) -> dict[str, safe_open]:
             raise WeightsError(f"{path}: expected a whole safetensors file, got: {error}; "
                                "fetch it anew") from None
         stored |= dict.fromkeys(file.keys(), file)
-        places += [(key, path.name) for key in file.keys()]
-    if listed is not None and (wrong := set(places) ^ set(listed.items())):
+        pairs += [(key, path.name) for key in file.keys()]
+    if listed is not None and (wrong := set(pairs) ^ set(listed.items())):
         raise WeightsError(f"{index}: expected each key of the shards in the one that it names; "
                            f"they differ in {sorted(map(str, wrong))[:4]}; fetch all of them anew")
     return stored
 
 
 def pickles(folder: Path) -> str:
-    """What to say about pickled weights in a folder, if there are any."""
-    found = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLES)
-    return found and (f"{', '.join(found)} is never read, as a pickle can run code: have it "
+    """What to say about pickled weights in a folder; "" if there are none."""
+    names = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLES)
+    return names and (f"{', '.join(names)} is never read, as a pickle can run code: have it "
                       "converted to safetensors where it comes from; ") or ""
 
 
 def read_weights(folder: Path, stored: dict[str, safe_open], model: nn.Module,
                  names: dict[str, str], drop: set[str], dtype: torch.dtype) -> dict[str, Tensor]:
-    """State dict of a model (on the meta device) by `names`, our name -> stored key.
-    Every stored key must be used or be in `drop`; all is checked before anything is allocated."""
+    """The state dict, in `dtype`, of a model on the meta device.  names: {our name: stored key};
+    every stored key must be used or be in `drop`.  WeightsError before anything is allocated."""
     shapes = {names[ours]: list(param.shape) for ours, param in model.state_dict().items()}
     missing, unknown = shapes.keys() - stored.keys(), stored.keys() - shapes.keys() - drop
     if missing or unknown:

@@ -19,7 +19,7 @@ if __name__ == "__main__":
     world = World()
     world.join()
     run = train.Run(config, train.prepare(config), world)
-    row = run.train_step(run.batches(0)[0])
+    row = run.trainer.train_step(run.rows.batches(0)[0])
     if world.main:
         gradients = run.flat.views(run.flat.grads.cpu())
         gradients = {name: grad.clone() for name, grad in gradients.items()}

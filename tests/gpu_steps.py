@@ -24,4 +24,5 @@ if __name__ == "__main__":
         train.Graphs.MOST = most
         run = train.Run(config, sources, world)
         print(train.describe(run, "")[0])
-        print(json.dumps([run.train_step(some) for some in run.batches(0)[:config.steps]]))
+        print(json.dumps([run.trainer.train_step(batch)
+                          for batch in run.rows.batches(0)[:config.steps]]))

@@ -41,9 +41,8 @@ from engine.checkpoints import find_checkpoint
 from engine.images import load_image
 import data  # noqa: E402
 import evaluate  # noqa: E402
-import train  # noqa: E402
-from t5 import T5, T5Config# noqa: E402
-from vision import FeatureCache, ViT, ViTConfig# noqa: E402
+from t5 import T5, T5Config  # noqa: E402
+from vision import FeatureCache, ViT, ViTConfig  # noqa: E402
 
 # ----------------------------------------------------------------------------------- R11: records
 # A mutation takes (generator, a valid row) and returns the bytes of a line. Whether the result is
@@ -589,7 +588,7 @@ def features(corpus: Path, missing_images: str) -> Features:
     """The image features of a run on this corpus."""
     sources = Sources(corpus, corpus, corpus.parent / "vit")
     return Features(sources, load_corpus(corpus, "train"), missing_images, 4,
-                          torch.device("cpu"))
+                    torch.device("cpu"), ViT)
 
 
 def complaint(act: Callable[[], object], *kinds: type) -> str:

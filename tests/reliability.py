@@ -40,14 +40,16 @@ import torch
 import torch._dynamo  # a second's work that torch.optim would do in every child
 import torch._inductor.config
 import hostile
+from safetensors.torch import load_file, save_file
 from conftest import ENVIRONMENT, ROOT, descendants, make_small, sums
 
 from engine.processes import exit_codes
-from engine.checkpoints import read_state, write_checkpoint, write_state
+from engine.checkpoints import Checkpoints, read_state, write_state
 from engine.parameters import FlatParameters
 from engine.files import UsageError, file_hash
 from engine.schema import DataError, UNITS
 import data
+import engine.checkpoints
 import evaluate
 import train
 
@@ -181,7 +183,7 @@ def made_up_scores(run: train.Run) -> dict[str, float]:
     """Evaluate, but return scores that differ whenever a bit of the weights does."""
     run.evaluate("dev")
     digest = hashlib.sha256(run.flat.values.numpy().tobytes()).digest()
-    return {unit: digest[i] / 2.6 for i, unit in enumerate(run.units)}
+    return {unit: digest[i] / 2.6 for i, unit in enumerate(run.rows.units)}
 
 
 def telling(rank: int, mark: Mark) -> None:
@@ -189,15 +191,15 @@ def telling(rank: int, mark: Mark) -> None:
     train.Run.dev_f1 = made_up_scores
     if rank:
         return
-    write = write_checkpoint
+    write = engine.checkpoints.write_checkpoint
 
     def told(folder: Path, flat: object, state: dict) -> None:
         mark("w")
         write(folder, flat, state)
         mark("W")
-    write_checkpoint = told
+    engine.checkpoints.write_checkpoint = told
     before(train.Run, "train", lambda: mark("t"))
-    before(train.Run, "train_step", lambda: mark("s"))
+    before(train.Trainer, "train_step", lambda: mark("s"))
     before(train.Run, "evaluate", lambda: mark("e"))
 
 
@@ -208,7 +210,7 @@ def in_place(rank: int, mark: Mark) -> None:
         folder.mkdir()
         flat.save(folder)
         write_state(folder, state, {f.name: file_hash(f) for f in folder.iterdir()})
-    write_checkpoint = write
+    engine.checkpoints.write_checkpoint = write
     telling(rank, mark)
 
 
@@ -363,7 +365,7 @@ def other_world(lab: Lab, quick: bool) -> tuple[bool, str]:
     """R3: another number of processes is refused, or allowed and then equal but for rounding."""
     def real(rank: int, mark: Mark) -> None:
         if not rank:
-            before(train.Run, "train_step", lambda: mark("s"))
+            before(train.Trainer, "train_step", lambda: mark("s"))
 
     def losses(out: Path) -> list[float]:
         return [float(line.split(",")[2]) for line in
@@ -420,7 +422,7 @@ def damages() -> dict[str, Callable[[Path], object]]:
         "moments missing": lambda folder: (folder / moments).unlink(),
         "state missing": lambda folder: (folder / "state.json").unlink(),
         "state is a list": lambda folder: (folder / "state.json").write_text("[]"),
-        "weights of another shape": lambda folder: train.save_file(
+        "weights of another shape": lambda folder: save_file(
             {"x": torch.zeros(3)}, folder / model),
         "state without a digest": edit(lambda state: state["sha256"].pop("model.safetensors"))}
 
@@ -480,7 +482,7 @@ def disk_full_between(first: int, last: int) -> Fault:
             steps.append(1)
             limit = 300 if first <= len(steps) <= last else resource.RLIM_INFINITY
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-        before(train.Run, "train_step", act)
+        before(train.Trainer, "train_step", act)
     return fault
 
 
@@ -504,7 +506,7 @@ def full_disk(lab: Lab, quick: bool) -> tuple[bool, str]:
             and lab.finish(out, processes))
 
     def no_room(rank: int, mark: Mark) -> None:
-        train.shutil.disk_usage = lambda path: SimpleNamespace(free=1000)
+        shutil.disk_usage = lambda path: SimpleNamespace(free=1000)
     job = lab.start(lab.out(), fault=no_room)
     held["full at the start"] = job.wait() == [74] and "MB of free disk" in job.text
     mount = lab.folder / "tmpfs"
@@ -515,7 +517,7 @@ def full_disk(lab: Lab, quick: bool) -> tuple[bool, str]:
     if not quick and subprocess.run(command, capture_output=True).returncode == 0:
         def generous(rank: int, mark: Mark) -> None:  # pass the check, to meet the full disk later
             telling(rank, mark)
-            train.Run.check_room = lambda run: None
+            Checkpoints.check_room = lambda checkpoints: None
         job = lab.start(mount / "run", fault=generous)
         held["tmpfs"] = (job.wait() == [74] and not broken(mount / "run")
                          and "No space left" in job.text and "Traceback" not in job.text)
@@ -563,7 +565,7 @@ def second_signal(lab: Lab) -> bool:
     """Ctrl-C twice, in a step that takes a minute."""
     def slow(rank: int, mark: Mark) -> None:
         telling(rank, mark)
-        before(train.Run, "backward", lambda: time.sleep(60))
+        before(train.Trainer, "backward", lambda: time.sleep(60))
     job = lab.start(lab.out(), fault=slow)
     job.until("s")
     time.sleep(0.2)
@@ -601,7 +603,7 @@ def failing(kind: str, victim: int, told: Path) -> Fault:
             steps.append(1)
             if len(steps) == 3 and rank == victim:
                 fail()
-        before(train.Run, "train_step", act)
+        before(train.Trainer, "train_step", act)
     return fault
 
 
@@ -682,18 +684,19 @@ def even_steps(rng: random.Random) -> bool:
     seen: list[int] = []
     meetings = []
     for rank in range(world):
-        run = train.Run.__new__(train.Run)
+        trainer = train.Trainer.__new__(train.Trainer)
         met: list[int] = []
-        run.world = SimpleNamespace(rank=rank, size=world, signal=0, device="cpu",
+        trainer.world = SimpleNamespace(rank=rank, size=world, signal=0, device="cpu",
                                     sum=lambda tensor: met.append(len(tensor)) or tensor)
-        run.config = SimpleNamespace(micro_batch=micro)
-        run.examples, run.model = examples, SimpleNamespace(training=True)
-        run.flat = SimpleNamespace(grads=torch.zeros(1))
-        run.backward = lambda part, number, indices: seen.extend(part) or torch.zeros(
+        trainer.config = SimpleNamespace(micro_batch=micro)
+        trainer.rows = SimpleNamespace(examples=examples)
+        trainer.model = SimpleNamespace(training=True)
+        trainer.flat = SimpleNamespace(grads=torch.zeros(1))
+        trainer.backward = lambda rows, number, indices: seen.extend(rows) or torch.zeros(
             3 + 2 * len(UNITS))
-        run.update = lambda *_: {}
+        trainer.update = lambda *_: {}
         for indices in batches:
-            run.train_step(indices)
+            trainer.train_step(indices)
         meetings.append(met)
     return sorted(seen) == list(range(rows)) and all(met == meetings[0] for met in meetings)
 
@@ -727,15 +730,15 @@ def poison(where: str, row: int) -> Fault:
     def fault(rank: int, mark: Mark) -> None:
         telling(rank, mark)
         steps, present = [], []
-        before(train.Run, "train_step", lambda: steps.append(1))
-        collate, ce = train.Run.collate, train.losses.token_cross_entropy
+        before(train.Trainer, "train_step", lambda: steps.append(1))
+        collate, ce = train.Rows.collate, train.losses.token_cross_entropy
 
-        def collated(run: train.Run, indices: list[int]) -> data.Batch:
-            batch = collate(run, indices)
-            rows = (batch.rows == row) & (len(steps) >= 5)
-            present[:] = [rows]
+        def collated(rows: train.Rows, indices: list[int]) -> data.Batch:
+            batch = collate(rows, indices)
+            poisoned_rows = (batch.rows == row) & (len(steps) >= 5)
+            present[:] = [poisoned_rows]
             if where == "image":
-                batch.features[rows] = torch.nan
+                batch.features[poisoned_rows] = torch.nan
             return batch
 
         def poisoned(*given: object, **more: object) -> torch.Tensor:
@@ -744,7 +747,7 @@ def poison(where: str, row: int) -> Fault:
             if where == "gradient":
                 value.register_hook(lambda grad: grad * factor)
             return value * factor if where == "loss" else value
-        train.Run.collate, train.losses.token_cross_entropy = collated, poisoned
+        train.Rows.collate, train.losses.token_cross_entropy = collated, poisoned
     return fault
 
 
@@ -761,7 +764,7 @@ def not_finite(lab: Lab, quick: bool) -> tuple[bool, str]:
         named = re.search(rf"step {logged + 1}: expected a finite loss.* 1 of the batch's \d+ "
                           r"rows: \S+ \(\S+\.jsonl:\d+\)", job.text)
         finite = all(value.isfinite().all() for path in out.glob("*-*/*.safetensors")
-                     for value in train.load_file(path).values())
+                     for value in load_file(path).values())
         ok = codes[0] == 2 and 0 not in codes and logged >= 4 and named and finite
         if not ok:
             print(where, size, codes, logged, job.text, file=sys.stderr)

@@ -31,7 +31,7 @@ from evaluate import Setup, build, load_model
 from t5 import T5, T5Config, hf_names
 from tools.costs import Geometry
 from tools.export import fix_gates, mean_gates
-from vision import UMIE
+from vision import UMIE, ViT
 
 HUB = {"t5": "google/flan-t5-large", "vit": VIT}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -274,7 +274,7 @@ def elsewhere(small, tmp_path) -> dict[str, str]:
 def batch_of(setup: Setup, small: dict[str, str], rows: int = 6) -> data.Batch:
     records = load_corpus(small["data"], "dev")[::11][:rows]
     features = Features(Sources(*map(Path, small.values())), records, "error", 16,
-                              torch.device("cpu"))
+                        torch.device("cpu"), ViT)
     examples = data.encode_records(records, setup.datasets, setup.tokenizer, 256, 12, lambda _: 0)
     return data.collate(examples, features, features.width)
 

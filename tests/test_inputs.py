@@ -12,7 +12,7 @@ import data
 import evaluate
 import hostile
 import train
-from engine.files import UsageError
+from engine.files import UsageError, WeightsError
 from engine.schema import DataError, nearest
 from engine.settings import Config
 from engine.sources import Sources
@@ -111,7 +111,7 @@ def test_a_wrong_folder_is_named_before_anything_slow(
     files = {name: folder for name, folder in small.items() if f"--{name}" not in arguments}
     rest = [word for name, folder in files.items() for word in (f"--{name}", folder)]
     said = hostile.complaint(lambda: train.main([*arguments, *rest, "--out", "out"]),
-                             DataError, train.WeightsError, UsageError)
+                             DataError, WeightsError, UsageError)
     assert all(word in said for word in words), said
 
 
@@ -123,7 +123,7 @@ def test_a_tokenizer_of_another_checkpoint_is_refused(small: dict[str, str],
     config = Config(data=small["data"], t5=str(tmp_path), vit=small["vit"]).resolved()
     sources = Sources(Path(small["data"]), tmp_path, Path(small["vit"]))
     said = hostile.complaint(lambda: build(config, sources, hostile.torch.device("cpu")),
-                             train.WeightsError)
+                             WeightsError)
     assert "pieces for a T5 of 29 ids, got 300 pieces; use the files of one checkpoint" in said
 
 

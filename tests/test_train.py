@@ -18,17 +18,19 @@ from torch import nn
 
 import clorae
 import data
+import evaluate
 import losses
 import train
 from conftest import ROOT, run, sums
-from engine.checkpoints import (find_checkpoint, load_trainables, read_state, write_checkpoint,
-                                write_state)
+from engine.checkpoints import (Checkpoints, Progress, find_checkpoint, load_trainables,
+                                read_state, write_checkpoint, write_state)
 from engine.corpus import hold_out, load_corpus, load_datasets, read_splits
 from engine.files import UsageError, file_hash
 from engine.parameters import FlatParameters
 from engine.processes import World
 from engine.schema import SPLITS, UNITS, Dataset, Record
-from engine.settings import VIT, Launch, parse_arguments
+from engine.settings import VIT, Launch, old_spelling, parse_arguments
+from engine.sources import stored_config
 from engine.weights import find_weights
 from evaluate import Setup, build, free_visual_adapter, load_model
 from t5 import T5, T5Config
@@ -115,6 +117,50 @@ def test_a_run_from_before_an_option_existed_goes_on_with_its_default(finished, 
         sums(finished["out"])["metrics.csv"].split(b"\n")[-2:]
     done = run(command(tmp_path / "other", *flags, "--aml-gamma", 3))
     assert done.returncode == 2 and "aml_gamma 2.0 -> 3.0" in done.stderr
+
+
+def test_a_run_of_f1199df_loads_scores_and_resumes(small, tmp_path, monkeypatch, capsys):
+    """golden/run_f1199df is a checkpoint after 2 of 3 steps, and the metrics of all 3.
+
+    Made by the code of that commit from conftest's small world and a random T5 (d_model 8, no
+    dropout) and ViT (width 8) that lie beside it, with golden/tokenizer, by
+    train.py --data world --t5 t5 --vit vit --rank 3 --max-target 16 --batch 12 --micro-batch 12
+    --fusion concat --units T17 V1 --steps 3 --epochs 1 --save-every 2 --out run
+    """
+    golden = ROOT / "tests" / "golden"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(World, "listen", lambda world: None)  # leave this process its handlers
+    for name in ("t5", "vit"):
+        shutil.copytree(golden / "run_f1199df" / name, name)
+    shutil.copy(golden / "tokenizer" / "spiece.model", "t5")
+    Path("world").symlink_to(small["data"])
+    shutil.copytree(golden / "run_f1199df" / "step-00000002", "run/step-00000002")
+    setup = load_model(find_checkpoint(Path("run")), torch.device("cpu"))
+    assert setup.config.rank == 3 and setup.config.impl == "auto"
+    evaluate.main(["run"])
+    assert "F1 UMIE" in capsys.readouterr().out
+    train.main("--data world --t5 t5 --vit vit --rank 3 --max-target 16 --batch 12 --micro-batch "
+               "12 --fusion concat --units T17 V1 --steps 3 --epochs 1 --save-every 2 --out run "
+               "--precision fp32".split())
+    assert "resumed run/step-00000002 at step 2" in capsys.readouterr().out
+    now, then = ([float(word) for word in path.read_text().split("\n")[-2].split(",")[:-1]]
+                 for path in (Path("run/metrics.csv"), golden / "run_f1199df" / "metrics.csv"))
+    assert now == pytest.approx(then, rel=1e-5) and now[0] == 3
+    assert Path("run/table.txt").exists() and Path("run/best-00000003").is_dir()
+
+
+def test_the_old_name_of_an_implementation_is_read_as_the_new_one(finished, tmp_path, capsys):
+    """--impl reference, given or standing in an old run's settings, is fast; it is said once."""
+    old_spelling.cache_clear()
+    assert parse_arguments(["--impl", "reference"])[0].impl == "fast"
+    shutil.copytree(find_checkpoint(finished["out"]), tmp_path / "step-1")
+    state = read_state(tmp_path / "step-1")
+    digests = {name: digest for name, digest in state.pop("sha256").items()
+               if name != "state.json"}
+    state["config"]["impl"] = "reference"
+    write_state(tmp_path / "step-1", state, digests)
+    assert stored_config(tmp_path / "step-1").impl == "fast"
+    assert capsys.readouterr().err == "note: --impl reference is now called fast\n"
 
 
 def test_a_run_does_not_go_on_with_other_rows(finished, command, small, tmp_path):
@@ -278,9 +324,9 @@ def test_starting_over_deletes_what_a_run_writes_and_nothing_else(tmp_path):
         (tmp_path / name).mkdir()
     for name in ("metrics.csv", "table.txt", "scores-test.json", "notes.txt", ".lock"):
         (tmp_path / name).write_text("")
-    job = train.Run.__new__(train.Run)
-    job.world, job.out = SimpleNamespace(main=True, restarts=0), tmp_path
-    assert "from the beginning" in job.resume(Launch(resume="none"))
+    world = SimpleNamespace(main=True, restarts=0)
+    checkpoints = Checkpoints(tmp_path, world, None, None, Progress(), {}, {})
+    assert "from the beginning" in checkpoints.resume(Launch(resume="none"))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
 
 
@@ -445,8 +491,9 @@ def begun(line: list[str]) -> train.Run:
 def test_a_fresh_gate_is_turned_by_rows_that_have_an_image(command, tmp_path):
     """Even if the first micro-batch has none: shut, its projection is turned around again."""
     job = begun(command(tmp_path / "run"))
-    first = [job.examples[i].record for i in job.batches(0)[0][:4]]
-    job.features.missing |= {job.features.path(record) for record in first if record.image}
+    first = [job.rows.examples[i].record for i in job.rows.batches(0)[0][:4]]
+    features = job.rows.features
+    features.missing |= {features.path(record) for record in first if record.image}
     job.open_gate()
     weight = job.model.fusion.proj_visual[1].weight
     opened = weight.detach().clone()
