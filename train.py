@@ -518,10 +518,8 @@ class Run:
 
     def evaluate(self, split: str) -> list[evaluate.Row]:
         """Decode and score a split, shared among the processes; every one returns all rows."""
-        return evaluate.evaluate_split(
-            self.model, self.splits[split], self.setup.datasets, self.features,
-            self.setup.tokenizer, self.world.device, evaluate.Decoding.of(self.config),
-            self.world.rank, self.world.size)
+        return evaluate.evaluate_split(self.setup, self.splits[split], self.features,
+                                       evaluate.Decoding.of(self.config), self.world)
 
     def dev_f1(self) -> dict[str, float]:
         """F1 in % on the dev split of every trained unit: s_t^m of Eq. (9).
