@@ -133,7 +133,7 @@ def unit_f1(scores: Scores) -> dict[str, float]:
 
 # -------------------------------------------------------------------------------------- matching
 
-def full_type(item: Item) -> str:
+def type_of(item: Item) -> str:
     """Entity type, relation, event type, or of an argument "event type:role"."""
     return item.label if item.role is None else f"{item.label}:{item.role}"
 
@@ -160,7 +160,7 @@ def pair_off(gold: list[Item], predicted: list[Item], same_type: bool = True,
     for (i, g), (j, p) in itertools.product(enumerate(gold), enumerate(predicted)):
         shared = overlap(g, p)
         enough = shared >= (IOU_MATCH if g.box else 1) if exact else shared > 0
-        if enough and (full_type(g) == full_type(p) or not same_type):
+        if enough and (type_of(g) == type_of(p) or not same_type):
             pairs.append((-shared, i, j))
     partner: dict[int, int] = {}  # index into gold: index into predicted
     for _, i, j in sorted(pairs):
@@ -198,7 +198,7 @@ def count_umie(task: str, gold: Sequence[Item], predicted: Sequence[Item],
     """
     if task == "mre" and malformed:  # the parser reads it as "none"
         predicted = []
-    wanted, given = (Counter((full_type(item), item.text and data.canon(item.text))
+    wanted, given = (Counter((type_of(item), item.text and data.canon(item.text))
                              for item in items) for items in (gold, predicted))
     tp = (wanted & given).total()
     missed = sum(number for string, number in wanted.items() if string not in given)
@@ -258,8 +258,8 @@ def details(task: str, gold: list[Item], predicted: list[Item], malformed: int) 
         return count(task, list(filter(chosen, gold)), list(filter(chosen, predicted)))
 
     scores = {"~umie": count_umie(task, gold, predicted, malformed)}
-    for name in sorted(set(map(full_type, [*gold, *predicted])) - {"none"}):
-        scores[f":{name}"] = of(lambda item: full_type(item) == name)
+    for name in sorted(set(map(type_of, [*gold, *predicted])) - {"none"}):
+        scores[f":{name}"] = of(lambda item: type_of(item) == name)
     if task == "meae":
         scores |= {"/text": of(lambda item: not is_object(item)), "/object": of(is_object)}
     return scores
