@@ -1,51 +1,39 @@
-"""Decode a split with trained models, score it, print the paper's tables; or answer one example.
+"""Decode a split with trained models, score the answers, print the paper's table.
 
     python evaluate.py runs/demo-tiny-clorae                    the test split, all seven columns
     torchrun --nproc_per_node=4 evaluate.py RUN --data DIR      the same, shared by four processes
     python evaluate.py runs/a runs/b runs/c --csv FILE          systems side by side, with intervals
-    python evaluate.py RUN --plot DIR                           every picture of a run
-    python evaluate.py RUN --text "..." --image I --task mner --draw FILE.png     one example
+
+In reading order: what a number counts, matching, scoring, the table, decoding, the model, a run,
+runs side by side, the command.  Scores are whole numbers per record; percentages are formed once,
+at the end, and never rounded before they are printed.  The batches are those of the whole split and
+each goes to one process, so no text and no count depends on the number of processes.
 
 References: C-LoRAE (arXiv 2505.06303), Table 2 for the columns and Eq. (9) for `unit_f1`; entities
 as in UMT's ner_evaluate, relations as in HVPNeT's eval_result, events as in M2E2 (ACL 2020).
-DEFINITIONS, RULES and VARIANTS below say in one line each what a number counts.
-
-Scoring is integer counting per record; percentages are formed once, at the end, without rounding.
-Batches are built from the whole split and dealt to the processes whole, so the texts, and with them
-the counts, do not depend on how many processes there are.
-
-In this order: counts, matching, scoring, table, decoding, files, one system, systems side by side,
-costs, routing, replay, pictures of runs, answering examples, picture of one example, export, the
-command.  Nothing up to "systems side by side" needs what follows it: a reader of the scores can
-stop there.
-
-Shapes: B rows, S source, T target and V visual tokens, D model width, E experts, R universal and
-r task rank, F image-feature width.
 """
 
 import argparse
-import dataclasses
+import itertools
 import json
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
 import clorae
 import data
-from data import Example, Item, Tokenizer
+from data import Example, Item
 from engine.checkpoints import find_checkpoint, load_trainables, read_state
 from engine.command import Parser, moved
-from engine.compare import (COMPARISON, System, collect, comparison_line, comparison_table,
-                            still_true, system_names)
+from engine.compare import (COMPARISON, collect, comparison_line, comparison_table, still_true,
+                            system_names)
 from engine.corpus import corpus_of, load_corpus, load_datasets, split_digest
 from engine.features import Features
 from engine.files import UsageError, WeightsError, read_json, save_csv, write_whole
@@ -57,93 +45,7 @@ from engine.weights import open_weights
 from t5 import T5, Stack, T5Config
 from vision import UMIE, ViT
 
-# ----------------------------------------------------------------------------------------- build
-
-@dataclass
-class Setup:
-    """A model with everything that turns records into its input and its output into records."""
-
-    config: Config
-    sources: Sources
-    datasets: dict[str, Dataset]
-    tokenizer: data.Tokenizer
-    model: UMIE
-
-
-def build(config: Config, sources: Sources, device: torch.device) -> Setup:
-    """The adapted model as its seed makes it: what is trained in fp32, a frozen backbone in the
-    run's precision.  On the device "meta" it has names, shapes and types, and no weight is read.
-    """
-    meta, half = device.type == "meta", config.precision == "bf16" and config.method != "full"
-    dtype = torch.bfloat16 if half else torch.float32
-    t5 = outline(sources.t5, dtype) if meta else T5.from_pretrained(sources.t5, dtype=dtype)
-    tokenizer, ids = data.Tokenizer(sources.t5), t5.config.vocab_size
-    if tokenizer.spot_id >= ids:
-        raise WeightsError(f"{sources.t5}: expected a spiece.model of at most {ids - 100} pieces "
-                           f"for a T5 of {ids} ids, got {tokenizer.vocab_size} pieces; use the "
-                           "files of one checkpoint")
-    t5.graphs = config.graphs
-    torch.manual_seed(config.seed)
-    with device if meta else nullcontext():
-        model = UMIE(t5, ViT.feature_width(sources.vit), config.max_objects, config.fusion)
-    if sources.init is not None and not meta:
-        start_from(model, sources.init)
-    clorae.adapt(model, config.method, config.rank, TASKS, alpha=config.alpha,
-                 dropout=config.dropout, egr=config.egr, mim=config.uses_mim)
-    free_visual_adapter(model, config.visual_policy)
-    if model.routing is not None and not meta:
-        model.routing.impl = config.impl
-        clorae.kernels(device, config.impl)  # built now, or refused now
-    for module in model.modules():
-        if isinstance(module, nn.Dropout) and config.backbone_dropout is not None:
-            module.p = config.backbone_dropout
-        if isinstance(module, Stack):
-            module.recompute = config.checkpoint_activations
-    return Setup(config, sources, load_datasets(sources.corpus), tokenizer, model.to(device))
-
-
-def outline(folder: Path, dtype: torch.dtype) -> T5:
-    """The T5 of a folder on the meta device; a head that is stored counts as untied."""
-    raw, stored = read_json(folder / "config.json"), open_weights(folder)
-    with torch.device("meta"):
-        return T5(T5Config.from_hf(raw, folder, "lm_head.weight" not in stored)).to(dtype)
-
-
-def start_from(model: UMIE, checkpoint: Path) -> None:
-    """Give a model without experts the weights of a `full` run: the paper's experts sit on UMIE,
-    whose visual adapter has been trained."""
-    method = read_state(checkpoint)["config"]["method"]
-    if method != "full":
-        raise UsageError(f"--init {checkpoint}: expected a run of method full, whose checkpoint "
-                         f"holds every weight, got method {method}; train one with --method full")
-    load_trainables(model, checkpoint)
-
-
-def free_visual_adapter(model: UMIE, policy: str) -> None:
-    """Choose what learns besides the experts.
-
-    train: everything but T5, in full, the linears below VStack's experts included; hub checkpoints
-    have no visual adapter, and random frozen weights would be noise.  paper: the visual embedding
-    alone, which fits the paper's counts.  frozen: nothing.
-    """
-    parts = {"train": ("visual_embedding.", "vstack.", "fusion."), "paper": ("visual_embedding.",),
-             "frozen": ()}[policy]
-    for name, parameter in model.named_parameters():
-        if name.startswith(parts):
-            parameter.requires_grad_(True)
-
-
-def load_model(checkpoint: Path, device: torch.device, **changes: object) -> Setup:
-    """Rebuild the model of a checkpoint folder from what the checkpoint itself says.
-
-    changes: Config fields that may differ in evaluation (data, missing_images, and where the
-    backbone lies: t5, vit, init).  Raises UsageError if the backbone is not the one trained on, or
-    a tensor does not fit.
-    """
-    config = stored_config(checkpoint, **changes)
-    setup = build(config, stored_sources(checkpoint, config, changes), device)
-    load_trainables(setup.model, checkpoint)
-    return setup
+# ------------------------------------------------------------------------- what a number counts
 
 IOU_MATCH = 0.5  # M2E2: an object argument is right from this overlap on
 
@@ -152,8 +54,7 @@ RELATION = "relation label of the given pair; none counts neither as found nor a
 DEFINITIONS = {
     "T15": ENTITY, "T17": ENTITY, "SNAP": ENTITY, "V1": RELATION, "V2": RELATION,
     "MED": "event (type, trigger span), or (type, whole image)",
-    "MEAE": f"argument (type, role, span), or (type, role, box) one-to-one at IoU >= {IOU_MATCH}",
-}
+    "MEAE": f"argument (type, role, span), or (type, role, box) one-to-one at IoU >= {IOU_MATCH}"}
 RULES = {
     "F1, P, R": "micro-averaged over records, in %, from whole counts, never rounded before they "
                 "are printed; 0/0 = 0",
@@ -168,26 +69,22 @@ RULES = {
                 "without being right; one to one, after the rows above, so that gold = tp + wrong "
                 "type + boundary + missed and pred = tp + wrong type + boundary + spurious",
     "malformed": "unparsable pieces of output: not scored, no part of pred",
-    "missing": "rows whose image file was not there",
-}
+    "missing": "rows whose image file was not there"}
 VARIANTS = {
     "once": "M2E2 with every (sentence, event) and every image counted once, in the first of its "
             "pairs",
     "accepted": "M2E2 with predictions that are right for the sentence's other events left out: "
-                "neither right nor wrong",
-}
+                "neither right nor wrong"}
 
 
-# ---------------------------------------------------------------------------------------- counts
-
-def percent(part: int, whole: int) -> float:
-    """100 part / whole, and 0 when there is nothing to score."""
-    return 100.0 * part / whole if whole else 0.0
+def percent(count: int, whole: int) -> float:
+    """100 count / whole, and 0 when there is nothing to score."""
+    return 100.0 * count / whole if whole else 0.0
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Integers that add up over records, datasets and processes."""
+    """Whole numbers that add up over records, datasets and processes; rates in % follow."""
 
     tp: int = 0  # predicted items that are in the gold
     pred: int = 0
@@ -202,31 +99,12 @@ class Counts:
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(*map(sum, zip(vars(self).values(), vars(other).values())))
 
-    @property
-    def precision(self) -> float:
-        return percent(self.tp, self.pred)
-
-    @property
-    def recall(self) -> float:
-        return percent(self.tp, self.gold)
-
-    @property
-    def f1(self) -> float:
-        return percent(2 * self.tp, self.pred + self.gold)
-
-    @property
-    def accuracy(self) -> float:
-        return percent(self.correct, self.rows)
-
-    @property
-    def missed(self) -> int:
-        """Gold items in no pair of any kind."""
-        return self.gold - self.tp - self.wrong_type - self.boundary
-
-    @property
-    def spurious(self) -> int:
-        """Predicted items in no pair of any kind."""
-        return self.pred - self.tp - self.wrong_type - self.boundary
+    precision = property(lambda self: percent(self.tp, self.pred))
+    recall = property(lambda self: percent(self.tp, self.gold))
+    f1 = property(lambda self: percent(2 * self.tp, self.pred + self.gold))
+    accuracy = property(lambda self: percent(self.correct, self.rows))
+    missed = property(lambda self: self.gold - self.tp - self.wrong_type - self.boundary)
+    spurious = property(lambda self: self.pred - self.tp - self.wrong_type - self.boundary)
 
     @property
     def rounded_f1(self) -> float:
@@ -235,32 +113,28 @@ class Counts:
         return 100 * round(2 * p * r / (p + r), 4) if p + r else 0.0
 
 
-# By unit, "MEAE"; by unit, a mark and a part of it: its dataset "MEAE@swig", its items in the text
-# "MEAE/text", one type "MEAE:attack:target", another rule of counting "MEAE~umie".
+# The counts of each unit, "MEAE", and of what it holds: of one dataset "MEAE@swig", of the items in
+# the text "MEAE/text", of one type "MEAE:attack:target", by another rule "MEAE~umie".
 Scores = dict[str, Counts]
 
 
-def parts(scores: Scores, unit: str, mark: str) -> Scores:
-    """The parts of a unit that stand behind `mark`, sorted by their own names."""
+def subscores(scores: Scores, unit: str, mark: str) -> Scores:
+    """The scores within a unit that stand behind `mark`, sorted by their own names."""
     return {name.removeprefix(unit + mark): scores[name] for name in sorted(scores)
             if name.startswith(unit + mark)}
 
 
 def unit_f1(scores: Scores) -> dict[str, float]:
-    """F1 in % of each unit: the s of Eq. (9).
-
-    Where several datasets share a unit (ACE2005 and SWiG both train MED), it is the mean of their
-    F1, so that the larger one does not speak for both.
-    """
-    each = {unit: parts(scores, unit, "@").values() for unit in UNITS}
-    return {unit: sum(counts.f1 for counts in some) / len(some)
-            for unit, some in each.items() if some}
+    """F1 in % of each unit: the s of Eq. (9).  Where several datasets share a unit (ACE2005 and
+    SWiG both train MED), it is the mean of theirs: the larger one does not speak for both."""
+    by_unit = {unit: [c.f1 for c in subscores(scores, unit, "@").values()] for unit in UNITS}
+    return {unit: sum(f1) / len(f1) for unit, f1 in by_unit.items() if f1}
 
 
 # -------------------------------------------------------------------------------------- matching
 
-def kind(item: Item) -> str:
-    """Entity type, relation, event type, or event type and role: what per-type scores go by."""
+def type_of(item: Item) -> str:
+    """Entity type, relation, event type, or of an argument "event type:role"."""
     return item.label if item.role is None else f"{item.label}:{item.role}"
 
 
@@ -274,54 +148,45 @@ def overlap(a: Item, b: Item) -> float:
     return float(a.whole_image and b.whole_image)
 
 
-def same_place(a: Item, b: Item) -> bool:
-    """Equal spans, boxes of enough overlap, or the whole image; what was not found is nowhere."""
-    return overlap(a, b) >= (IOU_MATCH if a.box else 1)
-
-
-def right(gold: Item, predicted: Item) -> bool:
-    """One type and role, one place."""
-    return kind(gold) == kind(predicted) and same_place(gold, predicted)
-
-
-def inexact(gold: Item, predicted: Item) -> bool:
-    """One type and role, places that overlap."""
-    return kind(gold) == kind(predicted) and overlap(gold, predicted) > 0
-
-
-def pair_off(gold: list[Item], predicted: list[Item], fits: Callable[[Item, Item], bool]) -> int:
+def pair_off(gold: list[Item], predicted: list[Item], same_type: bool = True,
+             exact: bool = True) -> int:
     """Take the pairs that fit out of both lists and return their number.
 
-    Pairs are one to one, those of the largest overlap first.  (The official M2E2 scorer lets two
-    predictions match one gold box.)
+    A pair has one type and role, unless `same_type` is False, and one place: equal spans, the whole
+    image or boxes of enough overlap; any overlap if not `exact`.  Pairs are one to one, those of
+    the largest overlap first.  (The official M2E2 scorer lets two predictions match one gold box.)
     """
-    pairs = sorted((-overlap(g, p), i, j) for i, g in enumerate(gold)
-                   for j, p in enumerate(predicted) if fits(g, p))
-    used_gold, used_predicted = set(), set()
-    for _, i, j in pairs:
-        if i not in used_gold and j not in used_predicted:
-            used_gold.add(i)
-            used_predicted.add(j)
-    gold[:] = [item for i, item in enumerate(gold) if i not in used_gold]
-    predicted[:] = [item for j, item in enumerate(predicted) if j not in used_predicted]
-    return len(used_gold)
+    pairs = []
+    for (i, g), (j, p) in itertools.product(enumerate(gold), enumerate(predicted)):
+        shared = overlap(g, p)
+        enough = shared >= (IOU_MATCH if g.box else 1) if exact else shared > 0
+        if enough and (type_of(g) == type_of(p) or not same_type):
+            pairs.append((-shared, i, j))
+    partner: dict[int, int] = {}  # index into gold: index into predicted
+    for _, i, j in sorted(pairs):
+        if i not in partner and j not in partner.values():
+            partner[i] = j
+    gold[:] = [item for i, item in enumerate(gold) if i not in partner]
+    predicted[:] = [item for j, item in enumerate(predicted) if j not in partner.values()]
+    return len(partner)
 
 
-def count(task: str, gold: Sequence[Item], predicted: Sequence[Item], malformed: int = 0) -> Counts:
+def count(task: str, gold: Sequence[Item], predicted: Sequence[Item], malformed: int = 0,
+          missing: int = 0) -> Counts:
     """Counts of one record; `malformed` is what the parser could not use of its output.
 
     Every item falls into the first class that takes it: right, wrong type, wrong boundary (see
-    RULES).  Gold items that are left over are missed, predicted ones are spurious.
+    RULES).  Gold items that remain are missed, predicted ones are spurious.
     """
     gold, predicted = list(gold), list(predicted)
     if task == "mre":  # none is no relation; the others share one place, as if it were an image
-        gold, predicted = ([dataclasses.replace(item, whole_image=True) for item in items
+        gold, predicted = ([replace(item, whole_image=True) for item in items
                             if item.label != "none"] for items in (gold, predicted))
     sizes = len(predicted), len(gold)
-    tp = pair_off(gold, predicted, right)
-    return Counts(tp, *sizes, malformed, correct=int(sizes == (tp, tp)), rows=1,
-                  wrong_type=pair_off(gold, predicted, same_place),
-                  boundary=pair_off(gold, predicted, inexact))
+    tp = pair_off(gold, predicted)
+    wrong_type = pair_off(gold, predicted, same_type=False)
+    boundary = pair_off(gold, predicted, exact=False)
+    return Counts(tp, *sizes, malformed, int(sizes == (tp, tp)), 1, missing, wrong_type, boundary)
 
 
 def count_umie(task: str, gold: Sequence[Item], predicted: Sequence[Item],
@@ -333,11 +198,11 @@ def count_umie(task: str, gold: Sequence[Item], predicted: Sequence[Item],
     """
     if task == "mre" and malformed:  # the parser reads it as "none"
         predicted = []
-    wanted, found = (Counter((kind(item), item.text and data.canon(item.text)) for item in items)
-                     for items in (gold, predicted))
-    tp = (wanted & found).total()
-    missed = sum(number for string, number in wanted.items() if string not in found)
-    return Counts(tp, found.total(), tp + missed, rows=1)
+    wanted, given = (Counter((type_of(item), item.text and data.canon(item.text))
+                             for item in items) for items in (gold, predicted))
+    tp = (wanted & given).total()
+    missed = sum(number for string, number in wanted.items() if string not in given)
+    return Counts(tp, given.total(), tp + missed, rows=1)
 
 
 # --------------------------------------------------------------------------------------- scoring
@@ -362,47 +227,42 @@ class Row:
     gold: list[Item]
     predicted: list[Item]
     counts: Counts
-    parts: Scores = field(default_factory=dict)  # see `breakdown`
+    details: Scores = field(default_factory=dict)  # of the function `details`
 
 
 def score_rows(records: Sequence[Record], answers: Sequence[Answer],
                datasets: Mapping[str, Dataset]) -> list[Row]:
-    """Parse and score one answer per record.
+    """Parse and score one answer per record -> one row each, in their order.
 
     The string of an argument is mapped to its occurrence nearest to the trigger that the same run
     predicted for the same sentence-image pair, never to the gold trigger: triggers come first.
     """
-    triggers: dict[tuple[str, str], dict[str, int]] = {}  # pair: {event type: start of the first}
-    rows: dict[int, Row] = {}
-    given = list(zip(records, answers, strict=True))
-    for i in sorted(range(len(given)), key=lambda i: records[i].task == "meae"):
-        record, answer = given[i]
-        pair = record.dataset, record.id.rsplit("/", 1)[0]  # ids are PAIR/med and PAIR/meae
-        dataset, known = datasets[record.dataset], triggers.setdefault(pair, {})
-        predicted, malformed = data.predicted_items(record, answer.text, dataset, known, answer.cut)
-        if record.task == "med":
-            for item in predicted:
-                if item.span is not None:
-                    known.setdefault(item.label, item.span[0])
-        gold = data.gold_items(record)
-        counts = count(record.task, gold, predicted, malformed)
-        rows[i] = Row(record, dataset.units[record.task], answer, gold, predicted,
-                      counts + Counts(missing=int(answer.missing)),
-                      breakdown(record.task, gold, predicted, malformed))
+    rows, triggers = {}, defaultdict(dict)  # pair: {event type: start of its first trigger}
+    given = enumerate(zip(records, answers, strict=True))
+    for i, (record, answer) in sorted(given, key=lambda entry: entry[1][0].task == "meae"):
+        dataset, task, gold = datasets[record.dataset], record.task, data.gold_items(record)
+        starts = triggers[record.dataset, record.id.rsplit("/", 1)[0]]  # ids: PAIR/med, PAIR/meae
+        items, malformed = data.predicted_items(record, answer.text, dataset, starts, answer.cut)
+        for item in items if task == "med" else ():
+            if item.span:
+                starts.setdefault(item.label, item.span[0])
+        rows[i] = Row(record, dataset.units[task], answer, gold, items,
+                      count(task, gold, items, malformed, int(answer.missing)),
+                      details(task, gold, items, malformed))
     return [rows[i] for i in range(len(rows))]
 
 
-def breakdown(task: str, gold: list[Item], predicted: list[Item], malformed: int) -> Scores:
+def details(task: str, gold: list[Item], predicted: list[Item], malformed: int) -> Scores:
     """One record's counts by UMIE's rule, by type and, of arguments, apart for text and image."""
-    def share(belongs: Callable[[Item], bool]) -> Counts:
-        return count(task, list(filter(belongs, gold)), list(filter(belongs, predicted)))
+    def of(chosen: Callable[[Item], bool]) -> Counts:
+        return count(task, list(filter(chosen, gold)), list(filter(chosen, predicted)))
 
-    found = {"~umie": count_umie(task, gold, predicted, malformed)}
-    for name in sorted({kind(item) for item in (*gold, *predicted)} - {"none"}):
-        found[f":{name}"] = share(lambda item: kind(item) == name)
+    scores = {"~umie": count_umie(task, gold, predicted, malformed)}
+    for name in sorted(set(map(type_of, [*gold, *predicted])) - {"none"}):
+        scores[f":{name}"] = of(lambda item: type_of(item) == name)
     if task == "meae":
-        found |= {"/text": share(lambda item: not is_object(item)), "/object": share(is_object)}
-    return found
+        scores |= {"/text": of(lambda item: not is_object(item)), "/object": of(is_object)}
+    return scores
 
 
 def is_object(item: Item) -> bool:
@@ -411,31 +271,25 @@ def is_object(item: Item) -> bool:
 
 
 def total(rows: Sequence[Row]) -> Scores:
-    """Sum the rows per unit and per part of a unit."""
+    """Sum the rows of each unit, and of what it holds."""
     scores: Scores = {}
     for row in rows:
-        mine = {"": row.counts, f"@{row.record.dataset}": row.counts, **row.parts}
-        for part, counts in mine.items():
-            scores[row.unit + part] = scores.get(row.unit + part, Counts()) + counts
-    return scores | m2e2_variants(rows)
-
-
-def m2e2_variants(rows: Sequence[Row]) -> Scores:
-    """Events by the rules of VARIANTS, each where there is a row that it concerns."""
-    scores = {}
-    for unit in ("MEAE", "MED"):
-        mine = [row for row in rows if row.unit == unit]
-        if any(row.record.accepted for row in mine):
-            scores[f"{unit}~accepted"] = sum(map(count_accepted, mine), Counts())
-        if any(m2e2_sentence(row.record) for row in mine):
-            scores[f"{unit}~once"] = count_once(mine)
+        for mark, counts in {"": row.counts, f"@{row.record.dataset}": row.counts,
+                             **row.details}.items():
+            scores[row.unit + mark] = scores.get(row.unit + mark, Counts()) + counts
+    for unit in ("MEAE", "MED"):  # by the rules of VARIANTS, where a row is concerned
+        events = [row for row in rows if row.unit == unit]
+        if any(row.record.accepted for row in events):
+            scores[f"{unit}~accepted"] = sum(map(count_accepted, events), Counts())
+        if any(m2e2_sentence(row.record) for row in events):
+            scores[f"{unit}~once"] = count_once(events)
     return scores
 
 
 def m2e2_sentence(record: Record) -> str | None:
     """The sentence of a record whose id is SENTENCE+IMAGE/TASK, as those of M2E2 are."""
-    rest = f"+{record.image}/{record.task}"
-    return record.id.removesuffix(rest) if record.id.endswith(rest) else None
+    end = f"+{record.image}/{record.task}"
+    return record.id.removesuffix(end) if record.id.endswith(end) else None
 
 
 def count_once(rows: Sequence[Row]) -> Counts:
@@ -445,12 +299,10 @@ def count_once(rows: Sequence[Row]) -> Counts:
     for row in rows:
         record, sentence = row.record, m2e2_sentence(row.record)
         events = repr([(event["type"], event["trigger"]) for event in record.events])
-        text = (record.dataset, sentence or record.id, events)
-        image = (record.dataset, record.image if sentence else record.id)
-        new_text, new_image = text not in seen, image not in seen
-        gold, predicted = ([item for item in items
-                            if (new_image if is_object(item) else new_text)]
-                           for items in (row.gold, row.predicted))
+        text = record.dataset, sentence or record.id, events
+        image = record.dataset, record.image if sentence else record.id
+        gold, predicted = ([item for item in items if (image if is_object(item) else text)
+                            not in seen] for items in (row.gold, row.predicted))
         counts += count(record.task, gold, predicted)
         seen |= {text, image}
     return counts
@@ -460,91 +312,165 @@ def count_accepted(row: Row) -> Counts:
     """tp, pred and gold of a row without the predictions that are wrong by its gold, but right by
     `record.accepted`."""
     wrong = list(row.predicted)
-    pair_off(list(row.gold), wrong, right)  # takes out what is right
-    other = dataclasses.replace(row.record, events=row.record.accepted)
-    excused = pair_off(data.gold_items(other), wrong, right)
+    pair_off(list(row.gold), wrong)  # takes out what is right
+    other = replace(row.record, events=row.record.accepted)
+    excused = pair_off(data.gold_items(other), wrong)
     return Counts(row.counts.tp, row.counts.pred - excused, row.counts.gold)
 
 
-# ----------------------------------------------------------------------------------------- table
+# ------------------------------------------------------------------------------------- the table
 
+RATES = {"F1": ("", "f1"), "P": ("", "precision"), "R": ("", "recall"),
+         "F1 UMIE": ("~umie", "rounded_f1"), "accuracy": ("", "accuracy")}  # (mark, rate)
 COUNTED = ("tp", "pred", "gold", "wrong_type", "boundary", "missed", "spurious", "malformed",
            "rows", "missing")
 
 
-def table(scores: Scores, datasets: Mapping[str, Dataset] | None = None) -> str:
-    """The paper's seven columns, their sum, and below what each number counts.
+def table(scores: Scores, datasets: Mapping[str, Dataset] = {}) -> str:
+    """The paper's seven columns, their sum and mean, and below what each number counts, with the
+    notes of those `datasets` that have rows."""
+    def line(name: str, cells: Mapping[str, object], form: str) -> str:
+        return f"{name:10}" + "".join(f"{cells[unit]:{form}}" if unit in cells else f"{'-':>8}"
+                                      for unit in UNITS)
 
-    datasets: whose notes to print below, for those that have rows.
-    """
-    present = [unit for unit in UNITS if unit in scores]
-    rates = {"F1": {unit: scores[unit].f1 for unit in present},
-             "P": {unit: scores[unit].precision for unit in present},
-             "R": {unit: scores[unit].recall for unit in present},
-             "F1 UMIE": {unit: scores[f"{unit}~umie"].rounded_f1 for unit in present},
-             "accuracy": {unit: scores[unit].accuracy for unit in present
-                          if UNIT_TASK[unit] == "mre"}}
-    lines = [f"{'':10}" + "".join(f"{name:>8}" for name in UNITS) + f"{'All':>9}{'mean':>8}"]
-    for name, cells in rates.items():
+    units = [unit for unit in UNITS if unit in scores]
+    lines = [f"{line('', dict(zip(UNITS, UNITS)), '>8')}{'All':>9}{'mean':>8}"]
+    for name, (mark, rate) in RATES.items():
+        cells = {unit: getattr(scores[unit + mark], rate) for unit in units
+                 if rate != "accuracy" or UNIT_TASK[unit] == "mre"}
+        ends = sum(cells.values()), sum(cells.values()) / max(len(cells), 1)
         if cells:
-            summed = sum(cells.values())
-            ends = f"{summed:9.2f}{summed / len(cells):8.2f}" if name.startswith("F1") else ""
-            lines.append(table_row(name, cells, ".2f") + ends)
+            lines.append(line(name, cells, "8.2f")
+                         + "{:9.2f}{:8.2f}".format(*ends) * name.startswith("F1"))
     for name in COUNTED:
-        cells = {unit: getattr(scores[unit], name) for unit in present}
-        lines.append(table_row(name.replace("_", " "), cells, "d") + f"{sum(cells.values()):9d}")
-    return "\n".join([*lines, "", *legend(scores), *notes(scores, datasets or {})])
-
-
-def table_row(name: str, cells: Mapping[str, float], form: str) -> str:
-    """One line of the table, with "-" in the columns that have no rows."""
-    return f"{name:10}" + "".join(f"{cells[u]:8{form}}" if u in cells else f"{'-':>8}"
-                                  for u in UNITS)
+        cells = {unit: getattr(scores[unit], name) for unit in units}
+        lines.append(line(name.replace("_", " "), cells, "8d") + f"{sum(cells.values()):9d}")
+    return "\n".join([*lines, "", *legend(scores), *notes(scores, datasets)])
 
 
 def legend(scores: Scores) -> list[str]:
-    """What each column counts, its parts, and by which rule each row is computed."""
-    present = [unit for unit in UNITS if unit in scores]
-    lines = []
-    for unit in present:
-        datasets = parts(scores, unit, "@")
-        shown = [f"{name} only F1 {c.f1:.2f}" for name, c in parts(scores, unit, "/").items()]
+    """What each column counts and holds, and by which rule each row is computed."""
+    units, variants = [], []
+    for unit in filter(scores.get, UNITS):
+        datasets = subscores(scores, unit, "@")
+        inner = [f"{name} only F1 {c.f1:.2f}" for name, c in subscores(scores, unit, "/").items()]
         if len(datasets) > 1:
-            shown += [f"{name} F1 {c.f1:.2f}" for name, c in datasets.items()]
-        lines.append(f"{unit:5}{DEFINITIONS[unit]}" + (f" ({', '.join(shown)})" if shown else ""))
-    lines.append(f"All  sum of the F1 of {len(present)} of {len(UNITS)} columns, as in the paper")
-    lines += [f"{name}: {rule}" for name, rule in RULES.items()]
-    return lines + [
-        f"{unit} {name}: F1 {c.f1:.2f}, P {c.precision:.2f}, R {c.recall:.2f} (tp {c.tp}, pred "
-        f"{c.pred}, gold {c.gold}): {VARIANTS[name]}"
-        for unit in present for name, c in parts(scores, unit, "~").items() if name in VARIANTS]
+            inner += [f"{name} F1 {c.f1:.2f}" for name, c in datasets.items()]
+        units.append(f"{unit:5}{DEFINITIONS[unit]}" + (f" ({', '.join(inner)})" if inner else ""))
+        variants += [f"{unit} {name}: F1 {c.f1:.2f}, P {c.precision:.2f}, R {c.recall:.2f} (tp "
+                     f"{c.tp}, pred {c.pred}, gold {c.gold}): {VARIANTS[name]}"
+                     for name, c in subscores(scores, unit, "~").items() if name in VARIANTS]
+    return [*units, f"All  sum of the F1 of {len(units)} of {len(UNITS)} columns, as in the paper",
+            *(f"{name}: {rule}" for name, rule in RULES.items()), *variants]
 
 
 def notes(scores: Scores, datasets: Mapping[str, Dataset]) -> list[str]:
     """What a reader of these scores must know of their data."""
-    used = {name for unit in UNITS for name in parts(scores, unit, "@")}
+    used = {name for unit in UNITS for name in subscores(scores, unit, "@")}
     lines = [f"note on {name}: {dataset.note}" for name, dataset in datasets.items()
              if name in used and dataset.note]
-    whole = sum((scores[unit] for unit in UNITS if unit in scores), Counts())
-    if whole.missing:
-        lines.append(f"note on images: {whole.missing} of {whole.rows} rows were answered without "
-                     "their image, whose file was not there")
-    return lines
+    counts = sum((scores[unit] for unit in UNITS if unit in scores), Counts())
+    return lines + [f"note on images: {counts.missing} of {counts.rows} rows were answered "
+                    "without their image, whose file was not there"] * bool(counts.missing)
 
 
 def type_table(scores: Scores) -> str:
     """P, R, F1 and counts of every type: entity type, relation, event type, event type:role."""
     lines = [f"{'':5}{'type':40}{'F1':>8}{'P':>8}{'R':>8}{'tp':>7}{'pred':>7}{'gold':>7}"]
     lines += [f"{unit:5}{name:40}{c.f1:8.2f}{c.precision:8.2f}{c.recall:8.2f}{c.tp:7}{c.pred:7}"
-              f"{c.gold:7}" for unit in UNITS for name, c in parts(scores, unit, ":").items()]
+              f"{c.gold:7}" for unit in UNITS for name, c in subscores(scores, unit, ":").items()]
     return "\n".join(lines)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows of cells as lines with straight columns, the first to the left, the others right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return [row[0].ljust(widths[0]) + "".join(cell.rjust(width + 2) for cell, width
-                                              in zip(row[1:], widths[1:])) for row in rows]
+    first, *others = ([max(map(len, column))] for column in zip(*rows))
+    return [row[0].ljust(first[0]) + "".join(cell.rjust(width + 2) for cell, (width,)
+                                             in zip(row[1:], others)) for row in rows]
+
+
+# ------------------------------------------------------------------------------------- the model
+
+@dataclass
+class Setup:
+    """A model with everything that turns records into its input and its output into records."""
+
+    config: Config
+    sources: Sources
+    datasets: dict[str, Dataset]
+    tokenizer: data.Tokenizer
+    model: UMIE
+
+
+def build(config: Config, sources: Sources, device: torch.device) -> Setup:
+    """The adapted model as its seed makes it: what is trained in fp32, a frozen backbone in the
+    run's precision.  On the device "meta" it has names, shapes and types, and no weight is read.
+    """
+    meta, half = device.type == "meta", config.precision == "bf16" and config.method != "full"
+    dtype = torch.bfloat16 if half else torch.float32
+    t5 = outline(sources.t5, dtype) if meta else T5.from_pretrained(sources.t5, dtype=dtype)
+    tokenizer, ids = data.Tokenizer(sources.t5), t5.config.vocab_size
+    if tokenizer.spot_id >= ids:
+        raise WeightsError(f"{sources.t5}: expected a spiece.model of at most {ids - 100} pieces "
+                           f"for a T5 of {ids} ids, got {tokenizer.vocab_size} pieces; use the "
+                           "files of one checkpoint")
+    torch.manual_seed(config.seed)
+    with device if meta else torch.device("cpu"):
+        model = UMIE(t5, ViT.feature_width(sources.vit), config.max_objects, config.fusion)
+    if sources.init is not None and not meta:
+        method = read_state(sources.init)["config"]["method"]
+        if method != "full":  # the paper's experts sit on UMIE with a trained visual adapter
+            raise UsageError(f"--init {sources.init}: expected a run of method full, whose "
+                             f"checkpoint holds every weight, got method {method}; train one with "
+                             "--method full")
+        load_trainables(model, sources.init)
+    clorae.adapt(model, config.method, config.rank, TASKS, alpha=config.alpha,
+                 dropout=config.dropout, egr=config.egr, mim=config.uses_mim)
+    free_visual_adapter(model, config.visual_policy)
+    if model.routing is not None and not meta:  # soon: fast.speed_up(model, config.impl)
+        model.routing.impl = {"plain": "reference", "fast": "reference"}.get(config.impl,
+                                                                            config.impl)
+        clorae.kernels(device, model.routing.impl)  # built now, or refused now
+    set_modules(model, config)
+    return Setup(config, sources, load_datasets(sources.corpus), tokenizer, model.to(device))
+
+
+def outline(folder: Path, dtype: torch.dtype) -> T5:
+    """The T5 of a folder on the meta device; a head that is stored counts as untied."""
+    tied = "lm_head.weight" not in open_weights(folder)
+    with torch.device("meta"):
+        return T5(T5Config.from_hf(read_json(folder / "config.json"), folder, tied)).to(dtype)
+
+
+def free_visual_adapter(model: UMIE, policy: str) -> None:  # soon: UMIE.free_adapter
+    """Choose what learns besides the experts: the whole adapter, its embedding, or nothing."""
+    learning = {"train": ("visual_embedding.", "vstack.", "fusion."),
+                "paper": ("visual_embedding.",), "frozen": ()}[policy]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or name.startswith(learning))
+
+
+def set_modules(model: UMIE, config: Config) -> None:
+    """Settings that modules look up while they compute: graphs, dropout, recomputation."""
+    model.t5.graphs = config.graphs
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and config.backbone_dropout is not None:
+            module.p = config.backbone_dropout
+        if isinstance(module, Stack):
+            module.recompute = config.checkpoint_activations
+
+
+def load_model(checkpoint: Path, device: torch.device, **changes: object) -> Setup:
+    """Rebuild the model of a checkpoint folder from what the checkpoint itself says.
+
+    changes: Config fields that may differ in evaluation (data, missing_images, and where the
+    backbone lies: t5, vit, init).  Raises UsageError if the backbone is not the one trained on, or
+    a tensor does not fit.
+    """
+    config = stored_config(checkpoint, **changes)
+    setup = build(config, stored_sources(checkpoint, config, changes), device)
+    load_trainables(setup.model, checkpoint)
+    return setup
 
 
 # -------------------------------------------------------------------------------------- decoding
@@ -564,7 +490,7 @@ class Decoding:
 
 
 def deal(lengths: Sequence[int], batch_size: int, rank: int, world: int) -> list[list[int]]:
-    """This process' batches, as positions into `lengths`.
+    """The batches of process `rank` of `world`, as positions into `lengths`.
 
     The batches are those of the whole split, longest rows first, whatever the number of processes;
     process r takes batches r, r + world, ...
@@ -575,54 +501,46 @@ def deal(lengths: Sequence[int], batch_size: int, rank: int, world: int) -> list
 
 
 @torch.inference_mode()
-def generate_answers(model: nn.Module, examples: Sequence[Example], features: Features,
-                     tokenizer: Tokenizer, device: torch.device, decoding: Decoding = Decoding(),
-                     rank: int = 0, world: int = 1) -> list[Answer]:
-    """Answers, one per example and all of them on every process.
+def evaluate_split(setup: Setup, examples: Sequence[Example], features: Features,
+                   decoding: Decoding, world: World) -> list[Row]:
+    """Decode and score a split; every process returns the same rows.  `total` sums them.
 
-    Each process fills in the rows of its own batches and leaves the others at zero, so that one sum
-    over the processes completes them.
+    Each process fills in the answers of its own batches and leaves the others at zero, so that one
+    sum over the processes completes them.
     """
+    model, tokenizer, device = setup.model, setup.tokenizer, world.device
     banned = tokenizer.undecodable(model.t5.config.vocab_size)
     position = {example.row: i for i, example in enumerate(examples)}
     # the ids of each answer, and in the last column 1 where an image was named but not shown
     answers = torch.zeros(len(examples), decoding.max_new_tokens + 1, dtype=torch.long)
-    batches = deal([len(e.input_ids) for e in examples], decoding.batch_size, rank, world)
-    was_training = model.training
+    lengths = [len(example.input_ids) for example in examples]
+    batches = deal(lengths, decoding.batch_size, world.rank, world.size)
+    was_training, quiet = model.training, not world.main or len(batches) < 2
     model.eval()
-    quiet = rank > 0 or len(batches) < 2
     for chosen in tqdm(batches, desc="decoding", unit="batch", disable=quiet, leave=False):
         batch = data.collate([examples[i] for i in chosen], features, features.width).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=decoding.precision == "bf16"):
             ids = model.generate(batch, decoding.max_new_tokens, num_beams=decoding.beams,
-                                 banned_ids=banned)
+                                 banned_ids=banned)  # [B,T]
         places = [position[row] for row in batch.rows.tolist()]
         answers[places, :ids.shape[1]] = ids.cpu()
         named = torch.tensor([examples[i].record.image is not None for i in places])
         answers[places, -1] = (named & ~batch.visual_mask.any(dim=1).cpu()).long()
     model.train(was_training)
-    if world > 1:
-        answers = answers.to(device)  # where the process group's backend expects it
-        dist.all_reduce(answers)
-    return [read_answer(ids, bool(missing), tokenizer) for *ids, missing in answers.tolist()]
+    answers = world.sum(answers.to(device))  # where the process group's backend expects it
+    return score_rows([example.record for example in examples],
+                      [read_answer(ids, bool(missing), tokenizer)
+                       for *ids, missing in answers.tolist()], setup.datasets)
 
 
-def read_answer(ids: list[int], missing: bool, tokenizer: Tokenizer) -> Answer:
+def read_answer(ids: list[int], missing: bool, tokenizer: data.Tokenizer) -> Answer:
     """The ids that were generated, padding included, as text."""
     cut = tokenizer.eos_id not in ids
     ids = ids if cut else ids[:ids.index(tokenizer.eos_id) + 1]
     return Answer(tokenizer.decode(ids), cut, missing, tuple(ids))
 
 
-def evaluate_split(model: nn.Module, examples: Sequence[Example], datasets: Mapping[str, Dataset],
-                   features: Features, tokenizer: Tokenizer, device: torch.device,
-                   decoding: Decoding = Decoding(), rank: int = 0, world: int = 1) -> list[Row]:
-    """Decode and score a split; every process returns the same rows.  `total` sums them."""
-    answers = generate_answers(model, examples, features, tokenizer, device, decoding, rank, world)
-    return score_rows([example.record for example in examples], answers, datasets)
-
-
-# ----------------------------------------------------------------------------------------- files
+# ----------------------------------------------------------------------------------------- a run
 
 def save_predictions(path: Path, rows: Sequence[Row]) -> None:
     """Write one JSON object per row."""
@@ -637,7 +555,7 @@ def save_predictions(path: Path, rows: Sequence[Row]) -> None:
 
 def items_json(items: Sequence[Item]) -> list[dict]:
     """Items as JSON objects without their empty fields; only arguments belong to an event."""
-    return [{name: value for name, value in dataclasses.asdict(item).items()
+    return [{name: value for name, value in asdict(item).items()
              if value is not None and value is not False and (name != "event" or item.role)}
             for item in items]
 
@@ -649,11 +567,10 @@ def save_scores(path: Path, rows: Sequence[Row], checkpoint: Path, config: Confi
     "made_from" is what the scores depend on; "scores" has the keys of `Scores`; "records" holds
     [tp, pred, gold] of every record, for comparing two systems on the same ones.
     """
-    corpus, scores = corpus_of(config), total(rows)
-    records: dict[str, dict[str, list[int]]] = {}
+    corpus, scores, records = corpus_of(config), total(rows), {}
     for row in rows:
-        records.setdefault(row.unit, {})[f"{row.record.dataset}/{row.record.id}"] = [
-            row.counts.tp, row.counts.pred, row.counts.gold]
+        name, counts = f"{row.record.dataset}/{row.record.id}", row.counts
+        records.setdefault(row.unit, {})[name] = [counts.tp, counts.pred, counts.gold]
     report = {"made_from": made_from(checkpoint, config, split, decoding or Decoding.of(config)),
               "data": str(corpus), "notes": notes(scores, load_datasets(corpus)),
               "scores": {name: counts_json(name, counts) for name, counts in scores.items()},
@@ -668,10 +585,8 @@ def counts_json(name: str, counts: Counts) -> dict[str, float]:
     if name.endswith("~umie"):
         return {"tp": counts.tp, "pred": counts.pred, "gold": counts.gold, "f1": counts.rounded_f1}
     shown = ["tp", "pred", "gold", "f1", "precision", "recall"]
-    if name in UNITS:
-        shown += COUNTED[3:]
-    if UNIT_TASK.get(name) == "mre":
-        shown.append("accuracy")
+    shown += COUNTED[3:] if name in UNITS else ()
+    shown += ["accuracy"] if UNIT_TASK.get(name) == "mre" else ()
     return {value: getattr(counts, value) for value in shown}
 
 
@@ -681,46 +596,29 @@ def made_from(checkpoint: Path, config: Config, split: str, decoding: Decoding) 
     return {"checkpoint": state["sha256"]["model.safetensors"], "split": split,
             "data": split_digest(corpus_of(config), split),
             "units": list(config.units) if config.units else None,
-            "missing_images": config.missing_images, "decoding": dataclasses.asdict(decoding),
+            "missing_images": config.missing_images, "decoding": asdict(decoding),
             "definitions": {**DEFINITIONS, **RULES, **VARIANTS}}
 
 
-# ------------------------------------------------------------------------------------ one system
-
-def changed(args: argparse.Namespace) -> dict:
-    """The stored settings that the command line replaces; all units unless it names some."""
-    given = {name: getattr(args, name)
-             for name in ("data", "missing_images", "impl", "graphs", "t5", "vit", "init")}
-    return {n: value for n, value in given.items() if value is not None} | {"units": args.units}
-
-
-@dataclass(frozen=True)
 class Job:
-    """A checkpoint to be scored on a split."""
+    """A checkpoint to be scored on a split, from a folder and the options of `run_options`."""
 
-    folder: Path  # as it was named
-    checkpoint: Path
-    changes: dict  # to the stored settings
-    config: Config  # the settings with these changes
-    split: str
-    decoding: Decoding
-    predictions: Path  # the file for them; the scores are written beside it
-
-    @classmethod
-    def of(cls, folder: Path, args: argparse.Namespace) -> "Job":
-        checkpoint, changes = find_checkpoint(folder), changed(args)
-        config = stored_config(checkpoint, **changes)
-        out = getattr(args, "out", None) or folder / f"predictions-{args.split}.jsonl"
-        if out.is_dir():
-            raise UsageError(f"--out {out}: expected a file to be written, got a folder; "
-                             "name a file in it")
-        return cls(folder, checkpoint, changes, config, args.split,
-                   Decoding.of(config, args.batch_size, args.beams), out)
-
-    @property
-    def scores(self) -> Path:
+    def __init__(self, folder: Path, args: argparse.Namespace):
+        self.folder, self.split = folder, args.split
+        self.checkpoint = find_checkpoint(folder)
+        given = {name: getattr(args, name)
+                 for name in ("data", "missing_images", "impl", "graphs", "t5", "vit", "init")}
+        self.changes = {name: value for name, value in given.items() if value is not None}
+        self.changes["units"] = args.units  # None: all of them, whatever was trained on
+        self.config = stored_config(self.checkpoint, **self.changes)
+        self.decoding = Decoding.of(self.config, args.batch_size, args.beams)
+        self.predictions = (getattr(args, "out", None)
+                            or folder / f"predictions-{args.split}.jsonl")
+        if self.predictions.is_dir():
+            raise UsageError(f"--out {self.predictions}: expected a file to be written, got a "
+                             "folder; name a file in it")
         name = self.predictions.stem.removeprefix("predictions-")
-        return self.predictions.with_name(f"scores-{name}.json")
+        self.scores = self.predictions.with_name(f"scores-{name}.json")
 
     @cached_property
     def made_from(self) -> dict:
@@ -736,10 +634,9 @@ class Job:
         return data.encode_records(records, setup.datasets, setup.tokenizer,
                                    self.config.max_source, self.config.max_target, world.print)
 
-    def features(self, setup: Setup, examples: Sequence[Example],
-                 world: World) -> Features:
-        return Features(setup.sources, [e.record for e in examples], self.config.missing_images,
-                        self.config.max_objects, world.device, ViT)
+    def features(self, setup: Setup, examples: Sequence[Example], world: World) -> Features:
+        return Features(setup.sources, [example.record for example in examples],
+                        self.config.missing_images, self.config.max_objects, world.device, ViT)
 
     def score(self, world: World) -> tuple[Scores, dict[str, Dataset]]:
         """Decode and score; write predictions and scores.
@@ -749,52 +646,33 @@ class Job:
         setup, examples = self.load(world)
         features = self.features(setup, examples, world)
         world.join()
-        rows = evaluate_split(setup.model, examples, setup.datasets, features, setup.tokenizer,
-                              world.device, self.decoding, world.rank, world.size)
+        rows = evaluate_split(setup, examples, features, self.decoding, world)
         if world.main:
             save_predictions(self.predictions, rows)
             save_scores(self.scores, rows, self.checkpoint, self.config, self.split, self.decoding)
         return total(rows), setup.datasets
 
 
-def score_one(args: argparse.Namespace, world: World) -> None:
-    """Score one checkpoint and print its table."""
-    job = Job.of(args.checkpoint[0], args)
-    scores, datasets = job.score(world)
-    world.print(f"{job.folder}, {job.split} split of {corpus_of(job.config)}, "
-                f"{'greedy' if args.beams == 1 else f'{args.beams} beams'}; predictions: "
-                f"{job.predictions}, scores: {job.scores}", table(scores, datasets))
-    if args.details:
-        world.print("", type_table(scores))
-
-
-def comparison_legend(systems: Sequence[System]) -> list[str]:
-    """By which rules the numbers of a comparison are made, and the notes on their data."""
-    units = [unit for unit in UNITS if unit in systems[0].reports[0]["scores"]]
-    said = {note for system in systems for report in system.reports for note in report["notes"]}
-    return [*(f"{unit:5}{DEFINITIONS[unit]}" for unit in units), f"F1: {RULES['F1, P, R']}",
-            *COMPARISON, *sorted(said)]
-
+# ----------------------------------------------------------------------------- runs side by side
 
 def refresh(jobs: Sequence[Job], world: World) -> None:
     """Score the runs whose stored scores, if there are any, are not of this very checkpoint, split,
     data and decoding.  All processes look before any of them writes."""
-    stored = [still_true(job.scores, job.made_from) for job in jobs]
-    for job, known in zip(jobs, stored):
-        world.print(f"{job.checkpoint}: " + (f"scores of {job.scores}" if known else "decoding"))
-        if not known:
+    for job, fresh in [(job, still_true(job.scores, job.made_from)) for job in jobs]:
+        world.print(f"{job.checkpoint}: " + (f"scores of {job.scores}" if fresh else "decoding"))
+        if not fresh:
             job.score(world)
 
 
 def compare(args: argparse.Namespace, world: World) -> None:
     """Print several systems side by side, and what they differ by; --csv writes it, too."""
-    jobs = [Job.of(folder, args) for folder in args.checkpoint]
+    jobs = [Job(folder, args) for folder in args.checkpoint]
     names = system_names([job.config for job in jobs])
-    runs = [(name, job.config.seed) for name, job in zip(names, jobs)]
-    twice = next((run for run in runs if runs.count(run) > 1), None)
-    if twice:
+    seeds = Counter((name, job.config.seed) for name, job in zip(names, jobs))
+    (name, seed), times = seeds.most_common(1)[0]
+    if times > 1:
         raise UsageError("checkpoints: expected runs that differ in a setting or the seed, "
-                         f"got two of {twice[0]} with seed {twice[1]}; name one of them")
+                         f"got two of {name} with seed {seed}; name one of them")
     if len({job.made_from["data"] for job in jobs}) > 1:
         raise UsageError("checkpoints: expected runs on one corpus, got "
                          f"{', '.join(str(corpus_of(job.config)) for job in jobs)}, which "
@@ -802,14 +680,17 @@ def compare(args: argparse.Namespace, world: World) -> None:
     refresh(jobs, world)
     if world.main:
         systems = collect(jobs, names)
+        reports = [report for system in systems for report in system.reports]
         lines = [comparison_line(system, systems[0]) for system in systems]
         world.print(f"{args.split} split", comparison_table(lines), "",
-                    *comparison_legend(systems))
+                    *(f"{unit:5}{DEFINITIONS[unit]}" for unit in UNITS
+                      if unit in reports[0]["scores"]), f"F1: {RULES['F1, P, R']}", *COMPARISON,
+                    *sorted({note for report in reports for note in report["notes"]}))
         if args.csv:
             save_csv(args.csv, lines)
 
 
-# ------------------------------------------------------------------------------------ the command
+# ----------------------------------------------------------------------------------- the command
 
 def run_options(result: Parser, several: bool = False, required: bool = True) -> None:
     """The options that say which checkpoint is loaded, on which data, and how it decodes."""
@@ -820,8 +701,8 @@ def run_options(result: Parser, several: bool = False, required: bool = True) ->
         help="run folder (its best checkpoint is used) or checkpoint folder" + more)
     add("--split", choices=("test", "dev", "train"), default="test", help="which records")
     add("--data", metavar="DIR", help="corpus folder; default: the one trained on")
-    for part, name in (("t5", "T5"), ("vit", "ViT"), ("init", "full run below the experts")):
-        add(f"--{part}", metavar="DIR", help=f"folder of the {name} that CKPT was trained on, "
+    for option, name in (("t5", "T5"), ("vit", "ViT"), ("init", "full run below the experts")):
+        add(f"--{option}", metavar="DIR", help=f"folder of the {name} that CKPT was trained on, "
             "where it is no longer at its place; sha256 must agree")
     add("--units", nargs="+", choices=UNITS, metavar="UNIT",
         help=f"only these columns ({' '.join(UNITS)}); default: all in the corpus")
@@ -832,9 +713,9 @@ def run_options(result: Parser, several: bool = False, required: bool = True) ->
     add("--beams", type=positive, default=1, metavar="N",
         help="beam search over N beams; 1 is greedy")
     add("--batch-size", type=positive, default=32, metavar="N", help="rows decoded together")
-    add("--impl", choices=("auto", "reference", "cuda"),
-        help="expert layers on PyTorch (reference) or on clorae.cu (cuda); default: auto, on "
-             "clorae.cu where it can be built")
+    add("--impl", type=implementation, choices=("plain", "fast", "cuda", "auto"),
+        help="the modules of the chapters (plain), their faster forms (fast), these with clorae.cu "
+             "(cuda); default: auto, the fastest that works here")
     add("--graphs", action=argparse.BooleanOptionalAction,
         help="on a GPU, launch all kernels of a token at once, as a CUDA graph; default: as the "
              "run that trained CKPT")
@@ -845,6 +726,13 @@ def positive(word: str) -> int:
     if not word.isdecimal() or int(word) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {word}")
     return int(word)
+
+
+def implementation(word: str) -> str:  # soon: of engine.settings
+    """A value of --impl; `reference`, as `fast` was called before, still means it."""
+    if word == "reference":
+        print("note: --impl reference is now called fast", file=sys.stderr)
+    return "fast" if word == "reference" else word
 
 
 def parser() -> Parser:
@@ -860,9 +748,21 @@ def parser() -> Parser:
         help="predictions, one JSON object a row; scores go beside them; default: "
              "CKPT/predictions-SPLIT.jsonl and CKPT/scores-SPLIT.json")
     add("--details", action="store_true", help="print P, R, F1 and counts of every type, too")
-    add("--csv", type=Path, metavar="FILE",
-        help="write the rows of the comparison there, too")
+    add("--csv", type=Path, metavar="FILE", help="write the rows of the comparison there, too")
     return result
+
+
+def run(args: argparse.Namespace, world: World) -> None:
+    """Score one checkpoint and print its table, or compare several."""
+    if len(args.checkpoint) > 1 or args.csv:
+        return compare(args, world)
+    job = Job(args.checkpoint[0], args)
+    scores, datasets = job.score(world)
+    world.print(f"{job.folder}, {job.split} split of {corpus_of(job.config)}, "
+                f"{'greedy' if args.beams == 1 else f'{args.beams} beams'}; predictions: "
+                f"{job.predictions}, scores: {job.scores}", table(scores, datasets))
+    if args.details:
+        world.print("", type_table(scores))
 
 
 # What evaluate.py did until its analyses became commands of their own.
@@ -870,19 +770,11 @@ MOVED = {"--text": "answer", "--examples": "answer", "--costs": "costs", "--rout
          "--aml-replay": "replay", "--export": "export", "--plot": "plot"}
 
 
-def run(args: argparse.Namespace, world: World) -> None:
-    """Do what the command line asks."""
-    if len(args.checkpoint) > 1 or args.csv:
-        compare(args, world)
-    else:
-        score_one(args, world)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    words = sys.argv[1:] if argv is None else argv
-    for word in words:
-        if tool := MOVED.get(word.partition("=")[0]):
-            moved(f"evaluate.py {word.partition('=')[0]}", f"python -m tools.{tool}")
+    for word in sys.argv[1:] if argv is None else argv:
+        flag = word.partition("=")[0]
+        if flag in MOVED:
+            moved(f"evaluate.py {flag}", f"python -m tools.{MOVED[flag]}")
     command = parser()
     args = command.parse_args(argv)
     if len(args.checkpoint) > 1 and (args.out or args.details):

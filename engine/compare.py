@@ -1,9 +1,8 @@
-"""Systems side by side, from the files of their scores."""
+"""Systems side by side, from the files of their scores (see evaluate.save_scores)."""
 
-import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
@@ -15,6 +14,15 @@ from engine.schema import UNITS
 from engine.settings import Config
 
 RESAMPLES = 1000  # of the test records, for the interval of a difference
+COLUMNS = (*UNITS, "All", "mean")
+COMPARISON = (
+    "All, mean: sum and mean of a system's columns; +-: sample standard deviation over its seeds, "
+    "below the mean over them",
+    "TP: trainable parameters, those of the visual adapter and of L_MIM included",
+    "vs first: difference to the first system in the mean of the columns that both have, and its "
+    f"95 % bootstrap interval: {RESAMPLES:,} times the records of each column are drawn anew, the "
+    "same for both, and the seeds of each system; where a system has one seed, the interval leaves "
+    "out what another seed would change, and is too narrow")
 
 
 def still_true(path: Path, wanted: dict) -> bool:
@@ -25,21 +33,18 @@ def still_true(path: Path, wanted: dict) -> bool:
         return False  # none, or not whole: they will be made
 
 
-# ------------------------------------------------------------------------- systems side by side
-
-def system_names(configs: Sequence["Config"]) -> list[str]:
+def system_names(configs: Sequence[Config]) -> list[str]:
     """Method and options of each run, as far as the runs differ in them, seed and folder apart.
 
     An option at its default for the method and size is not named; names differ where settings do.
     """
-    fields = [spec.name for spec in dataclasses.fields(Config)
-              if spec.name not in ("method", "seed", "out", "save_every")
-              and len({repr(getattr(config, spec.name)) for config in configs}) > 1]
+    differing = [name for name in vars(configs[0])
+                 if name not in ("method", "seed", "out", "save_every")
+                 and len({repr(getattr(config, name)) for config in configs}) > 1]
     names = []
     for config in configs:
-        usual = Config(size=config.size, method=config.method).resolved()
-        words = [config.method]
-        for name in fields:
+        usual, words = Config(size=config.size, method=config.method).resolved(), [config.method]
+        for name in differing:
             value, flag = getattr(config, name), name.replace("_", "-")
             if value is None or value == getattr(usual, name) and name != "size":
                 continue
@@ -52,24 +57,12 @@ def system_names(configs: Sequence["Config"]) -> list[str]:
     return names
 
 
-COLUMNS = (*UNITS, "All", "mean")
-COMPARISON = (
-    "All, mean: sum and mean of a system's columns; +-: sample standard deviation over its seeds, "
-    "below the mean over them",
-    "TP: trainable parameters, those of the visual adapter and of L_MIM included",
-    "vs first: difference to the first system in the mean of the columns that both have, and its "
-    f"95 % bootstrap interval: {RESAMPLES:,} times the records of each column are drawn anew, the "
-    "same for both, and the seeds of each system; where a system has one seed, the interval leaves "
-    "out what another seed would change, and is too narrow",
-)
-
-
 @dataclass
 class System:
     """Runs that differ only in their seed, so they are scored on the same units."""
 
     name: str
-    config: "Config"  # of the first seed
+    config: Config  # of the first seed
     trainable: int  # parameters
     reports: list[dict] = field(default_factory=list)  # scores-SPLIT.json of each seed
 
@@ -78,11 +71,11 @@ class System:
         f1 = {unit: [report["scores"][unit]["f1"] for report in self.reports]
               for unit in UNITS if unit in self.reports[0]["scores"]}
         sums = list(map(sum, zip(*f1.values())))
-        return {**f1, "All": sums, "mean": [whole / len(f1) for whole in sums]}
+        return {**f1, "All": sums, "mean": [value / len(f1) for value in sums]}
 
 
 def collect(jobs: Sequence, names: Sequence[str]) -> list[System]:
-    """The jobs' scores, read from their files, by system in the order of the command line."""
+    """The scores of jobs (evaluate.Job), read from their files, by system in the order given."""
     systems: dict[str, System] = {}
     for job, name in zip(jobs, names):
         with safe_open(job.checkpoint / "model.safetensors", "pt") as file:
@@ -90,25 +83,6 @@ def collect(jobs: Sequence, names: Sequence[str]) -> list[System]:
         report = json.loads(job.scores.read_text(encoding="utf-8"))
         systems.setdefault(name, System(name, job.config, trainable)).reports.append(report)
     return list(systems.values())
-
-
-def draws(random: numpy.random.Generator, n: int) -> numpy.ndarray:
-    """How often each of n things is drawn in n draws with replacement, [1 + RESAMPLES, n].
-
-    The first row draws each of them once: it gives the figure itself.
-    """
-    drawn = random.multinomial(n, numpy.full(n, 1 / n), RESAMPLES)
-    return numpy.vstack([numpy.ones_like(drawn[:1]), drawn])
-
-
-def resampled_f1(system: System, unit: str, ids: Sequence[str], records: numpy.ndarray,
-                 seeds: numpy.ndarray) -> numpy.ndarray:
-    """F1 in % of a unit, mean over the seeds, under `draws` of the records `ids` and of the seeds
-    -> [1 + RESAMPLES]."""
-    counts = numpy.array([[report["records"][unit][i] for i in ids] for report in system.reports])
-    tp, pred, gold = numpy.moveaxis(records @ counts, -1, 0)  # each [seeds, 1 + RESAMPLES]
-    f1 = 200 * tp / numpy.maximum(pred + gold, 1)
-    return (seeds.T * f1).sum(axis=0) / len(f1)
 
 
 def difference(first: System, other: System) -> tuple[float, float, float] | None:
@@ -119,15 +93,25 @@ def difference(first: System, other: System) -> tuple[float, float, float] | Non
     "significantly".  A record that one side lacks is left out.  None where nothing is shared.
     """
     random, deltas = numpy.random.default_rng(0), []
-    seeds = [draws(random, len(system.reports)) for system in (first, other)]
+
+    def draws(n: int) -> numpy.ndarray:  # how often each of n is drawn; in the first row once each
+        drawn = random.multinomial(n, numpy.full(n, 1 / n), RESAMPLES)
+        return numpy.vstack([numpy.ones_like(drawn[:1]), drawn])  # [1 + RESAMPLES, n]
+
+    def mean_f1(reports: list[dict], seeds: numpy.ndarray) -> numpy.ndarray:  # [1 + RESAMPLES], %
+        counts = numpy.array([[report["records"][unit][i] for i in ids] for report in reports])
+        tp, pred, gold = numpy.moveaxis(records @ counts, -1, 0)  # each [seeds, 1 + RESAMPLES]
+        f1 = 200 * tp / numpy.maximum(pred + gold, 1)
+        return (seeds.T * f1).sum(axis=0) / len(f1)
+
+    sides = [(system.reports, draws(len(system.reports))) for system in (first, other)]
     for unit in UNITS:
-        sides = [report["records"].get(unit, {}) for system in (first, other)
-                 for report in system.reports]
-        ids = sorted(set.intersection(*map(set, sides)))
+        ids = sorted(set.intersection(*(set(report["records"].get(unit, {}))
+                                        for report in first.reports + other.reports)))
         if ids:
-            records = draws(random, len(ids))
-            deltas.append(resampled_f1(other, unit, ids, records, seeds[1])
-                          - resampled_f1(first, unit, ids, records, seeds[0]))
+            records = draws(len(ids))
+            before, after = (mean_f1(*side) for side in sides)
+            deltas.append(after - before)
     if not deltas:
         return None
     delta = numpy.mean(deltas, axis=0)
@@ -141,14 +125,14 @@ def comparison_line(system: System, first: System) -> dict:
         seeds = cells.get(name, [])
         line[name] = fmean(seeds) if seeds else None
         line[f"{name} sd"] = stdev(seeds) if len(seeds) > 1 else None
-    found = None if system is first else difference(first, system)
+    interval = None if system is first else difference(first, system)
     return {**line, "TP": system.trainable / 1e6, "seeds": len(system.reports),
-            **dict(zip(("difference", "low", "high"), found or (None,) * 3))}
+            **dict(zip(("difference", "low", "high"), interval or (None,) * 3))}
 
 
-def comparison_table(lines: Sequence[dict]) -> str:
+def comparison_table(lines: Sequence[Mapping]) -> str:
     """The systems as text, standard deviations below their means."""
-    def cells(line: dict, end: str, empty: str) -> str:
+    def cells(line: Mapping, end: str, empty: str) -> str:
         return "".join(f"{empty:>8}" if line[name + end] is None else f"{line[name + end]:8.2f}"
                        for name in COLUMNS)
 

@@ -22,21 +22,22 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 import data
 import evaluate
-import train
 from data import Item
 from engine.checkpoints import find_checkpoint, read_state
 from engine.compare import System, difference, system_names
 from engine.corpus import load_corpus, load_datasets, write_dataset
 from engine.files import file_hash
+from engine.processes import World
 from engine.schema import RECORD_TASKS, SPLITS, UNITS, DataError, Dataset, Record
 from engine.settings import Config
 from evaluate import Answer, Counts, Decoding
-from tools.answer import find_words
+from tools import answer
 from tools.convert import convert
 
 SPIECE = Path(__file__).parent / "golden" / "tokenizer"
@@ -476,11 +477,11 @@ def test_every_item_falls_into_exactly_one_class_and_types_add_up(task: str) -> 
         paired = counts.tp + counts.wrong_type + counts.boundary
         assert counts.gold == paired + counts.missed and counts.missed >= 0
         assert counts.pred == paired + counts.spurious and counts.spurious >= 0
-        found = evaluate.breakdown(task, gold, predicted, 0)
+        details = evaluate.details(task, gold, predicted, 0)
         for mark in (":", "/") if task == "meae" else (":",):
-            some = evaluate.parts(found, "", mark).values()
+            within = evaluate.subscores(details, "", mark).values()
             for name in ("tp", "pred", "gold"):
-                assert sum(getattr(c, name) for c in some) == getattr(counts, name)
+                assert sum(getattr(c, name) for c in within) == getattr(counts, name)
 
 
 @pytest.mark.parametrize("gold, predicted, expected", [
@@ -685,8 +686,10 @@ def decode(model: nn.Module, tokenizer: data.Tokenizer, decoding: Decoding = Dec
            rank: int = 0, world: int = 1) -> list[evaluate.Row]:
     """What a model makes of some_records(), without images."""
     examples = data.encode_records(some_records(), DATASETS, tokenizer)
-    return evaluate.evaluate_split(model, examples, DATASETS, NoImages(), tokenizer,
-                                   torch.device("cpu"), decoding, rank, world)
+    setup = evaluate.Setup(None, None, DATASETS, tokenizer, model)
+    processes = World()
+    processes.rank, processes.size, processes.device = rank, world, torch.device("cpu")
+    return evaluate.evaluate_split(setup, examples, NoImages(), decoding, processes)
 
 
 def test_a_model_that_writes_its_targets_scores_100(tokenizer: data.Tokenizer) -> None:
@@ -804,7 +807,7 @@ def make_run(tmp_path: Path, corpus: Path, tokenizer: data.Tokenizer,
         make.decoded.append(path.parent.name)
         stored = json.loads((path / "state.json").read_text())["config"]
         config = dataclasses.replace(Config(**stored), **changes)
-        with evaluate.safe_open(path / "model.safetensors", "pt") as file:
+        with safe_open(path / "model.safetensors", "pt") as file:
             silent = file.get_slice("x").get_shape()[0] - 1
         model = Stammerer(tokenizer.vocab_size + 128, silent)
         return SimpleNamespace(config=config, sources=SimpleNamespace(corpus=corpus, vit=None),
@@ -812,9 +815,10 @@ def make_run(tmp_path: Path, corpus: Path, tokenizer: data.Tokenizer,
                                model=model)
 
     make.decoded = []
-    monkeypatch.setattr(train, "load_model", load)
-    monkeypatch.setattr(train, "Features", lambda *given: NoImages())
-    monkeypatch.setattr(evaluate, "GivenImages", lambda *given: NoImages())
+    monkeypatch.setattr(evaluate, "load_model", load)
+    monkeypatch.setattr(evaluate, "Features", lambda *given: NoImages())
+    monkeypatch.setattr(answer, "load_model", load)
+    monkeypatch.setattr(answer, "GivenImages", lambda *given: NoImages())
     return make
 
 
@@ -1010,34 +1014,39 @@ def test_the_command_answers_one_example_as_json(make_run: Callable[..., Path],
                                                  capsys: pytest.CaptureFixture) -> None:
     """The parrot repeats the target of a record without gold, which is "none"."""
     run = make_run("run", egr=False)  # a parrot has no gates
-    evaluate.main([str(run), "--text", "hi Bob", "--task", "mner", "--json"])
-    answer = json.loads(capsys.readouterr().out)
-    assert (answer["tokens"], answer["answer"], answer["items"]) == (["hi", "Bob"], "none", [])
+    answer.main([str(run), "--text", "hi Bob", "--task", "mner", "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert (told["tokens"], told["answer"], told["items"]) == (["hi", "Bob"], "none", [])
 
 
-@pytest.mark.parametrize("words, reason", [
-    (["--text", "hi"], "--task"),
-    (["--task", "mner"], "--text"),
-    (["--beam", "2"], "unrecognized"),
-    (["other", "--out", "x"], "single CKPT"),
-    (["other", "--text", "hi", "--task", "mner"], "single CKPT"),
-    (["--text", "hi Bob", "--task", "mre"], "none in this corpus"),
-    (["--text", "hi Bob", "--task", "mner", "--dataset", "tweet"], "use one of: tweets"),
+@pytest.mark.parametrize("command, words, reason", [
+    (answer.main, ["--text", "hi"], "--task"),
+    (answer.main, ["--task", "mner"], "--text"),
+    (evaluate.main, ["--beam", "2"], "unrecognized"),
+    (evaluate.main, ["other", "--out", "x"], "single CKPT"),
+    (evaluate.main, ["--beams", "0"], "expected a whole number of at least 1"),
+    (evaluate.main, ["--text", "hi", "--task", "mner"], "is now python -m tools.answer"),
+    (evaluate.main, ["--plot=x"], "evaluate.py --plot is now python -m tools.plot"),
+    (answer.main, ["other", "--text", "hi", "--task", "mner"], "unrecognized arguments: other"),
+    (answer.main, ["--text", "hi Bob", "--task", "mre"], "none in this corpus"),
+    (answer.main, ["--text", "hi Bob", "--task", "mner", "--dataset", "tweet"],
+     "use one of: tweets"),
 ])
 def test_a_command_that_cannot_be_carried_out_says_why(
-        run_folder: Path, capsys: pytest.CaptureFixture, words: list[str], reason: str) -> None:
+        run_folder: Path, capsys: pytest.CaptureFixture, command: Callable[[list[str]], None],
+        words: list[str], reason: str) -> None:
     """Exit status 2, one message, no traceback; abbreviated flags are unknown flags."""
     with pytest.raises(SystemExit) as exit:
-        evaluate.main([str(run_folder), *words])
+        command([str(run_folder), *words])
     assert exit.value.code == 2 and reason in capsys.readouterr().err
 
 
 def test_head_and_tail_are_found_in_the_text() -> None:
     """Whole tokens, compared as answers are; words that are not there are named."""
     tokens = ("Kim", "Lee", "met", "Bo")
-    assert find_words(tokens, "Kim Lee", "--head") == (0, 2)
+    assert answer.find_words(tokens, "Kim Lee", "--head") == (0, 2)
     with pytest.raises(DataError, match="--tail.*'Ki'"):
-        find_words(tokens, "Ki", "--tail")
+        answer.find_words(tokens, "Ki", "--tail")
 
 
 @pytest.mark.skipif("CLORAE_REALDATA" not in os.environ, reason="CLORAE_REALDATA names no folder "

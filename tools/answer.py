@@ -230,7 +230,7 @@ def answer_json(row: Row, strips: Sequence[Strip]) -> str:
 
 def answer_examples(args: argparse.Namespace, world: World) -> None:
     """Answer the examples of the command line: in words, as JSON, as pictures."""
-    job = Job.of(args.checkpoint[0], args)
+    job = Job(args.checkpoint[0], args)
     setup = load_model(job.checkpoint, world.device, **job.changes)
     config, datasets = setup.config, setup.datasets
     records = example_records(args, datasets)
@@ -247,8 +247,7 @@ def answer_examples(args: argparse.Namespace, world: World) -> None:
              f"{config.max_objects} objects; the model sees the first {config.max_objects}")
     features = GivenImages(setup.sources.vit, records, config.max_objects, world.device)
     world.join()
-    rows = evaluate_split(setup.model, examples, datasets, features, setup.tokenizer, world.device,
-                          job.decoding, world.rank, world.size)
+    rows = evaluate_split(setup, examples, features, job.decoding, world)
     if not world.main:
         return
     why = lacks_gate(config)

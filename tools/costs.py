@@ -287,7 +287,7 @@ def parser() -> Parser:
 
 def run(args: argparse.Namespace, world: World) -> None:
     if args.checkpoint:
-        job = Job.of(args.checkpoint[0], args)
+        job = Job(args.checkpoint[0], args)
         world.print(cost_report(Geometry.of_run(*job.load(world)), {}))
     else:
         geometry = Geometry.of_size(args.size, SIZES[args.size].rank, args.lengths)

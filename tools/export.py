@@ -112,7 +112,7 @@ def plain_lora(args: argparse.Namespace, world: World) -> tuple[Callable, list[s
     A gate that depends on the token cannot be merged; its mean over the task's dev tokens can.
     F1 is that of our model before, after, and after without images, which is what PEFT runs.
     """
-    job = Job.of(args.checkpoint[0], args)
+    job = Job(args.checkpoint[0], args)
     setup, examples = job.load(world)
     model, config = setup.model, setup.config
     if config.method == "full" or setup.sources.init:
@@ -130,8 +130,7 @@ def plain_lora(args: argparse.Namespace, world: World) -> tuple[Callable, list[s
     world.join()
     here = {"device": world.device, "decoding": job.decoding, "rank": world.rank,
             "world": world.size}
-    score = partial(evaluate_split, model, datasets=setup.datasets, features=features,
-                    tokenizer=setup.tokenizer, **here)
+    score = partial(evaluate_split, setup, features=features, decoding=job.decoding, world=world)
     gates = dict.fromkeys(clorae.expert_layers(model))
     if any(hasattr(layer, "W_g") for layer in clorae.expert_layers(model).values()):
         gates = mean_gates(model, gate_sums(model, dev, [0] * len(dev), features, **here))

@@ -195,7 +195,7 @@ def pictures(args: argparse.Namespace, world: World) -> list[str]:
     Needs fresh scores in every folder.  Of several runs each has a folder of its own for what
     concerns it alone, numbered in the order of the command line.
     """
-    jobs, lines = [Job.of(folder, args) for folder in args.checkpoint], []
+    jobs, lines = [Job(folder, args) for folder in args.checkpoint], []
     for number, job in enumerate(jobs, 1):
         own = f"{number:02d}-{job.checkpoint.parent.resolve().name}" if len(jobs) > 1 else ""
         lines += draw_run(job, args.folder / own, args, world)
@@ -227,7 +227,7 @@ def run(args: argparse.Namespace, world: World) -> None:
     if len(args.checkpoint) > 1 or args.csv:
         compare(args, world)
     else:
-        refresh([Job.of(args.checkpoint[0], args)], world)
+        refresh([Job(args.checkpoint[0], args)], world)
     world.print("pictures:", *pictures(args, world))
 
 

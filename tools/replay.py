@@ -144,7 +144,7 @@ def parser() -> Parser:
 
 
 def run(args: argparse.Namespace, world: World) -> None:
-    job = Job.of(args.checkpoint[0], args)
+    job = Job(args.checkpoint[0], args)
     made, report = replay(job, args.folder) if world.main else ([], [])
     world.print(*report, *map(str, made))
 

@@ -172,7 +172,7 @@ def parser() -> Parser:
 
 
 def run(args: argparse.Namespace, world: World) -> None:
-    made = route(Job.of(args.checkpoint[0], args), args.folder, args.layers, world)
+    made = route(Job(args.checkpoint[0], args), args.folder, args.layers, world)
     world.print("tokens given to the task expert:", *map(str, made))
 
 
