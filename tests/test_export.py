@@ -227,7 +227,7 @@ def test_under_torchrun_the_cache_of_hf_home_serves_and_one_process_speaks(small
          str(ROOT / "train.py"), *flags, "--dry-run"], capture_output=True, text=True, timeout=300,
         cwd=tmp_path, env={**ENVIRONMENT, "HF_HOME": str(tmp_path / "home")})
     assert done.returncode == 0, done.stderr
-    config, *_ = parse_arguments(flags)
+    config, *_ = parse_arguments(flags, "", clorae.METHODS)
     setup = build(config, Sources(*map(Path, small.values())), torch.device("cpu"))
     trained = sum(clorae.parameter_split(setup.model).values())
     total = sum(p.numel() for p in setup.model.parameters())

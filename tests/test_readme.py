@@ -99,7 +99,7 @@ class Understood(Exception):
 def understood(script: str, flags: list[str]) -> None:
     """The command line is one that the command accepts; it is not run."""
     if script == "train.py":
-        parse_arguments(flags)
+        parse_arguments(flags, "", clorae.METHODS)
     elif script in COMMANDS:
         parse = Parser.parse_args
 

@@ -227,8 +227,12 @@ def folder(tmp_path: Path) -> Path:
 
 
 def records_of(small: dict[str, str], *words: object) -> list[Record]:
-    args = answer.parser().parse_args(["run", *map(str, words)])
-    return example_records(args, load_datasets(small["data"]))
+    """The records that a command line makes of its examples."""
+    lines = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(answer, "carry_out", lambda run, args: lines.append(args))
+        answer.main(["run", *map(str, words)])
+    return example_records(lines[0], load_datasets(small["data"]))
 
 
 def test_rows_of_a_file_become_records_without_gold(small, folder):
@@ -340,11 +344,11 @@ def test_examples_are_answered_in_words_as_json_and_as_pictures(finished, folder
     ([], "give either --text or --examples"),
     (["--text", "hi"], "--text needs --task"),
     (["--text", "hi", "--examples", "x", "--task", "mner"], "give either --text or --examples"),
-    (["--examples", "x", "--head", "Bo"], "--head would do nothing here: they go with --text"),
-    (["--text", "hi", "--task", "med", "--objects", "1,2,3,4"], "name it with --image"),
+    (["--examples", "x", "--head", "Bo"], "--head would do nothing without --text"),
+    (["--text", "hi", "--task", "med", "--objects", "1,2,3,4"], "add --image"),
     (["--text", "hi", "--task", "mner", "--draw", "a.jpg"], "name a .png file"),
     (["--draw", "a.png"], "give either --text or --examples"),
-    (["--examples", "x", "--draw", "README.md"], "with --examples name a folder"),
+    (["--examples", "x", "--draw", "README.md"], "name a folder for --examples"),
     (["--examples", "tests/golden", "--task", "mner"], "expected one .txt and at most one image"),
     (["--text", "hi", "--task", "med", "--image", "nowhere.png"], "nowhere.png: expected a whole"),
     (["--text", "hi", "--task", "mre"], "head: expected words of the text"),

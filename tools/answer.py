@@ -1,10 +1,12 @@
-"""Answer examples: texts with their images, from the command line, a file or a folder.
+"""Answer examples: texts with their images, from the command line, a file or a folder.  Printed are
+the text, in colours on a terminal unless NO_COLOR is set, the answer in words, and a line of JSON,
+with --text or --draw with the mean gates of the task expert.
 
     python -m tools.answer RUN --text "..." --image I --task mner --draw FILE.png      one example
     python -m tools.answer RUN --examples ROWS.jsonl --out ANSWERS.jsonl --draw DIR    many
 
 An example becomes a record without gold, is checked as those of a corpus are, and goes the way of
-test records.  A wrong one is named by file and line, and none is answered before all are right.
+test records.  Faulty ones are named by file and line; none is answered before all are right.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
@@ -37,8 +40,6 @@ NO_GOLD = {"mner": {"entities": []}, "mre": {"relation": "none"}, "med": {"event
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 GivenRow = tuple[str, Path, bytes | dict]  # where it stands, the folder of its image, the row
 
-
-# -------------------------------------------------------------------------- reading the examples
 
 def given_rows(args: argparse.Namespace) -> list[GivenRow]:
     """The examples that the command line asks for, not yet looked at."""
@@ -65,21 +66,19 @@ def given_rows(args: argparse.Namespace) -> list[GivenRow]:
 
 def folder_rows(folder: Path) -> list[GivenRow]:
     """A row per name in the folder: NAME.txt is its text, NAME.png or the like its image."""
-    examples: dict[str, dict[str, Path]] = {}  # {name: {"text" or "image": its file}}
+    examples: dict[str, list[Path | None]] = {}  # {name: [its text, its image]}
     for file in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
-        suffix = file.suffix.lower()
-        content, files = "text" if suffix == ".txt" else "image", examples.setdefault(file.stem, {})
-        if content in files or suffix not in (".txt", *IMAGE_SUFFIXES):
+        suffix, files = file.suffix.lower(), examples.setdefault(file.stem, [None, None])
+        if files[suffix != ".txt"] or suffix not in (".txt", *IMAGE_SUFFIXES):
             raise DataError(f"{file}: expected one .txt and at most one image ("
                             f"{' '.join(IMAGE_SUFFIXES)}) of each name, got another file; move it "
                             "away, or list the examples in a .jsonl file")
-        files[content] = file
+        files[suffix != ".txt"] = file
     if not examples:
         raise DataError(f"{folder}: expected a .jsonl file, or .txt and image files, found none; "
                         "name the folder that holds them")
     rows: list[GivenRow] = []
-    for name, files in examples.items():
-        text, image = files.get("text"), files.get("image")
+    for name, (text, image) in examples.items():
         words = read_bytes(text).decode("utf-8", "surrogateescape") if text else ""
         rows.append((str(text or image), folder,
                      {"id": name, "text": words, "image": image and image.name}))
@@ -141,9 +140,9 @@ def completed(row: bytes | dict, folder: Path, name: str, args: argparse.Namespa
                         f"{', '.join(able) or 'none in this corpus'}, or another task")
     if isinstance(raw.get("text"), str) and "tokens" not in raw:
         raw["tokens"] = raw.pop("text").split()
+    tokens = raw.get("tokens") if isinstance(raw.get("tokens"), list) else []
     for end in ("head", "tail"):
         if isinstance(raw.get(end), str):
-            tokens = raw.get("tokens") if isinstance(raw.get("tokens"), list) else []
             raw[end] = list(find_words(list(map(str, tokens)), raw[end], end))
     if isinstance(raw["image"], str):
         path = image_path(folder, raw["image"])
@@ -195,8 +194,6 @@ class GivenImages:
         return self.cache.get(*self.key(record)) if has_image(record) else None
 
 
-# --------------------------------------------------------------------------- telling the answers
-
 TERMINAL = (34, 33, 32, 35, 36, 31)  # codes of about the same colours as on a page
 HARMLESS = str.maketrans(dict.fromkeys((*range(32), *range(127, 160)), "?"))  # on a terminal
 
@@ -241,11 +238,7 @@ def run(args: argparse.Namespace, world: World) -> None:
     setup = load_model(job.checkpoint, world.device, **job.changes)
     config, datasets = setup.config, setup.datasets
     records = example_records(args, datasets)
-
-    def note(text: str) -> None:
-        if world.main:
-            print(text, file=sys.stderr)
-
+    note = partial(print, file=sys.stderr) if world.main else lambda text: None
     examples = data.encode_records(records, datasets, setup.tokenizer, config.max_source,
                                    config.max_target, note)
     crowded = [record.source for record in records if len(record.objects) > config.max_objects]
@@ -279,15 +272,9 @@ def run(args: argparse.Namespace, world: World) -> None:
                 print(f"picture: {path}")
 
 
-# ------------------------------------------------------------------------------------ the command
-
-def parser() -> Parser:
-    """The options that describe examples to be answered."""
-    command = Parser(
-        prog="python -m tools.answer", usage="%(prog)s CKPT --text T --task TASK [options]",
-        description="Answer examples. Printed are the text, in colours on a terminal unless "
-        "NO_COLOR is set, the answer in words, and a line of JSON, with --text or --draw with the "
-        "mean gates of the task expert.")
+def main(argv: Sequence[str] | None = None) -> None:
+    command = Parser(prog="python -m tools.answer", description=__doc__.partition("\n\n")[0],
+                     usage="%(prog)s CKPT --text T --task TASK [options]")
     add = command.add_argument_group("examples").add_argument
     add("--text", metavar="T", help="the sentence, tokens separated by spaces")
     add("--image", type=Path, metavar="FILE", help="its image, if it has one")
@@ -311,29 +298,19 @@ def parser() -> Parser:
     add("--draw", type=Path, metavar="FILE",
         help="a picture (.png) of the image with its boxes, the text with its spans and the gates "
              "token by token; with --examples a folder for one picture each")
-    return command
-
-
-def misuse(args: argparse.Namespace) -> str | None:
-    """What is wrong with a combination of options, if anything is."""
+    args = command.parse_args(argv)
     one, draw = args.text is not None, args.draw
     single = [name for name in ("image", "objects", "head", "tail") if getattr(args, name)]
-    return next((message for wrong, message in (
-        (one == (args.examples is not None), "give either --text or --examples"),
-        (not one and single, f"--{' --'.join(single)} would do nothing here: they go with --text"),
-        (one and not args.task, "--text needs --task mner, mre, med or meae"),
-        (args.objects and not args.image, "--objects are boxes in an image; name it with --image"),
-        (one and draw and (draw.suffix != ".png" or draw.is_dir()),
-         f"--draw {draw}: name a .png file"),
-        (not one and draw and draw.is_file(), f"--draw {draw}: with --examples name a folder"),
-    ) if wrong), None)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    command = parser()
-    args = command.parse_args(argv)
-    if wrong := misuse(args):
-        command.error(wrong)
+    no_file = draw and (draw.suffix != ".png" or draw.is_dir())
+    for holds, problem in (
+            (one == (args.examples is not None), "give either --text or --examples"),
+            (not one and single, f"--{' --'.join(single)} would do nothing without --text"),
+            (one and not args.task, "--text needs --task mner, mre, med or meae"),
+            (args.objects and not args.image, "--objects are boxes in an image; add --image"),
+            (one and no_file, f"--draw {draw}: name a .png file"),
+            (not one and draw and draw.is_file(), f"--draw {draw}: name a folder for --examples")):
+        if holds:
+            command.error(problem)
     carry_out(run, args)
 
 

@@ -1,7 +1,8 @@
-"""Table 5: what every method costs in trainable parameters and FLOPs, counted, not measured.
+"""Parameters and FLOPs of every method, as in Table 5, counted, not measured: of flan-t5-SIZE, or
+with CKPT of its backbone at its rows' mean lengths.
 
-    python -m tools.costs [--size large] [--lengths 95 1 21]    flan-t5-SIZE, beside the paper
-    python -m tools.costs RUN                                   a run's backbone and mean lengths
+    python -m tools.costs --size large
+    python -m tools.costs RUN
 """
 
 import argparse
@@ -49,14 +50,12 @@ def passing(path: str) -> str:
 
 
 class FlopCounter:
-    """FLOPs of one row of a UMIE, `forward` and `backward`: 2 per multiply-add of a matrix product,
-    everything else is free.
+    """FLOPs of one row of a UMIE: 2 per multiply-add of a matrix product, the rest is free.
 
-    The backward pass has one product for each gradient that is formed: that of a weight if it is
-    trained, that of a linear's input if something below is trained.  The walk follows the forward
-    pass: `live` says of each token stream whether its hidden states need a gradient so far.
-    Experts count as their layer runs them: in rank space, one task of N.  `trainable` are the
-    parameters that learn, {what they belong to: their number}, as clorae.parameter_split has them.
+    `backward` has one product for each gradient that is formed: that of a weight if it is trained,
+    that of a linear's input if something below is trained.  `live` says of each token stream
+    whether its hidden states need a gradient so far; so the walk follows the forward pass.  Experts
+    count in rank space, one task of N.  `trainable` is what clorae.parameter_split says.
     """
 
     def __init__(self, model: nn.Module, source: float, target: float, visual: float):
@@ -152,8 +151,8 @@ class Geometry:
         D, hidden, layers, heads = GEOMETRY[size]
         t5 = T5Config(32128, D, 64, hidden, layers, heads, feed_forward_proj="gated-gelu",
                       tie_head=False, scale_logits=False)
-        objects = max(16, lengths[2] - 1)
-        return cls(f"flan-t5-{size}", t5, rank, UMIE_FEATURES, objects, tuple(lengths))
+        return cls(f"flan-t5-{size}", t5, rank, UMIE_FEATURES, max(16, lengths[2] - 1),
+                   tuple(lengths))
 
     @classmethod
     def of_run(cls, setup: Setup, examples: Sequence[Example]) -> "Geometry":
@@ -273,16 +272,13 @@ def run(args: argparse.Namespace, world: World) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    command = Parser(
-        prog="python -m tools.costs", usage="%(prog)s [CKPT] [options]",
-        description="Parameters and FLOPs of every method, as in Table 5: of flan-t5-SIZE, or with "
-                    "CKPT of its backbone at its rows' mean lengths.")
+    command = Parser(prog="python -m tools.costs", description=__doc__.partition("\n\n")[0],
+                     usage="%(prog)s [CKPT] [options]")
     run_options(command, required=False)
     add = command.add_argument_group("without CKPT").add_argument
     add("--size", choices=tuple(GEOMETRY), default="base", help="the backbone")
     add("--lengths", nargs=3, type=int, default=PAPER_LENGTHS, metavar=("N_E", "N_D", "N_V"),
-        help="source, target, visual tokens of a row; default: 95 1 21, which give the paper's "
-             "figures")
+        help="source, target, visual tokens of a row; default: 95 1 21, as the paper's figures")
     args = command.parse_args(argv)
     if len(args.checkpoint) > 1:
         command.error("the costs are those of one CKPT; name one at a time")

@@ -1,10 +1,11 @@
-"""Export what was trained, without the backbone, whose sha256 travels along.
+"""Export what was trained, without the backbone: a CKPT for any machine that has it; with --task,
+the LoRA for T5, in PEFT's format, that the task's experts are under their mean gates.
 
     python -m tools.export RUN --out DIR                a checkpoint for any machine
     python -m tools.export RUN --out DIR --task mner    one task's experts as a LoRA that PEFT loads
 
-The second fixes the gates, Eq. (6), at their means over the task's dev tokens, since a gate that
-depends on the token cannot be merged, and says what that costs in F1.
+A gate, Eq. (6), depends on the token and cannot be merged: the second command fixes all gates at
+their means over the task's dev tokens, and says what that costs in F1.
 """
 
 import argparse
@@ -156,11 +157,8 @@ def run(args: argparse.Namespace, world: World) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    command = Parser(
-        prog="python -m tools.export", usage="%(prog)s CKPT --out DIR [--task TASK] [options]",
-        description="Export what was trained, without the backbone: a CKPT for any machine that "
-                    "has it; with --task, the LoRA for T5, in PEFT's format, that the task's "
-                    "experts are under their mean gates.")
+    command = Parser(prog="python -m tools.export", description=__doc__.partition("\n\n")[0],
+                     usage="%(prog)s CKPT --out DIR [--task TASK] [options]")
     run_options(command)
     add = command.add_argument_group("output").add_argument
     add("--out", dest="folder", type=Path, metavar="DIR", required=True,

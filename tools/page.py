@@ -1,5 +1,5 @@
-"""The page that tools.answer draws of one example, in inches from the top: the image and its boxes,
-the text and its spans, and token by token how much the task and the universal expert were heard."""
+"""The page that tools.answer draws of an example: the image and its boxes, the text and its spans,
+and token by token how much weight the gate gives to the task expert and to the universal one."""
 
 import dataclasses
 import itertools
@@ -24,7 +24,7 @@ from evaluate import Decoding, Row, Setup, kind
 from tools.figures import COLOURS, DPI, write_figure
 from tools.routing import gates_on
 
-PAGE, SIDE, MARGIN = 11.0, 3.6, 0.35  # width, side of the image, margins and gaps
+PAGE, SIDE, MARGIN = 11.0, 3.6, 0.35  # inches: width, side of the image, margins and gaps
 CHAR, LINE = 13 / DPI, 0.21  # of matplotlib's monospaced font at 10 points, hinted at 150 DPI
 LEADING = 1.3  # from one line of the text to the next, in LINE
 SCALE = 0.3  # left of a row of bars
@@ -33,8 +33,6 @@ BAR, BARS = 0.24, 0.65  # width of a bar, height of a row of bars
 UNIVERSAL, TASK = COLOURS[:2]
 PLACE_COLOURS = COLOURS[:6]
 
-
-# ---------------------------------------------------------------------------- an answer in words
 
 @dataclass(frozen=True)
 class Place:
@@ -81,14 +79,12 @@ def answer_lines(row: Row) -> list[str]:
     notes = {f"unreadable in the output, {row.counts.malformed} piece(s): {answer.text!r}":
              row.counts.malformed, "cut at the length limit": answer.cut,
              f"answered without {record.image}, which is not there": answer.missing}
-    return (lines or ["nothing found"]) + [f"note: {note}" for note, holds in notes.items() if holds]
+    return [*(lines or ["nothing found"]), *(f"note: {note}" for note in notes if notes[note])]
 
 
 def has_image(record: Record) -> bool:
     return record.image is not None and Path(record.image).is_file()
 
-
-# -------------------------------------------------------------------------- gates token by token
 
 @dataclass(frozen=True)
 class Strip:
@@ -123,15 +119,14 @@ def token_strips(setup: Setup, example: Example, row: Row, features: Features,
     prefix, _ = data.prompt(record, setup.datasets[record.dataset])
     n = len(os.path.commonprefix([ids, tokenizer.encode(prefix)]))
     source = means["memory"][-len(ids):]  # visual tokens may come first
-    strips = [Strip("memory", f"reading the text (prompt: mean of {n} tokens)",
+    objects = [f" O{k}" for k in range(1, len(means.get("visual", ())))]
+    strips = (Strip("memory", f"reading the text (prompt: mean of {n} tokens)",
                     ["prompt", *(piece(tokenizer, i) for i in ids[n:])],
-                    [fmean(source[:n]), *source[n:]])]
-    if "visual" in means:
-        objects = [f" O{k}" for k in range(1, len(means["visual"]))]
-        strips.append(Strip("visual", "looking at the picture", ["image", *objects],
-                            means["visual"]))
-    return [*strips, Strip("target", "writing the answer", [piece(tokenizer, i) for i in answer],
-                           means["target"])]
+                    [fmean(source[:n]), *source[n:]]),
+              Strip("visual", "looking at the picture", ["image", *objects], means.get("visual")),
+              Strip("target", "writing the answer", [piece(tokenizer, i) for i in answer],
+                    means["target"]))
+    return [strip for strip in strips if strip.gates]
 
 
 def strip_rows(strips: Sequence[Strip]) -> list[tuple[str, list[tuple[float, str, float]]]]:
@@ -168,8 +163,6 @@ def draw_strip(ax: object, title: str, bars: Sequence[tuple[float, str, float]])
     ax.spines[:].set_visible(False)
     ax.set_title(title, fontsize=9, loc="left", pad=3)
 
-
-# ------------------------------------------------------------------------------ text and image
 
 Word = tuple[int, str, list[Place], bool]  # column, text, spans it is in, whether it is a label
 
@@ -222,16 +215,15 @@ def draw_image(ax: object, record: Record, answer: Sequence[Place], image: objec
     pixel = image.width / ax.bbox.width  # one of the page, in those of the image
     if whole := [place for place in answer if place.item.whole_image]:
         ax.spines[:].set(linewidth=5, color=PLACE_COLOURS[whole[0].colour])
-        labels = ", ".join(place.label for place in whole)
-        ax.set_xlabel(f"O0, the whole image: {labels}", loc="left")
+        ax.set_xlabel("O0, the whole image: " + ", ".join(place.label for place in whole),
+                      loc="left")
     named = {k: [place for place in answer if place.item.object == k and place.item.box]
              for k in range(1, len(record.objects) + 1)}
     taken: list[Box] = []
     for k in sorted(named, key=lambda k: not named[k]):
         x1, y1, x2, y2 = box = record.objects[k - 1]
-        colour, width, above = "#777777", 1, 2
-        if named[k]:
-            colour, width, above = PLACE_COLOURS[named[k][0].colour], 2.5, 3
+        colour = PLACE_COLOURS[named[k][0].colour] if named[k] else "#777777"
+        width, above = (2.5, 3) if named[k] else (1, 2)
         ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour,
                                linewidth=width, zorder=above))
         label = ax.text(0, 0, "\n".join([f"O{k}", *(place.label for place in named[k])]),
@@ -259,8 +251,6 @@ def label_place(size: tuple[float, float], box: Box, taken: Sequence[Box],
     return next(((x, y) for x, y in near if not any(
         iou((x, y, x + w, y + h), other) for other in taken)), corners[0])
 
-
-# -------------------------------------------------------------------------------- the whole page
 
 def draw_example(row: Row, dataset: Dataset, strips: Sequence[Strip], no_gate: str | None,
                  path: Path) -> None:

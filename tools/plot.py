@@ -1,9 +1,8 @@
-"""Pictures of runs: curves, weights, routing and errors of one; several side by side.
+"""Draw runs.  Of one its losses, dev F1, AML weights (and under other assumptions), routing and
+classes of errors; of several the systems side by side (Fig. 4), the setting in which they differ
+(Fig. 5), and the pictures of each in a folder of its own.  Scores that still hold are kept.
 
-    python -m tools.plot RUN --out DIR            every picture that the run allows
-    python -m tools.plot RUN RUN2 --out DIR       Fig. 4, Fig. 5 and those of each run in its folder
-
-A run that has no scores, or whose scores no longer hold, is scored first.
+    python -m tools.plot RUN [RUN2 ...] --out DIR
 """
 
 import argparse
@@ -32,8 +31,6 @@ from tools.routing import route
 ERRORS = ("wrong_type", "boundary", "missed", "spurious", "malformed")  # of evaluate.Counts
 Results = Mapping[object, Mapping[str, Sequence[float]]]  # {system: {unit: F1 in %, one a seed}}
 
-
-# ----------------------------------------------------------------------------------- a single run
 
 def plot_curves(run: Path, path: Path) -> Path:
     """Draw losses per step, dev F1 and AML weights per epoch, from metrics.csv and eval.jsonl; the
@@ -97,8 +94,6 @@ def draw_run(job: Job, folder: Path, layers: Sequence[int] | None, world: World)
             lines.append(f"no {name}: {problem}")
     return lines + ["no AML weights: trained without them"] * (not job.config.aml)
 
-
-# -------------------------------------------------------------------------- systems side by side
 
 def plot_systems(results: Results, path: Path) -> Path:
     """Fig. 4: F1 relative to each unit's best system; means and deviations over seeds."""
@@ -194,8 +189,6 @@ def draw_systems(systems: Sequence[System], folder: Path) -> list[Path]:
     return paths
 
 
-# ------------------------------------------------------------------------------------ the command
-
 def run(args: argparse.Namespace, world: World) -> None:
     """Score what has to be scored, draw what these runs allow, and say what was made.
 
@@ -217,12 +210,8 @@ def run(args: argparse.Namespace, world: World) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    command = Parser(
-        prog="python -m tools.plot", usage="%(prog)s CKPT [CKPT ...] --out DIR [options]",
-        description="Draw runs. Of one CKPT its losses, dev F1, AML weights (and under other "
-                    "assumptions), routing and classes of errors; of several the systems side by "
-                    "side, the setting in which they differ, and the pictures of each in a folder "
-                    "of its own. Scores that still hold are not made again.")
+    command = Parser(prog="python -m tools.plot", description=__doc__.partition("\n\n")[0],
+                     usage="%(prog)s CKPT [CKPT ...] --out DIR [options]")
     run_options(command, several=True)
     add = command.add_argument_group("output").add_argument
     add("--out", dest="folder", type=Path, metavar="DIR", required=True,

@@ -1,9 +1,8 @@
-"""Eq. (9) once more: the AML weights of a finished run under other references and settings.
+"""AML weights, Eq. (9), of a run's history under other references p_m, margins, exponents and
+temperatures, one change at a time; nothing is trained.
 
     python -m tools.replay RUN --out DIR
 
-Nothing is trained: the dev F1 of the run's history is weighed again with each p_m up to 10 % off,
-with p_m from elsewhere, and with other margins, exponents and temperatures, one change at a time.
 DIR/aml.csv has the weight of each unit after each epoch, DIR/aml.png draws their ranges.
 """
 
@@ -46,17 +45,17 @@ def replayed_weights(history: Sequence[Mapping], settings: Mapping[str, Setting]
     "shift" is the distance to the weight under settings["run"], "share" the unit's share of the
     whole loss if it has as many training rows as `rows` says.
     """
-    lines = []
+    table = []
     for past, (name, setting) in itertools.product(history, settings.items()):
         f1 = past["f1"]
         trained, w = (achievement_weights(f1, **s) for s in (settings["run"], setting))
         for m in f1:
             level = f1[m] / (setting["margin"] * setting["reference"][m])
-            lines.append({"setting": name, "after_epoch": past["epoch"], "unit": m, "f1": f1[m],
+            share = rows[m] * w[m] / sum(rows[k] * w[k] for k in f1)
+            table.append({"setting": name, "after_epoch": past["epoch"], "unit": m, "f1": f1[m],
                           "achievement": level, "achieved": int(level >= 1), "weight": w[m],
-                          "shift": w[m] - trained[m],
-                          "share": rows[m] * w[m] / sum(rows[k] * w[k] for k in f1)})
-    return lines
+                          "shift": w[m] - trained[m], "share": share})
+    return table
 
 
 def weight_slopes(f1: Mapping[str, float], reference: Mapping[str, float], margin: float = 1.05,
@@ -72,28 +71,27 @@ def weight_slopes(f1: Mapping[str, float], reference: Mapping[str, float], margi
     return slopes
 
 
-def replay_table(lines: Sequence[Mapping]) -> list[str]:
+def replay_table(rows: Sequence[Mapping]) -> list[str]:
     """Per setting the largest shift of a weight and where, that of a share, the achieved units."""
-    shares = {(r["after_epoch"], r["unit"]): r["share"] for r in lines if r["setting"] == "run"}
+    shares = {(r["after_epoch"], r["unit"]): r["share"] for r in rows if r["setting"] == "run"}
     table = [["setting", "shift", "unit", "after epoch", "share by", "units at or above margin p"]]
-    for setting in dict.fromkeys(line["setting"] for line in lines):
-        same = [line for line in lines if line["setting"] == setting]
-        worst = max(same, key=lambda line: abs(line["shift"]))
+    for setting in dict.fromkeys(r["setting"] for r in rows):
+        same = [r for r in rows if r["setting"] == setting]
+        worst = max(same, key=lambda r: abs(r["shift"]))
         share = max(abs(r["share"] - shares[r["after_epoch"], r["unit"]]) for r in same)
-        units = dict.fromkeys(line["unit"] for line in same if line["achieved"])
+        units = dict.fromkeys(r["unit"] for r in same if r["achieved"])
         table.append([setting, f"{worst['shift']:+.3f}", worst["unit"], str(worst["after_epoch"]),
                       f"{100 * share:.1f} %", " ".join(units) or "-"])
     return aligned(table)
 
 
-def plot_replay(lines: Sequence[Mapping], path: Path) -> Path:
+def plot_replay(rows: Sequence[Mapping], path: Path) -> Path:
     """A panel per unit: its weight in the run, before the range over all settings and all p_m."""
-    units = list(dict.fromkeys(line["unit"] for line in lines))
-    epochs = sorted({line["after_epoch"] for line in lines})
+    units = list(dict.fromkeys(r["unit"] for r in rows))
+    epochs = sorted({r["after_epoch"] for r in rows})
     figure, axes = canvas(2.5 + 1.6 * len(units), 3.6, columns=len(units), sharey=True)
     for ax, unit in zip(axes, units):
-        weights = {(r["setting"], r["after_epoch"]): r["weight"] for r in lines
-                   if r["unit"] == unit}
+        weights = {(r["setting"], r["after_epoch"]): r["weight"] for r in rows if r["unit"] == unit}
         for start, alpha, label in (("", 0.2, "all settings"), ("p ", 0.45, "other p_m")):
             ranges = [[w for (name, t), w in weights.items() if t == epoch
                        and name.startswith((start, "run"))] for epoch in epochs]
@@ -109,27 +107,27 @@ def plot_replay(lines: Sequence[Mapping], path: Path) -> Path:
 
 def replay(job: Job, folder: Path) -> tuple[list[Path], list[str]]:
     """Write aml.csv and aml.png; returns their paths and a report in lines."""
-    newest = newest_checkpoint(job.folder) or job.checkpoint
-    state, config, corpus = read_state(newest), job.config, corpus_of(job.config)
-    history = state["history"]
-    if not history:
+    newest, config = newest_checkpoint(job.folder) or job.checkpoint, job.config
+    state, corpus = read_state(newest), corpus_of(config)
+    if not (history := state["history"]):
         raise UsageError(f"{newest}: expected a run that has finished an epoch, got none; "
                          "let it train on: its dev F1 is what is replayed")
     setting = {"reference": state["reference"], "margin": config.aml_margin,
                "gamma": config.aml_gamma, "temperature": 1.0}
-    rows = unit_rows(load_corpus(corpus, "train", list(history[0]["f1"])), load_datasets(corpus))
-    lines = replayed_weights(history, variants(setting), rows)
-    save_csv(folder / "aml.csv", lines)
-    plot_replay(lines, folder / "aml.png")
+    sizes = unit_rows(load_corpus(corpus, "train", list(history[0]["f1"])), load_datasets(corpus))
+    rows = replayed_weights(history, variants(setting), sizes)
+    save_csv(folder / "aml.csv", rows)
+    plot_replay(rows, folder / "aml.png")
     steepest = max(abs(slope) for past in history
                    for slope in weight_slopes(past["f1"], **setting).values())
     trained = {(past["epoch"], m): w for past in history for m, w in past["weights"].items()}
-    off = max(abs(line["weight"] - trained[line["after_epoch"], line["unit"]]) for line in lines
-              if line["setting"] == "run")
-    note = f"note: the run trained with other weights, up to {off:.3f} away: without AML"
-    return [folder / "aml.csv", folder / "aml.png"], [
-        *replay_table(lines), "first order: a p_m wrong by 10 % moves a weight by at most "
-        f"{steepest / 10:.3f}", *[note] * (off > 1e-9)]
+    off = max(abs(r["weight"] - trained[r["after_epoch"], r["unit"]]) for r in rows
+              if r["setting"] == "run")
+    report = [*replay_table(rows), "first order: a p_m wrong by 10 % moves a weight by at most "
+              f"{steepest / 10:.3f}"]
+    if off > 1e-9:
+        report += [f"note: the run trained with other weights, up to {off:.3f} away: without AML"]
+    return [folder / "aml.csv", folder / "aml.png"], report
 
 
 def run(args: argparse.Namespace, world: World) -> None:
@@ -139,9 +137,8 @@ def run(args: argparse.Namespace, world: World) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    command = Parser(prog="python -m tools.replay", usage="%(prog)s CKPT --out DIR [options]",
-                     description="AML weights of the run's history under other references p_m, "
-                                 "margins, exponents and temperatures; nothing is trained.")
+    command = Parser(prog="python -m tools.replay", description=__doc__.partition("\n\n")[0],
+                     usage="%(prog)s CKPT --out DIR [options]")
     run_options(command)
     command.add_argument_group("output").add_argument(
         "--out", dest="folder", type=Path, metavar="DIR", required=True,

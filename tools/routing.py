@@ -2,9 +2,8 @@
 
     python -m tools.routing RUN --out DIR [--layers 0 1 2]
 
-DIR/routing.csv has a row for every wrapped linear and every (task, dataset) of the split, and
-DIR/routing.png shows the mean gate by layer and dataset.  The gates, Eq. (6), are those of passes
-that are given the right answers (teacher forcing), over valid tokens only.
+DIR/routing.csv has a row for every wrapped linear and (task, dataset), DIR/routing.png the means
+by layer.  The gates, Eq. (6), are those of valid tokens while the right answer is forced.
 """
 
 import argparse
@@ -43,12 +42,9 @@ def gates_on(model: nn.Module, batch: data.Batch, precision: str) -> dict[nn.Mod
     Layers that meet no token are absent: those of the visual stack in a batch without images.
     """
     gates: dict[nn.Module, Tensor] = {}
-
-    def hook(layer: nn.Module, inputs: tuple[Tensor]) -> None:
-        gates[layer] = layer.gates(inputs[0])
-
-    hooks = [layer.register_forward_pre_hook(hook)
-             for layer in clorae.expert_layers(model).values()]
+    hooks = [layer.register_forward_pre_hook(
+        lambda layer, inputs: gates.update({layer: layer.gates(inputs[0])}))
+        for layer in clorae.expert_layers(model).values()]
     with torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=precision == "bf16"):
         model.eval()(batch)
     for handle in hooks:
@@ -66,12 +62,12 @@ def gate_sums(model: nn.Module, examples: Sequence[Example], groups: Sequence[in
     layers = list(clorae.expert_layers(model).values())
     sums = torch.zeros(len(layers), max(groups) + 1, 6, dtype=torch.float64, device=world.device)
     group_of = {example.row: group for example, group in zip(examples, groups, strict=True)}
-    batches = deal([len(e.input_ids) for e in examples], decoding.batch_size, world.rank, world.size)
+    lengths = [len(example.input_ids) for example in examples]
+    batches = deal(lengths, decoding.batch_size, world.rank, world.size)
     for chosen in tqdm(batches, desc="routing", unit="batch", disable=not world.main, leave=False):
         batch = data.collate([examples[i] for i in chosen], features, features.width)
-        batch = batch.to(world.device)
         rows = torch.tensor([group_of[row] for row in batch.rows.tolist()], device=world.device)
-        for layer, gates in gates_on(model, batch, decoding.precision).items():
+        for layer, gates in gates_on(model, batch.to(world.device), decoding.precision).items():
             g1, g2 = gates.double().unbind(dim=-1)
             entropy = -(g1.xlogy(g1) + g2.xlogy(g2))
             values = torch.stack([torch.ones_like(g2), g1, g2, g2 > 0.5, g2 * g2, entropy], dim=-1)
@@ -115,8 +111,9 @@ def plot_routing(rows: Sequence[Mapping], layers: Sequence[int] | None, path: Pa
     stacks = {"encoder": ("encoder",), "decoder": ("decoder",),
               "encoder + decoder": ("encoder", "decoder"), "visual stack": ("vstack",)}
     panels = {name: means for name in stacks if (means := layer_means(shown, stacks[name]))}
-    figure, axes = canvas(1.5 + (0.8 + 0.45 * len(columns)) * len(panels),
-                          3 + 0.35 * len({row["layer"] for row in shown}), columns=len(panels))
+    depth = len({row["layer"] for row in shown})
+    figure, axes = canvas(1.5 + (0.8 + 0.45 * len(columns)) * len(panels), 3 + 0.35 * depth,
+                          columns=len(panels))
     for ax, (name, means) in zip(axes, panels.items()):
         depths = sorted({layer for layer, _ in means})
         grid = [[means.get((layer, column), math.nan) for column in columns] for layer in depths]
@@ -136,7 +133,7 @@ def route(job: Job, folder: Path, layers: Sequence[int] | None, world: World) ->
         raise UsageError("expected a run with a live gate between a universal and a task "
                          f"expert, got {reason}; name a run of clorae with --egr")
     setup, examples = job.load(world)
-    paths = list(clorae.expert_layers(setup.model))
+    paths = list(clorae.expert_layers(setup.model))  # ... ".blocks.LAYER.SITE.PROJECTION"
     deepest = max(int(path.split(".")[-3]) for path in paths)
     if layers and not set(layers) <= set(range(deepest + 1)):
         raise UsageError(f"--layers: expected numbers from 0 to {deepest}, got "
@@ -160,9 +157,8 @@ def run(args: argparse.Namespace, world: World) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    command = Parser(prog="python -m tools.routing", usage="%(prog)s CKPT --out DIR [options]",
-                     description="Share of the tokens that the gates give to the task experts, by "
-                                 "layer, task and dataset, as in Fig. 6: a table and a picture.")
+    command = Parser(prog="python -m tools.routing", description=__doc__.partition("\n\n")[0],
+                     usage="%(prog)s CKPT --out DIR [options]")
     run_options(command)
     add = command.add_argument_group("output").add_argument
     add("--out", dest="folder", type=Path, metavar="DIR", required=True,
