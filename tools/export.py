@@ -89,8 +89,8 @@ def write_peft(model: nn.Module, base: str | None, folder: Path) -> None:
     names, tensors = hf_names(model.t5.config), {}
     for path, layer in clorae.expert_layers(model.t5).items():
         key = f"base_model.model.{names[path + '.weight'].removesuffix('.weight')}"
-        tensors |= {f"{key}.lora_A.weight": layer.A_U.detach().cpu().contiguous(),
-                    f"{key}.lora_B.weight": layer.B_U.detach().cpu().contiguous()}
+        for letter, factor in (("A", layer.A_U), ("B", layer.B_U)):
+            tensors[f"{key}.lora_{letter}.weight"] = factor.detach().cpu().contiguous()
     folder.mkdir()
     (folder / "adapter_model.safetensors").write_bytes(save(tensors, {"format": "pt"}))
     write_whole(folder / "adapter_config.json", json.dumps({
@@ -108,8 +108,8 @@ def plain_lora(args: argparse.Namespace, world: World) -> Export:
     model, config = setup.model, setup.config
     if config.method == "full" or setup.sources.init:
         raise UsageError("--task: expected a run whose experts sit on a hub's T5, got "
-                         f"{config.method if config.method == 'full' else '--init'}: "
-                         "all of its T5 was trained; export it without --task")
+                         f"{'full' if config.method == 'full' else '--init'}: all of its T5 was "
+                         "trained; export it without --task")
     task = TASKS.index("mee" if args.task in ("med", "meae") else args.task)
     dev, split = ([example for example in examples if example.task == task]
                   for examples in (job.examples(setup, "dev", world), examples))
@@ -128,8 +128,8 @@ def plain_lora(args: argparse.Namespace, world: World) -> Export:
 
     gates = dict.fromkeys(layers := clorae.expert_layers(model))
     if any(hasattr(layer, "W_g") for layer in layers.values()):
-        gates = mean_gates(model, gate_sums(model, dev, [0] * len(dev), features, job.decoding,
-                                            world))
+        sums = gate_sums(model, dev, [0] * len(dev), features, job.decoding, world)
+        gates = mean_gates(model, sums)
     lines = [f1("before", split)]
     fix_gates(model, task, gates)
     texts = [dataclasses.replace(example, record=dataclasses.replace(example.record, image=None))

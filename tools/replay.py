@@ -20,25 +20,22 @@ from evaluate import Job, aligned, run_options
 from losses import SINGLE_TASK_F1, SOTA_F1, achievement_weights
 from tools.figures import STYLES, canvas, write_figure
 
-Setting = Mapping[str, object]  # reference, margin, gamma, temperature of achievement_weights
 
-
-def variants(setting: Setting) -> dict[str, Setting]:
-    """{name: setting}: "run", which is the one given, and others that differ from it once."""
-    p: Mapping[str, float] = setting["reference"]
+def variants(setting: Mapping) -> dict[str, Mapping]:
+    """{name: arguments of achievement_weights}: "run", which are the given ones, and others."""
+    p = setting["reference"]
     references = {}
     for x in (0.9, 0.95, 1.05, 1.1):
         references |= {f"p {m} x {x}": {**p, m: p[m] * x} for m in p}
         references[f"p all x {x}"] = {m: p[m] * x for m in p}
     references |= {"p single": SINGLE_TASK_F1, "p sota": SOTA_F1}
-    others = {name: {**setting, "reference": values} for name, values in references.items()}
-    for name, values in (("margin", (1.0, 1.05, 1.1)), ("gamma", (1.0, 2.0, 3.0)),
-                         ("temperature", (0.1, 0.3, 1.0))):
-        others |= {f"{name} {value:g}": {**setting, name: value} for value in values}
-    return {"run": setting, **others}
+    options = {"margin": (1.0, 1.05, 1.1), "gamma": (1.0, 2.0, 3.0), "temperature": (0.1, 0.3, 1.0)}
+    return {"run": setting,
+            **{name: {**setting, "reference": values} for name, values in references.items()},
+            **{f"{name} {x:g}": {**setting, name: x} for name in options for x in options[name]}}
 
 
-def replayed_weights(history: Sequence[Mapping], settings: Mapping[str, Setting],
+def replayed_weights(history: Sequence[Mapping], settings: Mapping[str, Mapping],
                      rows: Mapping[str, int]) -> list[dict]:
     """The weights that each setting gives after each epoch; one dict per epoch, setting and unit.
 
@@ -118,13 +115,12 @@ def replay(job: Job, folder: Path) -> tuple[list[Path], list[str]]:
     rows = replayed_weights(history, variants(setting), sizes)
     save_csv(folder / "aml.csv", rows)
     plot_replay(rows, folder / "aml.png")
-    steepest = max(abs(slope) for past in history
-                   for slope in weight_slopes(past["f1"], **setting).values())
+    slopes = (weight_slopes(past["f1"], **setting).values() for past in history)
     trained = {(past["epoch"], m): w for past in history for m, w in past["weights"].items()}
     off = max(abs(r["weight"] - trained[r["after_epoch"], r["unit"]]) for r in rows
               if r["setting"] == "run")
     report = [*replay_table(rows), "first order: a p_m wrong by 10 % moves a weight by at most "
-              f"{steepest / 10:.3f}"]
+              f"{max(abs(slope) for slope in itertools.chain(*slopes)) / 10:.3f}"]
     if off > 1e-9:
         report += [f"note: the run trained with other weights, up to {off:.3f} away: without AML"]
     return [folder / "aml.csv", folder / "aml.png"], report

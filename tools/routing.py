@@ -9,9 +9,9 @@ by layer.  The gates, Eq. (6), are those of valid tokens while the right answer 
 import argparse
 import itertools
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -63,8 +63,8 @@ def gate_sums(model: nn.Module, examples: Sequence[Example], groups: Sequence[in
     sums = torch.zeros(len(layers), max(groups) + 1, 6, dtype=torch.float64, device=world.device)
     group_of = {example.row: group for example, group in zip(examples, groups, strict=True)}
     lengths = [len(example.input_ids) for example in examples]
-    batches = deal(lengths, decoding.batch_size, world.rank, world.size)
-    for chosen in tqdm(batches, desc="routing", unit="batch", disable=not world.main, leave=False):
+    for chosen in tqdm(deal(lengths, decoding.batch_size, world.rank, world.size), desc="routing",
+                       unit="batch", disable=not world.main, leave=False):
         batch = data.collate([examples[i] for i in chosen], features, features.width)
         rows = torch.tensor([group_of[row] for row in batch.rows.tolist()], device=world.device)
         for layer, gates in gates_on(model, batch.to(world.device), decoding.precision).items():
@@ -95,13 +95,11 @@ def routing_rows(paths: Sequence[str], groups: Sequence[tuple[str, str]],
 
 def layer_means(rows: Sequence[Mapping], stacks: Sequence[str]) -> dict[tuple[int, str], float]:
     """{(layer, "dataset task"): mean gate of the task expert}, each token with equal weight."""
-    tokens, gates = Counter(), Counter()
-    for row in rows:
-        if row["stack"] in stacks:
-            key = row["layer"], f"{row['dataset']} {row['task']}"
-            tokens[key] += row["n_tokens"]
-            gates[key] += row["n_tokens"] * row["soft"]
-    return {key: gates[key] / n for key, n in tokens.items()}
+    means: dict[tuple[int, str], list] = {}
+    for row in (row for row in rows if row["stack"] in stacks):
+        key = row["layer"], f"{row['dataset']} {row['task']}"
+        means.setdefault(key, []).append((row["soft"], row["n_tokens"]))
+    return {key: fmean(*zip(*pairs)) for key, pairs in means.items()}
 
 
 def plot_routing(rows: Sequence[Mapping], layers: Sequence[int] | None, path: Path) -> Path:
@@ -142,8 +140,8 @@ def route(job: Job, folder: Path, layers: Sequence[int] | None, world: World) ->
     groups = sorted(set(pairs))  # in the order of the table
     features = job.features(setup, examples, world)
     world.join()
-    sums = gate_sums(setup.model, examples, list(map(groups.index, pairs)), features, job.decoding,
-                     world)
+    numbers = [groups.index(pair) for pair in pairs]
+    sums = gate_sums(setup.model, examples, numbers, features, job.decoding, world)
     if world.main:
         rows = routing_rows(paths, [group[1:] for group in groups], sums.cpu())
         save_csv(folder / "routing.csv", rows)
@@ -152,8 +150,9 @@ def route(job: Job, folder: Path, layers: Sequence[int] | None, world: World) ->
 
 
 def run(args: argparse.Namespace, world: World) -> None:
-    paths = route(Job.of(args.checkpoint[0], args), args.folder, args.layers, world)
-    world.print("tokens given to the task expert:", *map(str, paths))
+    job = Job.of(args.checkpoint[0], args)
+    world.print("tokens given to the task expert:",
+                *map(str, route(job, args.folder, args.layers, world)))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
