@@ -1,20 +1,18 @@
 """The demo: a small drawn world for all seven units, and the making of a tiny T5 and a tiny ViT.
 
-The world is a corpus in the schema of data.py: short texts on made-up names, each with a picture.
+    python demo.py DST [--seed 0]       writes the world's corpus into DST
+
+The world is a corpus as engine/schema.py has it: short texts on made-up names, each with a picture.
   - The picture is needed: many mentions, pairs and triggers read the same whatever they are, and
     only what is drawn decides the type, the relation, the event, and which box has which role.
   - The tasks share names, words and symbols, and disagree about their meaning.
-  - The units differ in size; each split has names of its own, so that names must be copied.
+  - The units differ in size; the names of each split are new, so that names must be copied.
 The tiny backbone is made as its big sisters were: T5 by span corruption (arXiv 1910.10683) and
 text-to-text instructions on random words (as flan-t5, arXiv 2210.11416), ViT (arXiv 2010.11929) by
 classifying drawings. Neither is taught a label of any task.
 
-Letters: B batch, S source tokens, T target tokens, C vocabulary.
-
-    python demo.py DST [--seed 0]       writes the world's corpus into DST
+Letters: B batch, S source tokens, T target tokens.
 """
-
-from __future__ import annotations
 
 import io
 import json
@@ -37,14 +35,12 @@ from engine.command import Parser
 from t5 import T5, Attention, T5Config
 from vision import ViT, ViTConfig, crop, preprocess
 
-# ------------------------------------------------------------------ constants of the world
-
 @dataclass(frozen=True)
 class Difficulty:
     """What makes the world harder; every value is a probability."""
 
     ambiguous: float = 0.8  # a text holds something that only the picture decides
-    blank: float = 0.08  # ... and the picture lacks it: an error nobody can avoid
+    blank: float = 0.08  # ... and the picture lacks it: an error that nobody can avoid
     clutter: float = 0.5  # a meaningless thing is drawn beside the others
     empty: float = 0.1  # a text without entity, pair without relation, pair without event
 
@@ -87,8 +83,6 @@ TRIGGERS = {"attack": ("struck", "bombed"), "demonstrate": ("protested", "marche
 VAGUE_TRIGGERS = ("joined", "faced", "moved", "took")
 
 
-# ------------------------------------------------------------------ drawing
-
 # Each glyph: (shape, colour or None for the thing's own, points in its box scaled to 0..1).
 INK, WOOD, STEEL, WHITE = (40, 40, 40), (100, 65, 45), (150, 150, 160), (255, 255, 255)
 GLYPHS = {
@@ -108,12 +102,12 @@ GLYPHS = {
 
 
 def draw_scene(things: list[tuple[str, str]], rng: random.Random) -> tuple[Image.Image, list]:
-    """Draws up to four (glyph, colour name) things; returns the picture and their pixel boxes."""
+    """Draw up to four (glyph, colour name) things; returns the picture and their pixel boxes."""
     image = Image.new("RGB", (SIDE, SIDE), rng.choice(PAPER))
     draw = ImageDraw.Draw(image)
     for _ in range(2):  # faint strokes behind everything
-        ends = [rng.randrange(SIDE) for _ in range(4)]
-        draw.line(ends, fill=tuple(rng.randrange(170, 225) for _ in range(3)), width=2)
+        draw.line([rng.randrange(SIDE) for _ in range(4)],
+                  fill=tuple(rng.randrange(170, 225) for _ in range(3)), width=2)
     boxes, half = [], SIDE // 2
     for cell, (glyph, colour) in zip(rng.sample(range(4), len(things)), things):
         w, h = rng.randrange(20, 29), rng.randrange(22, 30)
@@ -127,10 +121,8 @@ def draw_scene(things: list[tuple[str, str]], rng: random.Random) -> tuple[Image
     return image, boxes
 
 
-# ------------------------------------------------------------------ the world
-
 class Writer:
-    """Makes the records of one dataset's split: texts, pictures, gold."""
+    """Writes the records of one split of a dataset: texts, pictures, gold."""
 
     def __init__(self, folder: Path, split: str, unit: str, seed: int, hard: Difficulty) -> None:
         self.folder, self.split, self.unit, self.hard = folder, split, unit, hard
@@ -138,7 +130,7 @@ class Writer:
         self.number, self.tokens = 0, []  # of the text that is being written
 
     def word(self, most: int) -> str:
-        """A made-up name of two syllables, or up to `most`; each split has names of its own."""
+        """A made-up name of two syllables, or up to `most`; no two splits share a name."""
         while True:
             syllables = [self.rng.choice("bdfgklmnprstvz") + self.rng.choice("aeiou")
                          for _ in range(self.rng.choice((2, 2, 2, most)))]
@@ -152,7 +144,7 @@ class Writer:
         return self.rng.random() < probability
 
     def say(self, phrase: str) -> list[list[int]]:
-        """Appends a phrase with new names for {}, at most one of two words; their token spans."""
+        """Append a phrase with new names for {}, at most one of two words; returns their spans."""
         spans = []
         for word in phrase.split():
             start = len(self.tokens)
@@ -165,16 +157,16 @@ class Writer:
         return spans
 
     def things(self, glyphs: list[str], colour: str | None = None) -> list[tuple[str, str]]:
-        """Glyphs in the given colour or in random ones, and clutter, in an order without sense."""
-        room = MAX_OBJECTS - len(glyphs)
+        """Glyphs in the given colour or in random ones, and clutter, in random order."""
         things = [(glyph, colour or self.rng.choice(list(COLOURS))) for glyph in glyphs]
-        things += [("tree", self.rng.choice(list(COLOURS))) for _ in range(min(2, room))
+        things += [("tree", self.rng.choice(list(COLOURS)))
+                   for _ in range(min(2, MAX_OBJECTS - len(glyphs)))
                    if self.chance(self.hard.clutter)]
         self.rng.shuffle(things)
         return things
 
     def record(self, task: str, things: list[tuple[str, str]]) -> dict:
-        """Draws the things and saves the picture; a record without gold."""
+        """Draw the things, save the picture and return a record without gold."""
         image, boxes = draw_scene(things, self.rng)
         name, dataset = f"{self.split}_{self.number:05d}.png", self.folder.name
         image.save(self.folder / "images" / name)
@@ -189,13 +181,13 @@ class Writer:
             plan = rng.choices(list(TYPES), (3, 3, 2, 2), k=rng.choice((0, 1, 2)))
             plan += ["vague"] if self.chance(self.hard.ambiguous) or not plan else []
             rng.shuffle(plan)
-        for kind in plan or ["idle"]:
+        for label in plan or ["idle"]:
             self.tokens += ["and"] if self.tokens else []  # keeps neighbouring names apart
-            for start, end in self.say(rng.choice(PHRASES[kind])):
-                if kind == "vague":
-                    kind = rng.choices(list(TYPES), (3, 3, 2, 2))[0]
-                    glyph = None if self.chance(self.hard.blank) else TYPES[kind]
-                gold.append({"type": kind, "start": start, "end": end})
+            for start, end in self.say(rng.choice(PHRASES[label])):
+                if label == "vague":
+                    label = rng.choices(list(TYPES), (3, 3, 2, 2))[0]
+                    glyph = None if self.chance(self.hard.blank) else TYPES[label]
+                gold.append({"type": label, "start": start, "end": end})
         return [self.record("mner", self.things([glyph] if glyph else [])) | {"entities": gold}]
 
     def mre(self) -> list[dict]:
@@ -224,42 +216,41 @@ class Writer:
     def mee(self) -> list[dict]:
         """A pair of text and picture with one event or none, as a med and a meae record."""
         rng = self.rng
-        kind = rng.choice(list(ROLES))
+        event = rng.choice(list(ROLES))
         none, vague = self.chance(self.hard.empty), self.chance(self.hard.ambiguous)
         blank = none or self.chance(self.hard.blank if vague else .5)
-        glyphs = ([] if blank else [CUES[kind]]) + ["figure"] * rng.choice((0, 1, 2))
+        glyphs = ([] if blank else [CUES[event]]) + ["figure"] * rng.choice((0, 1, 2))
         seen = not none and vague and not blank and self.chance(.2)  # only the picture tells it
         trigger, arguments = None, []
         if none or seen:
             self.say(rng.choice(PAIR_VAGUE))
         else:
-            verb = rng.choice(VAGUE_TRIGGERS if vague else TRIGGERS[kind])
+            verb = rng.choice(VAGUE_TRIGGERS if vague else TRIGGERS[event])
             spans = self.say("{} " + verb + (" {} today" if self.chance(.3) else " {}"))
             trigger = [spans[0][1], spans[0][1] + 1]
-            arguments = [{"role": role, "span": span} for role, span in zip(ROLES[kind], spans)]
+            arguments = [{"role": role, "span": span} for role, span in zip(ROLES[event], spans)]
         things = self.things(glyphs)
         record = self.record("mee", things)
         for k, (thing, box) in enumerate(zip(things, record["objects"]), start=1):
-            role = object_role(kind, *thing)
+            role = object_role(event, *thing)
             arguments += [{"role": role, "box": box, "object": k}] if role else []
-        events = [] if none else [{"type": kind, "trigger": trigger, "arguments": arguments}]
+        events = [] if none else [{"type": event, "trigger": trigger, "arguments": arguments}]
         return [record | {"id": f"{record['id']}/{task}", "task": task, "events": events}
                 for task in ("med", "meae")]
 
     def write(self, count: int) -> int:
-        """Writes SPLIT.jsonl with count texts; returns the number of records."""
+        """Write SPLIT.jsonl with `count` texts; returns the number of records."""
         make = self.mee if self.unit == "MEE" else self.mre if self.unit in RELATIONS else self.mner
         lines = []
         for number in range(count):
             self.number, self.tokens = number, []
-            lines += [json.dumps(record) for record in make()]
-        text = "\n".join(lines) + "\n"
-        (self.folder / f"{self.split}.jsonl").write_text(text, encoding="utf-8")
+            lines += [json.dumps(record) + "\n" for record in make()]
+        (self.folder / f"{self.split}.jsonl").write_text("".join(lines), encoding="utf-8")
         return len(lines)
 
 
 def object_role(event: str, glyph: str, colour: str) -> str | None:
-    """The role a drawn thing plays in an event: colour counts in an attack, and nowhere else."""
+    """The role that a drawn thing plays in an event; colour counts in an attack alone."""
     first, second = ROLES[event]
     if glyph == "figure":
         return {"red": first, "blue": second}.get(colour) if event == "attack" else first
@@ -268,9 +259,9 @@ def object_role(event: str, glyph: str, colour: str) -> str | None:
 
 def make_world(dst: str | Path, seed: int = 0, scale: float = 1.0,
                hard: Difficulty = Difficulty()) -> dict[str, dict[str, int]]:
-    """Writes the demo corpus below dst; returns {dataset: {split: records}}.
+    """Write the demo corpus below dst; returns {dataset: {split: records}}.
 
-    The same arguments give the same bytes. scale shrinks every split (tests use it).
+    The same arguments give the same bytes. `scale` is a factor on the size of every split.
     """
     counts: dict[str, dict[str, int]] = {}
     for unit, size in SIZES.items():
@@ -288,16 +279,15 @@ def make_world(dst: str | Path, seed: int = 0, scale: float = 1.0,
     return counts
 
 
-# ------------------------------------------------------------------ generic lessons
-
 ASK = {"copy": "Copy", "pairs": "Please extract the following", "nested": "Please extract groups",
        "triple": "Please extract the following word between"}
 
 
 class Lessons:
-    """Endless generic text-to-text examples over the words of some texts and made-up words.
+    """Endless generic text-to-text examples over the words of given texts and made-up words.
 
     No lesson knows a task or a label: the keys to look for are random words, listed in the input.
+    Every lesson is a pair (input, answer).
     """
 
     def __init__(self, texts: list[str], avoid: set[str], tokenizer: Tokenizer,
@@ -311,11 +301,11 @@ class Lessons:
         self.tails = sorted({w[k:k + 2] for w in names for k in (2, 4)})
         self.pool: list[list] = []  # batches made ahead
         self.level = 0.0  # 0 .. 1, how far training is: lessons start short
-        # Drawn from; the lessons that take longest to learn stand there more often.
-        self.kinds = (self.copy, self.triple, self.corrupt, *[self.pairs] * 5, *[self.nested] * 2)
+        # Those that take longest to learn come more often.
+        self.lessons = (self.copy, self.triple, self.corrupt, *[self.pairs] * 5, *[self.nested] * 2)
 
     def made_up(self) -> str:
-        """A capitalised word of the parts of others."""
+        """A capitalised word made of syllables of the texts' names."""
         tails = self.rng.choices(self.tails, k=self.rng.choice((1, 1, 2)))
         return self.rng.choice(self.heads) + "".join(tails)
 
@@ -328,10 +318,10 @@ class Lessons:
     def words(self, most: int, least: int = 0) -> list[str]:
         """`least` to `most` distinct words, fewer while training is young."""
         most = max(least, 1, round(most * (.4 + .6 * self.level)))
-        wanted, found = self.rng.randint(least, most), {}
-        while len(found) < wanted:
-            found[self.word()] = None
-        return list(found)
+        count, words = self.rng.randint(least, most), {}
+        while len(words) < count:
+            words[self.word()] = None
+        return list(words)
 
     def name(self) -> str:
         """One or two capitalised made-up words."""
@@ -359,11 +349,11 @@ class Lessons:
     def triple(self) -> tuple[str, str]:
         """The listed word that is in the text, between two given names."""
         head, tail, keys = self.name(), self.name(), self.words(5, 2)
-        found = self.rng.choice(keys)
-        text = [head, found, tail, *(w for w in self.words(3) if w not in keys)]
+        key = self.rng.choice(keys)
+        text = [head, key, tail, *(w for w in self.words(3) if w not in keys)]
         self.rng.shuffle(text)
         prompt = f"{ASK['triple']} {head} and {tail}: {', '.join(sorted(keys))}. Text: "
-        return prompt + " ".join(text), f"{head} <spot> {found} <spot> {tail}"
+        return prompt + " ".join(text), f"{head} <spot> {key} <spot> {tail}"
 
     def nested(self) -> tuple[str, str]:
         """Groups of listed keys: the group that is named, its keys, their names."""
@@ -380,31 +370,28 @@ class Lessons:
 
     def corrupt(self) -> tuple[str, str]:
         """Span corruption: 15 % of the words, in spans of about two, become sentinels."""
-        words, source, target, mark = self.rng.choice(self.texts).split()[:60], [], [], 0
+        words, source, target, spans = self.rng.choice(self.texts).split()[:60], [], [], 0
         while words:
             if self.rng.random() < .08:
-                source.append(f"<extra_id_{mark}>")
-                target += [f"<extra_id_{mark}>", *words[:(length := self.rng.choice((1, 2, 3)))]]
-                words, mark = words[length:], mark + 1
+                source.append(f"<extra_id_{spans}>")
+                target += [f"<extra_id_{spans}>", *words[:(length := self.rng.choice((1, 2, 3)))]]
+                words, spans = words[length:], spans + 1
             else:
                 source.append(words.pop(0))
-        return " ".join(source), " ".join(target + [f"<extra_id_{mark}>"])
+        return " ".join(source), " ".join(target + [f"<extra_id_{spans}>"])
 
     def batch(self, size: int) -> tuple[Tensor, Tensor]:
         """input ids [B,S] padded with 0 and labels [B,T] padded with -100, of similar lengths."""
         if not self.pool:
-            rows = [[self.tokenizer.encode(text) for text in self.rng.choice(self.kinds)()]
+            rows = [[self.tokenizer.encode(text) for text in self.rng.choice(self.lessons)()]
                     for _ in range(8 * size)]
             rows.sort(key=lambda row: len(row[0]) + len(row[1]))
             self.pool = [rows[k:k + size] for k in range(0, len(rows), size)]
             self.rng.shuffle(self.pool)
-        columns = zip(*self.pool.pop())
-        sources, targets = ([torch.tensor(ids) for ids in column] for column in columns)
+        sources, targets = (list(map(torch.tensor, column)) for column in zip(*self.pool.pop()))
         pad = torch.nn.utils.rnn.pad_sequence
         return pad(sources, True, 0), pad(targets, True, -100)
 
-
-# ------------------------------------------------------------------ the tiny backbone
 
 @dataclass(frozen=True)
 class Tiny:
@@ -425,14 +412,14 @@ class Tiny:
 
 
 def make_tokenizer(texts: list[str], path: Path, pieces: int) -> None:
-    """Trains a sentencepiece unigram model with T5's special ids: pad 0, eos 1, unk 2, no bos."""
+    """Train a sentencepiece unigram model with T5's special ids: pad 0, eos 1, unk 2, no bos."""
     counts = Counter(word for text in texts for word in text.split())
     # Square roots, so that prompts do not crowd out the pieces that rare names are made of.
     words = [word for word, count in counts.items() for _ in range(math.isqrt(count))]
     known = {word.strip(".,:;") for word, count in counts.items() if count >= 20}
     known |= {"none", *" ".join(ASK.values()).split(), *(f"O{k}" for k in range(10))}
-    # The trainer proposes a piece only if it occurs in two different words: hence the marks.
-    words += [word + mark for word in sorted(known) for mark in ("", ",", ".")] * 20
+    # The trainer proposes a piece only if it occurs in two different words: hence the endings.
+    words += [word + ending for word in sorted(known) for ending in ("", ",", ".")] * 20
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(words), model_writer=out, model_type="unigram", vocab_size=pieces,
@@ -442,10 +429,9 @@ def make_tokenizer(texts: list[str], path: Path, pieces: int) -> None:
     path.write_bytes(out.getvalue())
 
 
-def train(loss_of: Callable[[float], Tensor], parameters: Iterable[torch.nn.Parameter],
+def train(loss_of: Callable[[float], Tensor], parameters: list[torch.nn.Parameter],
           steps: int, rate: float, title: str) -> None:
     """Adam on loss_of(progress in 0..1): a short rise of the rate, then half a cosine to zero."""
-    parameters = list(parameters)
     optimizer = torch.optim.Adam(parameters, rate, betas=(.9, .98), fused=True)
     mean, rise = None, max(1, min(50, steps // 10))
     with tqdm(range(steps), desc=title, unit="step") as bar:
@@ -479,10 +465,8 @@ def start_mimetic(model: T5) -> None:
             module.v.weight.copy_(turn)
             module.o.weight.copy_(turn.T)
     after = model.config.relative_attention_num_buckets // 2  # buckets of keys to the right
-    for head, bucket in enumerate((1, after + 1, 2)):
-        model.encoder.relative_bias.weight[bucket, head] += 7.0
-    for head, bucket in enumerate((1, 2)):
-        model.decoder.relative_bias.weight[bucket, head] += 7.0
+    model.encoder.relative_bias.weight[[1, after + 1, 2], [0, 1, 2]] += 7.0  # [buckets, heads]
+    model.decoder.relative_bias.weight[[1, 2], [0, 1]] += 7.0
 
 
 def make_t5(lessons: Lessons, tiny: Tiny, seed: int) -> T5:
@@ -500,27 +484,27 @@ def make_t5(lessons: Lessons, tiny: Tiny, seed: int) -> T5:
         inputs, labels = lessons.batch(tiny.batch)
         return model(inputs, inputs != 0, labels)[1]
 
-    train(loss_of, model.parameters(), tiny.steps, tiny.rate, "tiny T5")
+    train(loss_of, list(model.parameters()), tiny.steps, tiny.rate, "tiny T5")
     return model.eval()
 
 
 def make_vit(tiny: Tiny, seed: int) -> ViT:
-    """A tiny ViT, trained to tell which drawings in which colours are in a picture or a crop."""
+    """A tiny ViT, trained to tell which glyphs in which colours are in a picture or a crop."""
     rng = random.Random(f"{seed}/vit")
     torch.manual_seed(seed)
     model = ViT(ViTConfig(hidden_size=tiny.vit_width, num_hidden_layers=3, num_attention_heads=4,
                           intermediate_size=2 * tiny.vit_width, image_size=32, patch_size=8))
-    kinds = [(glyph, colour) for glyph in GLYPHS for colour in COLOURS]
-    head = torch.nn.Linear(tiny.vit_width, len(kinds))
+    classes = [(glyph, colour) for glyph in GLYPHS for colour in COLOURS]
+    head = torch.nn.Linear(tiny.vit_width, len(classes))
 
     def loss_of(_: float) -> Tensor:
         pixels, truth = [], []
         while len(pixels) < tiny.vit_batch:
-            things = rng.choices(kinds, k=rng.randint(0, MAX_OBJECTS))
+            things = rng.choices(classes, k=rng.randint(0, MAX_OBJECTS))
             image, boxes = draw_scene(things, rng)
             pixels += [preprocess(view, size=model.size)
                        for view in (image, *(crop(image, box) for box in boxes))]
-            truth += [[float(kind in seen) for kind in kinds]
+            truth += [[float(label in seen) for label in classes]
                       for seen in (things, *([thing] for thing in things))]
         logits = head(model(torch.stack(pixels))[:, 0])
         return torch.nn.functional.binary_cross_entropy_with_logits(logits, torch.tensor(truth))
@@ -532,30 +516,31 @@ def make_vit(tiny: Tiny, seed: int) -> ViT:
 
 def make_backbone(dst: str | Path, texts: list[str], seed: int = 0, tiny: Tiny = Tiny(),
                   avoid: Iterable[str] = ()) -> None:
-    """Makes dst/t5 (with spiece.model) and dst/vit in the HF layout from training inputs `texts`.
+    """Make dst/t5 (with spiece.model) and dst/vit in Hugging Face's layout.
 
-    avoid: words never to be used as keys of the lessons, meant for the corpus' labels.
+    texts: the inputs of a corpus' training rows.  avoid: words that no lesson may have as a key,
+    which are the corpus' labels.
     """
-    dst = Path(dst)
-    make_tokenizer(texts, dst / "t5" / "spiece.model", tiny.pieces)
-    lessons = Lessons(texts, set(avoid), Tokenizer(dst / "t5"), random.Random(f"{seed}/lessons"))
-    make_t5(lessons, tiny, seed).save_pretrained(dst / "t5")
-    make_vit(tiny, seed).save_pretrained(dst / "vit")
+    t5, vit = Path(dst) / "t5", Path(dst) / "vit"
+    make_tokenizer(texts, t5 / "spiece.model", tiny.pieces)
+    lessons = Lessons(texts, set(avoid), Tokenizer(t5), random.Random(f"{seed}/lessons"))
+    make_t5(lessons, tiny, seed).save_pretrained(t5)
+    make_vit(tiny, seed).save_pretrained(vit)
 
 
 def main() -> None:
-    parser = Parser(description="Write the demo world: seven small units with drawn pictures.")
-    world = parser.add_argument_group("the world")
-    world.add_argument("dst", metavar="DST", help="folder of the corpus")
-    world.add_argument("--seed", type=int, default=0, help="same seed, same bytes")
-    arguments = parser.parse_args()
+    command = Parser(description="Write the demo world: seven small units with drawn pictures.")
+    add = command.add_argument_group("the world").add_argument
+    add("dst", metavar="DST", help="folder of the corpus")
+    add("--seed", type=int, default=0, help="same seed, same bytes")
+    args = command.parse_args()
     try:
-        counts = make_world(arguments.dst, arguments.seed)
+        counts = make_world(args.dst, args.seed)
     except OSError as error:
-        parser.exit(2, f"error: {error.filename or arguments.dst}: cannot be written "
-                    f"({error.strerror}): give another folder or make room\n")
+        command.exit(2, f"error: {error.filename or args.dst}: cannot be written "
+                     f"({error.strerror}): give another folder or make room\n")
     for name, splits in counts.items():
-        print(f"{arguments.dst}/{name}: " + ", ".join(f"{n} {s}" for s, n in splits.items()))
+        print(f"{args.dst}/{name}: " + ", ".join(f"{n} {split}" for split, n in splits.items()))
 
 
 if __name__ == "__main__":

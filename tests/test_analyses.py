@@ -1,4 +1,4 @@
-"""What evaluate.py does besides scoring: costs (Table 5), routing (Fig. 6), AML replay, pictures.
+"""The analyses of tools/: costs (Table 5), routing (Fig. 6), AML replay, pictures of runs.
 
 The FLOP counter is held against torch's own, which watches every matrix product of a real forward
 and backward pass, and against the figures that reproduce the paper's.
@@ -20,9 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import clorae
 import data
-import evaluate
 import losses
-import train
 from engine.compare import System
 from engine.corpus import load_corpus, load_datasets
 from engine.files import UsageError, save_csv
@@ -30,11 +28,12 @@ from engine.schema import Record
 from engine.settings import Config
 from evaluate import Decoding, free_visual_adapter
 from t5 import T5, T5Config
+from tools import costs, replay, routing
 from tools.costs import (COSTED, GEOMETRY, PAPER_COSTS, PAPER_LENGTHS, VISUAL_POLICIES, Costs,
-                         FlopCounter, Geometry, costs, mim_flops, paper_notes)
+                         FlopCounter, Geometry, mim_flops, paper_notes)
 from tools.plot import draw_systems, error_counts, plot_curves, swept
 from tools.replay import replayed_weights, variants, weight_slopes
-from tools.routing import gate_sums, plot_routing, pooled, route, routing_rows
+from tools.routing import gate_sums, layer_means, plot_routing, route, routing_rows
 from vision import UMIE
 
 TINY = T5Config(50, 16, 6, 20, 2, 2, 3, feed_forward_proj="gated-gelu", tie_head=False)
@@ -129,7 +128,7 @@ def test_full_fine_tuning_is_umie_but_for_the_two_differences_that_are_printed(s
 @pytest.fixture(scope="module")
 def base() -> tuple[Geometry, Costs]:
     geometry = Geometry.of_size("base", 128, PAPER_LENGTHS)
-    return geometry, costs(geometry)
+    return geometry, costs.costs(geometry)
 
 
 def test_the_paper_s_gflops_are_explained_as_far_as_its_model_is_ours(base):
@@ -142,25 +141,25 @@ def test_the_paper_s_gflops_are_explained_as_far_as_its_model_is_ours(base):
 
 def test_trainable_parameters_are_those_of_the_methods_and_policies(base):
     """Base: the experts alone (frozen), with the visual embedding (paper), with the adapter."""
-    _, found = base
-    frozen = {label: round(sum(each["frozen"].trainable.values()) / 1e6, 3)
-              for label, each in found.items()}
+    _, table = base
+    frozen = {label: round(sum(costs_of["frozen"].trainable.values()) / 1e6, 3)
+              for label, costs_of in table.items()}
     assert frozen == {"full": 269.922, "lora": 14.942, "moslora": 16.187, "loramoe": 30.001,
                       "clorae": 29.826, "tlora": 14.709, "clorae --no-egr": 29.709,
                       "clorae --no-mim": 29.768}
-    visual = [found["clorae"][policy].trainable["visual"] for policy in VISUAL_POLICIES]
+    visual = [table["clorae"][policy].trainable["visual"] for policy in VISUAL_POLICIES]
     assert [round(n / 1e6, 2) for n in visual] == [0.0, 0.42, 22.34]
 
 
 def test_the_cost_command_needs_no_checkpoint_and_prints_the_paper_beside_it(base, monkeypatch,
-                                                                                  capsys):
-    monkeypatch.setattr(evaluate, "costs", lambda geometry: base[1])
-    evaluate.main(["--costs"])
+                                                                             capsys):
+    monkeypatch.setattr(costs, "costs", lambda geometry: base[1])
+    costs.main([])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["full", "21.20", "63.61", "63.59", "63.59", "63.59", "21.3", "63.8"] in lines
-    with pytest.raises(SystemExit):
-        evaluate.main([])
-    assert "only --costs works without" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit:
+        costs.main(["a", "b"])
+    assert exit.value.code == 2 and "name one at a time" in capsys.readouterr().err
 
 
 def a_run(**config: object) -> SimpleNamespace:
@@ -171,7 +170,7 @@ def a_run(**config: object) -> SimpleNamespace:
 
 def test_the_costs_of_a_run_are_those_of_its_own_fusion(monkeypatch):
     """With concat the encoder reads the visual tokens too, and nothing else fuses them."""
-    monkeypatch.setattr(evaluate.ViT, "feature_width", lambda folder: 7)
+    monkeypatch.setattr(costs.ViT, "feature_width", lambda folder: 7)
     record = Record("1", "d", "mner", ("a",), "a.jpg", objects=((0, 0, 1, 1),) * 3)
     rows = [data.Example(record, 0, 0, [1] * 9, [1] * 3, 0)]
     for fusion in ("gate", "concat"):
@@ -223,13 +222,13 @@ def world(small) -> tuple[UMIE, list[data.Example], list[tuple[str, str]], list[
 
 def sums_of(world: tuple, rank: int = 0, processes: int = 1, rows: int = 5) -> torch.Tensor:
     model, examples, _, groups = world
-    return gate_sums(model, examples, groups, Pictures(), CPU, Decoding(rows), rank,
-                              processes)
+    world = SimpleNamespace(rank=rank, size=processes, main=rank == 0, device=CPU,
+                            sum=lambda tensor: tensor)  # the caller adds them up
+    return gate_sums(model, examples, groups, Pictures(), Decoding(rows), world)
 
 
 def rows_of(world: tuple, **how: int) -> list[dict]:
-    return routing_rows(list(clorae.expert_layers(world[0])), world[2],
-                                 sums_of(world, **how))
+    return routing_rows(list(clorae.expert_layers(world[0])), world[2], sums_of(world, **how))
 
 
 def test_shares_of_the_two_experts_add_up_to_one_and_lie_between(world):
@@ -261,13 +260,12 @@ def test_every_valid_token_that_meets_a_layer_is_counted_once(world):
 def test_neither_amount_nor_content_of_padding_changes_a_sum(world, monkeypatch):
     single = sums_of(world, rows=1)  # no padding at all
     assert torch.allclose(sums_of(world, rows=7), single, rtol=1e-5)
-    monkeypatch.setattr(evaluate.data, "collate", partial(data.collate, pad_id=9))
+    monkeypatch.setattr(routing.data, "collate", partial(data.collate, pad_id=9))
     assert torch.allclose(sums_of(world, rows=7), single, rtol=1e-5)
 
 
-def test_the_shares_of_three_processes_add_up_to_those_of_one(world, monkeypatch):
+def test_the_shares_of_three_processes_add_up_to_those_of_one(world):
     """Sums are reduced, not means, so shares are exact."""
-    monkeypatch.setattr(evaluate.dist, "all_reduce", lambda tensor: None)
     parts = [sums_of(world, rank, 3) for rank in range(3)]
     assert torch.allclose(sum(parts), sums_of(world), rtol=1e-12, atol=0)
     assert torch.equal(sum(parts)[..., [0, 3]], sums_of(world)[..., [0, 3]])  # the counts
@@ -291,7 +289,7 @@ def test_a_method_without_a_gate_to_a_task_expert_is_refused(method, reason):
 def test_layers_pool_their_linears_by_tokens_and_are_drawn(world, tmp_path):
     rows = [{"stack": "decoder", "layer": 0, "task": "mre", "dataset": "d", "n_tokens": n,
              "soft": soft} for n, soft in ((30, 0.2), (10, 0.6))]
-    assert pooled(rows, ["decoder"]) == {(0, "d mre"): pytest.approx(0.3)}
+    assert layer_means(rows, ["decoder"]) == {(0, "d mre"): pytest.approx(0.3)}
     save_csv(tmp_path / "routing.csv", rows_of(world))
     with open(tmp_path / "routing.csv") as file:
         assert len(list(csv.DictReader(file))) == len(rows_of(world))
@@ -358,7 +356,7 @@ def test_the_replay_command_reads_a_run_s_history_and_trains_nothing(small, tmp_
     (run / "step-00000002").mkdir(parents=True)
     (run / "step-00000002/state.json").write_text(
         json.dumps({"config": config, "history": HISTORY, "reference": P, "sha256": {}}))
-    evaluate.main([str(run), "--aml-replay", str(tmp_path / "out")])
+    replay.main([str(run), "--out", str(tmp_path / "out")])
     printed = capsys.readouterr().out
     assert "p MEAE x 1.1" in printed and "wrong by 10 % moves a weight by at most 0.037" in printed
     assert "note:" not in printed

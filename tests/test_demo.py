@@ -78,7 +78,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(tmp_path: 
 
 
 def test_every_unit_is_there_and_every_record_is_valid(world: Path, records: dict) -> None:
-    """load_corpus raises on any record that breaks the schema of data.py."""
+    """load_corpus raises on any record that breaks the rules of engine/schema.py."""
     datasets = load_datasets(world)
     for split in demo.SPLITS:
         units = {datasets[r.dataset].units[r.task] for r in records[split]}
@@ -238,7 +238,7 @@ def test_no_lesson_answers_with_a_label(backbone: Path, world: Path, texts: list
     lessons = demo.Lessons(texts, labels_of(world), data.Tokenizer(backbone / "t5"),
                            random.Random(0))
     lessons.level = 1.0
-    for make in set(lessons.kinds) - {lessons.corrupt}:
+    for make in set(lessons.lessons) - {lessons.corrupt}:
         for _ in range(150):
             _, answer = make()
             assert not labels & set(re.findall(r"\w+", answer)), (make.__name__, answer)
@@ -248,7 +248,7 @@ def test_lessons_are_solved_by_their_own_input(backbone: Path, texts: list[str])
     """Every word of an answer, but for O1, O2, ... and none, stands in the question."""
     lessons = demo.Lessons(texts, set(), data.Tokenizer(backbone / "t5"), random.Random(1))
     lessons.level = 1.0
-    for make in set(lessons.kinds) - {lessons.corrupt}:
+    for make in set(lessons.lessons) - {lessons.corrupt}:
         for _ in range(50):
             question, answer = make()
             known = set(re.findall(r"\w+", question)) | {"spot", "asoc", "none"}

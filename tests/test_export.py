@@ -29,6 +29,7 @@ from engine.sources import Sources
 from engine.weights import HUB_FILES, HUB_GB, find_weights
 from evaluate import Setup, build, load_model
 from t5 import T5, T5Config, hf_names
+from tools import answer, export
 from tools.costs import Geometry
 from tools.export import fix_gates, mean_gates
 from vision import UMIE, ViT
@@ -226,7 +227,7 @@ def test_under_torchrun_the_cache_of_hf_home_serves_and_one_process_speaks(small
          str(ROOT / "train.py"), *flags, "--dry-run"], capture_output=True, text=True, timeout=300,
         cwd=tmp_path, env={**ENVIRONMENT, "HF_HOME": str(tmp_path / "home")})
     assert done.returncode == 0, done.stderr
-    config, *_ = parse_arguments(flags)
+    config, *_ = parse_arguments(flags, "", clorae.METHODS)
     setup = build(config, Sources(*map(Path, small.values())), torch.device("cpu"))
     trained = sum(clorae.parameter_split(setup.model).values())
     total = sum(p.numel() for p in setup.model.parameters())
@@ -293,7 +294,7 @@ def test_an_exported_adapter_on_a_fresh_backbone_gives_the_same_logits_bit_for_b
     """The folder alone, with the backbone from elsewhere; of method full it is the whole model."""
     source = runs(method, precision)
     expected = logits(load_model(source, torch.device("cpu")), small)
-    evaluate.main([str(source), "--export", str(tmp_path / "adapter")])
+    export.main([str(source), "--out", str(tmp_path / "adapter")])
     setup = load_model(tmp_path / "adapter", torch.device("cpu"), **elsewhere)
     assert [str(setup.sources.t5), str(setup.sources.vit)] == list(elsewhere.values())
     assert torch.equal(logits(setup, small), expected)
@@ -304,7 +305,7 @@ def test_an_adapter_on_a_full_run_travels_with_that_run(runs, small, elsewhere, 
     full = runs("full")
     source = runs("clorae", init=str(full), visual_policy="frozen")
     for run_, name in ((full, "full"), (source, "adapter")):
-        evaluate.main([str(run_), "--export", str(tmp_path / name)])
+        export.main([str(run_), "--out", str(tmp_path / name)])
     assert f"init of sha256 {file_hash(full / 'model.safetensors')[:12]}" in \
         capsys.readouterr().out
     setup = load_model(tmp_path / "adapter", torch.device("cpu"), **elsewhere,
@@ -314,13 +315,13 @@ def test_an_adapter_on_a_full_run_travels_with_that_run(runs, small, elsewhere, 
     with pytest.raises(UsageError, match="--init DIR"):
         load_model(tmp_path / "adapter", torch.device("cpu"), **elsewhere)
     with pytest.raises(SystemExit):
-        evaluate.main([str(source), "--export", str(tmp_path / "lora"), "--task", "mner"])
+        export.main([str(source), "--out", str(tmp_path / "lora"), "--task", "mner"])
     assert "all of its T5 was trained" in capsys.readouterr().err
 
 
 def test_an_adapter_holds_no_path_no_moments_and_no_variances(runs, small, tmp_path):
     """Experts, gates, visual adapter, labels and hashes: nothing of the machine, nothing of T5."""
-    evaluate.main([str(runs("clorae")), "--export", str(tmp_path / "adapter")])
+    export.main([str(runs("clorae")), "--out", str(tmp_path / "adapter")])
     files = {str(path.relative_to(tmp_path / "adapter")) for path in
              (tmp_path / "adapter").rglob("*") if path.is_file()}
     modes = {(tmp_path / "adapter" / name).stat().st_mode & 0o777 for name in files}
@@ -341,10 +342,10 @@ def test_an_adapter_answers_and_scores_where_only_the_backbone_is(runs, small, e
     found in weights/ by its hash; a wrong backbone or none is an error that says which is
     expected."""
     adapter = tmp_path / "adapter"
-    evaluate.main([str(runs("clorae")), "--export", str(adapter)])
+    export.main([str(runs("clorae")), "--out", str(adapter)])
     capsys.readouterr()
     there = ["--t5", elsewhere["t5"], "--vit", elsewhere["vit"]]
-    evaluate.main([str(adapter), *there, "--text", "Ann in Paris", "--task", "mner"])
+    answer.main([str(adapter), *there, "--text", "Ann in Paris", "--task", "mner"])
     assert "malformed" in capsys.readouterr().out
     evaluate.main([str(adapter), *there, "--data", small["data"], "--units", "T15"])
     assert "F1" in capsys.readouterr().out and (adapter / "scores-test.json").exists()
@@ -353,7 +354,7 @@ def test_an_adapter_answers_and_scores_where_only_the_backbone_is(runs, small, e
         shutil.copytree(small[part], made / part)
     with monkeypatch.context() as patch:
         patch.chdir(tmp_path)
-        evaluate.main([str(adapter), "--text", "Ann in Paris", "--task", "mner"])
+        answer.main([str(adapter), "--text", "Ann in Paris", "--task", "mner"])
     assert "malformed" in capsys.readouterr().out
     state = read_state(adapter)
     other = Path(elsewhere["t5"])
@@ -371,7 +372,7 @@ def test_the_folder_to_export_to_must_be_empty(runs, tmp_path, capsys):
     """Nothing is overwritten."""
     (tmp_path / "mine").write_text("x")
     with pytest.raises(SystemExit):
-        evaluate.main([str(runs("clorae")), "--export", str(tmp_path)])
+        export.main([str(runs("clorae")), "--out", str(tmp_path)])
     assert "expected a new or empty folder" in capsys.readouterr().err
     assert (tmp_path / "mine").read_text() == "x"
 
@@ -386,9 +387,9 @@ def export_task(run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> UMI
     """Run --export --task mre; returns our model with the gates fixed."""
     models = []
     real = fix_gates
-    monkeypatch.setattr(evaluate, "fix_gates", lambda model, *rest: models.append(model)
+    monkeypatch.setattr(export, "fix_gates", lambda model, *rest: models.append(model)
                         or real(model, *rest))
-    evaluate.main([str(run), "--export", str(folder), "--task", "mre"])
+    export.main([str(run), "--out", str(folder), "--task", "mre"])
     return models[0].eval()
 
 
@@ -467,7 +468,7 @@ def test_mean_gates_are_means_over_the_tokens_of_the_task(runs, small):
 def test_a_task_without_rows_has_no_lora_to_export(runs, tmp_path, capsys):
     """Its gates could not be averaged, its loss not be told."""
     with pytest.raises(SystemExit):
-        evaluate.main([str(runs("clorae")), "--export", str(tmp_path / "lora"), "--task", "mner",
+        export.main([str(runs("clorae")), "--out", str(tmp_path / "lora"), "--task", "mner",
                        "--units", "V1"])
     assert "expected rows of it in the dev and the test split" in capsys.readouterr().err
     assert not (tmp_path / "lora").exists()
@@ -475,7 +476,7 @@ def test_a_task_without_rows_has_no_lora_to_export(runs, tmp_path, capsys):
 
 def test_a_full_run_has_no_lora_to_export(runs, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        evaluate.main([str(runs("full")), "--export", str(tmp_path / "lora"), "--task", "mner"])
+        export.main([str(runs("full")), "--out", str(tmp_path / "lora"), "--task", "mner"])
     assert "export it without --task" in capsys.readouterr().err
 
 

@@ -15,18 +15,21 @@ from pathlib import Path
 import pytest
 
 import clorae
-import data
 import evaluate
 import losses
 import train
 from conftest import ROOT
+from engine.command import Parser
 from engine.settings import Config, Launch, parse_arguments
+from tools import answer, check, convert, costs, export, plot, replay, routing
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = [block for block in re.findall(r"^```\n(.*?)^```", README, re.S | re.M)
           if re.match(r"(python|torchrun|pip|for) ", block)]
 INLINE = [" ".join(line.split()) for line in
-          re.findall(r"`((?:python|torchrun|train\.py|evaluate\.py|data\.py)\s[^`]*)`", README)]
+          re.findall(r"`((?:python|torchrun|train\.py|evaluate\.py)\s[^`]*)`", README)]
+COMMANDS = {"evaluate.py": evaluate, **{tool.__name__: tool for tool in (
+    answer, check, convert, costs, export, plot, replay, routing)}}
 CONLL = "IMGID:1\nBob\tB-PER\nLee\tI-PER\nin\tO\nRome\tB-LOC\n\n"
 
 
@@ -45,8 +48,10 @@ def calls(text: str, folder: Path) -> list[list[str]]:
 
 
 def script_of(words: list[str]) -> tuple[str, list[str]]:
-    """train.py and its flags, of `torchrun --nproc_per_node=4 train.py ...`."""
+    """train.py and its flags, of `torchrun --nproc_per_node=4 train.py ...`; tools.plot and its
+    flags, of `python -m tools.plot ...`."""
     at = next(i for i, word in enumerate(words) if word.endswith(".py") or word == "-m")
+    at += words[at] == "-m"
     return words[at], words[at + 1:]
 
 
@@ -84,17 +89,29 @@ def perform(script: str, flags: list[str], small: dict[str, str]) -> None:
     """Run a command of README in this process; it must end without an error."""
     if script == "train.py":
         return train.main(short(flags, small))
-    {"evaluate.py": evaluate, "data.py": data}[script].main(flags)
+    COMMANDS[script].main(flags)
+
+
+class Understood(Exception):
+    """A command line has been parsed."""
 
 
 def understood(script: str, flags: list[str]) -> None:
     """The command line is one that the command accepts; it is not run."""
     if script == "train.py":
-        parse_arguments(flags)
-    elif script in ("evaluate.py", "data.py"):
-        {"evaluate.py": evaluate, "data.py": data}[script].parser().parse_args(flags)
+        parse_arguments(flags, "", clorae.METHODS)
+    elif script in COMMANDS:
+        parse = Parser.parse_args
+
+        def only_parse(self: Parser, argv: list[str]) -> None:
+            parse(self, argv)
+            raise Understood
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Understood):
+            patch.setattr(Parser, "parse_args", only_parse)
+            COMMANDS[script].main(flags)
     else:
-        assert script == "-m" or (ROOT / script).is_file(), script
+        assert script == "pytest" or (ROOT / script).is_file(), script
 
 
 def test_readme_has_blocks_of_commands():
@@ -128,7 +145,8 @@ def test_every_command_in_the_text_is_one_that_its_program_accepts(line):
 
 
 def test_every_flag_that_readme_names_exists():
-    programs = [*ROOT.glob("*.py"), ROOT / "tests/benchmark.py", ROOT / "tests/reliability.py"]
+    programs = [*ROOT.glob("*.py"), *ROOT.glob("engine/*.py"), *ROOT.glob("tools/*.py"),
+                ROOT / "tests/benchmark.py", ROOT / "tests/reliability.py"]
     known = {"--help", "--nproc", "--nnodes", "--rdzv", "--max-restarts"}  # not our own
     known |= {flag for path in programs for flag in re.findall(r'"(--[a-z-]+)"', path.read_text())}
     fields = {f"--{name.replace('_', '-')}" for kind in (Config, Launch)
@@ -138,8 +156,8 @@ def test_every_flag_that_readme_names_exists():
 
 
 def test_every_name_in_the_table_of_equations_exists():
-    """README's table of the method: each function beside an equation is there."""
-    table = README[README.index("## The method in the code"):README.index("Everything but W_0 x")]
+    """README's table of the method: each function beside an equation exists."""
+    table = README[README.index("## The method in the code"):README.index("That is the plain form")]
     modules = {"clorae.py": clorae, "losses.py": losses, "train.py": train}
     tests = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     for row in table.split("\n"):
@@ -154,6 +172,10 @@ def test_every_name_in_the_table_of_equations_exists():
 
 
 def test_every_file_of_readmes_tree_exists_and_every_file_is_in_it():
+    """The chapters and the folders of code, and every tool by its name."""
     tree = README[README.index("## Files"):README.index("How a row flows")]
-    named = set(re.findall(r"^(\w+\.(?:py|cu))", tree, re.M))
-    assert named == {path.name for path in [*ROOT.glob("*.py"), *ROOT.glob("*.cu")]}
+    assert set(re.findall(r"^(\w+\.py)", tree, re.M)) == {path.name for path in ROOT.glob("*.py")}
+    folders = {path.parent.name for path in ROOT.glob("*/*.py")}
+    assert folders <= set(re.findall(r"^(\w+)/", tree, re.M))
+    commands = {name.removeprefix("tools.") for name in COMMANDS if name.startswith("tools.")}
+    assert commands <= set(re.findall(r"\w+", tree[tree.index("tools/"):tree.index("tests/")]))

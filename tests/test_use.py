@@ -24,6 +24,7 @@ import data
 import demo
 import evaluate
 import train
+from conftest import ROOT, run
 from data import Item
 from engine.checkpoints import read_state, write_state
 from engine.command import Parser
@@ -32,10 +33,11 @@ from engine.schema import DataError, Dataset, Record
 from engine.settings import Config
 from evaluate import Answer, Counts, Row
 from t5 import T5
+from tools import answer, check, convert, costs, export, plot, replay, routing
 from tools.answer import coloured, example_records
-from tools.page import Strip, answer_lines, draw_example, example_figure, marks, token_strips
+from tools.page import Strip, answer_lines, draw_example, example_figure, places, token_strips
 from tools.plot import plot_curves, running_mean
-from tools.routing import lacks_gate
+from tools.routing import no_gate_reason
 from vision import UMIE
 
 CPU = torch.device("cpu")
@@ -47,8 +49,10 @@ class Seen(Exception):
     """Carries a parser out of the command that built it."""
 
 
+TOOLS = (answer, check, convert, costs, export, plot, replay, routing)
 COMMANDS = {"train.py": lambda: train.main([]), "evaluate.py": lambda: evaluate.main([]),
-            "data.py": lambda: data.main([]), "demo.py": demo.main}
+            "demo.py": demo.main, **{tool.__name__: lambda tool=tool: tool.main([])
+                                     for tool in TOOLS}}
 
 
 def options(name: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Parser, str, object]]:
@@ -91,16 +95,49 @@ def test_train_has_its_options_in_the_order_of_a_decision(monkeypatch):
 @pytest.mark.parametrize("main, words, near", [
     (train.main, ["--epoch", "1"], "--epochs"),
     (evaluate.main, ["run", "--beam", "2"], "--beams"),
-    (data.main, ["check", "x", "--require-image"], "--require-images"),
-    (data.main, ["convert", "swig", "x", "y", "--max-object=3"], "--max-objects"),
+    (check.main, ["x", "--require-image"], "--require-images"),
+    (convert.main, ["swig", "x", "y", "--max-object=3"], "--max-objects"),
+    (answer.main, ["run", "--text", "x", "--tasks", "mner"], "--task"),
+    (plot.main, ["run", "--out", "x", "--layer", "0"], "--layers"),
     (lambda words: demo.main(), ["x", "--sed", "1"], "--seed")])
 def test_an_unknown_flag_is_answered_with_the_nearest_one(main, words, near, monkeypatch, capsys):
-    """In all four commands; nothing is abbreviated, exit status 2, one line."""
+    """In every command; nothing is abbreviated, exit status 2, one line."""
     monkeypatch.setattr(sys, "argv", ["x.py", *words])
     with pytest.raises(SystemExit) as exit:
         main(words)
     told = capsys.readouterr().err
     assert exit.value.code == 2 and f"did you mean {near}?" in told and told.count("\n") == 1
+
+
+OLD = {  # what the commands of f1199df were called -> how they are called now
+    "evaluate.py RUN --text x --task mner": "answer", "evaluate.py RUN --examples=x": "answer",
+    "evaluate.py --costs": "costs", "evaluate.py --costs --size large": "costs",
+    "evaluate.py RUN --routing DIR --layers 0": "routing",
+    "evaluate.py RUN --aml-replay DIR": "replay", "evaluate.py RUN --export=DIR": "export",
+    "evaluate.py RUN RUN2 --plot DIR --csv F": "plot", "evaluate.py --plot DIR RUN": "plot",
+    "evaluate.py RUN --export DIR --task mner": "export",
+    "data.py convert swig SRC DST": "convert", "data.py check DIR --require-images": "check"}
+
+
+@pytest.mark.parametrize("line", OLD)
+def test_an_old_spelling_is_answered_with_the_new_one_and_exit_code_2(line):
+    """One line, before anything is loaded or looked for."""
+    script, *words = line.split()
+    done = run([sys.executable, str(ROOT / script), *words])
+    assert done.returncode == 2 and not done.stdout
+    assert f"is now python -m tools.{OLD[line]}; see" in done.stderr
+    assert done.stderr.startswith(f"error: {script} ") and done.stderr.count("\n") == 1
+
+
+def test_every_analysis_that_evaluate_had_is_answered_with_its_tool(capsys):
+    """evaluate.MOVED names each, and each is a command."""
+    assert set(evaluate.MOVED) == {"--text", "--examples", "--costs", "--routing", "--aml-replay",
+                                   "--export", "--plot"}
+    for flag, tool in evaluate.MOVED.items():
+        with pytest.raises(SystemExit) as exit:
+            evaluate.main(["RUN", flag])
+        assert exit.value.code == 2 and f"tools.{tool} --help" in capsys.readouterr().err
+        assert f"tools.{tool}" in COMMANDS
 
 
 # ------------------------------------------------------------------------------------------ a run
@@ -125,7 +162,7 @@ def size_of(path: Path) -> tuple[int, int]:
 def test_one_command_makes_every_picture_of_a_run(finished, tmp_path, capsys):
     """Curves, errors, routing and AML from what the run wrote; nothing is decoded again."""
     before = (finished / "scores-test.json").stat().st_mtime_ns
-    evaluate.main([str(finished), "--plot", str(tmp_path)])
+    plot.main([str(finished), "--out", str(tmp_path)])
     told = capsys.readouterr().out
     assert sorted(os.listdir(tmp_path)) == ["aml.csv", "aml.png", "curves-run.png", "errors.png",
                                             "routing.csv", "routing.png"]
@@ -145,7 +182,7 @@ def test_of_several_runs_each_has_a_folder_for_its_own_pictures(finished, tmp_pa
     digests = {name: digest for name, digest in state["sha256"].items() if name != "state.json"}
     state["config"]["seed"] = 1
     write_state(other / best.name, state, digests)
-    evaluate.main([str(finished), str(other), "--plot", str(tmp_path / "drawn")])
+    plot.main([str(finished), str(other), "--out", str(tmp_path / "drawn")])
     told = capsys.readouterr().out
     made = {str(path.relative_to(tmp_path / "drawn")) for path in (tmp_path / "drawn").rglob("*.*")}
     assert made == {"errors.png", "01-run/curves-run.png", *(f"{run}/{name}.{kind}" for run in (
@@ -155,7 +192,7 @@ def test_of_several_runs_each_has_a_folder_for_its_own_pictures(finished, tmp_pa
 
 def test_layers_that_are_not_there_are_named(finished, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        evaluate.main([str(finished), "--routing", str(tmp_path), "--layers", "0", "7"])
+        routing.main([str(finished), "--out", str(tmp_path), "--layers", "0", "7"])
     assert "--layers: expected numbers from 0 to 1, got 0 7" in capsys.readouterr().err
 
 
@@ -190,8 +227,12 @@ def folder(tmp_path: Path) -> Path:
 
 
 def records_of(small: dict[str, str], *words: object) -> list[Record]:
-    args = evaluate.parser().parse_args(["run", *map(str, words)])
-    return example_records(args, load_datasets(small["data"]))
+    """The records that a command line makes of its examples."""
+    lines = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(answer, "carry_out", lambda run, args: lines.append(args))
+        answer.main(["run", *map(str, words)])
+    return example_records(lines[0], load_datasets(small["data"]))
 
 
 def test_rows_of_a_file_become_records_without_gold(small, folder):
@@ -278,45 +319,44 @@ def test_the_records_of_a_corpus_get_the_answers_that_scoring_gives_them(finishe
     """--examples reads the unified schema, gold or not, and finds the images beside it."""
     wanted = {line["id"]: line["text"] for line in map(json.loads, (
         finished / "predictions-test.jsonl").read_text().splitlines()) if line["unit"] == "V1"}
-    evaluate.main([str(finished), "--json", "--out", str(tmp_path / "a.jsonl"), "--examples",
-                   str(Path(small["data"]) / "demo_v1" / "test.jsonl")])
+    answer.main([str(finished), "--json", "--out", str(tmp_path / "a.jsonl"), "--examples",
+                 str(Path(small["data"]) / "demo_v1" / "test.jsonl")])
     answers = list(map(json.loads, (tmp_path / "a.jsonl").read_text().splitlines()))
-    assert {answer["id"]: answer["answer"] for answer in answers} == wanted
+    assert {line["id"]: line["answer"] for line in answers} == wanted
 
 
 def test_examples_are_answered_in_words_as_json_and_as_pictures(finished, folder, capsys):
     """One picture per row in --draw; --json leaves only JSON, --out moves it to a file."""
-    evaluate.main([str(finished), "--examples", str(folder), "--draw", str(folder / "drawn")])
+    answer.main([str(finished), "--examples", str(folder), "--draw", str(folder / "drawn")])
     told = capsys.readouterr().out
     assert told.startswith("Kim met Bo\n  ") and "\n  Kim -- none -- Bo\n" in told
     assert len(list(map(json.loads, re.findall("(?m)^{.*", told)))) == 4
     pictures = sorted((folder / "drawn").iterdir())
     assert [path.name for path in pictures] == [f"000{i}-{i}.png" for i in range(1, 5)]
     assert all(size_of(path)[0] == 1650 for path in pictures)
-    evaluate.main([str(finished), "--text", "Kim", "--task", "mner", "--json"])
-    answer = json.loads(capsys.readouterr().out)
-    assert answer["tokens"] == ["Kim"] and list(answer["gates"]) == ["memory", "target"]
-    assert all(0 < gate < 1 for gate in answer["gates"].values())
+    answer.main([str(finished), "--text", "Kim", "--task", "mner", "--json"])
+    line = json.loads(capsys.readouterr().out)
+    assert line["tokens"] == ["Kim"] and list(line["gates"]) == ["memory", "target"]
+    assert all(0 < gate < 1 for gate in line["gates"].values())
 
 
 @pytest.mark.parametrize("words, reason", [
-    (["--text", "hi", "--examples", "x", "--task", "mner"], "exclude each other"),
-    (["--examples", "x", "--head", "Bo"], "--head would do nothing here; it goes with --text"),
-    (["--text", "hi", "--task", "med", "--objects", "1,2,3,4"], "name it with --image"),
+    ([], "give either --text or --examples"),
+    (["--text", "hi"], "--text needs --task"),
+    (["--text", "hi", "--examples", "x", "--task", "mner"], "give either --text or --examples"),
+    (["--examples", "x", "--head", "Bo"], "--head would do nothing without --text"),
+    (["--text", "hi", "--task", "med", "--objects", "1,2,3,4"], "add --image"),
     (["--text", "hi", "--task", "mner", "--draw", "a.jpg"], "name a .png file"),
-    (["--text", "hi", "--task", "mner", "--plot", "d"], "exclude each other"),
-    (["--draw", "a.png"], "it goes with --text or --examples"),
+    (["--draw", "a.png"], "give either --text or --examples"),
+    (["--examples", "x", "--draw", "README.md"], "name a folder for --examples"),
     (["--examples", "tests/golden", "--task", "mner"], "expected one .txt and at most one image"),
-    (["--plot", "d", "--routing", "d"], "--routing and --plot exclude each other"),
-    (["--export", "d", "--csv", "f"], "it goes with scoring or --plot"),
-    (["--layers", "0"], "it goes with --routing or --plot"),
     (["--text", "hi", "--task", "med", "--image", "nowhere.png"], "nowhere.png: expected a whole"),
     (["--text", "hi", "--task", "mre"], "head: expected words of the text"),
     (["--examples", "nowhere.jsonl"], "nowhere.jsonl: cannot be read")])
 def test_what_cannot_be_answered_is_refused_with_the_reason(finished, capsys, words, reason):
     """And no other flag is suggested for one that is known."""
     with pytest.raises(SystemExit) as exit:
-        evaluate.main([str(finished), *words])
+        answer.main([str(finished), *words])
     told = capsys.readouterr().err
     assert exit.value.code == 2 and reason in told and "did you mean" not in told
 
@@ -358,11 +398,11 @@ def test_spans_are_coloured_on_a_terminal_only(finished, monkeypatch, capsys):
     assert coloured(row_of(tokens=("a\033[2J",)), MEE) == "a?[2J"
     text = coloured(row_of(*FOUND), MEE)
     assert text.startswith("\033[1;34mKim Lee\033[0m paid") and "\033[1;33mBo\033[0m" in text
-    monkeypatch.setattr(evaluate, "coloured", lambda row, dataset: "COLOURS")
+    monkeypatch.setattr(answer, "coloured", lambda row, dataset: "COLOURS")
     for tty, quiet, expected in ((True, "", True), (True, "1", False), (False, "", False)):
         monkeypatch.setattr(sys.stdout, "isatty", lambda: tty, raising=False)
         monkeypatch.setenv("NO_COLOR", quiet)
-        evaluate.main([str(finished), "--text", "Kim", "--task", "mner"])
+        answer.main([str(finished), "--text", "Kim", "--task", "mner"])
         assert ("COLOURS" in capsys.readouterr().out) == expected
 
 
@@ -399,7 +439,7 @@ def test_nothing_on_a_page_covers_another_text_or_leaves_the_page(folder, tokens
     page = figure.bbox.padded(1)
     assert all(page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
                for _, box in written)
-    labels = {mark.label for mark in marks(row, MEE)}
+    labels = {place.label for place in places(row, MEE)}
     assert "".join(tokens) in "".join(name for name, _ in written if name not in labels)
 
 
@@ -494,9 +534,9 @@ def test_the_strips_are_the_gates_of_the_tokens_read_seen_and_written(setup, sma
     ("loramoe", True, "whose gate knows no task expert"), ("clorae", True, None)])
 def test_a_method_without_gate_says_so(small, method, egr, reason):
     """What the settings say is true of the model's layers."""
-    found = lacks_gate(Config(method=method, egr=egr))
-    assert found == reason or reason in found
+    told = no_gate_reason(Config(method=method, egr=egr))
+    assert told == reason or reason in told
     model = clorae.adapt(UMIE(T5.from_pretrained(small["t5"]), 16), method, rank=6, egr=egr)
     layers = clorae.expert_layers(model).values()
     alive = [hasattr(layer, "W_g") and hasattr(layer, "A_T") for layer in layers]
-    assert alive == [found is None] * len(layers)
+    assert alive == [told is None] * len(layers)

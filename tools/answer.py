@@ -1,4 +1,13 @@
-"""Answer examples: texts with their images, from the command line, a file or a folder."""
+"""Answer examples: texts with their images, from the command line, a file or a folder.  Printed are
+the text, in colours on a terminal unless NO_COLOR is set, the answer in words, and a line of JSON,
+with --text or --draw with the mean gates of the task expert.
+
+    python -m tools.answer RUN --text "..." --image I --task mner --draw FILE.png      one example
+    python -m tools.answer RUN --examples ROWS.jsonl --out ANSWERS.jsonl --draw DIR    many
+
+An example becomes a record without gold, is checked as those of a corpus are, and goes the way of
+test records.  Faulty ones are named by file and line; none is answered before all are right.
+"""
 
 import argparse
 import json
@@ -6,6 +15,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
@@ -21,25 +31,22 @@ from engine.images import load_image, resolve_image
 from engine.processes import World, carry_out
 from engine.schema import RECORD_TASKS, DataError, Dataset, Problems, Record, show
 from evaluate import Job, Row, evaluate_split, items_json, load_model, run_options
-from tools.page import Strip, answer_lines, draw_example, has_image, marks, token_strips
-from tools.routing import lacks_gate
+from tools.page import Strip, answer_lines, draw_example, has_image, places, token_strips
+from tools.routing import no_gate_reason
 from vision import FeatureCache, ViT
 
-# --------------------------------------------------------------------------- answering examples
-# Texts with their images, from the command line, a file or a folder, go the way of test records.
-
-GOLDLESS = {"mner": {"entities": []}, "mre": {"relation": "none"}, "med": {"events": []},
-            "meae": {"events": []}}
+NO_GOLD = {"mner": {"entities": []}, "mre": {"relation": "none"}, "med": {"events": []},
+           "meae": {"events": []}}
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
-Given = list[tuple[str, Path, bytes | dict]]  # where a row stands, folder of its image, the row
+GivenRow = tuple[str, Path, bytes | dict]  # where it stands, the folder of its image, the row
 
 
-def given_rows(args: argparse.Namespace) -> Given:
+def given_rows(args: argparse.Namespace) -> list[GivenRow]:
     """The examples that the command line asks for, not yet looked at."""
     path, image = args.examples, args.image
-    if image and image.is_symlink():
-        image = image.resolve()  # a row may not follow links, the user may
     if path is None:
+        if image and image.is_symlink():
+            image = image.resolve()  # a row may not follow links, the user may
         row = {"text": args.text, "image": image and image.name,
                "objects": parse_boxes(args.objects)}
         if args.task == "mre" or args.head or args.tail:
@@ -57,23 +64,21 @@ def given_rows(args: argparse.Namespace) -> Given:
     return [(f"{path}:{number}", path.parent, line) for number, line in enumerate(lines, 1)]
 
 
-def folder_rows(folder: Path) -> Given:
+def folder_rows(folder: Path) -> list[GivenRow]:
     """A row per name in the folder: NAME.txt is its text, NAME.png or the like its image."""
-    found: dict[str, dict[str, Path]] = {}
+    examples: dict[str, list[Path | None]] = {}  # {name: [its text, its image]}
     for file in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
-        part = "text" if file.suffix.lower() == ".txt" else "image"
-        files = found.setdefault(file.stem, {})
-        if part in files or file.suffix.lower() not in (".txt", *IMAGE_SUFFIXES):
+        suffix, files = file.suffix.lower(), examples.setdefault(file.stem, [None, None])
+        if files[suffix != ".txt"] or suffix not in (".txt", *IMAGE_SUFFIXES):
             raise DataError(f"{file}: expected one .txt and at most one image ("
                             f"{' '.join(IMAGE_SUFFIXES)}) of each name, got another file; move it "
                             "away, or list the examples in a .jsonl file")
-        files[part] = file
-    if not found:
+        files[suffix != ".txt"] = file
+    if not examples:
         raise DataError(f"{folder}: expected a .jsonl file, or .txt and image files, found none; "
                         "name the folder that holds them")
-    rows: Given = []
-    for name, files in found.items():
-        text, image = files.get("text"), files.get("image")
+    rows: list[GivenRow] = []
+    for name, (text, image) in examples.items():
         words = read_bytes(text).decode("utf-8", "surrogateescape") if text else ""
         rows.append((str(text or image), folder,
                      {"id": name, "text": words, "image": image and image.name}))
@@ -85,9 +90,8 @@ def parse_boxes(words: Sequence[str]) -> list:
     boxes = []
     for word in words:
         try:
-            file = word.endswith(".json")
-            found = parse_json(read_bytes(Path(word)) if file else f"[{word}]".encode())
-            boxes += found if file else [found]
+            boxes += (parse_json(read_bytes(Path(word))) if word.endswith(".json") else
+                      [parse_json(f"[{word}]".encode())])
         except (ValueError, TypeError) as error:
             raise DataError(f"--objects {word}: expected x1,y1,x2,y2 in pixels, or a .json file "
                             f"with a list of such boxes, got something else ({error}); correct "
@@ -129,16 +133,16 @@ def completed(row: bytes | dict, folder: Path, name: str, args: argparse.Namespa
         raise DataError(f"task: expected one of {', '.join(RECORD_TASKS)}, got "
                         f"{raw['task']!r}; write it into the row, or name one for all by --task")
     able = [key for key, dataset in datasets.items() if raw["task"] in dataset.units]
-    raw = {"dataset": args.dataset or (able or [None])[0], **GOLDLESS[raw["task"]], **raw}
+    raw = {"dataset": args.dataset or (able or [None])[0], **NO_GOLD[raw["task"]], **raw}
     if raw["dataset"] not in able:
         raise DataError(f"dataset: expected one with the task {raw['task']}, got "
                         f"{raw['dataset']!r}; use one of: "
                         f"{', '.join(able) or 'none in this corpus'}, or another task")
     if isinstance(raw.get("text"), str) and "tokens" not in raw:
         raw["tokens"] = raw.pop("text").split()
+    tokens = raw.get("tokens") if isinstance(raw.get("tokens"), list) else []
     for end in ("head", "tail"):
         if isinstance(raw.get(end), str):
-            tokens = raw.get("tokens") if isinstance(raw.get("tokens"), list) else []
             raw[end] = list(find_words(list(map(str, tokens)), raw[end], end))
     if isinstance(raw["image"], str):
         path = image_path(folder, raw["image"])
@@ -177,11 +181,11 @@ class GivenImages:
 
     def __init__(self, tower: Path, records: Sequence[Record], most: int, device: torch.device):
         self.width, self.most = ViT.feature_width(tower), most
-        if named := [record for record in records if has_image(record)]:
+        if with_image := list(filter(has_image, records)):
             self.folder = TemporaryDirectory()
             vit = ViT.from_pretrained(tower).to(device).eval()
             self.cache = FeatureCache(vit, "once", self.folder.name)
-            self.cache.prepare(map(self.key, named))
+            self.cache.prepare(map(self.key, with_image))
 
     def key(self, record: Record) -> tuple:
         return record.image, record.objects[:self.most], record.size
@@ -190,22 +194,22 @@ class GivenImages:
         return self.cache.get(*self.key(record)) if has_image(record) else None
 
 
-TERMINAL = (34, 33, 32, 35, 36, 31)  # codes of about the same colours
+TERMINAL = (34, 33, 32, 35, 36, 31)  # codes of about the same colours as on a page
 HARMLESS = str.maketrans(dict.fromkeys((*range(32), *range(127, 160)), "?"))  # on a terminal
 
 
 def coloured(row: Row, dataset: Dataset) -> str:
     """The text for a terminal, the words of each item in a colour."""
     words = [token.translate(HARMLESS) for token in row.record.tokens]
-    for mark in marks(row, dataset):
-        if mark.item.span:
-            start, end = mark.item.span
-            words[start] = f"\033[1;{TERMINAL[mark.colour]}m{words[start]}"
+    for place in places(row, dataset):
+        if place.item.span:
+            start, end = place.item.span
+            words[start] = f"\033[1;{TERMINAL[place.colour]}m{words[start]}"
             words[end - 1] += "\033[0m"
     return " ".join(words)
 
 
-def tell(row: Row, dataset: Dataset) -> None:
+def print_answer(row: Row, dataset: Dataset) -> None:
     """Print an answer in words, below its text."""
     text = " ".join(row.record.tokens).translate(HARMLESS)
     if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
@@ -217,7 +221,7 @@ def tell(row: Row, dataset: Dataset) -> None:
 def answer_json(row: Row, strips: Sequence[Strip]) -> str:
     """An answer as one line of JSON; spans count the tokens.
 
-    "gates": {token stream: mean gate of the task expert}, empty where no `strips` were made.
+    "gates" is {token stream: mean gate of the task expert}, empty if no `strips` were made.
     """
     record, answer = row.record, row.answer
     return json.dumps({"id": record.id, "dataset": record.dataset, "task": record.task,
@@ -228,17 +232,13 @@ def answer_json(row: Row, strips: Sequence[Strip]) -> str:
                       ensure_ascii=False)
 
 
-def answer_examples(args: argparse.Namespace, world: World) -> None:
+def run(args: argparse.Namespace, world: World) -> None:
     """Answer the examples of the command line: in words, as JSON, as pictures."""
     job = Job(args.checkpoint[0], args)
     setup = load_model(job.checkpoint, world.device, **job.changes)
     config, datasets = setup.config, setup.datasets
     records = example_records(args, datasets)
-
-    def note(text: str) -> None:
-        if world.main:
-            print(text, file=sys.stderr)
-
+    note = partial(print, file=sys.stderr) if world.main else lambda text: None
     examples = data.encode_records(records, datasets, setup.tokenizer, config.max_source,
                                    config.max_target, note)
     crowded = [record.source for record in records if len(record.objects) > config.max_objects]
@@ -250,35 +250,31 @@ def answer_examples(args: argparse.Namespace, world: World) -> None:
     rows = evaluate_split(setup, examples, features, job.decoding, world)
     if not world.main:
         return
-    why = lacks_gate(config)
-    wanted = not why and (args.draw or args.text is not None)
+    no_gate = no_gate_reason(config)
     strips = [token_strips(setup, example, row, features, world.device, job.decoding)
-              if wanted else [] for example, row in zip(examples, rows)]
+              if not no_gate and (args.draw or args.text is not None) else []
+              for example, row in zip(examples, rows)]
     lines = list(map(answer_json, rows, strips))
     if args.out:
         write_whole(args.out, "".join(line + "\n" for line in lines))
     for number, (row, line) in enumerate(zip(rows, lines)):
         dataset = datasets[row.record.dataset]
         if not args.json:
-            tell(row, dataset)
+            print_answer(row, dataset)
         if not args.out:
             print(line)
         if args.draw:
             name = re.sub(r"[^A-Za-z0-9.]+", "-", row.record.id)[:80]
             path = args.draw / f"{number + 1:04d}-{name}.png" if args.examples else args.draw
-            draw_example(row, dataset, strips[number], why, path)
+            draw_example(row, dataset, strips[number], no_gate, path)
             if not args.json:
                 print(f"picture: {path}")
 
 
-def parser() -> Parser:
-    """The options that describe examples to be answered."""
-    result = Parser(
-        prog="python -m tools.answer", usage="%(prog)s CKPT --text T --task TASK [options]",
-        description="Answer examples. Printed are the text, in colours on a terminal unless "
-        "NO_COLOR is set, what was found, and a line of JSON, with --text or --draw with the mean "
-        "gates of the task expert.")
-    add = result.add_argument_group("examples").add_argument
+def main(argv: Sequence[str] | None = None) -> None:
+    command = Parser(prog="python -m tools.answer", description=__doc__.partition("\n\n")[0],
+                     usage="%(prog)s CKPT --text T --task TASK [options]")
+    add = command.add_argument_group("examples").add_argument
     add("--text", metavar="T", help="the sentence, tokens separated by spaces")
     add("--image", type=Path, metavar="FILE", help="its image, if it has one")
     add("--task", choices=RECORD_TASKS, help="what to extract")
@@ -292,40 +288,29 @@ def parser() -> Parser:
              'lack), or rows {"text", "image", "objects", "head", "tail", "task", "dataset"}, all '
              "but the text optional; or a folder with one such file, or with NAME.txt and NAME.png "
              "(jpg, webp, gif). Images are looked for beside the file and in images/ there")
-    add("--dataset", metavar="NAME",
-        help="whose labels to offer where a row does not say; default: the first dataset with the "
-             "task")
-    add = result.add_argument_group("output").add_argument
+    add("--dataset", metavar="NAME", help="whose labels to offer where a row does not say; "
+        "default: the first dataset with the task")
+    run_options(command)
+    add = command.add_argument_group("output").add_argument
     add("--out", type=Path, metavar="FILE", help="the lines of JSON; default: they are printed")
     add("--json", action="store_true", help="print the JSON alone")
     add("--draw", type=Path, metavar="FILE",
         help="a picture (.png) of the image with its boxes, the text with its spans and the gates "
              "token by token; with --examples a folder for one picture each")
-    run_options(result)
-    return result
-
-
-def misuse(args: argparse.Namespace) -> str | None:
-    """What is wrong with a combination of options, if anything is."""
-    one, many, draw = args.text is not None, args.examples is not None, args.draw
-    single = [name for name in ("image", "objects", "head", "tail") if getattr(args, name)]
-    return next((message for wrong, message in (
-        (one == many, "give either --text or --examples"),
-        (many and single, f"--{' --'.join(single)} would do nothing here: they go with --text"),
-        (one and not args.task, "--text needs --task mner, mre, med or meae"),
-        (args.objects and not args.image, "--objects are boxes in an image; name it with --image"),
-        (one and draw and (draw.suffix != ".png" or draw.is_dir()),
-         f"--draw {draw}: name a .png file"),
-        (many and draw and draw.is_file(), f"--draw {draw}: with --examples name a folder"),
-    ) if wrong), None)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    command = parser()
     args = command.parse_args(argv)
-    if wrong := misuse(args):
-        command.error(wrong)
-    carry_out(answer_examples, args)
+    one, draw = args.text is not None, args.draw
+    single = [name for name in ("image", "objects", "head", "tail") if getattr(args, name)]
+    no_file = draw and (draw.suffix != ".png" or draw.is_dir())
+    for holds, problem in (
+            (one == (args.examples is not None), "give either --text or --examples"),
+            (not one and single, f"--{' --'.join(single)} would do nothing without --text"),
+            (one and not args.task, "--text needs --task mner, mre, med or meae"),
+            (args.objects and not args.image, "--objects are boxes in an image; add --image"),
+            (one and no_file, f"--draw {draw}: name a .png file"),
+            (not one and draw and draw.is_file(), f"--draw {draw}: name a folder for --examples")):
+        if holds:
+            command.error(problem)
+    carry_out(run, args)
 
 
 if __name__ == "__main__":

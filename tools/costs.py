@@ -1,4 +1,9 @@
-"""What a method costs: parameters and FLOPs, Table 5."""
+"""Parameters and FLOPs of every method, as in Table 5, counted, not measured: of flan-t5-SIZE, or
+with CKPT of its backbone at its rows' mean lengths.
+
+    python -m tools.costs --size large
+    python -m tools.costs RUN
+"""
 
 import argparse
 import dataclasses
@@ -18,9 +23,6 @@ from engine.settings import SIZES
 from evaluate import Job, Setup, aligned, free_visual_adapter, run_options
 from t5 import T5, Attention, RMSNorm, T5Config
 from vision import UMIE, ViT
-
-# -------------------------------------------------------------------------------------------- costs
-# What a method costs: parameters and FLOPs, Table 5.
 
 # flan-t5: model width D, feed-forward width, layers of the encoder and of the decoder, heads
 GEOMETRY = {"base": (768, 2048, 12, 12), "large": (1024, 2816, 24, 16), "xl": (2048, 5120, 24, 32)}
@@ -53,10 +55,11 @@ class FlopCounter:
     `backward` has one product for each gradient that is formed: that of a weight if it is trained,
     that of a linear's input if something below is trained.  `live` says of each token stream
     whether its hidden states need a gradient so far; so the walk follows the forward pass.  Experts
-    count as their layer runs them: in rank space, one task of N.
+    count in rank space, one task of N.  `trainable` is what clorae.parameter_split says.
     """
 
     def __init__(self, model: nn.Module, source: float, target: float, visual: float):
+        self.trainable = clorae.parameter_split(model)
         embedded = model.t5.shared.weight.requires_grad
         self.tokens = {"memory": source, "target": target, "visual": visual}
         self.live = {"memory": embedded, "target": embedded, "visual": False}
@@ -114,17 +117,17 @@ class FlopCounter:
 
 
 def mim_flops(model: nn.Module, lengths: Sequence[float]) -> tuple[float, float]:
-    """FLOPs that L_MIM (clorae.stream_moments) adds to a training step, forward and backward: once
-    for all rows of one task, and for each row of these lengths (source, target, visual)."""
+    """FLOPs that L_MIM, Eq. (5), in rank space (fast/mim.py) adds to a training step, forward and
+    backward: once for all rows of one task, and for each row of these (source, target, visual)."""
     tokens = dict(zip(("memory", "target", "visual"), lengths))
-    once = each = 0.0
+    once = row = 0.0
     for layer in clorae.expert_layers(model).values():
         if hasattr(layer, "rho"):
             R, r = layer.B_U.shape[1], layer.B_T.shape[2]
-            one = 4 * (R * R + R * r + r * r)  # a token, or a channel of the output
-            once += one * len(layer.rho)
-            each += one * tokens[layer.stream]
-    return once, each
+            work = 4 * (R * R + R * r + r * r)  # for a token, or for a channel of the output
+            once += work * len(layer.rho)
+            row += work * tokens[layer.stream]
+    return once, row
 
 
 @dataclass(frozen=True)
@@ -148,23 +151,23 @@ class Geometry:
         D, hidden, layers, heads = GEOMETRY[size]
         t5 = T5Config(32128, D, 64, hidden, layers, heads, feed_forward_proj="gated-gelu",
                       tie_head=False, scale_logits=False)
-        objects = max(16, lengths[2] - 1)
-        return cls(f"flan-t5-{size}", t5, rank, UMIE_FEATURES, objects, tuple(lengths))
+        return cls(f"flan-t5-{size}", t5, rank, UMIE_FEATURES, max(16, lengths[2] - 1),
+                   tuple(lengths))
 
     @classmethod
     def of_run(cls, setup: Setup, examples: Sequence[Example]) -> "Geometry":
         """A run's own backbone, fusion and rank, at the mean lengths of these rows."""
         config, tasks = setup.config, len(TASKS)
         if config.rank < tasks:
-            raise UsageError(f"--costs: expected a run of rank {tasks} or more, one for each "
-                             f"task expert of the methods it is compared with, got rank "
-                             f"{config.rank}; name another run, or --size instead of one")
-        most = config.max_objects
-        visual = [1 + min(len(e.record.objects), most) for e in examples if e.record.image]
+            raise UsageError(f"CKPT: expected a run of rank {tasks} or more, one for each task "
+                             f"expert of the methods it is compared with, got rank {config.rank}; "
+                             "name another run, or --size instead of one")
+        visual = [1 + min(len(e.record.objects), config.max_objects) for e in examples
+                  if e.record.image]
         sums = sum(len(e.input_ids) for e in examples), sum(len(e.labels) for e in examples)
         lengths = tuple(n / max(len(examples), 1) for n in (*sums, sum(visual)))
         return cls("this run", setup.model.t5.config, config.rank,
-                   ViT.feature_width(setup.sources.vit), most, lengths, config.fusion)
+                   ViT.feature_width(setup.sources.vit), config.max_objects, lengths, config.fusion)
 
     def model(self, method: str, **options: object) -> nn.Module:
         """The adapted model, on the meta device: without memory for its weights."""
@@ -177,60 +180,51 @@ class Geometry:
         return FlopCounter(self.model(method), *self.lengths).forward / 1e9
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What one row costs a method under one visual policy."""
-
-    trainable: dict[str, int]  # parameters by kind, as clorae.parameter_split
-    forward: float  # GFLOPs
-    backward: float
-
-
-Costs = dict[str, dict[str, Cost]]  # {method: {visual policy: cost}}
+Costs = dict[str, dict[str, FlopCounter]]  # {method: {visual policy: cost of one row}}
 
 
 def costs(geometry: Geometry) -> Costs:
     """The costs of every method of COSTED under every visual policy."""
-    found: Costs = {}
+    table: Costs = {}
     for label, options in COSTED.items():
-        model, found[label] = geometry.model(label.split()[0], **options), {}
+        model, table[label] = geometry.model(label.split()[0], **options), {}
         for policy in VISUAL_POLICIES:
             free_visual_adapter(model, policy)
-            flops = FlopCounter(model, *geometry.lengths)
-            found[label][policy] = Cost(clorae.parameter_split(model), flops.forward / 1e9,
-                                        flops.backward / 1e9)
-    return found
+            table[label][policy] = FlopCounter(model, *geometry.lengths)
+    return table
 
 
-def cost_tables(found: Costs, paper: Mapping[str, tuple]) -> list[str]:
+def cost_tables(table: Costs, paper: Mapping[str, tuple]) -> list[str]:
     """Trainable parameters and GFLOPs of every method, beside the paper's where it has them."""
-    kinds, policies = ("experts", "gate", "mim", "backbone"), VISUAL_POLICIES
-    millions = [["trainable, M", *kinds, *(f"visual:{p}" for p in policies),
+    groups, policies = ("experts", "gate", "mim", "backbone"), VISUAL_POLICIES
+    millions = [["trainable, M", *groups, *(f"visual:{p}" for p in policies),
                  *(f"all:{p}" for p in policies), "paper"]]
     gflops = [["GFLOPs", "fwd", "3 fwd", *(f"fwd+bwd:{p}" for p in policies), "paper fwd",
                "paper fwd+bwd"]]
-    for label, each in found.items():
-        splits, forward = [each[p].trainable for p in policies], each["train"].forward
-        counts = [*(splits[0][name] for name in kinds), *(split["visual"] for split in splits),
+    for label, costs_of in table.items():
+        splits, forward = [costs_of[p].trainable for p in policies], costs_of["train"].forward
+        counts = [*(splits[0][name] for name in groups), *(split["visual"] for split in splits),
                   *(sum(split.values()) for split in splits)]
-        work = [forward, 3 * forward, *(forward + each[p].backward for p in policies)]
-        theirs = paper.get(label, ("-", "-", "-"))
-        millions.append([label, *(f"{n / 1e6:.3f}" for n in counts), str(theirs[0])])
-        gflops.append([label, *(f"{n:.{2 if n > 1 else 5}f}" for n in work), *map(str, theirs[1:])])
+        work = [forward, 3 * forward, *(forward + costs_of[p].backward for p in policies)]
+        millions_paper, *gflops_paper = paper.get(label, ("-", "-", "-"))
+        millions.append([label, *(f"{n / 1e6:.3f}" for n in counts), str(millions_paper)])
+        gflops.append([label, *(f"{n / 1e9:.{2 if n > 1e9 else 5}f}" for n in work),
+                       *map(str, gflops_paper)])
     return [*aligned(millions), "", *aligned(gflops)]
 
 
-def paper_notes(geometry: Geometry, found: Costs, paper: Mapping[str, tuple]) -> list[str]:
+def paper_notes(geometry: Geometry, table: Costs, paper: Mapping[str, tuple]) -> list[str]:
     """Where our figures and the paper's part, each difference as a number."""
     t5, (S, T, V), R = geometry.t5, geometry.lengths, geometry.rank
     means = 2 * (t5.d_model * 384 + 384 * 128) * (S + V - 2) / 1e9
     scores = t5.num_heads * (t5.num_layers * (S * S + T * T + S * T) + 2 * V * V + S * V) / 1e9
-    full, ours, lora = (found[label]["train"].forward + means + scores
+    full, ours, lora = (table[label]["train"].forward / 1e9 + means + scores
                         for label in ("full", "clorae", "lora"))
     halved = dataclasses.replace(geometry, rank=R // 2)
     half, pair = (halved.forward(method) + means + scores for method in ("lora", "loramoe"))
     twice = half + (lora - full) * t5.d_model / (2 * R)  # a frozen q or v has 2 D^2, its LoRA 4 D R
-    millions = {label: sum(each["paper"].trainable.values()) / 1e6 for label, each in found.items()}
+    lacking = {label: paper[label][0] - sum(table[label]["paper"].trainable.values()) / 1e6
+               for label in ("full", "clorae")}
     return [
         f"full: UMIE projects each token for its gate, we the means (+{means:.3f}); the paper's "
         f"tool adds 1 FLOP per attention score (+{scores:.3f}). So counted: {full:.2f}, paper "
@@ -242,61 +236,53 @@ def paper_notes(geometry: Geometry, found: Costs, paper: Mapping[str, tuple]) ->
         f"{paper['moslora'][1]}; here they are computed once.  Its TP fits a mixer of (R/2)^2.",
         f"loramoe: {pair:.2f} with two experts of rank R/2, paper {paper['loramoe'][1]}; its TP "
         "is that of rank R.",
-        f"TP: all:paper leaves {paper['full'][0] - millions['full']:.1f} (full) and "
-        f"{paper['clorae'][0] - millions['clorae']:.2f} (clorae) that no part of the model has."]
+        f"TP: all:paper leaves {lacking['full']:.1f} (full) and {lacking['clorae']:.2f} (clorae) "
+        "that no part of the model has."]
 
 
 def cost_report(geometry: Geometry, paper: Mapping[str, tuple]) -> str:
     """Table 5 for one backbone, beside the paper's figures, and how to read it."""
-    found, model = costs(geometry), geometry.model("clorae")
-    ours, full = found["clorae"]["train"], found["full"]["train"]
+    table, (S, T, V) = costs(geometry), geometry.lengths
+    ours, full = table["clorae"]["train"], table["full"]["train"]
     share = (ours.forward + ours.backward) / (full.forward + full.backward)
-    once, each = mim_flops(model, geometry.lengths)
-    S, T, V = geometry.lengths
+    once, row = mim_flops(geometry.model("clorae"), geometry.lengths)
     lines = [
         f"{geometry.name}, rank {geometry.rank}; one row of {S:.4g} source, {T:.4g} target, "
         f"{V:.4g} visual tokens; image features {geometry.features} wide", "",
-        *cost_tables(found, paper), "",
+        *cost_tables(table, paper), "",
         "visual: train = the whole adapter learns, paper = its embedding, frozen = nothing of it; "
         "VStack's experts always do.  3 fwd: the paper's convention.  fwd+bwd: input gradients "
         "above the lowest trained weight, weight gradients of trained weights.",
         f"clorae:train costs {100 * share:.0f} % of full, by 3 fwd "
         f"{100 * ours.forward / full.forward:.0f} %.  L_MIM comes on top, in training: "
-        f"{once / 1e9:.2f} GFLOPs per micro-batch of one task, {each / 1e9:.2f} per row.  Not "
+        f"{once / 1e9:.2f} GFLOPs per micro-batch of one task, {row / 1e9:.2f} per row.  Not "
         "counted: image tower, optimizer, norms, softmax."]
     if paper and geometry.lengths == PAPER_LENGTHS:
-        lines += paper_notes(geometry, found, paper)
+        lines += paper_notes(geometry, table, paper)
     return "\n".join(lines)
-
-
-def parser() -> Parser:
-    """The options of this command."""
-    result = Parser(
-        prog="python -m tools.costs", usage="%(prog)s [CKPT] [options]",
-        description="Parameters and FLOPs of every method, as Table 5: of flan-t5-SIZE, or with "
-                    "CKPT of its backbone at its rows' mean lengths.")
-    result.add_argument("--size", choices=tuple(GEOMETRY), default="base",
-                        help="without CKPT: the backbone")
-    result.add_argument("--lengths", nargs=3, type=int, default=PAPER_LENGTHS,
-                        metavar=("N_E", "N_D", "N_V"),
-                        help="without CKPT: source, target, visual tokens of a row; default: "
-                             "95 1 21, which give the paper's figures")
-    run_options(result, required=False)
-    return result
 
 
 def run(args: argparse.Namespace, world: World) -> None:
     if args.checkpoint:
-        job = Job(args.checkpoint[0], args)
-        world.print(cost_report(Geometry.of_run(*job.load(world)), {}))
+        geometry, paper = Geometry.of_run(*Job.of(args.checkpoint[0], args).load(world)), {}
     else:
         geometry = Geometry.of_size(args.size, SIZES[args.size].rank, args.lengths)
-        world.print(cost_report(geometry, PAPER_COSTS.get(args.size, {})))
+        paper = PAPER_COSTS.get(args.size, {})
+    world.print(cost_report(geometry, paper))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    carry_out(run, parser().parse_args(argv))
-
+    command = Parser(prog="python -m tools.costs", description=__doc__.partition("\n\n")[0],
+                     usage="%(prog)s [CKPT] [options]")
+    run_options(command, required=False)
+    add = command.add_argument_group("without CKPT").add_argument
+    add("--size", choices=tuple(GEOMETRY), default="base", help="the backbone")
+    add("--lengths", nargs=3, type=int, default=PAPER_LENGTHS, metavar=("N_E", "N_D", "N_V"),
+        help="source, target, visual tokens of a row; default: 95 1 21, as the paper's figures")
+    args = command.parse_args(argv)
+    if len(args.checkpoint) > 1:
+        command.error("the costs are those of one CKPT; name one at a time")
+    carry_out(run, args)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,12 @@
-"""Export what was trained: as a checkpoint for any machine, or as a LoRA in PEFT's format."""
+"""Export what was trained, without the backbone: a CKPT for any machine that has it; with --task,
+the LoRA for T5, in PEFT's format, that the task's experts are under their mean gates.
+
+    python -m tools.export RUN --out DIR                a checkpoint for any machine
+    python -m tools.export RUN --out DIR --task mner    one task's experts as a LoRA that PEFT loads
+
+A gate, Eq. (6), depends on the token and cannot be merged: the second command fixes all gates at
+their means over the task's dev tokens, and says what that costs in F1.
+"""
 
 import argparse
 import dataclasses
@@ -27,26 +35,12 @@ from evaluate import Job, evaluate_split, run_options, total, unit_f1
 from t5 import hf_names
 from tools.routing import gate_sums
 
-# ---------------------------------------------------------------------------------------- export
-# Adapters travel: without the backbone, whose sha256 they remember; or as one plain LoRA per task.
-
-def export(args: argparse.Namespace, world: World) -> list[str]:
-    """Write what --export asks for into a folder that holds nothing yet; returns the report."""
-    if args.folder.is_file() or args.folder.is_dir() and any(args.folder.iterdir()):
-        raise UsageError(f"--out {args.folder}: expected a new or empty folder, got one "
-                         "that holds files; name another one, or delete them first")
-    make, report = (plain_lora if args.task else adapter)(args, world)
-    if world.main:
-        whole(args.folder, make)
-    return report
+Export = tuple[Callable[[Path], None], list[str]]  # what fills the folder, and the report
 
 
-def adapter(args: argparse.Namespace, world: World) -> tuple[Callable, list[str]]:
-    """How to write the checkpoint as one that needs nothing of this machine (no moments, no
-    variance of L_MIM, no paths, its datasets' labels beside it), and the report.
-
-    Of method full it is the whole model, since all of it was trained.
-    """
+def adapter(args: argparse.Namespace) -> Export:
+    """A checkpoint that needs nothing of this machine: no moments, no variance of L_MIM, no paths,
+    but the labels of its datasets.  Of method full it is the whole model, all of it trained."""
     checkpoint = find_checkpoint(args.checkpoint[0])
     state = read_state(checkpoint)
     corpus = Path(args.data or corpus_of(stored_config(checkpoint)))
@@ -55,30 +49,30 @@ def adapter(args: argparse.Namespace, world: World) -> tuple[Callable, list[str]
     config = {**state["config"], "mim": False,
               **dict.fromkeys(("data", "t5", "vit", "init", "aml_reference"))}
 
-    def make(folder: Path) -> None:
+    def write(folder: Path) -> None:
         for name in load_datasets(corpus):
             (folder / "corpus" / name).mkdir(parents=True)
             shutil.copy(corpus / name / "dataset.json", folder / "corpus" / name)
         (folder / "model.safetensors").write_bytes(save(tensors))
         digest = {"model.safetensors": file_hash(folder / "model.safetensors")}
-        write_state(folder, {**state, **dict.fromkeys(("t5", "vit", "init")),
-                                   "config": config}, digest)
+        write_state(folder, {**state, "t5": None, "vit": None, "init": None, "config": config},
+                    digest)
 
     numbers = sum(tensor.numel() for tensor in tensors.values())
-    needs = {part: state[f"{part}_sha256"] for part in ("t5", "vit", "init")
-             if state.get(f"{part}_sha256")}
-    return make, [
+    needs = {name: digest[:12] for name in ("t5", "vit", "init")
+             if (digest := state.get(f"{name}_sha256"))}
+    return write, [
         f"{args.folder}: {numbers:,} trained parameters of {checkpoint}, method "
         f"{config['method']}, rank {config['rank']}, and the labels of its datasets",
-        "it needs " + ", ".join(f"{part} of sha256 {needs[part][:12]}" for part in needs),
-        f"elsewhere: python evaluate.py {args.folder.name} --data DIR (or --text T --task mner); "
-        + " ".join(f"--{part} DIR" for part in needs) + " where these are neither in weights/ nor "
-        "in the hub's cache"]
+        "it needs " + ", ".join(f"{name} of sha256 {digest}" for name, digest in needs.items()),
+        f"elsewhere: python evaluate.py {args.folder.name} --data DIR (or python -m tools.answer "
+        f"{args.folder.name} --text T --task mner); {' '.join(f'--{name} DIR' for name in needs)} "
+        "where these are neither in weights/ nor in the hub's cache"]
 
 
 def mean_gates(model: nn.Module, sums: Tensor) -> dict[str, tuple[float, ...]]:
     """{path: gates of a wrapped linear, averaged over the tokens of `gate_sums`}."""
-    return {path: tuple((total[1:3] / total[0]).tolist()) for path, total in
+    return {path: tuple((sums_of[1:3] / sums_of[0]).tolist()) for path, sums_of in
             zip(clorae.expert_layers(model), sums[:, 0].cpu(), strict=True)}
 
 
@@ -95,8 +89,8 @@ def write_peft(model: nn.Module, base: str | None, folder: Path) -> None:
     names, tensors = hf_names(model.t5.config), {}
     for path, layer in clorae.expert_layers(model.t5).items():
         key = f"base_model.model.{names[path + '.weight'].removesuffix('.weight')}"
-        tensors |= {f"{key}.lora_A.weight": layer.A_U.detach().cpu().contiguous(),
-                    f"{key}.lora_B.weight": layer.B_U.detach().cpu().contiguous()}
+        for letter, factor in (("A", layer.A_U), ("B", layer.B_U)):
+            tensors[f"{key}.lora_{letter}.weight"] = factor.detach().cpu().contiguous()
     folder.mkdir()
     (folder / "adapter_model.safetensors").write_bytes(save(tensors, {"format": "pt"}))
     write_whole(folder / "adapter_config.json", json.dumps({
@@ -106,76 +100,71 @@ def write_peft(model: nn.Module, base: str | None, folder: Path) -> None:
         indent=1) + "\n")
 
 
-def plain_lora(args: argparse.Namespace, world: World) -> tuple[Callable, list[str]]:
-    """How to write one task's experts as a LoRA, and the report of what fixing the gates costs.
-
-    A gate that depends on the token cannot be merged; its mean over the task's dev tokens can.
-    F1 is that of our model before, after, and after without images, which is what PEFT runs.
-    """
-    job = Job(args.checkpoint[0], args)
+def plain_lora(args: argparse.Namespace, world: World) -> Export:
+    """One task's experts as a LoRA, and F1 before the gates were fixed, after, and after without
+    images, which is what PEFT runs."""
+    job = Job.of(args.checkpoint[0], args)
     setup, examples = job.load(world)
     model, config = setup.model, setup.config
     if config.method == "full" or setup.sources.init:
-        raise UsageError("--export with --task: expected a run whose experts sit on a hub's "
-                         f"T5, got {config.method if config.method == 'full' else '--init'}: "
-                         "all of its T5 was trained; export it without --task")
+        raise UsageError("--task: expected a run whose experts sit on a hub's T5, got "
+                         f"{'full' if config.method == 'full' else '--init'}: all of its T5 was "
+                         "trained; export it without --task")
     task = TASKS.index("mee" if args.task in ("med", "meae") else args.task)
-    dev, split = ([e for e in some if e.task == task]
-                  for some in (job.examples(setup, "dev", world), examples))
+    dev, split = ([example for example in examples if example.task == task]
+                  for examples in (job.examples(setup, "dev", world), examples))
     if not dev or not split:
-        raise UsageError(f"--export with --task {args.task}: expected rows of it in the dev "
-                         f"and the {job.split} split of {setup.sources.corpus}, got "
-                         f"{len(dev)} and {len(split)}; name another task")
+        raise UsageError(f"--task {args.task}: expected rows of it in the dev and the {job.split} "
+                         f"split of {setup.sources.corpus}, got {len(dev)} and {len(split)}; name "
+                         "another task")
     features = job.features(setup, dev + split, world)
     world.join()
-    here = {"device": world.device, "decoding": job.decoding, "rank": world.rank,
-            "world": world.size}
-    score = partial(evaluate_split, setup, features=features, decoding=job.decoding, world=world)
-    gates = dict.fromkeys(clorae.expert_layers(model))
-    if any(hasattr(layer, "W_g") for layer in clorae.expert_layers(model).values()):
-        gates = mean_gates(model, gate_sums(model, dev, [0] * len(dev), features, **here))
-    before = score(split)
+
+    def f1(title: str, examples: Sequence[Example]) -> str:
+        rows = evaluate_split(model, examples, setup.datasets, features, setup.tokenizer,
+                              world.device, job.decoding, world.rank, world.size)
+        units = ", ".join(f"{unit} {f1:.2f}" for unit, f1 in unit_f1(total(rows)).items())
+        return f"F1 {title}: {units}"
+
+    gates = dict.fromkeys(layers := clorae.expert_layers(model))
+    if any(hasattr(layer, "W_g") for layer in layers.values()):
+        sums = gate_sums(model, dev, [0] * len(dev), features, job.decoding, world)
+        gates = mean_gates(model, sums)
+    lines = [f1("before", split)]
     fix_gates(model, task, gates)
-    scores = {"before": before, "after, gates fixed": score(split),
-              "after, without images": score(list(map(without_image, split)))}
+    texts = [dataclasses.replace(example, record=dataclasses.replace(example.record, image=None))
+             for example in split]
+    lines += [f1("after, gates fixed", split), f1("after, without images", texts)]
     rank = next(iter(clorae.expert_layers(model.t5).values())).config.rank
     record = split[0].record
     return partial(write_peft, model, SIZES[config.size].t5), [
         f"{args.folder}: LoRA of rank {rank} for {TASKS[task]} on the q and v of T5, sha256 "
-        f"{folder_hash(setup.sources.t5)[:12]}",
-        *(f"F1 {name}: " + ", ".join(f"{u} {f1:.2f}" for u, f1 in unit_f1(total(some)).items())
-          for name, some in scores.items()),
+        f"{folder_hash(setup.sources.t5)[:12]}", *lines,
         "the visual adapter, with its experts, is not part of it: in PEFT the model reads text "
         "alone, as in the last line, such as",
         "".join(data.prompt(record, setup.datasets[record.dataset]))]
 
 
-def without_image(example: Example) -> Example:
-    """The same row for a model that is given its text alone."""
-    return dataclasses.replace(example, record=dataclasses.replace(example.record, image=None))
-
-
-def parser() -> Parser:
-    """The options of this command."""
-    result = Parser(
-        prog="python -m tools.export", usage="%(prog)s CKPT --out DIR [--task TASK] [options]",
-        description="Export what was trained, without the backbone: a CKPT for any machine that has "
-                    "it; with --task, the LoRA for T5, in PEFT's format, that the task's experts "
-                    "are under their mean gates.")
-    result.add_argument("--out", dest="folder", type=Path, metavar="DIR", required=True,
-                        help="a new or empty folder")
-    result.add_argument("--task", choices=RECORD_TASKS, help="whose experts become a plain LoRA")
-    run_options(result)
-    return result
-
-
 def run(args: argparse.Namespace, world: World) -> None:
-    world.print(*export(args, world))
+    """Write the folder, which appears under its name once it is complete, and print the report."""
+    if args.folder.is_file() or args.folder.is_dir() and any(args.folder.iterdir()):
+        raise UsageError(f"--out {args.folder}: expected a new or empty folder, got one "
+                         "that holds files; name another one, or delete them first")
+    write, report = plain_lora(args, world) if args.task else adapter(args)
+    if world.main:
+        whole(args.folder, write)
+    world.print(*report)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    carry_out(run, parser().parse_args(argv))
-
+    command = Parser(prog="python -m tools.export", description=__doc__.partition("\n\n")[0],
+                     usage="%(prog)s CKPT --out DIR [--task TASK] [options]")
+    run_options(command)
+    add = command.add_argument_group("output").add_argument
+    add("--out", dest="folder", type=Path, metavar="DIR", required=True,
+        help="a new or empty folder")
+    add("--task", choices=RECORD_TASKS, help="whose experts become a plain LoRA")
+    carry_out(run, command.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,9 @@
-"""tools/figures."""
+"""What all pictures share: resolution, colours, the styles of the units, and how they are saved."""
 
 import warnings
 from pathlib import Path
 
 from engine.schema import UNITS
-
-# --------------------------------------------------------------------------------- pictures of runs
-# Routing (Fig. 6), AML weights and curves of a run; systems (Fig. 4), ranks (Fig. 5), errors.
 
 DPI = 150
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
@@ -16,14 +13,16 @@ STYLES = {unit: {"color": colour, "marker": marker, "markersize": 4}
 
 def canvas(width: float, height: float, rows: int = 1, columns: int = 1,
            **options: object) -> tuple:
-    """(figure of so many inches, its axes in reading order)."""
+    """(a figure of this size in inches, its rows x columns axes as a list in reading order)."""
     from matplotlib.figure import Figure  # imported only where a picture is wanted
     figure = Figure((width, height), layout="constrained", dpi=DPI)
     return figure, figure.subplots(rows, columns, squeeze=False, **options).flatten().tolist()
 
 
-def write_figure(figure: object, path: Path) -> Path:
-    """Save as PNG; a character that matplotlib's own font lacks is drawn as an empty box."""
+def write_figure(figure: object, path: Path, legend: object = None) -> Path:
+    """Save as PNG, with a legend of one of its axes; what the font lacks becomes an empty box."""
+    if legend:
+        figure.legend(*legend.get_legend_handles_labels(), loc="outside right upper")
     path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")

@@ -1,4 +1,5 @@
-"""tools/page."""
+"""The page that tools.answer draws of an example: the image and its boxes, the text and its spans,
+and token by token how much weight the gate gives to the task expert and to the universal one."""
 
 import dataclasses
 import itertools
@@ -19,50 +20,45 @@ from data import Example, Item, Tokenizer
 from engine.features import Features
 from engine.images import load_image
 from engine.schema import TASKS, Box, Dataset, Record, iou
-from evaluate import Decoding, Row, Setup, type_of
+from evaluate import Decoding, Row, Setup, kind
 from tools.figures import COLOURS, DPI, write_figure
 from tools.routing import gates_on
 
-# ------------------------------------------------------------------------- picture of one example
-# A page in inches: the image and its boxes, the text and its spans, the gates token by token.
-
-PAGE, SIDE, MARGIN = 11.0, 3.6, 0.35  # width, side of the image, margins and gaps
+PAGE, SIDE, MARGIN = 11.0, 3.6, 0.35  # inches: width, side of the image, margins and gaps
 CHAR, LINE = 13 / DPI, 0.21  # of matplotlib's monospaced font at 10 points, hinted at 150 DPI
 LEADING = 1.3  # from one line of the text to the next, in LINE
 SCALE = 0.3  # left of a row of bars
 ROW = PAGE - 2 * MARGIN - SCALE  # its width
-
-
 BAR, BARS = 0.24, 0.65  # width of a bar, height of a row of bars
 UNIVERSAL, TASK = COLOURS[:2]
-SPOKEN = COLOURS[:6]  # of marks on a page
+PLACE_COLOURS = COLOURS[:6]
 
 
 @dataclass(frozen=True)
-class Mark:
+class Place:
     """A place in the text or the image, and what the answer says of it."""
 
     item: Item
     label: str
-    colour: int  # of SPOKEN, the same in every text of a dataset
+    colour: int  # of PLACE_COLOURS, the same in every text of a dataset
 
 
-def marks(row: Row, dataset: Dataset) -> list[Mark]:
-    """Everything that an answer finds; of a relation its ends.  Where there is one event type, an
-    argument is called by its role alone."""
+def places(row: Row, dataset: Dataset) -> list[Place]:
+    """The places of all items of an answer; of a relation its ends.  Where there is one event type,
+    an argument is called by its role alone."""
     record, labels = row.record, dataset.labels[row.record.task]
     if record.task == "mre":
-        return [Mark(Item(end, span=getattr(record, end)), end, colour)
+        return [Place(Item(end, span=getattr(record, end)), end, colour)
                 for colour, end in enumerate(("head", "tail"))]
     names = sorted(labels)
     if record.task == "meae":
         names = [f"{event}:{role}" for event in names for role in labels[event]]
     one = len({item.label for item in row.predicted}) == 1
-    return [Mark(item, one and item.role or type_of(item), names.index(type_of(item)) % len(SPOKEN))
-            for item in row.predicted]
+    return [Place(item, one and item.role or kind(item),
+                  names.index(kind(item)) % len(PLACE_COLOURS)) for item in row.predicted]
 
 
-def place(item: Item) -> str:
+def where(item: Item) -> str:
     """Where an item lies, in words."""
     if item.span:
         return item.text
@@ -73,18 +69,17 @@ def place(item: Item) -> str:
 
 
 def answer_lines(row: Row) -> list[str]:
-    """An answer in words: a line per item, then what could not be used, or was not there."""
+    """An answer in words: a line per item, then what could not be used, or was missing."""
     record, answer = row.record, row.answer
     if record.task == "mre":
         head, tail = (data.words(record, span) for span in (record.head, record.tail))
         lines = [f"{head} -- {row.predicted[0].label} -- {tail}"]
     else:
-        lines = [f"{type_of(item).replace(':', ', ')}: {place(item)}" for item in row.predicted]
-    notes = [f"unreadable in the output, {row.counts.malformed} piece(s): {answer.text!r}"
-             ] * bool(row.counts.malformed)
-    notes += ["cut at the length limit"] * answer.cut
-    notes += [f"answered without {record.image}, which is not there"] * answer.missing
-    return (lines or ["nothing found"]) + [f"note: {note}" for note in notes]
+        lines = [f"{kind(item).replace(':', ', ')}: {where(item)}" for item in row.predicted]
+    notes = {f"unreadable in the output, {row.counts.malformed} piece(s): {answer.text!r}":
+             row.counts.malformed, "cut at the length limit": answer.cut,
+             f"answered without {record.image}, which is not there": answer.missing}
+    return [*(lines or ["nothing found"]), *(f"note: {note}" for note in notes if notes[note])]
 
 
 def has_image(record: Record) -> bool:
@@ -111,10 +106,8 @@ def piece(tokenizer: Tokenizer, i: int) -> str:
 @torch.inference_mode()
 def token_strips(setup: Setup, example: Example, row: Row, features: Features,
                  device: torch.device, decoding: Decoding) -> list[Strip]:
-    """The gates while the model reads an example, looks at its image and writes its answer.
-
-    Those of a target token are those that wrote it; the prompt before the text is one mean.
-    """
+    """The gates, Eq. (6), while the model reads an example, looks at its image and writes its
+    answer: those of a target token are those that wrote it; the prompt is one mean."""
     tokenizer, record = setup.tokenizer, example.record
     ids, answer = example.input_ids, row.answer.ids
     batch = data.collate([dataclasses.replace(example, labels=list(answer))], features,
@@ -122,104 +115,18 @@ def token_strips(setup: Setup, example: Example, row: Row, features: Features,
     layers: dict[str, list[Tensor]] = {}
     for layer, gates in gates_on(setup.model, batch, decoding.precision).items():
         layers.setdefault(layer.stream, []).append(gates[0, :, 1].double())
-    found = {stream: torch.stack(some).mean(dim=0).tolist() for stream, some in layers.items()}
+    means = {stream: torch.stack(gates).mean(dim=0).tolist() for stream, gates in layers.items()}
     prefix, _ = data.prompt(record, setup.datasets[record.dataset])
     n = len(os.path.commonprefix([ids, tokenizer.encode(prefix)]))
-    source = found["memory"][-len(ids):]  # visual tokens may come first
-    strips = [Strip("memory", f"reading the text (prompt: mean of {n} tokens)",
+    source = means["memory"][-len(ids):]  # visual tokens may come first
+    objects = [f" O{k}" for k in range(1, len(means.get("visual", ())))]
+    strips = (Strip("memory", f"reading the text (prompt: mean of {n} tokens)",
                     ["prompt", *(piece(tokenizer, i) for i in ids[n:])],
-                    [fmean(source[:n]), *source[n:]])]
-    if "visual" in found:
-        objects = [f" O{k}" for k in range(1, len(found["visual"]))]
-        strips.append(Strip("visual", "looking at the picture", ["image", *objects],
-                            found["visual"]))
-    return [*strips, Strip("target", "writing the answer", [piece(tokenizer, i) for i in answer],
-                           found["target"])]
-
-
-Word = tuple[int, str, list[Mark], bool]  # column, text, spans it is in, whether it is a label
-
-
-def lay_out(tokens: Sequence[str], spans: Sequence[Mark], width: int) -> list[list[Word]]:
-    """The words of a text, and behind each span its label, in lines of `width` characters."""
-    words: list[tuple[str, list[Mark], bool]] = []
-    for i, token in enumerate(tokens):
-        inside = [mark for mark in spans if i in range(*mark.item.span)]
-        words += [(part, inside, False) for part in textwrap.wrap(token, width)]
-        words += [(mark.label, [mark], True) for mark in inside if mark.item.span[1] == i + 1]
-    lines, column = [[]], 0
-    for word, inside, is_label in words:
-        if column and column + len(word) > width:
-            lines, column = [*lines, []], 0
-        lines[-1].append((column, word, inside, is_label))
-        column += len(word) + 1
-    return lines
-
-
-def draw_text(ax: object, title: str, lines: Sequence[Sequence[Word]], spans: Sequence[Mark],
-              below: Sequence[str]) -> None:
-    """A title, the lines of `lay_out` and plain lines below; x in characters, y in lines."""
-    from matplotlib.patches import Rectangle
-    ax.text(0, 0.3, title, fontsize=10, weight="bold")
-    font = {"family": "monospace", "va": "center"}
-    for y, line in enumerate(lines, 1):
-        for mark in spans:
-            ends = [(x, x + len(word)) for x, word, inside, _ in line if mark in inside]
-            if ends:
-                ax.add_patch(Rectangle((ends[0][0], LEADING * y), ends[-1][1] - ends[0][0], 1,
-                                       alpha=0.35, linewidth=0, facecolor=SPOKEN[mark.colour]))
-        for x, word, _, is_label in line:
-            size, colour = (8, "#444444") if is_label else (10, "black")
-            ax.text(x, LEADING * y + 0.5, word, fontsize=size, color=colour, **font)
-    for y, text in enumerate(below, 1):
-        ax.text(0, LEADING * (len(lines) + 1) + y, text, fontsize=9, **font)
-
-
-def draw_image(ax: object, record: Record, found: Sequence[Mark], image: object) -> None:
-    """The image with its numbered boxes and what the answer says of them, in image pixels.
-
-    Boxes that the answer names come first, and each label stands where it covers no earlier one.
-    """
-    from matplotlib.patches import Rectangle
-    ax.imshow(image, extent=(0, image.width, image.height, 0))
-    ax.set(xticks=[], yticks=[], anchor="NW")
-    ax.apply_aspect()  # now, as labels are measured below
-    pixel = image.width / ax.bbox.width  # one of the page, in those of the image
-    if whole := [mark for mark in found if mark.item.whole_image]:
-        ax.spines[:].set(linewidth=5, color=SPOKEN[whole[0].colour])
-        ax.set_xlabel(f"O0, the whole image: {', '.join(mark.label for mark in whole)}", loc="left")
-    said = {k: [mark for mark in found if mark.item.object == k and mark.item.box]
-            for k in range(1, len(record.objects) + 1)}
-    taken: list[Box] = []
-    for k in sorted(said, key=lambda k: not said[k]):
-        x1, y1, x2, y2 = box = record.objects[k - 1]
-        colour, width, above = (SPOKEN[said[k][0].colour], 2.5, 3) if said[k] else ("#777777", 1, 2)
-        ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour,
-                               linewidth=width, zorder=above))
-        label = ax.text(0, 0, "\n".join([f"O{k}", *(mark.label for mark in said[k])]), fontsize=8,
-                        color="white", va="top", zorder=above + 2,
-                        bbox={"facecolor": colour, "pad": 1.5, "edgecolor": "none"})
-        extent = label.get_window_extent().padded(3)
-        size = extent.width * pixel, extent.height * pixel
-        x, y = label_place(size, box, taken, image.size)
-        label.set_position((x + 3 * pixel, y + 3 * pixel))
-        taken.append((x, y, x + size[0], y + size[1]))
-        if not (x <= x2 and x1 <= x + size[0] and y <= y2 and y1 <= y + size[1]):
-            ax.plot([x, x1], [y, y1], color=colour, linewidth=1, scalex=False, scaley=False)
-
-
-def label_place(size: tuple[float, float], box: Box, taken: Sequence[Box],
-                image: tuple[int, int]) -> tuple[float, float]:
-    """Top left corner for a label of `size` in an `image` where it covers nothing that is `taken`:
-    at a corner of its box, outside or inside, else as near as there is room."""
-    (x1, y1, x2, y2), (w, h) = box, size
-    right, bottom = (max(0, whole - part) for whole, part in zip(image, size))
-    corners = [(min(max(0, x), right), min(max(0, y), bottom))
-               for y in (y1 - h, y2, y1, y2 - h) for x in (x1, x2 - w)]
-    grid = itertools.product(numpy.linspace(0, right, 16), numpy.linspace(0, bottom, 25))
-    places = [*corners, *sorted(grid, key=lambda place: math.dist(place, (x1, y1)))]
-    return next(((x, y) for x, y in places if not any(
-        iou((x, y, x + w, y + h), other) for other in taken)), corners[0])
+                    [fmean(source[:n]), *source[n:]]),
+              Strip("visual", "looking at the picture", ["image", *objects], means.get("visual")),
+              Strip("target", "writing the answer", [piece(tokenizer, i) for i in answer],
+                    means["target"]))
+    return [strip for strip in strips if strip.gates]
 
 
 def strip_rows(strips: Sequence[Strip]) -> list[tuple[str, list[tuple[float, str, float]]]]:
@@ -249,8 +156,7 @@ def draw_strip(ax: object, title: str, bars: Sequence[tuple[float, str, float]])
         ax.text(x, 0.04, f"{gate:.2f}".removeprefix("0"), fontsize=6.5, ha="center", va="bottom",
                 color="black" if gate > 0.2 else "white")
     ax.plot([-0.5, at[-1] + 0.5], [0.5, 0.5], color="black", linewidth=0.8, linestyle=":")
-    ax.set_xlim(-0.6, ROW / BAR - 0.4)
-    ax.set_ylim(0, 1)
+    ax.set(xlim=(-0.6, ROW / BAR - 0.4), ylim=(0, 1))
     ax.set_xticks(at, names, rotation=90, fontsize=8, family="monospace")
     ax.set_yticks([0, 0.5, 1], ["0", ".5", "1"], fontsize=7)
     ax.tick_params(axis="x", length=0, pad=2)
@@ -258,21 +164,110 @@ def draw_strip(ax: object, title: str, bars: Sequence[tuple[float, str, float]])
     ax.set_title(title, fontsize=9, loc="left", pad=3)
 
 
-def draw_example(row: Row, dataset: Dataset, strips: Sequence[Strip], why: str | None,
+Word = tuple[int, str, list[Place], bool]  # column, text, spans it is in, whether it is a label
+
+
+def lay_out(tokens: Sequence[str], spans: Sequence[Place], width: int) -> list[list[Word]]:
+    """The words of a text, and behind each span its label, in lines of `width` characters."""
+    words: list[tuple[str, list[Place], bool]] = []
+    for i, token in enumerate(tokens):
+        inside = [span for span in spans if i in range(*span.item.span)]
+        words += [(piece_of, inside, False) for piece_of in textwrap.wrap(token, width)]
+        words += [(span.label, [span], True) for span in inside if span.item.span[1] == i + 1]
+    lines, column = [[]], 0
+    for word, inside, is_label in words:
+        if column and column + len(word) > width:
+            lines, column = [*lines, []], 0
+        lines[-1].append((column, word, inside, is_label))
+        column += len(word) + 1
+    return lines
+
+
+def draw_text(ax: object, title: str, lines: Sequence[Sequence[Word]], spans: Sequence[Place],
+              below: Sequence[str]) -> None:
+    """A title, the lines of `lay_out` and plain lines below; x in characters, y in lines."""
+    from matplotlib.patches import Rectangle
+    ax.text(0, 0.3, title, fontsize=10, weight="bold")
+    font = {"family": "monospace", "va": "center"}
+    for y, line in enumerate(lines, 1):
+        for span in spans:
+            ends = [(x, x + len(word)) for x, word, inside, _ in line if span in inside]
+            if ends:
+                ax.add_patch(Rectangle((ends[0][0], LEADING * y), ends[-1][1] - ends[0][0], 1,
+                                       alpha=0.35, linewidth=0,
+                                       facecolor=PLACE_COLOURS[span.colour]))
+        for x, word, _, is_label in line:
+            size, colour = (8, "#444444") if is_label else (10, "black")
+            ax.text(x, LEADING * y + 0.5, word, fontsize=size, color=colour, **font)
+    for y, text in enumerate(below, 1):
+        ax.text(0, LEADING * (len(lines) + 1) + y, text, fontsize=9, **font)
+
+
+def draw_image(ax: object, record: Record, answer: Sequence[Place], image: object) -> None:
+    """The image with its numbered boxes and what the answer says of them, in image pixels.
+
+    Boxes that the answer names come first, and each label stands where it covers no earlier one.
+    """
+    from matplotlib.patches import Rectangle
+    ax.imshow(image, extent=(0, image.width, image.height, 0))
+    ax.set(xticks=[], yticks=[], anchor="NW")
+    ax.apply_aspect()  # now, as labels are measured below
+    pixel = image.width / ax.bbox.width  # one of the page, in those of the image
+    if whole := [place for place in answer if place.item.whole_image]:
+        ax.spines[:].set(linewidth=5, color=PLACE_COLOURS[whole[0].colour])
+        ax.set_xlabel("O0, the whole image: " + ", ".join(place.label for place in whole),
+                      loc="left")
+    named = {k: [place for place in answer if place.item.object == k and place.item.box]
+             for k in range(1, len(record.objects) + 1)}
+    taken: list[Box] = []
+    for k in sorted(named, key=lambda k: not named[k]):
+        x1, y1, x2, y2 = box = record.objects[k - 1]
+        colour = PLACE_COLOURS[named[k][0].colour] if named[k] else "#777777"
+        width, above = (2.5, 3) if named[k] else (1, 2)
+        ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour,
+                               linewidth=width, zorder=above))
+        label = ax.text(0, 0, "\n".join([f"O{k}", *(place.label for place in named[k])]),
+                        fontsize=8, color="white", va="top", zorder=above + 2,
+                        bbox={"facecolor": colour, "pad": 1.5, "edgecolor": "none"})
+        extent = label.get_window_extent().padded(3)
+        size = extent.width * pixel, extent.height * pixel
+        x, y = label_place(size, box, taken, image.size)
+        label.set_position((x + 3 * pixel, y + 3 * pixel))
+        taken.append((x, y, x + size[0], y + size[1]))
+        if not (x <= x2 and x1 <= x + size[0] and y <= y2 and y1 <= y + size[1]):
+            ax.plot([x, x1], [y, y1], color=colour, linewidth=1, scalex=False, scaley=False)
+
+
+def label_place(size: tuple[float, float], box: Box, taken: Sequence[Box],
+                image: tuple[int, int]) -> tuple[float, float]:
+    """Top left corner for a label of `size` in an `image` where it covers nothing that is `taken`:
+    at a corner of its box, outside or inside, else as near as there is room."""
+    (x1, y1, x2, y2), (w, h) = box, size
+    right, bottom = max(0, image[0] - w), max(0, image[1] - h)
+    corners = [(min(max(0, x), right), min(max(0, y), bottom))
+               for y in (y1 - h, y2, y1, y2 - h) for x in (x1, x2 - w)]
+    grid = itertools.product(numpy.linspace(0, right, 16), numpy.linspace(0, bottom, 25))
+    near = [*corners, *sorted(grid, key=lambda point: math.dist(point, (x1, y1)))]
+    return next(((x, y) for x, y in near if not any(
+        iou((x, y, x + w, y + h), other) for other in taken)), corners[0])
+
+
+def draw_example(row: Row, dataset: Dataset, strips: Sequence[Strip], no_gate: str | None,
                  path: Path) -> None:
-    """One page: the image and its boxes, the text and what was found, the gates or `why` none."""
+    """Draw the page of an answer; without strips it says why there are no gates, if it is known."""
     from matplotlib import rc_context
     with rc_context({"text.parse_math": False}):  # a $ in a text is a $
-        write_figure(example_figure(row, dataset, strips, why), path)
+        write_figure(example_figure(row, dataset, strips, no_gate), path)
 
 
-def example_figure(row: Row, dataset: Dataset, strips: Sequence[Strip], why: str | None) -> object:
-    """The page of `draw_example`: its parts are measured first, then set from the top down."""
+def example_figure(row: Row, dataset: Dataset, strips: Sequence[Strip],
+                   no_gate: str | None) -> object:
+    """The page of `draw_example`: everything is measured first, then set from the top down."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
-    record, found = row.record, marks(row, dataset)
-    spans = [mark for mark in found if mark.item.span]
+    record, answer = row.record, places(row, dataset)
+    spans = [place for place in answer if place.item.span]
     image = load_image(record.image) if has_image(record) else None
     left = MARGIN + (SIDE + MARGIN if image else 0)
     width = int((PAGE - MARGIN - left) / CHAR)
@@ -280,8 +275,8 @@ def example_figure(row: Row, dataset: Dataset, strips: Sequence[Strip], why: str
     below = [line for text in answer_lines(row) for line in
              textwrap.wrap(text, width, subsequent_indent="  ")]
     tall = max(LINE * (LEADING * (len(lines) + 1) + len(below) + 1), SIDE * bool(image) + 0.3)
-    bars = strip_rows(strips)
-    feet = [0.1 + 0.068 * max(len(name) for _, name, _ in some) for _, some in bars]
+    rows = strip_rows(strips)
+    feet = [0.1 + 0.068 * max(len(name) for _, name, _ in bars) for _, bars in rows]
     height = MARGIN + tall + 0.5 + sum(0.4 + BARS + foot for foot in feet)
     figure = Figure((PAGE, height), dpi=DPI)
     FigureCanvasAgg(figure)  # which can measure texts
@@ -290,21 +285,21 @@ def example_figure(row: Row, dataset: Dataset, strips: Sequence[Strip], why: str
         return figure.add_axes((x / PAGE, 1 - (y + h) / height, w / PAGE, h / height))
 
     if image:
-        draw_image(panel(MARGIN, MARGIN, SIDE, SIDE), record, found, image)
+        draw_image(panel(MARGIN, MARGIN, SIDE, SIDE), record, answer, image)
     text = panel(left, MARGIN, width * CHAR, tall)
     text.set(xlim=(0, width), ylim=(tall / LINE, 0))
     text.axis("off")
     draw_text(text, f"{record.task} by the labels of {dataset.name}", lines, spans, below)
     y = MARGIN + tall + 0.2
-    if why:
-        figure.text(MARGIN / PAGE, 1 - y / height, f"no gates to draw: {why}", fontsize=9)
+    if no_gate:
+        figure.text(MARGIN / PAGE, 1 - y / height, f"no gates to draw: {no_gate}", fontsize=9)
     else:
         task = record.task if record.task in TASKS else "mee"
         figure.legend(handles=[Patch(color=UNIVERSAL, label="universal expert"),
                                Patch(color=TASK, label=f"task expert {task}")], ncols=2,
                       frameon=False, fontsize=9, loc="upper right",
                       bbox_to_anchor=(1 - MARGIN / PAGE, 1 - y / height))
-    for (title, some), foot in zip(bars, feet):
-        draw_strip(panel(MARGIN + SCALE, y + 0.4, ROW, BARS), title, some)
+    for (title, bars), foot in zip(rows, feet):
+        draw_strip(panel(MARGIN + SCALE, y + 0.4, ROW, BARS), title, bars)
         y += 0.4 + BARS + foot
     return figure

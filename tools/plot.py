@@ -1,4 +1,9 @@
-"""Pictures of runs: curves, weights, routing, errors; several runs side by side."""
+"""Draw runs.  Of one its losses, dev F1, AML weights (and under other assumptions), routing and
+classes of errors; of several the systems side by side (Fig. 4), the setting in which they differ
+(Fig. 5), and the pictures of each in a folder of its own.  Scores that still hold are kept.
+
+    python -m tools.plot RUN [RUN2 ...] --out DIR
+"""
 
 import argparse
 import csv
@@ -23,13 +28,13 @@ from tools.figures import COLOURS, STYLES, canvas, write_figure
 from tools.replay import replay
 from tools.routing import route
 
-ERRORS = ("wrong_type", "boundary", "missed", "spurious", "malformed")  # of Counts
+ERRORS = ("wrong_type", "boundary", "missed", "spurious", "malformed")  # of evaluate.Counts
 Results = Mapping[object, Mapping[str, Sequence[float]]]  # {system: {unit: F1 in %, one a seed}}
 
 
 def plot_curves(run: Path, path: Path) -> Path:
-    """Losses per step, dev F1 and AML weights per epoch, from a run's metrics.csv and eval.jsonl;
-    the latter is not there before the first epoch has ended."""
+    """Draw losses per step, dev F1 and AML weights per epoch, from metrics.csv and eval.jsonl; the
+    latter does not exist before the first epoch has ended."""
     rows = [{name: float(value) for name, value in row.items()}
             for row in csv.DictReader(whole_lines(run / "metrics.csv"))]
     history = list(map(json.loads, whole_lines(run / "eval.jsonl")))
@@ -38,15 +43,16 @@ def plot_curves(run: Path, path: Path) -> Path:
                          "got none; name a run that has taken a step")
     units = [unit for unit in UNITS if f"CE_{unit}" in rows[0]]
     window = max(1, len(rows) // 40)
-    figure, (whole, each, dev, weights) = canvas(12, 8, 2, 2)
+    figure, (loss, unit_losses, dev, weights) = canvas(12, 8, 2, 2)
     steps = [row["step"] for row in rows]
-    whole.plot(steps, [row["loss"] for row in rows], color="#BBBBBB", linewidth=0.6)
-    whole.plot(steps, running_mean([row["loss"] for row in rows], window), color="black")
-    whole.set(title=f"training loss, and mean of {window} steps", xlabel="step")
+    loss.plot(steps, [row["loss"] for row in rows], color="#BBBBBB", linewidth=0.6)
+    loss.plot(steps, running_mean([row["loss"] for row in rows], window), color="black")
+    loss.set(title=f"training loss, and mean of {window} steps", xlabel="step")
     for unit in units:
-        each.plot(steps, running_mean([row[f"CE_{unit}"] for row in rows], window), label=unit,
-                  markevery=max(1, len(rows) // 8), **STYLES[unit])
-    each.set(title=f"cross-entropy per token, mean of {window} steps", xlabel="step", yscale="log")
+        unit_losses.plot(steps, running_mean([row[f"CE_{unit}"] for row in rows], window),
+                         label=unit, markevery=max(1, len(rows) // 8), **STYLES[unit])
+    unit_losses.set(title=f"cross-entropy per token, mean of {window} steps", xlabel="step",
+                    yscale="log")
     used = [dict.fromkeys(units, 1.0), *(past["weights"] for past in history[:-1])]
     for ax, title, series in ((dev, "dev F1, %", [past["f1"] for past in history]),
                               (weights, "AML weight in the epoch", used[:len(history)])):
@@ -56,8 +62,7 @@ def plot_curves(run: Path, path: Path) -> Path:
         ax.xaxis.get_major_locator().set_params(integer=True)
     if not history:
         dev.text(0.5, 0.5, "no epoch has ended yet", ha="center", transform=dev.transAxes)
-    figure.legend(*each.get_legend_handles_labels(), loc="outside right upper")
-    return write_figure(figure, path)
+    return write_figure(figure, path, unit_losses)
 
 
 def whole_lines(log: Path) -> list[str]:
@@ -67,10 +72,27 @@ def whole_lines(log: Path) -> list[str]:
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
     """Mean of the last `window` values at each place, without those that are NaN (no such rows)."""
-    sums, numbers = (numpy.convolve(part, numpy.ones(window))[:len(values)] for part in (
+    sums, numbers = (numpy.convolve(each, numpy.ones(window))[:len(values)] for each in (
         numpy.nan_to_num(values), ~numpy.isnan(values)))
     with numpy.errstate(invalid="ignore"):
         return (sums / numbers).tolist()
+
+
+def draw_run(job: Job, folder: Path, layers: Sequence[int] | None, world: World) -> list[str]:
+    """Draw a run's routing, curves and AML weights; returns what was made, and what not and why."""
+    run, lines = job.checkpoint.parent, []
+    makers = {"routing": lambda: route(job, folder, layers, world)}
+    if world.main:
+        curves = folder / f"curves-{run.resolve().name}.png"
+        makers["curves"] = lambda: [plot_curves(run, curves)]
+    if world.main and job.config.aml:
+        makers["AML weights"] = lambda: replay(job, folder)[0]
+    for name, make in makers.items():
+        try:
+            lines += map(str, make())
+        except UsageError as problem:
+            lines.append(f"no {name}: {problem}")
+    return lines + ["no AML weights: trained without them"] * (not job.config.aml)
 
 
 def plot_systems(results: Results, path: Path) -> Path:
@@ -89,8 +111,7 @@ def plot_systems(results: Results, path: Path) -> Path:
     ax.set_ylim(bottom=start)
     ax.set_xticks(range(len(units)), units)
     ax.set_ylabel(f"F1 / F1 of the best system (from {start:g})")
-    figure.legend(loc="outside right upper")
-    return write_figure(figure, path)
+    return write_figure(figure, path, ax)
 
 
 def deviation(values: Sequence[float]) -> float:
@@ -110,19 +131,17 @@ def plot_sweep(results: Results, name: str, path: Path) -> Path:
     ax.errorbar(range(len(values)), [fmean(fmean(results[x][u]) for u in units) for x in values],
                 label="mean", color="#777777", linestyle="--", linewidth=2.5)
     ax.set_xticks(range(len(values)), [f"{x:g}" for x in values])
-    ax.set_xlabel(name)
-    ax.set_ylabel("F1, %")
-    figure.legend(loc="outside right upper")
-    return write_figure(figure, path)
+    ax.set(xlabel=name, ylabel="F1, %")
+    return write_figure(figure, path, ax)
 
 
 def swept(systems: Sequence[System]) -> str | None:
     """The one setting, rank or dropout, in which systems differ, if there is one."""
     for name in ("rank", "dropout"):
-        rest = [dataclasses.replace(system.config, **dict.fromkeys((
+        others = [dataclasses.replace(system.config, **dict.fromkeys((
             name, "seed", "out", "save_every"))) for system in systems]
         values = {getattr(system.config, name) for system in systems}
-        if len(values) == len(systems) > 1 and all(other == rest[0] for other in rest):
+        if len(values) == len(systems) > 1 and all(config == others[0] for config in others):
             return name
     return None
 
@@ -132,8 +151,8 @@ def error_counts(systems: Sequence[System]) -> dict[str, Counter]:
     bars: dict[str, Counter] = {}
     for system, unit in itertools.product(systems, UNITS):
         bar = bars.setdefault(unit if len(systems) == 1 else system.name, Counter())
-        for report, kind in itertools.product(system.reports, ERRORS):
-            bar[kind] += report["scores"].get(unit, {}).get(kind, 0) / len(system.reports)
+        for report, error in itertools.product(system.reports, ERRORS):
+            bar[error] += report["scores"].get(unit, {}).get(error, 0) / len(system.reports)
     return {name: bar for name, bar in bars.items() if bar.total()}
 
 
@@ -141,99 +160,67 @@ def plot_errors(counts: Mapping[str, Counter], path: Path) -> Path:
     """Stacked bars of `error_counts`, in % of a bar's errors, whose number is named."""
     figure, (ax,) = canvas(9, 1.5 + 0.4 * len(counts))
     left = [0.0] * len(counts)
-    for kind, colour in zip(ERRORS, COLOURS):
-        parts = [percent(bar[kind], bar.total()) for bar in counts.values()]
-        bars = ax.barh(range(len(counts)), parts, 0.7, left, label=kind.replace("_", " "),
+    for error, colour in zip(ERRORS, COLOURS):
+        widths = [percent(bar[error], bar.total()) for bar in counts.values()]
+        bars = ax.barh(range(len(counts)), widths, 0.7, left, label=error.replace("_", " "),
                        edgecolor="white", color=colour)
-        ax.bar_label(bars, [f"{bar[kind]:.0f}" if part > 4 else "" for bar, part
-                            in zip(counts.values(), parts)], label_type="center", color="white")
-        left = [a + b for a, b in zip(left, parts)]
+        ax.bar_label(bars, [f"{bar[error]:.0f}" if width > 4 else "" for bar, width
+                            in zip(counts.values(), widths)], label_type="center", color="white")
+        left = [a + b for a, b in zip(left, widths)]
     ax.set_yticks(range(len(counts)), [f"{name} ({bar.total():.0f})"
                                        for name, bar in counts.items()])
     ax.invert_yaxis()
     ax.set_xlabel("% of the errors (their number per seed)")
-    figure.legend(loc="outside right upper")
-    return write_figure(figure, path)
+    return write_figure(figure, path, ax)
 
 
 def draw_systems(systems: Sequence[System], folder: Path) -> list[Path]:
-    """Systems side by side, over the setting in which they differ, and their errors."""
+    """Draw systems side by side, over the setting in which they differ, and their errors."""
     results = {system.name: {unit: f1 for unit, f1 in system.columns().items() if unit in UNITS}
                for system in systems}
-    made = []
+    paths = []
     if len(systems) > 1:
-        made.append(plot_systems(results, folder / "systems.png"))
+        paths.append(plot_systems(results, folder / "systems.png"))
     if name := swept(systems):
-        made.append(plot_sweep({getattr(system.config, name): results[system.name]
-                                for system in systems}, name, folder / f"{name}.png"))
+        paths.append(plot_sweep({getattr(system.config, name): results[system.name]
+                                 for system in systems}, name, folder / f"{name}.png"))
     if errors := error_counts(systems):
-        made.append(plot_errors(errors, folder / "errors.png"))
-    return made
-
-
-def draw_run(job: Job, folder: Path, args: argparse.Namespace,
-             world: World) -> list[str]:
-    """A run's routing, curves and AML weights: what was made, and what was not and why."""
-    run, lines = job.checkpoint.parent, []
-    curves = folder / f"curves-{run.resolve().name}.png"
-    makers = {"routing": lambda: route(job, folder, args.layers, world)}
-    if world.main:
-        makers["curves"] = lambda: [plot_curves(run, curves)]
-    if world.main and job.config.aml:
-        makers["AML weights"] = lambda: replay(job, folder)[0]
-    for name, make in makers.items():
-        try:
-            lines += map(str, make())
-        except UsageError as why:
-            lines.append(f"no {name}: {why}")
-    return lines + ["no AML weights: trained without them"] * (not job.config.aml)
-
-
-def pictures(args: argparse.Namespace, world: World) -> list[str]:
-    """Draw what these runs and their systems allow; what was made, and what was not and why.
-
-    Needs fresh scores in every folder.  Of several runs each has a folder of its own for what
-    concerns it alone, numbered in the order of the command line.
-    """
-    jobs, lines = [Job(folder, args) for folder in args.checkpoint], []
-    for number, job in enumerate(jobs, 1):
-        own = f"{number:02d}-{job.checkpoint.parent.resolve().name}" if len(jobs) > 1 else ""
-        lines += draw_run(job, args.folder / own, args, world)
-    if world.main:
-        systems = collect(jobs, system_names([job.config for job in jobs]))
-        lines += map(str, draw_systems(systems, args.folder))
-    return lines
-
-
-def parser() -> Parser:
-    """The options of this command."""
-    result = Parser(
-        prog="python -m tools.plot", usage="%(prog)s CKPT [CKPT ...] --out DIR [options]",
-        description="Draw runs. Of one CKPT its losses, dev F1, AML weights (and under other "
-                    "assumptions), routing and classes of errors; of several the systems side by "
-                    "side, the setting in which they differ, and the pictures of each in a folder "
-                    "of its own. Scores that still hold are not made again.")
-    result.add_argument("--out", dest="folder", type=Path, metavar="DIR", required=True,
-                        help="folder for the pictures")
-    result.add_argument("--layers", nargs="+", type=int, metavar="N",
-                        help="layers that the routing picture shows; default: all")
-    result.add_argument("--csv", type=Path, metavar="FILE",
-                        help="several CKPT: write the rows of the comparison there, too")
-    run_options(result, several=True)
-    return result
+        paths.append(plot_errors(errors, folder / "errors.png"))
+    return paths
 
 
 def run(args: argparse.Namespace, world: World) -> None:
-    if len(args.checkpoint) > 1 or args.csv:
+    """Score what has to be scored, draw what these runs allow, and say what was made.
+
+    Of several runs each gets a folder for what concerns it alone, numbered as they were named.
+    """
+    jobs, several = [Job.of(folder, args) for folder in args.checkpoint], len(args.checkpoint) > 1
+    if several or args.csv:
         compare(args, world)
     else:
-        refresh([Job(args.checkpoint[0], args)], world)
-    world.print("pictures:", *pictures(args, world))
+        refresh(jobs, world)
+    lines = ["pictures:"]
+    for number, job in enumerate(jobs, 1):
+        name = f"{number:02d}-{job.checkpoint.parent.resolve().name}" if several else ""
+        lines += draw_run(job, args.folder / name, args.layers, world)
+    if world.main:
+        systems = collect(jobs, system_names([job.config for job in jobs]))
+        lines += map(str, draw_systems(systems, args.folder))
+    world.print(*lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    carry_out(run, parser().parse_args(argv))
-
+    command = Parser(prog="python -m tools.plot", description=__doc__.partition("\n\n")[0],
+                     usage="%(prog)s CKPT [CKPT ...] --out DIR [options]")
+    run_options(command, several=True)
+    add = command.add_argument_group("output").add_argument
+    add("--out", dest="folder", type=Path, metavar="DIR", required=True,
+        help="folder for the pictures")
+    add("--layers", nargs="+", type=int, metavar="N",
+        help="layers that the routing picture shows; default: all")
+    add("--csv", type=Path, metavar="FILE",
+        help="several CKPT: write the rows of the comparison there, too")
+    carry_out(run, command.parse_args(argv))
 
 
 if __name__ == "__main__":
