@@ -35,6 +35,7 @@ from engine.command import Parser
 from t5 import T5, Attention, T5Config
 from vision import ViT, ViTConfig, crop, preprocess
 
+
 @dataclass(frozen=True)
 class Difficulty:
     """What makes the world harder; every value is a probability."""
@@ -469,7 +470,8 @@ def start_mimetic(model: T5) -> None:
     model.decoder.relative_bias.weight[[1, 2], [0, 1]] += 7.0
 
 
-def make_t5(lessons: Lessons, tiny: Tiny, seed: int) -> T5:
+def make_t5(lessons: Lessons, tiny: Tiny, seed: int,
+            speed_up: Callable[[T5], object] = lambda model: None) -> T5:
     """A tiny T5 with v1.1's feed-forward and a tied head, trained on the lessons."""
     torch.manual_seed(seed)
     config = T5Config(
@@ -478,6 +480,7 @@ def make_t5(lessons: Lessons, tiny: Tiny, seed: int) -> T5:
         dropout_rate=0.0, feed_forward_proj="gated-gelu", tie_head=True, scale_logits=True)
     model = T5(config).train()
     start_mimetic(model)
+    speed_up(model)
 
     def loss_of(progress: float) -> Tensor:
         lessons.level = min(1.0, 1.5 * progress)
@@ -515,16 +518,17 @@ def make_vit(tiny: Tiny, seed: int) -> ViT:
 
 
 def make_backbone(dst: str | Path, texts: list[str], seed: int = 0, tiny: Tiny = Tiny(),
-                  avoid: Iterable[str] = ()) -> None:
+                  avoid: Iterable[str] = (),
+                  speed_up: Callable[[T5], object] = lambda model: None) -> None:
     """Make dst/t5 (with spiece.model) and dst/vit in Hugging Face's layout.
 
     texts: the inputs of a corpus' training rows.  avoid: words that no lesson may have as a key,
-    which are the corpus' labels.
+    which are the corpus' labels.  speed_up puts faster forms into the T5 before it is trained.
     """
     t5, vit = Path(dst) / "t5", Path(dst) / "vit"
     make_tokenizer(texts, t5 / "spiece.model", tiny.pieces)
     lessons = Lessons(texts, set(avoid), Tokenizer(t5), random.Random(f"{seed}/lessons"))
-    make_t5(lessons, tiny, seed).save_pretrained(t5)
+    make_t5(lessons, tiny, seed, speed_up).save_pretrained(t5)
     make_vit(tiny, seed).save_pretrained(vit)
 
 

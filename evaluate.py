@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 import clorae
 import data
+import fast
 from data import Example, Item
 from engine.checkpoints import find_checkpoint, load_trainables, read_state
 from engine.command import Parser, moved
@@ -39,7 +40,7 @@ from engine.features import Features
 from engine.files import UsageError, WeightsError, read_json, save_csv, write_whole
 from engine.processes import World, carry_out
 from engine.schema import TASKS, UNIT_TASK, UNITS, Dataset, Record, iou
-from engine.settings import Config
+from engine.settings import IMPLS, Config, old_spelling
 from engine.sources import Sources, stored_config, stored_sources
 from engine.weights import open_weights
 from t5 import T5, Stack, T5Config
@@ -400,6 +401,7 @@ class Setup:
     datasets: dict[str, Dataset]
     tokenizer: data.Tokenizer
     model: UMIE
+    form: str  # of its modules: fast.form_on
 
 
 def build(config: Config, sources: Sources, device: torch.device) -> Setup:
@@ -426,13 +428,10 @@ def build(config: Config, sources: Sources, device: torch.device) -> Setup:
         load_trainables(model, sources.init)
     clorae.adapt(model, config.method, config.rank, TASKS, alpha=config.alpha,
                  dropout=config.dropout, egr=config.egr, mim=config.uses_mim)
-    free_visual_adapter(model, config.visual_policy)
-    if model.routing is not None and not meta:  # soon: fast.speed_up(model, config.impl)
-        model.routing.impl = {"plain": "reference", "fast": "reference"}.get(config.impl,
-                                                                            config.impl)
-        clorae.kernels(device, model.routing.impl)  # built now, or refused now
+    model.free_adapter(config.visual_policy)
+    form = fast.speed_up(model.to(device), config.impl)
     set_modules(model, config)
-    return Setup(config, sources, load_datasets(sources.corpus), tokenizer, model.to(device))
+    return Setup(config, sources, load_datasets(sources.corpus), tokenizer, model, form)
 
 
 def outline(folder: Path, dtype: torch.dtype) -> T5:
@@ -440,14 +439,6 @@ def outline(folder: Path, dtype: torch.dtype) -> T5:
     tied = "lm_head.weight" not in open_weights(folder)
     with torch.device("meta"):
         return T5(T5Config.from_hf(read_json(folder / "config.json"), folder, tied)).to(dtype)
-
-
-def free_visual_adapter(model: UMIE, policy: str) -> None:  # soon: UMIE.free_adapter
-    """Choose what learns besides the experts: the whole adapter, its embedding, or nothing."""
-    learning = {"train": ("visual_embedding.", "vstack.", "fusion."),
-                "paper": ("visual_embedding.",), "frozen": ()}[policy]
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad or name.startswith(learning))
 
 
 def set_modules(model: UMIE, config: Config) -> None:
@@ -713,7 +704,7 @@ def run_options(result: Parser, several: bool = False, required: bool = True) ->
     add("--beams", type=positive, default=1, metavar="N",
         help="beam search over N beams; 1 is greedy")
     add("--batch-size", type=positive, default=32, metavar="N", help="rows decoded together")
-    add("--impl", type=implementation, choices=("plain", "fast", "cuda", "auto"),
+    add("--impl", type=old_spelling, choices=IMPLS,
         help="the modules of the chapters (plain), their faster forms (fast), these with clorae.cu "
              "(cuda); default: auto, the fastest that works here")
     add("--graphs", action=argparse.BooleanOptionalAction,
@@ -726,13 +717,6 @@ def positive(word: str) -> int:
     if not word.isdecimal() or int(word) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {word}")
     return int(word)
-
-
-def implementation(word: str) -> str:  # soon: of engine.settings
-    """A value of --impl; `reference`, as `fast` was called before, still means it."""
-    if word == "reference":
-        print("note: --impl reference is now called fast", file=sys.stderr)
-    return "fast" if word == "reference" else word
 
 
 def parser() -> Parser:

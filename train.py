@@ -26,7 +26,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -37,6 +37,7 @@ import clorae
 import data
 import demo
 import evaluate
+import fast
 import losses
 from engine.checkpoints import Checkpoints, Progress, find_checkpoint, load_trainables
 from engine.corpus import (corpus_hash, corpus_of, hold_out, load_corpus, load_datasets,
@@ -51,7 +52,9 @@ from engine.schema import UNITS
 from engine.settings import SIZES, Config, Launch, parse_arguments
 from engine.sources import Sources
 from engine.weights import find_weights
-from t5 import captured
+from fast import cuda, mim
+from fast.experts import RANK_SPACE
+from fast.graphs import Graphs
 from vision import UMIE, ViT
 
 REAL_PIECES = 4000  # vocabulary of a tiny backbone made from a real corpus
@@ -60,15 +63,15 @@ REAL_PIECES = 4000  # vocabulary of a tiny backbone made from a real corpus
 class Trainer:
     """Takes optimizer steps, each on one global batch that all processes share."""
 
-    def __init__(self, config: Config, model: UMIE, flat: FlatParameters, world: World,
+    def __init__(self, config: Config, model: UMIE, form: str, flat: FlatParameters, world: World,
                  rows: "Rows", progress: Progress):
-        self.config, self.model, self.flat = config, model, flat
+        """form: of the model's modules, see fast.form_on."""
+        self.config, self.model, self.form, self.flat = config, model, form, flat
         self.world, self.rows, self.progress = world, rows, progress
-        self.layers = len(clorae.expert_layers(model))
         self.stopping = False  # some process was asked to stop
         self.graphs = Graphs(self.gradients, world.device) if config.graphs else None
-        if model.routing is not None:
-            model.routing.mim_batch, model.routing.stay = 1, config.graphs
+        if config.graphs:
+            cuda.keep_tasks_on_gpu(model)
 
     def train_step(self, indices: list[int]) -> dict[str, float]:
         """One optimizer step on the examples of a global batch -> its row of metrics.csv."""
@@ -108,6 +111,8 @@ class Trainer:
         """
         config = self.config
         w, tokens, B = numbers[:-2], numbers[-2], numbers[-1]
+        if config.uses_mim:
+            clorae.keep_outputs(self.model)
         with autocast(config, batch.labels.device):
             hidden = self.model.hidden(batch)
             ce = losses.token_cross_entropy(hidden, batch.labels, self.model.t5.head,
@@ -119,10 +124,12 @@ class Trainer:
         return unit_sums(torch.stack([loss, L_MT, L_MIM]), ce, batch)
 
     def mutual_information(self, B: Tensor) -> Tensor:
-        """L_MIM of Eq. (5), a scalar, from what the expert layers kept of the last forward pass.
-        B: rows of the global batch."""
-        self.model.routing.mim_batch = B
-        return losses.mutual_information(self.model.routing.moments(), self.layers)
+        """L_MIM of Eq. (5), a scalar, from what the expert layers kept of the last forward pass;
+        by the fast forms from codes in rank space.  B: rows of the global batch."""
+        if self.form != "plain":
+            return mim.mutual_information(self.model, B)
+        outputs = clorae.expert_outputs(self.model)
+        return losses.mutual_information(outputs, B, len(clorae.expert_layers(self.model)))
 
     def update(self, sums: list[float], norm: Tensor, length: float,
                indices: list[int]) -> dict[str, float]:
@@ -186,15 +193,15 @@ class Run:
         self.flat = None if dry else FlatParameters(self.model, config.lr)
         self.experts = clorae.expert_layers(self.model)
         self.trained = clorae.parameter_split(self.model)
-        self.fused = (config.method in clorae.FUSED
-                      and clorae.kernels(world.device, config.impl) is not None)
+        self.form = fast.form_on(world.device, config.impl)
         self.rows = Rows(config, sources, self.setup, device, world)
         self.reference = references(config, self.rows.units)
         self.progress = Progress(weights=dict.fromkeys(self.rows.units, 1.0))
         if config.graphs:
-            check_graphs(config, world.device, self.fused)
+            check_graphs(config, world.device, self.form)
         if not dry:
-            self.trainer = Trainer(config, self.model, self.flat, world, self.rows, self.progress)
+            self.trainer = Trainer(config, self.model, self.form, self.flat, world, self.rows,
+                                   self.progress)
             if config.fusion == "gate" and sources.init is None:
                 self.open_gate()
         self.origin = {"t5": str(sources.t5), "vit": str(sources.vit),
@@ -289,10 +296,8 @@ class Run:
 
     def evaluate(self, split: str) -> list[evaluate.Row]:
         """Decode and score a split, shared among the processes; every one returns all rows."""
-        return evaluate.evaluate_split(
-            self.model, self.rows.splits[split], self.setup.datasets, self.rows.features,
-            self.setup.tokenizer, self.world.device, evaluate.Decoding.of(self.config),
-            self.world.rank, self.world.size)
+        return evaluate.evaluate_split(self.setup, self.rows.splits[split], self.rows.features,
+                                       evaluate.Decoding.of(self.config), self.world)
 
     def dev_f1(self) -> dict[str, float]:
         """F1 in % on the dev split, s_t^m of Eq. (9), of every trained unit; 0 without dev rows."""
@@ -360,12 +365,12 @@ def references(config: Config, units: Sequence[str]) -> dict[str, float]:
     return given
 
 
-def check_graphs(config: Config, device: torch.device, fused: bool) -> None:
+def check_graphs(config: Config, device: torch.device, form: str) -> None:
     """UsageError where --graphs cannot turn micro-batches into CUDA graphs."""
-    if not (device.type == "cuda" and fused):
+    if not (device.type == "cuda" and form == "cuda" and config.method in RANK_SPACE):
         raise UsageError(f"--graphs: expected a GPU, clorae.cu compiled for it and a method of "
-                         f"{', '.join(clorae.FUSED)}, got device {device}, method {config.method} "
-                         f"on {'clorae.cu' if fused else 'PyTorch'}; leave --graphs away")
+                         f"{', '.join(RANK_SPACE)}, got device {device}, method {config.method}, "
+                         f"modules in the form {form}; leave --graphs away")
     if config.checkpoint_activations:
         raise UsageError("--graphs: expected no --checkpoint-activations beside it, whose second "
                          "pass cannot be captured; leave one of them away")
@@ -407,51 +412,9 @@ def tiny_backbone(corpus: Path, config: Config) -> Path:
     if not folder.exists():
         labels = json.dumps([dataset.labels for dataset in datasets.values()])
         avoid = set(re.findall(r"\w+", labels))  # lessons never use a label as an answer
-        whole(folder, lambda aside: demo.make_backbone(aside, texts, tiny=tiny, avoid=avoid))
+        whole(folder, lambda aside: demo.make_backbone(aside, texts, tiny=tiny, avoid=avoid,
+                                                      speed_up=fast.speed_up))
     return folder
-
-
-class Graphs:
-    """Micro-batches as CUDA graphs: one for each shape that comes a second time, up to MOST.
-
-    A graph launches thousands of kernels at once, where the host takes longer to launch them one by
-    one than a GPU takes to run small ones.  It reads and writes where it did when it was captured:
-    a batch is copied there before.
-    """
-
-    MOST = 64
-
-    def __init__(self, compute: Callable[[data.Batch, Tensor], Tensor],
-                 device: torch.device) -> None:
-        self.compute, self.device = compute, device
-        self.seen: set[tuple] = set()  # shapes
-        self.graphs: dict[tuple, tuple] = {}  # shape -> where it reads, graph, answer
-        self.pool = torch.cuda.graph_pool_handle()  # memory of all: no two run at once
-
-    def __call__(self, batch: data.Batch, numbers: Tensor) -> Tensor:
-        """What `compute` makes of a batch, which is on the CPU; valid until the next call."""
-        inputs = [*vars(batch).values(), numbers]
-        shape = tuple(some.shape for some in inputs)
-        if shape in self.seen and shape not in self.graphs and len(self.graphs) < self.MOST:
-            held = self.there(inputs)
-            self.graphs[shape] = held, *captured(lambda: self.of(held), self.pool)
-        if shape not in self.graphs:  # what torch prepares at first use, a graph must find prepared
-            self.seen.add(shape)
-            return self.of(self.there(inputs))
-        held, graph, sums = self.graphs[shape]
-        for place, now in zip(held, inputs):
-            place.copy_(now, non_blocking=True)
-        graph.replay()
-        return sums
-
-    def there(self, inputs: list[Tensor]) -> list[Tensor]:
-        """Copies on the GPU, of the tasks as well."""
-        return [some.to(self.device, non_blocking=True) for some in inputs]
-
-    def of(self, inputs: list[Tensor]) -> Tensor:
-        """`compute` from the fields of a batch and its numbers."""
-        *fields, numbers = inputs
-        return self.compute(data.Batch(*fields), numbers)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from engine.files import file_hash, write_whole
-from engine.schema import SPLITS, UNITS, DataError, Dataset, Problems, Record
-from engine.schema import dataset_rule, nearest, show
+from engine.schema import (SPLITS, UNITS, DataError, Dataset, Problems, Record, dataset_rule,
+                           nearest, show)
 from engine.settings import Config
 
 Rows = list[tuple[str, dict]]                        # (where it comes from, record as JSON)

@@ -25,7 +25,7 @@ def describe(run: Any, start: str) -> list[str]:
     most = len(rows.batches(0)) * config.epochs
     lines = [
         f"device: {world.device}, torch {torch.__version__}, {world.size} process(es), "
-        f"{config.precision}, experts on {'clorae.cu' if run.fused else 'PyTorch'}"
+        f"{config.precision}, modules in the form {run.form}"
         f"{', CUDA graphs' * config.graphs}, seed {config.seed}",
         f"method: {config.method}, rank {config.rank}, {len(run.experts)} wrapped linears, visual "
         f"adapter: {config.visual_policy}, AML {'on' if config.aml else 'off'}, MIM "

@@ -18,6 +18,7 @@ from torch import Tensor
 from engine.files import NO_SPACE, DiskFull, ImageError, Stopped, UsageError, WeightsError
 from engine.schema import DataError
 
+
 class World:
     """The processes of this run: the one place that knows about ranks and signals."""
 

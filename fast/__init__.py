@@ -12,24 +12,28 @@ A leaf that replaces classes says so in FORMS, {chapter class: its class}. This 
 vision and clorae; only evaluate, train and tools import it.
 """
 
+import torch
 from torch import nn
 
 from fast import cuda, decoder, experts, padding, products
 
 
-def speed_up(model: nn.Module, impl: str = "auto") -> str:
-    """Put the fast forms into a model, in place, after clorae.adapt and on its device.
+def form_on(device: torch.device, impl: str = "auto") -> str:
+    """The form that --impl means on a device: "plain", "fast", or "cuda" for expert layers on the
+    kernels of clorae.cu, which "auto" takes wherever they can be built. ValueError where "cuda" is
+    demanded and cannot be had."""
+    if impl in ("plain", "fast"):
+        return impl
+    return "cuda" if cuda.available(device, forced=impl == "cuda") else "fast"
 
-    impl: "plain" changes nothing; "fast" leaves the kernels of clorae.cu out; "cuda" demands them
-    (ValueError where they cannot be had); "auto" takes what there is. Returns the form of the
-    expert layers: "plain", "fast" or "cuda". Parameters, their names and all settings stay.
-    """
-    if impl == "plain":
-        return "plain"
-    device = next(model.parameters()).device
-    on_kernels = impl != "fast" and cuda.available(device, forced=impl == "cuda")
-    layers = cuda.FORMS if on_kernels else experts.FORMS
-    table = {**products.FORMS, **padding.FORMS, **decoder.FORMS, **layers}
-    for module in model.modules():
-        module.__class__ = table.get(type(module), type(module))
-    return "cuda" if on_kernels else "fast"
+
+def speed_up(model: nn.Module, impl: str = "auto") -> str:
+    """Put the fast forms into a model, in place, after clorae.adapt and on its device; returns
+    the form, see form_on. Parameters, their names and all settings stay as they are."""
+    form = form_on(next(model.parameters()).device, impl)
+    if form != "plain":
+        layers = cuda.FORMS if form == "cuda" else experts.FORMS
+        table = {**products.FORMS, **padding.FORMS, **decoder.FORMS, **layers}
+        for module in model.modules():
+            module.__class__ = table.get(type(module), type(module))
+    return form

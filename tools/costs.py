@@ -20,7 +20,7 @@ from engine.files import UsageError
 from engine.processes import World, carry_out
 from engine.schema import TASKS
 from engine.settings import SIZES
-from evaluate import Job, Setup, aligned, free_visual_adapter, run_options
+from evaluate import Job, Setup, aligned, run_options
 from t5 import T5, Attention, RMSNorm, T5Config
 from vision import UMIE, ViT
 
@@ -189,7 +189,7 @@ def costs(geometry: Geometry) -> Costs:
     for label, options in COSTED.items():
         model, table[label] = geometry.model(label.split()[0], **options), {}
         for policy in VISUAL_POLICIES:
-            free_visual_adapter(model, policy)
+            model.free_adapter(policy)
             table[label][policy] = FlopCounter(model, *geometry.lengths)
     return table
 
@@ -264,7 +264,7 @@ def cost_report(geometry: Geometry, paper: Mapping[str, tuple]) -> str:
 
 def run(args: argparse.Namespace, world: World) -> None:
     if args.checkpoint:
-        geometry, paper = Geometry.of_run(*Job.of(args.checkpoint[0], args).load(world)), {}
+        geometry, paper = Geometry.of_run(*Job(args.checkpoint[0], args).load(world)), {}
     else:
         geometry = Geometry.of_size(args.size, SIZES[args.size].rank, args.lengths)
         paper = PAPER_COSTS.get(args.size, {})

@@ -103,7 +103,7 @@ def write_peft(model: nn.Module, base: str | None, folder: Path) -> None:
 def plain_lora(args: argparse.Namespace, world: World) -> Export:
     """One task's experts as a LoRA, and F1 before the gates were fixed, after, and after without
     images, which is what PEFT runs."""
-    job = Job.of(args.checkpoint[0], args)
+    job = Job(args.checkpoint[0], args)
     setup, examples = job.load(world)
     model, config = setup.model, setup.config
     if config.method == "full" or setup.sources.init:
@@ -121,8 +121,7 @@ def plain_lora(args: argparse.Namespace, world: World) -> Export:
     world.join()
 
     def f1(title: str, examples: Sequence[Example]) -> str:
-        rows = evaluate_split(model, examples, setup.datasets, features, setup.tokenizer,
-                              world.device, job.decoding, world.rank, world.size)
+        rows = evaluate_split(setup, examples, features, job.decoding, world)
         units = ", ".join(f"{unit} {f1:.2f}" for unit, f1 in unit_f1(total(rows)).items())
         return f"F1 {title}: {units}"
 

@@ -20,7 +20,7 @@ from data import Example, Item, Tokenizer
 from engine.features import Features
 from engine.images import load_image
 from engine.schema import TASKS, Box, Dataset, Record, iou
-from evaluate import Decoding, Row, Setup, kind
+from evaluate import Decoding, Row, Setup, type_of
 from tools.figures import COLOURS, DPI, write_figure
 from tools.routing import gates_on
 
@@ -54,8 +54,8 @@ def places(row: Row, dataset: Dataset) -> list[Place]:
     if record.task == "meae":
         names = [f"{event}:{role}" for event in names for role in labels[event]]
     one = len({item.label for item in row.predicted}) == 1
-    return [Place(item, one and item.role or kind(item),
-                  names.index(kind(item)) % len(PLACE_COLOURS)) for item in row.predicted]
+    return [Place(item, one and item.role or type_of(item),
+                  names.index(type_of(item)) % len(PLACE_COLOURS)) for item in row.predicted]
 
 
 def where(item: Item) -> str:
@@ -75,7 +75,7 @@ def answer_lines(row: Row) -> list[str]:
         head, tail = (data.words(record, span) for span in (record.head, record.tail))
         lines = [f"{head} -- {row.predicted[0].label} -- {tail}"]
     else:
-        lines = [f"{kind(item).replace(':', ', ')}: {where(item)}" for item in row.predicted]
+        lines = [f"{type_of(item).replace(':', ', ')}: {where(item)}" for item in row.predicted]
     notes = {f"unreadable in the output, {row.counts.malformed} piece(s): {answer.text!r}":
              row.counts.malformed, "cut at the length limit": answer.cut,
              f"answered without {record.image}, which is not there": answer.missing}

@@ -194,7 +194,7 @@ def run(args: argparse.Namespace, world: World) -> None:
 
     Of several runs each gets a folder for what concerns it alone, numbered as they were named.
     """
-    jobs, several = [Job.of(folder, args) for folder in args.checkpoint], len(args.checkpoint) > 1
+    jobs, several = [Job(folder, args) for folder in args.checkpoint], len(args.checkpoint) > 1
     if several or args.csv:
         compare(args, world)
     else:

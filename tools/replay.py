@@ -128,7 +128,7 @@ def replay(job: Job, folder: Path) -> tuple[list[Path], list[str]]:
 
 def run(args: argparse.Namespace, world: World) -> None:
     if world.main:
-        paths, report = replay(Job.of(args.checkpoint[0], args), args.folder)
+        paths, report = replay(Job(args.checkpoint[0], args), args.folder)
         world.print(*report, *map(str, paths))
 
 

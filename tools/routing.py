@@ -150,7 +150,7 @@ def route(job: Job, folder: Path, layers: Sequence[int] | None, world: World) ->
 
 
 def run(args: argparse.Namespace, world: World) -> None:
-    job = Job.of(args.checkpoint[0], args)
+    job = Job(args.checkpoint[0], args)
     world.print("tokens given to the task expert:",
                 *map(str, route(job, args.folder, args.layers, world)))
 
