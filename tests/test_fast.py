@@ -273,7 +273,7 @@ def test_the_joined_decoder_gives_the_logits_of_the_whole_prefix(config, autocas
     assert largest_error(torch.stack(steps, 1), whole) < (0.05 if autocast else 1e-5)
 
 
-class Cubed(products.FrozenLinear):
+class Cubed(t5.Linear):
     """y = W_0 x + (x A^T)^3 B^T, in one piece and in the parts that JoinedProduct asks for."""
 
     def __init__(self, width_in, width_out, std):
@@ -288,7 +288,7 @@ class Cubed(products.FrozenLinear):
         return down, [self.B[:, :1], self.B[:, 1:]], lambda z: z ** 3
 
 
-Plain = products.FrozenLinear
+Plain = t5.Linear
 LAYERS = {"one": [Plain], "three": [Plain] * 3, "with factors": [Cubed, Plain, Cubed],
           "one with factors": [Cubed]}
 
