@@ -14,10 +14,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from clorae import ExpertLinear, Routing, wide
-from fast.products import dropout_factors
 
 RANK_SPACE = ("clorae", "lora", "tlora")  # methods of one universal and one task expert at most
 
@@ -147,19 +145,6 @@ class FastExpertLinear(ExpertLinear):
             fixed = self.fixed_gates if self.config.method == "clorae" else None
             gates = z.new_tensor(fixed or (1, 1)).expand(len(z), 1, 2)
         return z * (gates @ shares)
-
-    def dropout_mask(self, x: Tensor) -> Tensor | None:
-        """Dropout of the experts' input: 0 with probability p, else 1 / (1 - p), in x's shape and
-        type; one mask for both experts, None where nothing is dropped."""
-        p = self.config.dropout
-        if not self.training or p == 0:
-            return None
-        return dropout_factors(x, p) if x.device.type == "cpu" else F.dropout(torch.ones_like(x), p)
-
-    def dropped(self, x: Tensor) -> Tensor:
-        """x under dropout, in training."""
-        mask = self.dropout_mask(x)
-        return x if mask is None else x * mask
 
     def factors(self) -> list[Tensor]:
         """A_U, A_T, B_U, B_T and W_g; absent ones have no rows, and under fixed gates W_g is."""

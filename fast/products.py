@@ -1,8 +1,6 @@
-"""Dropout and attention on a CPU; packed and joined weights for decoding.
+"""Products with a few rows, as a decoding needs them: weights packed for a CPU, and joined.
 
-FORMS says which chapter class each class here replaces. Their parameters and results are those of
-the chapter, but for rounding; what a class does not make faster it leaves to its base class.
-Shapes: D_in and D_out widths of a linear layer, t tokens of a batch, rows of a decoding.
+Shapes: D_in and D_out widths of a linear layer; rows of a decoding, one token each.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,45 +25,6 @@ def onednn_computes(weight: Tensor, dtype: torch.dtype) -> bool:
 def onednn_product(x: Tensor, weight: Tensor) -> Tensor:
     """x [...,D_in], weight [D_out,D_in] as it is or packed -> x W^T [...,D_out]; no gradient."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-
-
-def dropout_factors(like: Tensor, p: float) -> Tensor:
-    """0 with probability p, else 1 / (1 - p), in the shape, type and place of `like`.
-
-    p is rounded to a multiple of 2^-16: on a CPU one random 64-bit word serves four elements, which
-    takes a third of the time of the Bernoulli draws of F.dropout.
-    """
-    words = torch.empty((like.numel() + 3) // 4, dtype=torch.int64).random_(-2 ** 63, None)
-    draws = words.view(torch.int16)[:like.numel()].view(like.shape)  # uniform in -2^15 .. 2^15 - 1
-    least = min(round(p * 2 ** 16), 2 ** 16 - 1) - 2 ** 15  # of the draws that keep an element
-    return (draws >= least).to(like.dtype).mul_(1 / (1 - p))
-
-
-class WordDropout(nn.Dropout):
-    """nn.Dropout whose mask comes from random 64-bit words on a CPU."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x
-        if x.device.type != "cpu" or not 0 < self.p < 1:
-            return super().forward(x)
-        return x * dropout_factors(x, self.p)
-
-
-class WrittenOutAttention(t5.Attention):
-    """t5.Attention, with softmax and dropout as separate steps in training on a CPU.
-
-    There scaled_dot_product_attention has no fused kernel for dropout, and a slow backward pass
-    without.
-    """
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        """q [B,H,Q,K], k and v [B,H,M,K], bias broadcastable to [B,H,Q,M] -> [B,H,Q,K]."""
-        if q.device.type != "cpu" or not self.training:
-            return super().attend(q, k, v, bias)
-        scores = q @ k.mT
-        scores = scores if bias is None else scores.add_(bias)
-        return self.dropout(scores.softmax(-1)) @ v
 
 
 class Packed:
@@ -150,6 +109,3 @@ class JoinedProduct:
         pieces = iter(codes.split_with_sizes(self.heights, -1))
         return [next(pieces) if up is None else next(pieces) + up(between(next(pieces)))
                 for up, between in zip(self.up, self.between)]
-
-
-FORMS = {nn.Dropout: WordDropout, t5.Attention: WrittenOutAttention}
