@@ -503,8 +503,7 @@ def test_the_strips_are_the_gates_of_the_tokens_read_seen_and_written(setup, sma
             path, []).append(F.linear(inputs[0], layer.W_g).softmax(-1)[0, :, 1]))
     strips = token_strips(setup, example, row, Three(), CPU, evaluate.Decoding())
     seen.clear()
-    evaluate.generate_answers(setup.model, [example], Three(), setup.tokenizer, CPU,
-                              evaluate.Decoding(1, 1, 9))
+    evaluate.evaluate_split(setup, [example], Three(), evaluate.Decoding(1, 1, 9), World())
     for layer in clorae.expert_layers(setup.model).values():
         layer._forward_pre_hooks.clear()
 

@@ -103,12 +103,10 @@ class FlopCounter:
 
     def linear(self, module: nn.Module, tokens: float, live: bool) -> bool:
         """Count one linear with its experts; returns whether its output needs a gradient."""
-        gate = getattr(module, "W_g", None) if hasattr(module, "A_T") else None
         for name, weight in module.named_parameters():
             leaf = name.split(".")[-1]
             if weight.dim() > 1:  # not the variance rho
-                # A row meets one task of N; two gates that sum to 1 cost one product.
-                shared = len(weight) if leaf in ("A_T", "B_T") or weight is gate else 1
+                shared = len(weight) if leaf in ("A_T", "B_T") else 1  # a row meets one task of N
                 product = 2 * tokens * weight.numel() / shared
                 below = live or leaf.startswith(("B", "M"))  # their input comes from a trained A
                 self.forward += product
