@@ -424,7 +424,7 @@ class UMIE(nn.Module):
         if self.fusion is not None:
             h = self.t5.encode(batch.input_ids, mask)
             return self.fusion(h, mask, visual, visual_mask), mask
-        text = self.t5.embed(batch.input_ids)
+        text = self.t5.shared(batch.input_ids)
         visual = visual.gather(1, order[..., None].expand_as(visual))
         embeds = torch.cat((visual.to(text.dtype), text), dim=1)
         return self.t5.encode(None, memory_mask, inputs_embeds=embeds), memory_mask

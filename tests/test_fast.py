@@ -168,8 +168,9 @@ def test_frozen_weights_give_the_logits_and_input_gradients_of_the_plain_form(
     mask = torch.arange(S) < torch.tensor([S, max(S - 3, 1), 1])[:B, None]
     answers = []
     for model in both(lively(config).requires_grad_(False)):
-        embeds = model.embed(ids).requires_grad_()
-        logits = model.decode(model.shift_right(labels), model.encode(None, mask, embeds), mask)
+        embeds = model.shared(ids).requires_grad_()
+        memory = model.encode(None, mask, embeds)
+        logits = model.head(model.decode_hidden(model.shift_right(labels), memory, mask))
         logits.sum().backward()  # of an expanded gradient
         answers.append((logits.detach(), embeds.grad))
     for one, other in zip(*answers):
