@@ -61,11 +61,12 @@ class T5Config:
         ids = "pad_token_id", "eos_token_id", "decoder_start_token_id"
         odd = odd_fields(self, relative_attention_num_buckets=(4, 1 << 18),
                          **dict.fromkeys(ids, (0, 1 << 18)))
-        odd = odd or [f"{name} = {getattr(self, name)}" for name in ids
-                      if getattr(self, name) >= self.vocab_size]
+        if not odd:  # now these can be compared
+            odd = [f"{name} = {getattr(self, name)}" for name in ids
+                   if getattr(self, name) >= self.vocab_size]
         buckets, far = self.relative_attention_num_buckets, self.relative_attention_max_distance
-        if not odd and far <= buckets // 2:  # these have a bucket each, see relative_buckets
-            odd.append(f"relative_attention_max_distance = {far} beside {buckets} buckets")
+        if not odd and far <= buckets // 2:  # the nearest have a bucket each: relative_buckets
+            odd = [f"relative_attention_max_distance = {far} beside {buckets} buckets"]
         if self.feed_forward_proj not in ("relu", "gated-gelu"):
             odd.append(f"feed_forward_proj = {self.feed_forward_proj!r}")
         if odd:

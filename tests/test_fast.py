@@ -268,7 +268,7 @@ def test_the_joined_decoder_gives_the_logits_of_the_whole_prefix(config, autocas
     tokens = model.shift_right(labels)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         memory = model.encode(ids, mask)
-        whole = model.decode(tokens, memory, mask).float()
+        whole = model.head(model.decode_hidden(tokens, memory, mask)).float()
         by_token = decoder.JoinedDecoder(model, memory, mask, beams=1, steps=tokens.shape[1])
         steps = [by_token(tokens[:, t:t + 1]).float() for t in range(tokens.shape[1])]
     assert largest_error(torch.stack(steps, 1), whole) < (0.05 if autocast else 1e-5)
