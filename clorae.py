@@ -204,7 +204,8 @@ class ExpertLinear(nn.Module):
     def experts(self, x: Tensor) -> Tensor:
         """x [B,S,D_in] -> h [B,S,D_out], what the experts of the layer's method add.
 
-        A new method needs a name in METHODS, its parameters in __init__ and its h here.
+        A new method needs a name in METHODS, its parameters in __init__ and its h here; for other
+        forms than --impl plain, also its h in fast/experts.py.
         """
         if self.config.method == "lora":
             return product(self.B_U, self.A_U, self.dropped(x))  # Eq. (2): h = B A x
@@ -255,8 +256,8 @@ class ExpertLinear(nn.Module):
         return self.routing.tasks_of(len(x)).to(x.device)
 
     def remember(self, *outputs: Any) -> None:
-        """Keep U and D (or what fast/ computes in their place) for L_MIM, in a forward pass that
-        keep_outputs(model) has announced and if this layer takes part in L_MIM."""
+        """Keep U and D (or what fast/ computes in their place) for L_MIM, if keep_outputs(model) has
+        been called for this forward pass and the layer takes part in L_MIM."""
         if self.keeps_outputs and self.training and hasattr(self, "rho"):
             self.outputs = outputs
 

@@ -289,8 +289,9 @@ class Stack(nn.Module):
         """
         dtype, memory_bias = compute_dtype(hidden), None
         if self.decoder:
+            mask = None
             memory, memory_bias = prepare_memory(memory, memory_mask, dtype)
-        bias = self.self_bias(hidden.shape[1], None if self.decoder else mask, dtype)
+        bias = self.self_bias(hidden.shape[1], mask, dtype)
         recompute = self.recompute and self.training and torch.is_grad_enabled()
         x = self.dropout(hidden)
         for block in self.blocks:
@@ -339,8 +340,8 @@ class CachedDecoder:
         return self.model.head(self.model.decoder.final_norm(x))[:, 0]
 
     def attend(self, layer: Attention, q: Tensor, cache: list[Tensor], bias: Tensor) -> Tensor:
-        """q [rows,1,H K] on keys and values of each row [rows,H,M,K] or request [B,H,M,K] ->
-        [rows,1,H K]. In a request's keys its beams look up as if they were successive queries."""
+        """q [rows,1,H K]; keys and values of each row, [rows,H,M,K], or of each request, [B,H,M,K],
+        whose beams then count as its successive queries -> [rows,1,H K]."""
         k, v = cache
         queries = split_heads(q.reshape(len(k), -1, q.shape[-1]), layer.heads)  # [len(k),H,Q,K]
         with torch.autocast(q.device.type, enabled=False):
@@ -361,7 +362,7 @@ class Search:
     As transformers 5 does with length_penalty 1 and early_stopping false: of the 2 * beams best
     continuations, those that do not end run on. Those that end and are among the first `beams`
     compete for `beams` places, by their mean log-probability. A request is done when its places are
-    taken and its best running beam, were it to end now, would get none. Greedy: at its first end.
+    taken and its best running beam, if it ended now, would get none. Greedy: when its beam ends.
 
     tokens [B,beams,steps] and score [B,beams], the summed log-probability: of the running beams;
     best and best_score, the mean one: of those that have ended; done [B].
@@ -403,7 +404,7 @@ class Search:
         return (first_row + beam.gather(1, order)).flatten()
 
     def keep(self, requests: Tensor) -> None:
-        """Drop all requests but these."""
+        """Go on with these requests alone."""
         for name in ("tokens", "score", "best", "best_score", "done"):
             setattr(self, name, getattr(self, name)[requests])
 
