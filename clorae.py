@@ -256,8 +256,8 @@ class ExpertLinear(nn.Module):
         return self.routing.tasks_of(len(x)).to(x.device)
 
     def remember(self, *outputs: Any) -> None:
-        """Keep U and D (or what fast/ computes in their place) for L_MIM, if keep_outputs(model) has
-        been called for this forward pass and the layer takes part in L_MIM."""
+        """Keep U and D, or what fast/ computes in their place, if keep_outputs(model) has asked for
+        them and the layer takes part in L_MIM."""
         if self.keeps_outputs and self.training and hasattr(self, "rho"):
             self.outputs = outputs
 

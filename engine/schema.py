@@ -1,9 +1,9 @@
 """The schema of a corpus: datasets, records, and what is wrong where a file breaks the rules.
 
 A corpus is a folder of datasets, CORPUS/<dataset>/{dataset.json, train|dev|test.jsonl, images/}: a
-new dataset is a new folder. dataset.json describes it. "units" names, for each record task, its
-column of the result table (a new column also needs a line in UNIT_TASK and a reference F1 in
-losses.py); "note" (optional) is one line that stands beside scores; labels are lower-case words:
+new dataset is a new folder. In its dataset.json "units" names, for each record task, a column of
+the result table (a new one also needs a line in UNIT_TASK and a reference F1 in losses.py); "note"
+(optional) is one line that stands beside scores; labels are lower-case words:
 
     {"name": "twitter2017", "units": {"mner": "T17"}, "labels": {"mner": ["location", "person"]}}
 
@@ -103,21 +103,18 @@ Rule = Must | dict | list | Callable
 class Problems(list):
     """Collects "file:line: field: problem: what to do", so that many mistakes show at once."""
 
-    count = 0                                        # of all; the list holds the first of them
-
     def add(self, where: str, place: str, problem: str) -> None:
-        self.count += 1
-        if self.count <= MAX_PROBLEMS:
-            self.append(f"{where}: {place}: {problem}")
+        self.append(f"{where}: {place}: {problem}")
 
     def raise_if_any(self) -> None:
-        first = f", the first {MAX_PROBLEMS}" if self.count > MAX_PROBLEMS else ""
+        first = f", the first {MAX_PROBLEMS}" if len(self) > MAX_PROBLEMS else ""
         if self:
-            raise DataError(f"{self.count} problem(s) in the data{first}:\n  " + "\n  ".join(self))
+            raise DataError(f"{len(self)} problem(s) in the data{first}:\n  "
+                            + "\n  ".join(self[:MAX_PROBLEMS]))
 
     def check(self, value: object, rule: Rule, where: str, place: str) -> bool:
         """Whether `value` obeys the rule; everything in it that does not is added."""
-        before = self.count
+        before = len(self)
         if callable(rule):
             rule = rule(value)
         if isinstance(rule, Must):
@@ -140,11 +137,10 @@ class Problems(list):
                     self.check(value[key], inner, where, f"{place}.{key}".removeprefix("record."))
                 else:
                     self.add(where, place, f'key "{key}" is missing: add it, if only as null or []')
-        return self.count == before
+        return len(self) == before
 
     def check_record(self, raw: object, dataset: Dataset, where: str, seen: dict[str, str]) -> bool:
-        """Whether `raw` is a record of the dataset.  seen: {id: where} of the records before it; an
-        id that comes twice is a problem too."""
+        """Whether `raw` is a record with a new id; seen, {id: where}, holds those before it."""
         right = self.check(raw, RecordRules(raw, dataset).record(), where, "record")
         if right and (first := seen.setdefault(raw["id"], where)) != where:
             self.add(where, "id", f'"{raw["id"]}" is the id of {first} too: make ids unique')
@@ -216,7 +212,7 @@ def box_within(right: float = math.inf, bottom: float = math.inf) -> Must:
 
 
 class RecordRules:
-    """The rules of one record. Its tokens set the bounds of its spans, its size those of boxes."""
+    """The rules of a record, whose tokens bound its spans, and whose size its boxes."""
 
     def __init__(self, raw: object, dataset: Dataset):
         self.dataset, self.task, size = dataset, get(raw, "task"), get(raw, "size")
