@@ -263,22 +263,16 @@ class Stack(nn.Module):
         """The bias [B or 1,H,S,S] of self-attention, the same in all blocks: a learned value for
         each distance; the lowest finite value at padding (mask [B,S], None: all tokens are real)
         and, in a decoder, at tokens to come. Its storage is padded as in mask_bias."""
-        extra, lowest = -S % 8, torch.finfo(dtype).min
-        bias = self.relative_values(S, S + extra, dtype)
+        extra, lowest, weight = -S % 8, torch.finfo(dtype).min, self.relative_bias.weight
+        position = torch.arange(S + extra, device=weight.device)
+        distance = position - position[:S, None]  # [S,S+extra], of each key from each query
+        buckets = relative_buckets(distance, not self.decoder, len(weight), self.furthest)
+        bias = self.relative_bias(buckets).to(dtype).permute(2, 0, 1)[None].contiguous()
         if self.decoder:
-            to_come = torch.ones_like(bias[0, 0], dtype=torch.bool).triu(1)
-            bias = bias.masked_fill(to_come, lowest)
+            bias = bias.masked_fill(distance > 0, lowest)
         if mask is not None:
             bias = bias.masked_fill(~F.pad(mask, (0, extra))[:, None, None], lowest)
         return bias[..., :S]
-
-    def relative_values(self, S: int, M: int, dtype: torch.dtype) -> Tensor:
-        """The learned bias [1,H,S,M] of keys 0..M-1 for queries 0..S-1."""
-        weight = self.relative_bias.weight
-        position = torch.arange(M, device=weight.device)
-        distance = position - position[:S, None]  # [S,M], of each key from each query
-        buckets = relative_buckets(distance, not self.decoder, len(weight), self.furthest)
-        return self.relative_bias(buckets).to(dtype).permute(2, 0, 1)[None].contiguous()
 
     def forward(self, hidden: Tensor, mask: Tensor | None, memory: Tensor | None = None,
                 memory_mask: Tensor | None = None) -> Tensor:
