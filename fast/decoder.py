@@ -57,7 +57,7 @@ class JoinedDecoder(t5.CachedDecoder):
         bias [1,H,1,width] over the first tokens; where `place` is None, these are the tokens so
         far, and the given one is the last. Otherwise the bias hides those to come.
         """
-        x = self.model.embed(token)
+        x = self.model.shared(token)
         for i in range(len(self.products)):
             x = self.block(i, x, bias, place)
         return self.head(self.model.scaled(self.model.decoder.final_norm(x)))[:, 0]

@@ -151,8 +151,9 @@ def test_frozen_weights_give_the_logits_and_input_gradients_of_the_plain_form(co
     mask = torch.arange(S) < torch.tensor([S, max(S - 3, 1), 1])[:B, None]
     answers = []
     for model in both(lively(config).requires_grad_(False)):
-        embeds = model.embed(ids).requires_grad_()
-        logits = model.decode(model.shift_right(labels), model.encode(None, mask, embeds), mask)
+        embeds = model.shared(ids).requires_grad_()
+        memory = model.encode(None, mask, embeds)
+        logits = model.head(model.decode_hidden(model.shift_right(labels), memory, mask))
         logits.sum().backward()  # of an expanded gradient
         answers.append((logits.detach(), embeds.grad))
     for one, other in zip(*answers):
@@ -210,7 +211,7 @@ def test_the_joined_decoder_gives_the_logits_of_the_whole_prefix(config, autocas
     tokens = model.shift_right(labels)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         memory = model.encode(ids, mask)
-        whole = model.decode(tokens, memory, mask).float()
+        whole = model.head(model.decode_hidden(tokens, memory, mask)).float()
         by_token = decoder.JoinedDecoder(model, memory, mask, beams=1, steps=tokens.shape[1])
         steps = [by_token(tokens[:, t:t + 1]).float() for t in range(tokens.shape[1])]
     assert largest_error(torch.stack(steps, 1), whole) < (0.05 if autocast else 1e-5)
