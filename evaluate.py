@@ -4,10 +4,9 @@
     torchrun --nproc_per_node=4 evaluate.py RUN --data DIR      the same, shared by four processes
     python evaluate.py runs/a runs/b runs/c --csv FILE          systems side by side, with intervals
 
-In reading order: what a number counts, matching, scoring, the table, decoding, the model, a run,
-runs side by side, the command.  Scores are whole numbers per record; percentages are formed once,
-at the end, and never rounded before they are printed.  The batches are those of the whole split and
-each goes to one process, so no text and no count depends on the number of processes.
+Scores are whole numbers per record; percentages are formed once, at the end, and never rounded
+before they are printed.  Each batch of the split goes whole to one process, so no text and no count
+depends on the number of processes.
 
 References: C-LoRAE (arXiv 2505.06303), Table 2 for the columns and Eq. (9) for `unit_f1`; entities
 as in UMT's ner_evaluate, relations as in HVPNeT's eval_result, events as in M2E2 (ACL 2020).
@@ -22,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import nn
@@ -33,14 +33,13 @@ import fast
 from data import Example, Item
 from engine.checkpoints import find_checkpoint, load_trainables, read_state
 from engine.command import Parser, moved
-from engine.compare import (COMPARISON, collect, comparison_line, comparison_table, still_true,
-                            system_names)
+from engine.compare import compare
 from engine.corpus import corpus_of, load_corpus, load_datasets, split_digest
 from engine.features import Features
-from engine.files import UsageError, WeightsError, read_json, save_csv, write_whole
+from engine.files import UsageError, WeightsError, read_json, write_whole
 from engine.processes import World, carry_out
 from engine.schema import TASKS, UNIT_TASK, UNITS, Dataset, Record, iou
-from engine.settings import IMPLS, Config, old_spelling
+from engine.settings import Config, run_options
 from engine.sources import Sources, stored_config, stored_sources
 from engine.weights import open_weights
 from t5 import T5, Stack, T5Config
@@ -273,18 +272,18 @@ def is_object(item: Item) -> bool:
 
 def total(rows: Sequence[Row]) -> Scores:
     """Sum the rows of each unit, and of what it holds."""
-    scores: Scores = {}
+    scores: Scores = defaultdict(Counts)
     for row in rows:
-        for mark, counts in {"": row.counts, f"@{row.record.dataset}": row.counts,
-                             **row.details}.items():
-            scores[row.unit + mark] = scores.get(row.unit + mark, Counts()) + counts
+        marked = {"": row.counts, f"@{row.record.dataset}": row.counts, **row.details}
+        for mark, counts in marked.items():
+            scores[row.unit + mark] += counts
     for unit in ("MEAE", "MED"):  # by the rules of VARIANTS, where a row is concerned
         events = [row for row in rows if row.unit == unit]
         if any(row.record.accepted for row in events):
             scores[f"{unit}~accepted"] = sum(map(count_accepted, events), Counts())
         if any(m2e2_sentence(row.record) for row in events):
             scores[f"{unit}~once"] = count_once(events)
-    return scores
+    return dict(scores)
 
 
 def m2e2_sentence(record: Record) -> str | None:
@@ -331,18 +330,17 @@ def table(scores: Scores, datasets: Mapping[str, Dataset] = {}) -> str:
     """The paper's seven columns, their sum and mean, and below what each number counts, with the
     notes of those `datasets` that have rows."""
     def line(name: str, cells: Mapping[str, object], form: str) -> str:
-        return f"{name:10}" + "".join(f"{cells[unit]:{form}}" if unit in cells else f"{'-':>8}"
+        return f"{name:10}" + "".join(f"{cells.get(unit, '-'):{form if unit in cells else '>8'}}"
                                       for unit in UNITS)
 
     units = [unit for unit in UNITS if unit in scores]
-    lines = [f"{line('', dict(zip(UNITS, UNITS)), '>8')}{'All':>9}{'mean':>8}"]
+    lines = [line("", dict(zip(UNITS, UNITS)), ">8") + f"{'All':>9}{'mean':>8}"]
     for name, (mark, rate) in RATES.items():
         cells = {unit: getattr(scores[unit + mark], rate) for unit in units
                  if rate != "accuracy" or UNIT_TASK[unit] == "mre"}
-        ends = sum(cells.values()), sum(cells.values()) / max(len(cells), 1)
         if cells:
-            lines.append(line(name, cells, "8.2f")
-                         + "{:9.2f}{:8.2f}".format(*ends) * name.startswith("F1"))
+            ends = f"{sum(cells.values()):9.2f}{fmean(cells.values()):8.2f}"
+            lines.append(line(name, cells, "8.2f") + ends * name.startswith("F1"))
     for name in COUNTED:
         cells = {unit: getattr(scores[unit], name) for unit in units}
         lines.append(line(name.replace("_", " "), cells, "8d") + f"{sum(cells.values()):9d}")
@@ -381,13 +379,6 @@ def type_table(scores: Scores) -> str:
     lines += [f"{unit:5}{name:40}{c.f1:8.2f}{c.precision:8.2f}{c.recall:8.2f}{c.tp:7}{c.pred:7}"
               f"{c.gold:7}" for unit in UNITS for name, c in subscores(scores, unit, ":").items()]
     return "\n".join(lines)
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines with straight columns, the first to the left, the others right."""
-    first, *others = ([max(map(len, column))] for column in zip(*rows))
-    return [row[0].ljust(first[0]) + "".join(cell.rjust(width + 2) for cell, (width,)
-                                             in zip(row[1:], others)) for row in rows]
 
 
 # ------------------------------------------------------------------------------------- the model
@@ -430,7 +421,12 @@ def build(config: Config, sources: Sources, device: torch.device) -> Setup:
                  dropout=config.dropout, egr=config.egr, mim=config.uses_mim)
     model.free_adapter(config.visual_policy)
     form = fast.speed_up(model.to(device), config.impl)
-    set_modules(model, config)
+    model.t5.graphs = config.graphs
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and config.backbone_dropout is not None:
+            module.p = config.backbone_dropout
+        if isinstance(module, Stack):
+            module.recompute = config.checkpoint_activations
     return Setup(config, sources, load_datasets(sources.corpus), tokenizer, model, form)
 
 
@@ -439,16 +435,6 @@ def outline(folder: Path, dtype: torch.dtype) -> T5:
     tied = "lm_head.weight" not in open_weights(folder)
     with torch.device("meta"):
         return T5(T5Config.from_hf(read_json(folder / "config.json"), folder, tied)).to(dtype)
-
-
-def set_modules(model: UMIE, config: Config) -> None:
-    """Settings that modules look up while they compute: graphs, dropout, recomputation."""
-    model.t5.graphs = config.graphs
-    for module in model.modules():
-        if isinstance(module, nn.Dropout) and config.backbone_dropout is not None:
-            module.p = config.backbone_dropout
-        if isinstance(module, Stack):
-            module.recompute = config.checkpoint_activations
 
 
 def load_model(checkpoint: Path, device: torch.device, **changes: object) -> Setup:
@@ -555,13 +541,13 @@ def save_scores(path: Path, rows: Sequence[Row], checkpoint: Path, config: Confi
                 split: str, decoding: Decoding | None = None) -> None:
     """Write what was scored, by which rules and with which result, as one JSON object.
 
-    "made_from" is what the scores depend on; "scores" has the keys of `Scores`; "records" holds
-    [tp, pred, gold] of every record, for comparing two systems on the same ones.
+    "scores" has the keys of `Scores`; "records" holds [tp, pred, gold] of every record, by unit,
+    for comparing two systems on the same ones.
     """
-    corpus, scores, records = corpus_of(config), total(rows), {}
+    corpus, scores, records = corpus_of(config), total(rows), defaultdict(dict)
     for row in rows:
         name, counts = f"{row.record.dataset}/{row.record.id}", row.counts
-        records.setdefault(row.unit, {})[name] = [counts.tp, counts.pred, counts.gold]
+        records[row.unit][name] = [counts.tp, counts.pred, counts.gold]
     report = {"made_from": made_from(checkpoint, config, split, decoding or Decoding.of(config)),
               "data": str(corpus), "notes": notes(scores, load_datasets(corpus)),
               "scores": {name: counts_json(name, counts) for name, counts in scores.items()},
@@ -583,7 +569,7 @@ def counts_json(name: str, counts: Counts) -> dict[str, float]:
 
 def made_from(checkpoint: Path, config: Config, split: str, decoding: Decoding) -> dict:
     """Everything that scores depend on, as JSON; equal for two that need not be made twice."""
-    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    state = json.loads((checkpoint / "state.json").read_bytes())
     return {"checkpoint": state["sha256"]["model.safetensors"], "split": split,
             "data": split_digest(corpus_of(config), split),
             "units": list(config.units) if config.units else None,
@@ -595,11 +581,9 @@ class Job:
     """A checkpoint to be scored on a split, from a folder and the options of `run_options`."""
 
     def __init__(self, folder: Path, args: argparse.Namespace):
-        self.folder, self.split = folder, args.split
-        self.checkpoint = find_checkpoint(folder)
-        given = {name: getattr(args, name)
-                 for name in ("data", "missing_images", "impl", "graphs", "t5", "vit", "init")}
-        self.changes = {name: value for name, value in given.items() if value is not None}
+        self.folder, self.split, self.checkpoint = folder, args.split, find_checkpoint(folder)
+        names = ("data", "missing_images", "impl", "graphs", "t5", "vit", "init")
+        self.changes = {name: value for name in names if (value := getattr(args, name)) is not None}
         self.changes["units"] = args.units  # None: all of them, whatever was trained on
         self.config = stored_config(self.checkpoint, **self.changes)
         self.decoding = Decoding.of(self.config, args.batch_size, args.beams)
@@ -630,10 +614,8 @@ class Job:
                         self.config.missing_images, self.config.max_objects, world.device, ViT)
 
     def score(self, world: World) -> tuple[Scores, dict[str, Dataset]]:
-        """Decode and score; write predictions and scores.
-
-        Returns the scores, the same on every process, and the descriptors of the datasets.
-        """
+        """Decode, score, and write predictions and scores.  Returns the scores, the same on every
+        process, and {name: descriptor} of the datasets."""
         setup, examples = self.load(world)
         features = self.features(setup, examples, world)
         world.join()
@@ -644,103 +626,14 @@ class Job:
         return total(rows), setup.datasets
 
 
-# ----------------------------------------------------------------------------- runs side by side
-
-def refresh(jobs: Sequence[Job], world: World) -> None:
-    """Score the runs whose stored scores, if there are any, are not of this very checkpoint, split,
-    data and decoding.  All processes look before any of them writes."""
-    for job, fresh in [(job, still_true(job.scores, job.made_from)) for job in jobs]:
-        world.print(f"{job.checkpoint}: " + (f"scores of {job.scores}" if fresh else "decoding"))
-        if not fresh:
-            job.score(world)
-
-
-def compare(args: argparse.Namespace, world: World) -> None:
-    """Print several systems side by side, and what they differ by; --csv writes it, too."""
-    jobs = [Job(folder, args) for folder in args.checkpoint]
-    names = system_names([job.config for job in jobs])
-    seeds = Counter((name, job.config.seed) for name, job in zip(names, jobs))
-    (name, seed), times = seeds.most_common(1)[0]
-    if times > 1:
-        raise UsageError("checkpoints: expected runs that differ in a setting or the seed, "
-                         f"got two of {name} with seed {seed}; name one of them")
-    if len({job.made_from["data"] for job in jobs}) > 1:
-        raise UsageError("checkpoints: expected runs on one corpus, got "
-                         f"{', '.join(str(corpus_of(job.config)) for job in jobs)}, which "
-                         "differ; name one for all with --data DIR")
-    refresh(jobs, world)
-    if world.main:
-        systems = collect(jobs, names)
-        reports = [report for system in systems for report in system.reports]
-        lines = [comparison_line(system, systems[0]) for system in systems]
-        world.print(f"{args.split} split", comparison_table(lines), "",
-                    *(f"{unit:5}{DEFINITIONS[unit]}" for unit in UNITS
-                      if unit in reports[0]["scores"]), f"F1: {RULES['F1, P, R']}", *COMPARISON,
-                    *sorted({note for report in reports for note in report["notes"]}))
-        if args.csv:
-            save_csv(args.csv, lines)
-
-
 # ----------------------------------------------------------------------------------- the command
-
-def run_options(result: Parser, several: bool = False, required: bool = True) -> None:
-    """The options that say which checkpoint is loaded, on which data, and how it decodes."""
-    add = result.add_argument_group("what to evaluate").add_argument
-    more = "; several are set side by side, a row per system, which is the runs that differ in " \
-           "nothing but their seed" if several else ""
-    add("checkpoint", type=Path, metavar="CKPT", nargs="+" if several else 1 if required else "*",
-        help="run folder (its best checkpoint is used) or checkpoint folder" + more)
-    add("--split", choices=("test", "dev", "train"), default="test", help="which records")
-    add("--data", metavar="DIR", help="corpus folder; default: the one trained on")
-    for option, name in (("t5", "T5"), ("vit", "ViT"), ("init", "full run below the experts")):
-        add(f"--{option}", metavar="DIR", help=f"folder of the {name} that CKPT was trained on, "
-            "where it is no longer at its place; sha256 must agree")
-    add("--units", nargs="+", choices=UNITS, metavar="UNIT",
-        help=f"only these columns ({' '.join(UNITS)}); default: all in the corpus")
-    add("--missing-images", choices=("error", "mask"),
-        help="mask: rows whose image file is missing are answered without it, and counted; "
-             "default: as in training")
-    add = result.add_argument_group("decoding").add_argument
-    add("--beams", type=positive, default=1, metavar="N",
-        help="beam search over N beams; 1 is greedy")
-    add("--batch-size", type=positive, default=32, metavar="N", help="rows decoded together")
-    add("--impl", type=old_spelling, choices=IMPLS,
-        help="the modules of the chapters (plain), their faster forms (fast), these with clorae.cu "
-             "(cuda); default: auto, the fastest that works here")
-    add("--graphs", action=argparse.BooleanOptionalAction,
-        help="on a GPU, launch all kernels of a token at once, as a CUDA graph; default: as the "
-             "run that trained CKPT")
-
-
-def positive(word: str) -> int:
-    """A whole number of at least 1, from the command line."""
-    if not word.isdecimal() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {word}")
-    return int(word)
-
-
-def parser() -> Parser:
-    """The options of scoring and comparing."""
-    result = Parser(
-        description="Score a trained model on a split, or compare several.",
-        epilog="The model is rebuilt from what its checkpoint stores; no training flag is "
-               "repeated.  Under torchrun the processes share the decoding; the result is equal.",
-        usage="%(prog)s CKPT [CKPT ...] [options]")
-    run_options(result, several=True)
-    add = result.add_argument_group("output").add_argument
-    add("--out", type=Path, metavar="FILE",
-        help="predictions, one JSON object a row; scores go beside them; default: "
-             "CKPT/predictions-SPLIT.jsonl and CKPT/scores-SPLIT.json")
-    add("--details", action="store_true", help="print P, R, F1 and counts of every type, too")
-    add("--csv", type=Path, metavar="FILE", help="write the rows of the comparison there, too")
-    return result
-
 
 def run(args: argparse.Namespace, world: World) -> None:
     """Score one checkpoint and print its table, or compare several."""
-    if len(args.checkpoint) > 1 or args.csv:
-        return compare(args, world)
-    job = Job(args.checkpoint[0], args)
+    jobs = [Job(folder, args) for folder in args.checkpoint]
+    if len(jobs) > 1 or args.csv:
+        return compare(jobs, args.csv, world)
+    job, = jobs
     scores, datasets = job.score(world)
     world.print(f"{job.folder}, {job.split} split of {corpus_of(job.config)}, "
                 f"{'greedy' if args.beams == 1 else f'{args.beams} beams'}; predictions: "
@@ -759,7 +652,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         flag = word.partition("=")[0]
         if flag in MOVED:
             moved(f"evaluate.py {flag}", f"python -m tools.{MOVED[flag]}")
-    command = parser()
+    command = Parser(
+        description="Score a trained model on a split, or compare several.",
+        epilog="The model is rebuilt from what its checkpoint stores; no training flag is "
+               "repeated.  Under torchrun the processes share the decoding; the result is equal.",
+        usage="%(prog)s CKPT [CKPT ...] [options]")
+    run_options(command, several=True)
+    add = command.add_argument_group("output").add_argument
+    add("--out", type=Path, metavar="FILE",
+        help="predictions, one JSON object a row; scores go beside them; default: "
+             "CKPT/predictions-SPLIT.jsonl and CKPT/scores-SPLIT.json")
+    add("--details", action="store_true", help="print P, R, F1 and counts of every type, too")
+    add("--csv", type=Path, metavar="FILE", help="write the rows of the comparison there, too")
     args = command.parse_args(argv)
     if len(args.checkpoint) > 1 and (args.out or args.details):
         command.error("--out and --details are for a single CKPT; several are compared")

@@ -198,3 +198,39 @@ def parse_arguments(argv: Sequence[str] | None, description: str = "",
     if not launch.timeout > 0:
         raise UsageError(f"expected --timeout above 0, got {launch.timeout}; correct it")
     return config, launch
+
+
+def run_options(result: Parser, several: bool = False, required: bool = True) -> None:
+    """The options that say which checkpoint is loaded, on which data, and how it decodes."""
+    add = result.add_argument_group("what to evaluate").add_argument
+    more = "; several are set side by side, a row per system, which is the runs that differ in " \
+           "nothing but their seed" if several else ""
+    add("checkpoint", type=Path, metavar="CKPT", nargs="+" if several else 1 if required else "*",
+        help="run folder (its best checkpoint is used) or checkpoint folder" + more)
+    add("--split", choices=("test", "dev", "train"), default="test", help="which records")
+    add("--data", metavar="DIR", help="corpus folder; default: the one trained on")
+    for option, name in (("t5", "T5"), ("vit", "ViT"), ("init", "full run below the experts")):
+        add(f"--{option}", metavar="DIR", help=f"folder of the {name} that CKPT was trained on, "
+            "where it is no longer at its place; sha256 must agree")
+    add("--units", nargs="+", choices=UNITS, metavar="UNIT",
+        help=f"only these columns ({' '.join(UNITS)}); default: all in the corpus")
+    add("--missing-images", choices=("error", "mask"),
+        help="mask: rows whose image file is missing are answered without it, and counted; "
+             "default: as in training")
+    add = result.add_argument_group("decoding").add_argument
+    add("--beams", type=positive, default=1, metavar="N",
+        help="beam search over N beams; 1 is greedy")
+    add("--batch-size", type=positive, default=32, metavar="N", help="rows decoded together")
+    add("--impl", type=old_spelling, choices=IMPLS,
+        help="the modules of the chapters (plain), their faster forms (fast), these with clorae.cu "
+             "(cuda); default: auto, the fastest that works here")
+    add("--graphs", action=argparse.BooleanOptionalAction,
+        help="on a GPU, launch all kernels of a token at once, as a CUDA graph; default: as the "
+             "run that trained CKPT")
+
+
+def positive(word: str) -> int:
+    """A whole number of at least 1, from the command line."""
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {word}")
+    return int(word)
