@@ -108,7 +108,7 @@ class Counts:
 
     @property
     def rounded_f1(self) -> float:
-        """F1 as UMIE prints it: P and R are fractions of 4 digits before F1 is, and F1 again."""
+        """F1 as UMIE prints it: P, R and then F1 are fractions rounded to 4 digits."""
         p, r = (round(self.tp / whole, 4) if whole else 0.0 for whole in (self.pred, self.gold))
         return 100 * round(2 * p * r / (p + r), 4) if p + r else 0.0
 
@@ -125,8 +125,8 @@ def subscores(scores: Scores, unit: str, mark: str) -> Scores:
 
 
 def unit_f1(scores: Scores) -> dict[str, float]:
-    """F1 in % of each unit: the s of Eq. (9).  Where several datasets share a unit (ACE2005 and
-    SWiG both train MED), it is the mean of theirs: the larger one does not speak for both."""
+    """F1 in % of each unit: the s of Eq. (9).  Where several datasets share a unit, as ACE2005 and
+    SWiG share MED, it is the mean of their F1, so the larger one does not drown the other."""
     by_unit = {unit: [c.f1 for c in subscores(scores, unit, "@").values()] for unit in UNITS}
     return {unit: sum(f1) / len(f1) for unit, f1 in by_unit.items() if f1}
 
@@ -164,8 +164,8 @@ def pair_off(gold: list[Item], predicted: list[Item], same_type: bool = True,
             pairs.append((-shared, i, j))
     partner: dict[int, int] = {}  # index into gold: index into predicted
     for _, i, j in sorted(pairs):
-        if i not in partner and j not in partner.values():
-            partner[i] = j
+        if j not in partner.values():
+            partner.setdefault(i, j)
     gold[:] = [item for i, item in enumerate(gold) if i not in partner]
     predicted[:] = [item for j, item in enumerate(predicted) if j not in partner.values()]
     return len(partner)
@@ -351,11 +351,10 @@ def legend(scores: Scores) -> list[str]:
     """What each column counts and holds, and by which rule each row is computed."""
     units, variants = [], []
     for unit in filter(scores.get, UNITS):
-        datasets = subscores(scores, unit, "@")
-        inner = [f"{name} only F1 {c.f1:.2f}" for name, c in subscores(scores, unit, "/").items()]
-        if len(datasets) > 1:
-            inner += [f"{name} F1 {c.f1:.2f}" for name, c in datasets.items()]
-        units.append(f"{unit:5}{DEFINITIONS[unit]}" + (f" ({', '.join(inner)})" if inner else ""))
+        inner, datasets = subscores(scores, unit, "/"), subscores(scores, unit, "@")
+        shown = [f"{name} only F1 {c.f1:.2f}" for name, c in inner.items()]
+        shown += [f"{name} F1 {c.f1:.2f}" for name, c in datasets.items() if len(datasets) > 1]
+        units.append(f"{unit:5}{DEFINITIONS[unit]}" + f" ({', '.join(shown)})" * bool(shown))
         variants += [f"{unit} {name}: F1 {c.f1:.2f}, P {c.precision:.2f}, R {c.recall:.2f} (tp "
                      f"{c.tp}, pred {c.pred}, gold {c.gold}): {VARIANTS[name]}"
                      for name, c in subscores(scores, unit, "~").items() if name in VARIANTS]
@@ -365,9 +364,8 @@ def legend(scores: Scores) -> list[str]:
 
 def notes(scores: Scores, datasets: Mapping[str, Dataset]) -> list[str]:
     """What a reader of these scores must know of their data."""
-    used = {name for unit in UNITS for name in subscores(scores, unit, "@")}
-    lines = [f"note on {name}: {dataset.note}" for name, dataset in datasets.items()
-             if name in used and dataset.note]
+    lines = [f"note on {name}: {dataset.note}" for name, dataset in datasets.items() if dataset.note
+             and any(f"{unit}@{name}" in scores for unit in dataset.units.values())]
     counts = sum((scores[unit] for unit in UNITS if unit in scores), Counts())
     return lines + [f"note on images: {counts.missing} of {counts.rows} rows were answered "
                     "without their image, whose file was not there"] * bool(counts.missing)
@@ -397,11 +395,16 @@ class Setup:
 
 def build(config: Config, sources: Sources, device: torch.device) -> Setup:
     """The adapted model as its seed makes it: what is trained in fp32, a frozen backbone in the
-    run's precision.  On the device "meta" it has names, shapes and types, and no weight is read.
-    """
+    run's precision.  On the device "meta" it has names, shapes and types, and no weight is read."""
     meta, half = device.type == "meta", config.precision == "bf16" and config.method != "full"
     dtype = torch.bfloat16 if half else torch.float32
-    t5 = outline(sources.t5, dtype) if meta else T5.from_pretrained(sources.t5, dtype=dtype)
+    if meta:  # a head that is stored counts as untied
+        tied = "lm_head.weight" not in open_weights(sources.t5)
+        with device:
+            t5 = T5(T5Config.from_hf(read_json(sources.t5 / "config.json"), sources.t5, tied))
+        t5.to(dtype)
+    else:
+        t5 = T5.from_pretrained(sources.t5, dtype=dtype)
     tokenizer, ids = data.Tokenizer(sources.t5), t5.config.vocab_size
     if tokenizer.spot_id >= ids:
         raise WeightsError(f"{sources.t5}: expected a spiece.model of at most {ids - 100} pieces "
@@ -430,20 +433,10 @@ def build(config: Config, sources: Sources, device: torch.device) -> Setup:
     return Setup(config, sources, load_datasets(sources.corpus), tokenizer, model, form)
 
 
-def outline(folder: Path, dtype: torch.dtype) -> T5:
-    """The T5 of a folder on the meta device; a head that is stored counts as untied."""
-    tied = "lm_head.weight" not in open_weights(folder)
-    with torch.device("meta"):
-        return T5(T5Config.from_hf(read_json(folder / "config.json"), folder, tied)).to(dtype)
-
-
 def load_model(checkpoint: Path, device: torch.device, **changes: object) -> Setup:
-    """Rebuild the model of a checkpoint folder from what the checkpoint itself says.
-
-    changes: Config fields that may differ in evaluation (data, missing_images, and where the
-    backbone lies: t5, vit, init).  Raises UsageError if the backbone is not the one trained on, or
-    a tensor does not fit.
-    """
+    """Rebuild the model of a checkpoint folder from what the checkpoint itself says.  changes:
+    fields of Config that may differ in evaluation.  UsageError if the backbone is not the one
+    trained on, or a tensor does not fit."""
     config = stored_config(checkpoint, **changes)
     setup = build(config, stored_sources(checkpoint, config, changes), device)
     load_trainables(setup.model, checkpoint)
@@ -467,11 +460,8 @@ class Decoding:
 
 
 def deal(lengths: Sequence[int], batch_size: int, rank: int, world: int) -> list[list[int]]:
-    """The batches of process `rank` of `world`, as positions into `lengths`.
-
-    The batches are those of the whole split, longest rows first, whatever the number of processes;
-    process r takes batches r, r + world, ...
-    """
+    """The batches of process `rank` of `world`, as positions into `lengths`: every `world`-th of
+    the batches of the whole split, whose longest rows come first."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     batches = [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
     return batches[rank::world]
@@ -504,10 +494,10 @@ def evaluate_split(setup: Setup, examples: Sequence[Example], features: Features
         named = torch.tensor([examples[i].record.image is not None for i in places])
         answers[places, -1] = (named & ~batch.visual_mask.any(dim=1).cpu()).long()
     model.train(was_training)
-    answers = world.sum(answers.to(device))  # where the process group's backend expects it
+    answers = world.sum(answers.to(device)).tolist()  # where the process group's backend expects it
     return score_rows([example.record for example in examples],
-                      [read_answer(ids, bool(missing), tokenizer)
-                       for *ids, missing in answers.tolist()], setup.datasets)
+                      [read_answer(ids, bool(missing), tokenizer) for *ids, missing in answers],
+                      setup.datasets)
 
 
 def read_answer(ids: list[int], missing: bool, tokenizer: data.Tokenizer) -> Answer:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from engine.files import file_hash, write_whole
+from engine.files import file_hash, parse_json, write_whole
 from engine.schema import (SPLITS, UNITS, DataError, Dataset, Problems, Record, dataset_rule,
                            nearest, show)
 from engine.settings import Config
@@ -31,25 +31,12 @@ def read_bytes(path: Path) -> bytes:
         raise DataError(f"{path}: cannot be read ({error.strerror}): check the path") from None
 
 
-def parse_json(data: bytes) -> object:
-    """Strict JSON from UTF-8 bytes; ValueError with the reason otherwise."""
-    def unique(pairs: list[tuple[str, object]]) -> dict:
-        if len(dict(pairs)) < len(pairs):            # json would keep the last one silently
-            raise ValueError(f"a key stands twice in {show(dict(pairs))}")
-        return dict(pairs)
-
-    try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=unique)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
 def read_dataset(folder: Path) -> Dataset:
     """The descriptor in folder/dataset.json."""
     path, problems = folder / "dataset.json", Problems()
-    data = read_bytes(path)
+    content = read_bytes(path)
     try:
-        raw = parse_json(data)
+        raw = parse_json(content)
     except ValueError as error:
         raise DataError(f"{path}: not JSON ({error}): repair the file") from None
     problems.check(raw, dataset_rule(raw, folder.name), str(path), "dataset")
@@ -116,29 +103,31 @@ def load_corpus(corpus: str | os.PathLike, split: str,
     if unknown := {split} - set(SPLITS) | wanted - set(UNITS):
         name = min(unknown)
         raise DataError(f'"{name}" is no split or unit: ' + nearest(name, SPLITS + UNITS))
-    holding = {Path(corpus) / name: dataset for name, dataset in load_datasets(corpus).items()
-               if wanted & set(dataset.units.values())
-               and (Path(corpus) / name / f"{split}.jsonl").exists()}
-    if not holding:
+    datasets, problems = load_datasets(corpus), Problems()
+    folders = folders_with(Path(corpus), split, datasets, wanted)
+    if not folders:
         raise DataError(f"{corpus}: no {split}.jsonl for the units {', '.join(sorted(wanted))}: "
                         "convert that split or choose other units")
-    problems = Problems()
-    records = [record for folder, dataset in holding.items()
-               for record in read_split(folder, split, dataset, problems)
-               if dataset.units[record.task] in wanted]
+    records = [record for folder in folders
+               for record in read_split(folder, split, datasets[folder.name], problems)
+               if datasets[folder.name].units[record.task] in wanted]
     problems.raise_if_any()
     return records
+
+
+def folders_with(corpus: Path, split: str, datasets: dict[str, Dataset],
+                 units: Iterable[str]) -> list[Path]:
+    """The folders of those datasets that have the split and one of the units."""
+    return [corpus / name for name, dataset in datasets.items()
+            if not set(units).isdisjoint(dataset.units.values())
+            and (corpus / name / f"{split}.jsonl").exists()]
 
 
 def read_splits(corpus: Path, datasets: dict[str, Dataset],
                 units: Sequence[str] | None) -> dict[str, list[Record]]:
     """{split: its records of these units (None: all)}; empty lists for splits of no dataset."""
-    wanted = set(units or UNITS)
-    folders = [corpus / name for name, dataset in datasets.items()
-               if wanted & set(dataset.units.values())]
     return {split: load_corpus(corpus, split, units)
-            if any((folder / f"{split}.jsonl").exists() for folder in folders) else []
-            for split in SPLITS}
+            if folders_with(corpus, split, datasets, units or UNITS) else [] for split in SPLITS}
 
 
 # ---------------------------------------------------------------------------- writing
@@ -182,12 +171,10 @@ def corpus_hash(corpus: Path) -> str:
 
 def split_digest(corpus: Path, split: str) -> str:
     """sha256 over the files of a split and the names of all images below the corpus, in hex."""
-    digest = hashlib.sha256()
-    for path in sorted([*corpus.glob("*/dataset.json"), *corpus.glob(f"*/{split}.jsonl")]):
-        digest.update(path.read_bytes())
+    files = sorted([*corpus.glob("*/dataset.json"), *corpus.glob(f"*/{split}.jsonl")])
     images = sorted(str(path.relative_to(corpus)) for path in corpus.glob("*/images/**/*"))
-    digest.update("\n".join(images).encode(errors="surrogateescape"))
-    return digest.hexdigest()
+    names = "\n".join(images).encode(errors="surrogateescape")
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files) + names).hexdigest()
 
 
 def unit_rows(records: Sequence[Record], datasets: dict[str, Dataset]) -> dict[str, int]:
@@ -203,7 +190,7 @@ def normalised(record: Record) -> str:
 
 
 def texts_of(records: Iterable[Record]) -> set[str]:
-    """The different texts of records, normalised; pictures without text have none."""
+    """The different normalised texts of records; pictures without text have none."""
     return set(map(normalised, records)) - {""}
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from engine.files import ImageError, UsageError, locked, write_whole
+from engine.files import ImageError, UsageError, file_hash, locked, write_whole
 from engine.images import PathLike, load_image, regular, resolve_image
 from engine.schema import Problems, Record
 from engine.sources import Sources
@@ -47,10 +47,8 @@ class FeatureCache:
 
     def get(self, path: PathLike, boxes: Boxes,
             size: Sequence[int] | None) -> tuple[Tensor, Tensor]:
-        """One picture -> (features [V,F], boxes [V,5]), computed and stored if they are not yet.
-
-        `size`: the record's [w, h], which must be the upright picture's; None takes the picture's.
-        """
+        """One picture -> (features [V,F], boxes [V,5]).  size: the record's [w, h], which must be
+        that of the upright picture, or None."""
         (name,) = self.prepare([(path, boxes, size)])
         shard = self.shards[self.index[name]]
         return shard.get_tensor(name), shard.get_tensor(f"{name}.boxes")
@@ -61,7 +59,7 @@ class FeatureCache:
         requests = [(os.fspath(path), tuple(map(tuple, boxes)), size and tuple(size))
                     for path, boxes, size in requests]
         wanted = {self.name(request): request for request in requests}
-        if any(name not in self.index for name in wanted):
+        if not wanted.keys() <= self.index.keys():
             self.scan()  # on disk from an earlier run or another process
         missing = [item for item in wanted.items() if item[0] not in self.index]
         if missing:
@@ -76,8 +74,7 @@ class FeatureCache:
         if request not in self.names:
             path, boxes, size = request
             try:
-                with open(regular(path), "rb") as file:
-                    content = hashlib.file_digest(file, "sha256").hexdigest()
+                content = file_hash(regular(path))
             except OSError as error:
                 raise ImageError(f"{path}: expected a picture, got: {error}; correct the record or "
                                  "add the file") from error
@@ -120,8 +117,8 @@ class FeatureCache:
                 tokens = torch.cat([self.tower(crops.to(device))[:, 0].float().cpu()
                                     for crops in torch.cat(pixels).split(self.CROPS)])
             rows = tokens.split([len(views) for views in pixels])
-            features |= {name: row.clone() for name, row in zip(names, rows)}
-            features |= {f"{name}.boxes": places for name, places in zip(names, boxes)}
+            for name, row, places in zip(names, rows, boxes):
+                features |= {name: row.clone(), f"{name}.boxes": places}
             bar.update(len(names))
         shard = hashlib.sha256("".join(sorted(features)).encode()).hexdigest()[:32]
         write_whole(self.folder / f"{shard}.safetensors", save(features))
@@ -151,18 +148,15 @@ class Features:
                 "there, or pass --missing-images mask to go on without them")
         self.missing = {self.path(record) for record in absent}
         self.missing_rows = len(absent)
-        self.cache: FeatureCache | None = None
         self.width = tower.feature_width(sources.vit)
         if len(absent) < len(named) and device.type != "meta":  # there nothing is computed
-            model = tower.from_pretrained(sources.vit).to(device).eval()
-            folder = sources.corpus / ".features"
+            model, folder = tower.from_pretrained(sources.vit), sources.corpus / ".features"
             with locked(folder / ".lock"):
-                self.cache = FeatureCache(model, folder_hash(sources.vit), folder)
+                self.cache = FeatureCache(model.to(device).eval(), folder_hash(sources.vit), folder)
                 self.compute([r for r in named if self.path(r) not in self.missing])
 
     def compute(self, records: Sequence[Record]) -> None:
-        """Compute the features of all these records' images; if one cannot be used, DataError
-        names all such."""
+        """Compute the features of these records' images; DataError names all that cannot be."""
         try:
             self.cache.prepare(map(self.key, records))
         except ImageError:
@@ -181,8 +175,7 @@ class Features:
         name = record.dataset, record.image
         if name not in self.paths:
             try:
-                folder = self.corpus / record.dataset / "images"
-                self.paths[name] = resolve_image(folder, record.image)
+                self.paths[name] = resolve_image(self.corpus / name[0] / "images", name[1])
             except ImageError as problem:
                 raise ImageError(f"{record.source}: {problem}") from None
         return self.paths[name]
