@@ -45,7 +45,7 @@ from engine.weights import open_weights
 from t5 import T5, Stack, T5Config
 from vision import UMIE, ViT
 
-# ------------------------------------------------------------------------- what a number counts
+# --------------------------------------------------------------------- counting, matching, scoring
 
 IOU_MATCH = 0.5  # M2E2: an object argument is right from this overlap on
 
@@ -84,7 +84,7 @@ def percent(count: int, whole: int) -> float:
 
 @dataclass(frozen=True)
 class Counts:
-    """Whole numbers that add up over records, datasets and processes; rates in % follow."""
+    """Whole numbers that add up over records; the rates in % follow from them."""
 
     tp: int = 0  # predicted items that are in the gold
     pred: int = 0
@@ -131,8 +131,6 @@ def unit_f1(scores: Scores) -> dict[str, float]:
     return {unit: sum(f1) / len(f1) for unit, f1 in by_unit.items() if f1}
 
 
-# -------------------------------------------------------------------------------------- matching
-
 def type_of(item: Item) -> str:
     """Entity type, relation, event type, or of an argument "event type:role"."""
     return item.label if item.role is None else f"{item.label}:{item.role}"
@@ -173,11 +171,9 @@ def pair_off(gold: list[Item], predicted: list[Item], same_type: bool = True,
 
 def count(task: str, gold: Sequence[Item], predicted: Sequence[Item], malformed: int = 0,
           missing: int = 0) -> Counts:
-    """Counts of one record; `malformed` is what the parser could not use of its output.
-
-    Every item falls into the first class that takes it: right, wrong type, wrong boundary (see
-    RULES).  Gold items that remain are missed, predicted ones are spurious.
-    """
+    """Counts of one record; `malformed` is what the parser could not use of its output.  Every item
+    falls into the first class that takes it: right, wrong type, wrong boundary (see RULES).  Gold
+    items that remain are missed, predicted ones are spurious."""
     gold, predicted = list(gold), list(predicted)
     if task == "mre":  # none is no relation; the others share one place, as if it were an image
         gold, predicted = ([replace(item, whole_image=True) for item in items
@@ -191,11 +187,9 @@ def count(task: str, gold: Sequence[Item], predicted: Sequence[Item], malformed:
 
 def count_umie(task: str, gold: Sequence[Item], predicted: Sequence[Item],
                malformed: int = 0) -> Counts:
-    """Counts of one record by UMIE's rule (see RULES), for `Counts.rounded_f1`.
-
-    A predicted string is right as often as the gold has it.  A gold string that occurs nowhere in
-    the prediction is missed, and `gold` is tp + missed: UMIE divides by that for its recall.
-    """
+    """Counts of one record by UMIE's rule (see RULES), for `Counts.rounded_f1`.  A predicted string
+    is right as often as the gold has it.  A gold string that occurs nowhere in the prediction is
+    missed, and `gold` is tp + missed: UMIE divides by that for its recall."""
     if task == "mre" and malformed:  # the parser reads it as "none"
         predicted = []
     wanted, given = (Counter((type_of(item), item.text and data.canon(item.text))
@@ -204,8 +198,6 @@ def count_umie(task: str, gold: Sequence[Item], predicted: Sequence[Item],
     missed = sum(number for string, number in wanted.items() if string not in given)
     return Counts(tp, given.total(), tp + missed, rows=1)
 
-
-# --------------------------------------------------------------------------------------- scoring
 
 @dataclass(frozen=True)
 class Answer:
@@ -232,11 +224,9 @@ class Row:
 
 def score_rows(records: Sequence[Record], answers: Sequence[Answer],
                datasets: Mapping[str, Dataset]) -> list[Row]:
-    """Parse and score one answer per record -> one row each, in their order.
-
-    The string of an argument is mapped to its occurrence nearest to the trigger that the same run
-    predicted for the same sentence-image pair, never to the gold trigger: triggers come first.
-    """
+    """Parse and score one answer per record -> one row each, in their order.  The string of an
+    argument is mapped to its occurrence nearest to the trigger that the same run predicted for the
+    same sentence-image pair, never to the gold trigger: triggers come first."""
     rows, triggers = {}, defaultdict(dict)  # pair: {event type: start of its first trigger}
     given = enumerate(zip(records, answers, strict=True))
     for i, (record, answer) in sorted(given, key=lambda entry: entry[1][0].task == "meae"):
@@ -293,8 +283,8 @@ def m2e2_sentence(record: Record) -> str | None:
 
 
 def count_once(rows: Sequence[Row]) -> Counts:
-    """Counts of one unit without what an earlier row has shown: items in the text belong to
-    (sentence, gold events), those in the image to the image."""
+    """Counts of one unit without what an earlier row has shown: the items in a text, which belong
+    to (sentence, gold events), and those in an image."""
     counts, seen = Counts(), set()
     for row in rows:
         record, sentence = row.record, m2e2_sentence(row.record)
@@ -309,13 +299,11 @@ def count_once(rows: Sequence[Row]) -> Counts:
 
 
 def count_accepted(row: Row) -> Counts:
-    """tp, pred and gold of a row without the predictions that are wrong by its gold, but right by
-    `record.accepted`."""
+    """Counts of a row without the predictions that only `record.accepted` makes right."""
     wrong = list(row.predicted)
     pair_off(list(row.gold), wrong)  # takes out what is right
-    other = replace(row.record, events=row.record.accepted)
-    excused = pair_off(data.gold_items(other), wrong)
-    return Counts(row.counts.tp, row.counts.pred - excused, row.counts.gold)
+    accepted = data.gold_items(replace(row.record, events=row.record.accepted))
+    return Counts(row.counts.tp, row.counts.pred - pair_off(accepted, wrong), row.counts.gold)
 
 
 # ------------------------------------------------------------------------------------- the table
@@ -470,10 +458,8 @@ def deal(lengths: Sequence[int], batch_size: int, rank: int, world: int) -> list
 @torch.inference_mode()
 def evaluate_split(setup: Setup, examples: Sequence[Example], features: Features,
                    decoding: Decoding, world: World) -> list[Row]:
-    """Decode and score a split; every process returns the same rows.  `total` sums them.
-
-    Each process fills in the answers of its own batches and leaves the others at zero, so that one
-    sum over the processes completes them.
+    """Decode and score a split; every process returns the same rows.  Each fills in the answers of
+    its own batches and leaves the others at zero, so that a sum over the processes completes them.
     """
     model, tokenizer, device = setup.model, setup.tokenizer, world.device
     banned = tokenizer.undecodable(model.t5.config.vocab_size)
@@ -494,17 +480,12 @@ def evaluate_split(setup: Setup, examples: Sequence[Example], features: Features
         named = torch.tensor([examples[i].record.image is not None for i in places])
         answers[places, -1] = (named & ~batch.visual_mask.any(dim=1).cpu()).long()
     model.train(was_training)
-    answers = world.sum(answers.to(device)).tolist()  # where the process group's backend expects it
-    return score_rows([example.record for example in examples],
-                      [read_answer(ids, bool(missing), tokenizer) for *ids, missing in answers],
-                      setup.datasets)
-
-
-def read_answer(ids: list[int], missing: bool, tokenizer: data.Tokenizer) -> Answer:
-    """The ids that were generated, padding included, as text."""
-    cut = tokenizer.eos_id not in ids
-    ids = ids if cut else ids[:ids.index(tokenizer.eos_id) + 1]
-    return Answer(tokenizer.decode(ids), cut, missing, tuple(ids))
+    texts = []
+    for *ids, missing in world.sum(answers.to(device)).tolist():  # where its backend expects them
+        cut = tokenizer.eos_id not in ids
+        ids = ids if cut else ids[:ids.index(tokenizer.eos_id) + 1]
+        texts.append(Answer(tokenizer.decode(ids), cut, bool(missing), tuple(ids)))
+    return score_rows([example.record for example in examples], texts, setup.datasets)
 
 
 # ----------------------------------------------------------------------------------------- a run
@@ -529,11 +510,8 @@ def items_json(items: Sequence[Item]) -> list[dict]:
 
 def save_scores(path: Path, rows: Sequence[Row], checkpoint: Path, config: Config,
                 split: str, decoding: Decoding | None = None) -> None:
-    """Write what was scored, by which rules and with which result, as one JSON object.
-
-    "scores" has the keys of `Scores`; "records" holds [tp, pred, gold] of every record, by unit,
-    for comparing two systems on the same ones.
-    """
+    """Write what was scored, by which rules and with which result, as one JSON object: "scores" by
+    the keys of `Scores`, and "records", [tp, pred, gold] of each, to compare systems on them."""
     corpus, scores, records = corpus_of(config), total(rows), defaultdict(dict)
     for row in rows:
         name, counts = f"{row.record.dataset}/{row.record.id}", row.counts

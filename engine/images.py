@@ -16,9 +16,7 @@ PathLike = str | os.PathLike
 
 def resolve_image(root: PathLike, name: str) -> Path:
     """Path of the picture with a record's name inside the folder `root`; it need not exist.
-
-    ImageError if it may lie elsewhere: links are followed before the check.
-    """
+    ImageError if it may lie elsewhere: links are followed before the check."""
     try:
         words, inside = name.split("/"), os.path.realpath(root)
         path = os.path.realpath(os.path.join(inside, name))
