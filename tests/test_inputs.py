@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-import data
 import evaluate
 import hostile
+import tools.check
 import train
 from engine.files import UsageError, WeightsError
 from engine.schema import DataError, nearest
@@ -35,7 +35,9 @@ def test_a_mistake_of_each_kind_is_counted_and_ends_the_command_with_2(
     folder.mkdir()
     (folder / "dataset.json").write_text(json.dumps(hostile.DATASETS["news"]))
     (folder / "train.jsonl").write_bytes(b"\n".join(lines) + b"\n")
-    assert data.main(["check", str(tmp_path)]) == 2
+    with pytest.raises(SystemExit) as end:
+        tools.check.main([str(tmp_path)])
+    assert end.value.code == 2
     first, *shown = capsys.readouterr().err.splitlines()
     assert first.startswith("error: ") and first.endswith("in the data, the first 20:")
     assert int(first.split()[1]) >= len(lines) > 20 == len(shown)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-import train
 from conftest import ENVIRONMENT, ROOT, run
 from engine.files import UsageError, claim
 
