@@ -85,7 +85,6 @@ def percent(count: int, whole: int) -> float:
 @dataclass(frozen=True)
 class Counts:
     """Whole numbers that add up over records; the rates in % follow from them."""
-
     tp: int = 0  # predicted items that are in the gold
     pred: int = 0
     gold: int = 0
@@ -148,12 +147,10 @@ def overlap(a: Item, b: Item) -> float:
 
 def pair_off(gold: list[Item], predicted: list[Item], same_type: bool = True,
              exact: bool = True) -> int:
-    """Take the pairs that fit out of both lists and return their number.
-
-    A pair has one type and role, unless `same_type` is False, and one place: equal spans, the whole
-    image or boxes of enough overlap; any overlap if not `exact`.  Pairs are one to one, those of
-    the largest overlap first.  (The official M2E2 scorer lets two predictions match one gold box.)
-    """
+    """Take the pairs that fit out of both lists and return their number.  A pair has one type and
+    role, unless `same_type` is False, and one place: equal spans, the whole image or boxes of
+    enough overlap; any overlap if not `exact`.  Pairs are one to one, those of the largest overlap
+    first, whereas the official M2E2 scorer lets two predictions match one gold box."""
     pairs = []
     for (i, g), (j, p) in itertools.product(enumerate(gold), enumerate(predicted)):
         shared = overlap(g, p)
@@ -202,7 +199,6 @@ def count_umie(task: str, gold: Sequence[Item], predicted: Sequence[Item],
 @dataclass(frozen=True)
 class Answer:
     """What the model wrote for one record, before it is read."""
-
     text: str
     cut: bool = False  # it reached the length limit, so its last item may be incomplete
     missing: bool = False  # the record names an image, and the model was shown none
@@ -212,7 +208,6 @@ class Answer:
 @dataclass(frozen=True)
 class Row:
     """One scored record."""
-
     record: Record
     unit: str
     answer: Answer
@@ -372,13 +367,11 @@ def type_table(scores: Scores) -> str:
 @dataclass
 class Setup:
     """A model with everything that turns records into its input and its output into records."""
-
     config: Config
     sources: Sources
     datasets: dict[str, Dataset]
     tokenizer: data.Tokenizer
     model: UMIE
-    form: str  # of its modules: fast.form_on
 
 
 def build(config: Config, sources: Sources, device: torch.device) -> Setup:
@@ -389,15 +382,15 @@ def build(config: Config, sources: Sources, device: torch.device) -> Setup:
     if meta:  # a head that is stored counts as untied
         tied = "lm_head.weight" not in open_weights(sources.t5)
         with device:
-            t5 = T5(T5Config.from_hf(read_json(sources.t5 / "config.json"), sources.t5, tied))
-        t5.to(dtype)
+            shape = T5Config.from_hf(read_json(sources.t5 / "config.json"), sources.t5, tied)
+            t5 = T5(shape).to(dtype)
     else:
         t5 = T5.from_pretrained(sources.t5, dtype=dtype)
     tokenizer, ids = data.Tokenizer(sources.t5), t5.config.vocab_size
     if tokenizer.spot_id >= ids:
         raise WeightsError(f"{sources.t5}: expected a spiece.model of at most {ids - 100} pieces "
-                           f"for a T5 of {ids} ids, got {tokenizer.vocab_size} pieces; use the "
-                           "files of one checkpoint")
+                           f"for a T5 of {ids} ids, got {tokenizer.vocab_size} pieces; use files "
+                           "of one checkpoint")
     torch.manual_seed(config.seed)
     with device if meta else torch.device("cpu"):
         model = UMIE(t5, ViT.feature_width(sources.vit), config.max_objects, config.fusion)
@@ -405,20 +398,19 @@ def build(config: Config, sources: Sources, device: torch.device) -> Setup:
         method = read_state(sources.init)["config"]["method"]
         if method != "full":  # the paper's experts sit on UMIE with a trained visual adapter
             raise UsageError(f"--init {sources.init}: expected a run of method full, whose "
-                             f"checkpoint holds every weight, got method {method}; train one with "
-                             "--method full")
+                             f"checkpoint holds every weight, got method {method}; name one")
         load_trainables(model, sources.init)
     clorae.adapt(model, config.method, config.rank, TASKS, alpha=config.alpha,
                  dropout=config.dropout, egr=config.egr, mim=config.uses_mim)
     model.free_adapter(config.visual_policy)
-    form = fast.speed_up(model.to(device), config.impl)
+    fast.speed_up(model.to(device), config.impl)
     model.t5.graphs = config.graphs
     for module in model.modules():
         if isinstance(module, nn.Dropout) and config.backbone_dropout is not None:
             module.p = config.backbone_dropout
         if isinstance(module, Stack):
             module.recompute = config.checkpoint_activations
-    return Setup(config, sources, load_datasets(sources.corpus), tokenizer, model, form)
+    return Setup(config, sources, load_datasets(sources.corpus), tokenizer, model)
 
 
 def load_model(checkpoint: Path, device: torch.device, **changes: object) -> Setup:
@@ -436,7 +428,6 @@ def load_model(checkpoint: Path, device: torch.device, **changes: object) -> Set
 @dataclass(frozen=True)
 class Decoding:
     """How answers are generated; greedy unless beams > 1."""
-
     batch_size: int = 32
     beams: int = 1
     max_new_tokens: int = 192
@@ -459,8 +450,7 @@ def deal(lengths: Sequence[int], batch_size: int, rank: int, world: int) -> list
 def evaluate_split(setup: Setup, examples: Sequence[Example], features: Features,
                    decoding: Decoding, world: World) -> list[Row]:
     """Decode and score a split; every process returns the same rows.  Each fills in the answers of
-    its own batches and leaves the others at zero, so that a sum over the processes completes them.
-    """
+    its own batches and leaves the others at zero: a sum over the processes completes them."""
     model, tokenizer, device = setup.model, setup.tokenizer, world.device
     banned = tokenizer.undecodable(model.t5.config.vocab_size)
     position = {example.row: i for i, example in enumerate(examples)}
@@ -558,8 +548,8 @@ class Job:
         self.predictions = (getattr(args, "out", None)
                             or folder / f"predictions-{args.split}.jsonl")
         if self.predictions.is_dir():
-            raise UsageError(f"--out {self.predictions}: expected a file to be written, got a "
-                             "folder; name a file in it")
+            raise UsageError(f"--out {self.predictions}: expected a file, got a folder; name a "
+                             "file in it")
         name = self.predictions.stem.removeprefix("predictions-")
         self.scores = self.predictions.with_name(f"scores-{name}.json")
 

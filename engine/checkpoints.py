@@ -1,7 +1,6 @@
 """Checkpoints: folders of model.safetensors (what is trained), optimizer.safetensors (Adam's
 moments) and state.json (settings, progress, sha256 of all), written whole or not at all."""
 
-import dataclasses
 import hashlib
 import json
 import shutil
@@ -31,7 +30,6 @@ LEFT_BY_KILLS = (".step-*", ".best-*", "step-*/*.tmp", "best-*/*.tmp")
 @dataclass
 class Progress:
     """Where a run stands.  It is stored in state.json and holds no clock time."""
-
     step: int = 0
     epoch: int = 0  # the current one, from 0
     cursor: int = 0  # global batches of this epoch that are done
@@ -87,8 +85,7 @@ def read_state(folder: Path) -> dict:
                          f"lists, got {type(cause).__name__}: {cause}; name another one") from cause
     if broken:
         raise UsageError(f"{folder}/{broken[0]}: expected the content whose sha256 state.json "
-                         "records, got another; name another checkpoint, or none to let an older "
-                         "one be used")
+                         "records, got another; name another checkpoint, or none for an older one")
     return state
 
 
@@ -138,8 +135,8 @@ class Checkpoints:
 
     def __init__(self, out: Path, world: World, model: nn.Module, flat: FlatParameters | None,
                  progress: Progress, config: Mapping, fixed: Mapping):
-        """progress: changed in place by `resume`.  config: the settings that decide what is
-        computed.  fixed: references and sources, which state.json holds as well."""
+        """progress: changed in place by `resume`.  config: what decides the mathematics.  fixed:
+        references and sources, which state.json holds as well."""
         self.out, self.world, self.model, self.flat = out, world, model, flat
         self.progress, self.config, self.fixed = progress, config, fixed
         self.failed: set[int] = set()  # steps since the last save that could not be written
@@ -148,7 +145,7 @@ class Checkpoints:
     def state(self) -> dict:
         """What state.json holds.  Dropout needs no more than the seed and the step to go on."""
         rng = {"seed": self.config["seed"], "next_step": self.progress.step}
-        return {"config": self.config, **dataclasses.asdict(self.progress),
+        return {"config": self.config, **vars(self.progress),
                 "world": self.world.size, "rng": rng, **self.fixed}
 
     def save(self, prefix: str = "step") -> bool:
@@ -162,8 +159,7 @@ class Checkpoints:
             except (OSError, SafetensorError) as cause:
                 failures += 1
                 print(f"error: {folder}: expected to write a checkpoint, got {cause}; the ones "
-                      "before it are whole and training goes on: make room", file=sys.stderr,
-                      flush=True)
+                      "before it are whole and training goes on: make room", file=sys.stderr)
         if not self.world.sum(failures).item():
             self.failed.clear()
             self.newest = folder if prefix == "step" else self.newest
@@ -207,8 +203,8 @@ class Checkpoints:
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
         if anew:
             return "start: from the beginning (--resume none)"
-        folder = (newest_checkpoint(self.out) if launch.resume in ("auto", "none")
-                  else Path(launch.resume))
+        auto = launch.resume in ("auto", "none")
+        folder = newest_checkpoint(self.out) if auto else Path(launch.resume)
         if folder is None:
             return f"start: from the beginning, no checkpoint in {self.out}"
         state = read_state(folder)
@@ -233,21 +229,20 @@ class Checkpoints:
         self.world.sum(torch.zeros(1).to(self.world.device))  # nobody looks before it is there
 
     def check_same(self, state: dict, folder: Path, any_world: bool) -> None:
-        """UsageError unless settings, references and weights are those of the checkpoint; an
-        option that did not exist then had its default."""
+        """UsageError unless settings, references and weights are those of the checkpoint, in which
+        an option that did not exist yet has its default."""
         mine = json.loads(json.dumps(self.state()))
         fixed = [*mine["config"], "reference", *(name for name in mine if name.endswith("_sha256"))]
-        was, now = ({**dataclasses.asdict(Config()), **side, **side["config"]}
+        was, now = ({**vars(Config()), **side, **side["config"]}
                     for side in (state, mine))
         changed = [f"{name} {was.get(name)} -> {now[name]}" for name in fixed
                    if was.get(name) != now[name]]
         if changed:
             raise UsageError(f"{folder}: expected the settings it was started with, got changes: "
-                             f"{', '.join(changed)}; repeat the old command, or use another --out, "
-                             "or --resume none to start over")
+                             f"{', '.join(changed)}; repeat the old command, use another --out, or "
+                             "start over by --resume none")
         world = state["world"]
         if world != self.world.size and not any_world:
             raise UsageError(f"{folder}: expected {world} process(es), as it was started with, got "
                              f"{self.world.size}; use torchrun --nproc_per_node={world}, or pass "
-                             "--allow-world-change to go on with the same batches but another "
-                             "order of sums, no longer bit for bit")
+                             "--allow-world-change: the same batches, equal but for rounding")

@@ -74,10 +74,8 @@ def still_true(path: Path, wanted: dict) -> bool:
 
 
 def system_names(configs: Sequence[Config]) -> list[str]:
-    """Method and options of each run, as far as the runs differ in them, seed and folder apart.
-
-    An option at its default for the method and size is not named; names differ where settings do.
-    """
+    """Method and options of each run, as far as the runs differ in them, seed and folder apart.  An
+    option at its default for the method and size is not named, but always the size."""
     differing = [name for name in vars(configs[0])
                  if name not in ("method", "seed", "out", "save_every")
                  and len({repr(getattr(config, name)) for config in configs}) > 1]
@@ -100,7 +98,6 @@ def system_names(configs: Sequence[Config]) -> list[str]:
 @dataclass
 class System:
     """Runs that differ only in their seed, so they are scored on the same units."""
-
     name: str
     config: Config  # of the first seed
     trainable: int  # parameters
@@ -126,12 +123,10 @@ def collect(jobs: Sequence[Any], names: Sequence[str]) -> list[System]:
 
 
 def difference(first: System, other: System) -> tuple[float, float, float] | None:
-    """other - first in the mean of the columns they share, and its bootstrap 95 % interval.
-
-    Drawn with replacement are the records of each column, alike for both systems, and the seeds of
-    each system, alike for all columns; without the seeds, two runs of one system would differ
-    "significantly".  A record that one side lacks is left out.  None where nothing is shared.
-    """
+    """other - first in the mean of the columns they share, and its bootstrap 95 % interval; None
+    where nothing is shared.  Drawn with replacement are the records of each column that both have,
+    alike for both, and the seeds of each system, alike for all columns: without the seeds, two runs
+    of one system would differ "significantly"."""
     random, deltas = numpy.random.default_rng(0), []
 
     def draws(n: int) -> numpy.ndarray:  # how often each of n is drawn; in the first row once each
@@ -147,7 +142,7 @@ def difference(first: System, other: System) -> tuple[float, float, float] | Non
     sides = [(system.reports, draws(len(system.reports))) for system in (first, other)]
     for unit in UNITS:
         ids = sorted(set.intersection(*(set(report["records"].get(unit, {}))
-                                        for report in first.reports + other.reports)))
+                                        for reports, _ in sides for report in reports)))
         if ids:
             records = draws(len(ids))
             before, after = (mean_f1(*side) for side in sides)

@@ -1,7 +1,6 @@
 """The files of a corpus: reading, checking and writing datasets, and what a run takes from them.
 
-The format stands at the top of engine/schema.py. Readers are strict: they raise DataError with
-file, line, field and advice.
+The format stands at the top of engine/schema.py. Errors name file, line and field: DataError.
 """
 
 import hashlib
@@ -18,8 +17,6 @@ from engine.settings import Config
 
 Rows = list[tuple[str, dict]]                        # (where it comes from, record as JSON)
 
-
-# ---------------------------------------------------------------------------- reading
 
 def read_bytes(path: Path) -> bytes:
     """The content of a file; DataError where it cannot be read."""
@@ -73,10 +70,8 @@ def frozen(value: object) -> object:
 
 
 def load_datasets(corpus: str | os.PathLike) -> dict[str, Dataset]:
-    """{name: descriptor} of every dataset below `corpus`, sorted by name.
-
-    A file that would be passed over in silence, *.jsonl of no split or no dataset, is an error.
-    """
+    """{name: descriptor} of every dataset below `corpus`, sorted by name.  A file that would be
+    passed over in silence, *.jsonl of no split or no dataset, is an error."""
     corpus, files = Path(corpus), sorted(Path(corpus).glob("*/*.jsonl"))
     folders = sorted({path.parent for path in [*files, *corpus.glob("*/dataset.json")]})
     if not folders:
@@ -94,11 +89,9 @@ def load_datasets(corpus: str | os.PathLike) -> dict[str, Dataset]:
 
 def load_corpus(corpus: str | os.PathLike, split: str,
                 units: Iterable[str] | None = None) -> list[Record]:
-    """Every record of one split, datasets in the order of their names, lines in file order.
-
-    units: only records of these units (default all). A dataset may lack a split; a split that no
-    dataset has, an unknown name and any faulty line raise DataError.
-    """
+    """Every record of one split and these units (default all), datasets in the order of their
+    names, lines in file order. A dataset may lack a split; a split that no dataset has, an unknown
+    name and any faulty line raise DataError."""
     wanted = set(units or UNITS)
     if unknown := {split} - set(SPLITS) | wanted - set(UNITS):
         name = min(unknown)
@@ -130,8 +123,6 @@ def read_splits(corpus: Path, datasets: dict[str, Dataset],
             if folders_with(corpus, split, datasets, units or UNITS) else [] for split in SPLITS}
 
 
-# ---------------------------------------------------------------------------- writing
-
 def write_dataset(folder: Path, descriptor: dict, splits: dict[str, Rows]) -> None:
     """Check everything, then write folder/{dataset.json, <split>.jsonl, images/}."""
     dataset, problems = Dataset(folder.name, descriptor["units"], descriptor["labels"]), Problems()
@@ -154,8 +145,6 @@ def write_dataset(folder: Path, descriptor: dict, splits: dict[str, Rows]) -> No
         raise DataError(f"{folder}: cannot be written ({error.strerror}): give another folder or "
                         "make room") from None
 
-
-# ---------------------------------------------------------------------------- what a run asks
 
 def corpus_of(config: Config) -> Path:
     """The corpus that settings name, else the demo world."""
@@ -197,11 +186,9 @@ def texts_of(records: Iterable[Record]) -> set[str]:
 def hold_out(records: dict[str, list[Record]], datasets: dict[str, Dataset],
              how: str) -> str | None:
     """Take Table 4's units out of the train and dev records, in place; return a line that says so.
-
     how: "none", then the result is None; "paper": T17 and V2; "clean": also SNAP, drawn from the
     same pool of tweets as T17, and every text of another dataset that stands in the test split of
-    T17 or V2 (V1 holds 183 of T17's).
-    """
+    T17 or V2 (V1 holds 183 of T17's)."""
     if how == "none":
         return None
     away = {"T17", "V2"} | ({"SNAP"} if how == "clean" else set())

@@ -37,12 +37,12 @@ class FeatureCache:
     SHARD, AHEAD, CROPS = 256, 16, 64  # pictures per file and read ahead, crops per tower call
 
     def __init__(self, tower: nn.Module, tower_hash: str, folder: PathLike) -> None:
-        """tower: as vision.ViT, called on pixels, with the method `views` and the property
-        `preprocessing`; ready to compute, on its device."""
+        """tower: as vision.ViT, called on pixels, with `views` and `preprocessing`; ready to
+        compute, on its device."""
         self.tower, self.folder = tower, Path(folder) / tower_hash
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.shards: dict[Path, safe_open] = {}  # memory-mapped files
-        self.index: dict[str, Path] = {}  # tensor name -> its shard
+        self.shards: set[Path] = set()  # that are in the index
+        self.index: dict[str, safe_open] = {}  # tensor name -> its shard, a memory-mapped file
         self.names: dict[Request, str] = {}  # a picture's bytes are hashed once a run
 
     def get(self, path: PathLike, boxes: Boxes,
@@ -50,7 +50,7 @@ class FeatureCache:
         """One picture -> (features [V,F], boxes [V,5]).  size: the record's [w, h], which must be
         that of the upright picture, or None."""
         (name,) = self.prepare([(path, boxes, size)])
-        shard = self.shards[self.index[name]]
+        shard = self.index[name]
         return shard.get_tensor(name), shard.get_tensor(f"{name}.boxes")
 
     def prepare(self,
@@ -76,8 +76,8 @@ class FeatureCache:
             try:
                 content = file_hash(regular(path))
             except OSError as error:
-                raise ImageError(f"{path}: expected a picture, got: {error}; correct the record or "
-                                 "add the file") from error
+                raise ImageError(f"{path}: expected a picture, got: {error}; add the file or "
+                                 "correct the record") from error
             layout = "and boxes"  # names what a shard holds; another layout needs another name
             key = json.dumps([content, boxes, size, *self.tower.preprocessing, layout])
             self.names[request] = hashlib.sha256(key.encode()).hexdigest()
@@ -85,13 +85,14 @@ class FeatureCache:
 
     def scan(self) -> None:
         """Map the shards that are new in the folder; only their headers are read."""
-        for path in sorted(set(self.folder.glob("*.safetensors")) - set(self.shards)):
+        for path in sorted(set(self.folder.glob("*.safetensors")) - self.shards):
             try:
-                self.shards[path] = safe_open(path, "pt")
+                shard = safe_open(path, "pt")
             except (SafetensorError, OSError) as error:
                 raise ImageError(f"{path}: expected a whole file of image features, got: {error}; "
                                  "delete it, and its features are computed again") from error
-            self.index |= dict.fromkeys(self.shards[path].keys(), path)
+            self.index |= dict.fromkeys(shard.keys(), shard)
+            self.shards.add(path)
 
     def pixels(self, request: Request) -> tuple[Tensor, Tensor]:
         """Read a picture -> it and its crops as pixels [V,3,size,size], their places [V,5]."""
@@ -126,12 +127,9 @@ class FeatureCache:
 
 
 class Features:
-    """Image features of records, which `data.collate` asks for by calling this object.
-
-    features(record) -> (features [V,F], boxes [V,5]), or None for a record without an image.  A
-    file that is not there is an error unless `missing_images` is "mask"; then its rows are counted
-    and have no visual tokens.
-    """
+    """Image features of records: called on one, (features [V,F], boxes [V,5]), or None for one
+    without an image.  A file that is not there is an error unless `missing_images` is "mask"; then
+    its rows are counted and have no visual tokens."""
 
     def __init__(self, sources: Sources, records: Sequence[Record], missing_images: str,
                  max_objects: int, device: torch.device, tower: Any):
@@ -170,8 +168,8 @@ class Features:
             raise
 
     def path(self, record: Record) -> Path:
-        """Where a record's image lies, or would lie; kept, since to look takes longer than to
-        load its features.  ImageError if its name may not be used."""
+        """Where a record's image lies, or would lie; cached, as looking is slower than loading its
+        features.  ImageError if its name may not be used."""
         name = record.dataset, record.image
         if name not in self.paths:
             try:

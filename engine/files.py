@@ -21,7 +21,6 @@ class UsageError(ValueError):
 
 class DiskFull(UsageError):
     """No checkpoint can be written."""
-
     exit_code = 74  # EX_IOERR
 
 
@@ -37,32 +36,27 @@ class Stopped(Exception):
     """A signal ended the run in good order; the argument is its number."""
 
 
-def lock_file(path: Path, wait: bool) -> TextIO:
-    """Lock a file against all other processes of this machine; BlockingIOError if it is taken and
-    `wait` is False.  Closing the file, or the end of its holder, releases the lock."""
+def locked(path: Path, wait: bool = True) -> TextIO:
+    """Lock a file against all other processes of this machine until what is returned is closed, as
+    a `with` block does, or its holder ends.  BlockingIOError if it is taken and `wait` is False."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "w")
     fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     return file
 
 
-def locked(path: Path) -> TextIO:
-    """For a `with` block that one process at a time runs; the others wait for it."""
-    return lock_file(path, wait=True)
-
-
 def claim(out: Path) -> TextIO:
     """Take an exclusive lock on a run folder until the file that is returned is closed.
     UsageError if the folder cannot be made or written to, or is in use."""
     try:
-        return lock_file(out / ".lock", wait=False)
+        return locked(out / ".lock", wait=False)
     except BlockingIOError:
         raise UsageError(f"--out {out}: expected a run folder that no other process writes to, got "
                          "one in use; wait for that run, end it, or use another --out") from None
     except OSError as cause:
         problem = "a file" if out.is_file() else cause.strerror
-        raise UsageError(f"--out {out}: expected a folder that can be written to, got {problem}; "
-                         "choose another --out") from None
+        raise UsageError(f"--out {out}: expected a writable folder, got {problem}; choose another "
+                         "--out") from None
 
 
 def sync(path: Path) -> None:

@@ -11,10 +11,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, as torch names them
 
 class FlatParameters:
     """All trainable parameters as views of one vector `values`, their gradients as views of
-    `grads`, so that optimizer step, clipping and all-reduce are one call each.
-
-    The variance vectors of L_MIM (`rho`) come last in it and learn at ten times the rate.
-    """
+    `grads`, so that optimizer step, clipping and all-reduce are one call each.  The variance
+    vectors of L_MIM (`rho`) come last and learn at ten times the rate."""
 
     def __init__(self, model: nn.Module, lr: float):
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -22,9 +20,9 @@ class FlatParameters:
         self.values = torch.cat([p.detach().flatten() for _, p in named])
         self.grads = torch.zeros_like(self.values)
         self.shapes = {name: parameter.shape for name, parameter in named}
-        for (_, parameter), value, grad in zip(named, self.views(self.values).values(),
-                                               self.views(self.grads).values()):
-            parameter.data, parameter.grad = value, grad
+        values, grads = self.views(self.values), self.views(self.grads)
+        for name, parameter in named:
+            parameter.data, parameter.grad = values[name], grads[name]
         experts = sum(p.numel() for n, p in named if not n.endswith(".rho"))
         groups = []
         for place, rate in ((slice(0, experts), 1.0), (slice(experts, None), 10.0)):

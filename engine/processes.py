@@ -25,9 +25,8 @@ class World:
     def __init__(self, timeout: float = 300.0) -> None:
         """timeout: seconds that the processes wait for one that does not answer."""
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.main = self.rank == 0
+        self.main, self.timeout = self.rank == 0, timeout
         self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # by torchrun
-        self.timeout = timeout
         self.signal = 0  # the one that asked this process to stop
         self.repeatable = False  # an interruptible block runs: nothing is lost if it ends now
         self.last_met = time.monotonic()  # when all processes last took part in something

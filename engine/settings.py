@@ -1,11 +1,10 @@
 """The settings of a run, and the command line that sets them."""
 
 import argparse
-import dataclasses
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 
@@ -30,7 +29,6 @@ def old_spelling(impl: str) -> str:
 @dataclass(frozen=True)
 class Size:
     """Defaults that come with a backbone; batch is global (paper: 10, 4, 2 a GPU on 4 GPUs)."""
-
     t5: str | None  # hub name; None: made locally by demo.py
     vit: str | None
     rank: int
@@ -71,7 +69,6 @@ BOUNDS = (
 @dataclass
 class Config:
     """Everything that decides what a run computes.  It is stored in checkpoints."""
-
     size: str = option("tiny", "backbone size", choices=tuple(SIZES))
     method: str = option("clorae", "what is trained")
     egr: bool = option(True, "gate router between the experts, Eq. (6)", bool)
@@ -141,7 +138,7 @@ class Config:
         if self.out is None:
             name = Path(self.data).resolve().name if self.data else "demo"
             filled["out"] = f"runs/{name}-{self.size}-{self.method}"
-        return dataclasses.replace(self, **filled)
+        return replace(self, **filled)
 
     def check(self) -> None:
         """UsageError if a number cannot work, before anything slow has begun."""
@@ -169,7 +166,6 @@ GROUPS = {"size": "what to train", "data": "data", "t5": "model", "epochs": "opt
 @dataclass(frozen=True)
 class Launch:
     """What one start of a run needs besides its Config.  Nothing here changes what is computed."""
-
     resume: str = option("auto", "'auto' goes on with the newest checkpoint of --out, 'none' "
                          "starts over, a path names a checkpoint")
     allow_world_change: bool = option(False, "resume with another number of processes: the same "
@@ -186,13 +182,13 @@ def parse_arguments(argv: Sequence[str] | None, description: str = "",
     """The command line: one option per field of Config and of Launch.  methods: the values of
     --method; without them any word is taken.  UsageError for a number that cannot work."""
     parser = Parser(description=description, usage="%(prog)s [options]")
-    for spec in dataclasses.fields(Config) + dataclasses.fields(Launch):
+    for spec in fields(Config) + fields(Launch):
         if spec.name in GROUPS:
             group = parser.add_argument_group(GROUPS[spec.name])
         group.add_argument("--" + spec.name.replace("_", "-"), default=spec.default,
                            **spec.metadata, **{"choices": methods} if spec.name == "method" else {})
     values = vars(parser.parse_args(argv))
-    launch = Launch(**{spec.name: values.pop(spec.name) for spec in dataclasses.fields(Launch)})
+    launch = Launch(**{spec.name: values.pop(spec.name) for spec in fields(Launch)})
     config = Config(**values).resolved()
     config.check()
     if not launch.timeout > 0:

@@ -14,7 +14,6 @@ from engine.weights import find_weights, folder_hash
 @dataclass
 class Sources:
     """Corpus, models and, with --init, a checkpoint."""
-
     corpus: Path
     t5: Path
     vit: Path
@@ -52,7 +51,7 @@ def stored_sources(checkpoint: Path, config: Config, given: Mapping[str, object]
                            if folder_hash(made) == digest), None)
             if not folder:
                 raise UsageError(f"{checkpoint}: expected the folder of its {model} (sha256 "
-                                 f"{digest[:12]}), got {then or 'none'}; name it with --{model} DIR")
+                                 f"{digest[:12]}), got {then or 'none'}; name it by --{model} DIR")
         folders[model] = (find_checkpoint(Path(folder)) if model == "init"
                           else find_weights(model, folder, name))
     sources = Sources(corpus_of(config), **folders)
