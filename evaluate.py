@@ -389,8 +389,8 @@ def build(config: Config, sources: Sources, device: torch.device) -> Setup:
     tokenizer, ids = data.Tokenizer(sources.t5), t5.config.vocab_size
     if tokenizer.spot_id >= ids:
         raise WeightsError(f"{sources.t5}: expected a spiece.model of at most {ids - 100} pieces "
-                           f"for a T5 of {ids} ids, got {tokenizer.vocab_size} pieces; use files "
-                           "of one checkpoint")
+                           f"for a T5 of {ids} ids, got {tokenizer.vocab_size} pieces; use the "
+                           "files of one checkpoint")
     torch.manual_seed(config.seed)
     with device if meta else torch.device("cpu"):
         model = UMIE(t5, ViT.feature_width(sources.vit), config.max_objects, config.fusion)

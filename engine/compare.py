@@ -133,20 +133,19 @@ def difference(first: System, other: System) -> tuple[float, float, float] | Non
         drawn = random.multinomial(n, numpy.full(n, 1 / n), RESAMPLES)
         return numpy.vstack([numpy.ones_like(drawn[:1]), drawn])  # [1 + RESAMPLES, n]
 
-    def mean_f1(reports: list[dict], seeds: numpy.ndarray) -> numpy.ndarray:  # [1 + RESAMPLES], %
-        counts = numpy.array([[report["records"][unit][i] for i in ids] for report in reports])
-        tp, pred, gold = numpy.moveaxis(records @ counts, -1, 0)  # each [seeds, 1 + RESAMPLES]
-        f1 = 200 * tp / numpy.maximum(pred + gold, 1)
-        return (seeds.T * f1).sum(axis=0) / len(f1)
-
-    sides = [(system.reports, draws(len(system.reports))) for system in (first, other)]
+    sides = [(system.reports, draws(len(system.reports)).T) for system in (first, other)]
     for unit in UNITS:
         ids = sorted(set.intersection(*(set(report["records"].get(unit, {}))
                                         for reports, _ in sides for report in reports)))
         if ids:
-            records = draws(len(ids))
-            before, after = (mean_f1(*side) for side in sides)
-            deltas.append(after - before)
+            records, means = draws(len(ids)), []
+            for reports, seeds in sides:
+                counts = numpy.array([[report["records"][unit][i] for i in ids]
+                                      for report in reports])
+                tp, pred, gold = numpy.moveaxis(records @ counts, -1, 0)  # [seeds, 1 + RESAMPLES]
+                f1 = 200 * tp / numpy.maximum(pred + gold, 1)
+                means.append((seeds * f1).sum(axis=0) / len(f1))  # [1 + RESAMPLES], in %
+            deltas.append(means[1] - means[0])
     if not deltas:
         return None
     delta = numpy.mean(deltas, axis=0)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from engine.files import file_hash, parse_json, write_whole
+from engine.files import file_hash, parse_json, regular, write_whole
 from engine.schema import (SPLITS, UNITS, DataError, Dataset, Problems, Record, dataset_rule,
                            nearest, show)
 from engine.settings import Config
@@ -21,11 +21,10 @@ Rows = list[tuple[str, dict]]                        # (where it comes from, rec
 def read_bytes(path: Path) -> bytes:
     """The content of a file; DataError where it cannot be read."""
     try:
-        if path.exists() and not path.is_file():     # a pipe or a device would never end
-            raise OSError(0, "no regular file")
-        return path.read_bytes()
+        return regular(path).read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}): check the path") from None
+        reason = error.strerror or error
+        raise DataError(f"{path}: cannot be read ({reason}): check the path") from None
 
 
 def read_dataset(folder: Path) -> Dataset:
@@ -142,8 +141,8 @@ def write_dataset(folder: Path, descriptor: dict, splits: dict[str, Rows]) -> No
         for name, text in texts.items():
             write_whole(folder / name, text.encode())
     except OSError as error:
-        raise DataError(f"{folder}: cannot be written ({error.strerror}): give another folder or "
-                        "make room") from None
+        raise DataError(f"{folder}: cannot be written ({error.strerror}): make room, or give "
+                        "another folder") from None
 
 
 def corpus_of(config: Config) -> Path:

@@ -14,8 +14,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from engine.files import ImageError, UsageError, file_hash, locked, write_whole
-from engine.images import PathLike, load_image, regular, resolve_image
+from engine.files import ImageError, UsageError, file_hash, locked, regular, write_whole
+from engine.images import PathLike, load_image, resolve_image
 from engine.schema import Problems, Record
 from engine.sources import Sources
 from engine.weights import folder_hash

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -57,6 +58,13 @@ def claim(out: Path) -> TextIO:
         problem = "a file" if out.is_file() else cause.strerror
         raise UsageError(f"--out {out}: expected a writable folder, got {problem}; choose another "
                          "--out") from None
+
+
+def regular(path: str | os.PathLike) -> str | os.PathLike:
+    """The path itself, if a file lies there: a pipe or a device would never end (OSError)."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("no regular file")
+    return path
 
 
 def sync(path: Path) -> None:

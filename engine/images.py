@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from engine.files import ImageError
+from engine.files import ImageError, regular
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")  # Pillow's many other readers are attack surface
 MAX_PIXELS = 32_000_000
@@ -40,13 +40,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the same pixels as without this step, but no warning
     return image.convert("RGB")
-
-
-def regular(path: PathLike) -> PathLike:
-    """The path itself, if a file lies there; a pipe or a device would never end."""
-    if not os.path.isfile(path):
-        raise OSError("no regular file" if os.path.lexists(path) else "no such file")
-    return path
 
 
 def load_image(path: PathLike) -> Image.Image:

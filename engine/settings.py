@@ -205,8 +205,8 @@ def run_options(result: Parser, several: bool = False, required: bool = True) ->
         help="run folder (its best checkpoint is used) or checkpoint folder" + more)
     add("--split", choices=("test", "dev", "train"), default="test", help="which records")
     add("--data", metavar="DIR", help="corpus folder; default: the one trained on")
-    for option, name in (("t5", "T5"), ("vit", "ViT"), ("init", "full run below the experts")):
-        add(f"--{option}", metavar="DIR", help=f"folder of the {name} that CKPT was trained on, "
+    for flag, name in (("t5", "T5"), ("vit", "ViT"), ("init", "full run below the experts")):
+        add(f"--{flag}", metavar="DIR", help=f"folder of the {name} that CKPT was trained on, "
             "where it is no longer at its place; sha256 must agree")
     add("--units", nargs="+", choices=UNITS, metavar="UNIT",
         help=f"only these columns ({' '.join(UNITS)}); default: all in the corpus")
