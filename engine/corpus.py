@@ -195,12 +195,11 @@ def hold_out(records: dict[str, list[Record]], datasets: dict[str, Dataset],
     def unit(record: Record) -> str:
         return datasets[record.dataset].units[record.task]
 
-    tested = texts_of(r for r in records["test"] if unit(r) in ("T17", "V2"))
+    tested = texts_of(r for r in records["test"] if unit(r) in ("T17", "V2") and how == "clean")
     dropped = 0
     for split in ("train", "dev"):
         kept = [record for record in records[split] if unit(record) not in away]
-        records[split] = [record for record in kept
-                          if how == "paper" or normalised(record) not in tested]
+        records[split] = [record for record in kept if normalised(record) not in tested]
         dropped += len(kept) - len(records[split])
     return (f"hold-out ({how}): {', '.join(u for u in UNITS if u in away)} neither in train nor in "
             f"dev; {dropped} more records left out, whose text is in the test split of T17 or V2")

@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -26,21 +26,10 @@ def old_spelling(impl: str) -> str:
     return "fast" if impl == "reference" else impl
 
 
-@dataclass(frozen=True)
-class Size:
-    """Defaults that come with a backbone; batch is global (paper: 10, 4, 2 a GPU on 4 GPUs)."""
-    t5: str | None  # hub name; None: made locally by demo.py
-    vit: str | None
-    rank: int
-    batch: int
-    micro_batch: int
-    epochs: int
-    lr: float
-    lr_epochs: int
-    dropout: float
-    max_target: int
-
-
+# Defaults that come with a backbone.  t5, vit: names on the hub, None for what demo.py makes;
+# batch: rows of a global batch (paper: 10, 4, 2 a GPU on 4 GPUs).
+Size = make_dataclass("Size", ("t5", "vit", "rank", "batch", "micro_batch", "epochs", "lr",
+                               "lr_epochs", "dropout", "max_target"), frozen=True)
 SIZES = {"tiny": Size(None, None, 24, 32, 32, 3, 1e-3, 2, 0.0, 40),
          "base": Size("google/flan-t5-base", VIT, 128, 40, 10, 20, 1e-4, 5, 0.1, 192),
          "large": Size("google/flan-t5-large", VIT, 64, 16, 4, 20, 1e-4, 5, 0.1, 192),
@@ -56,14 +45,13 @@ def option(default: object, text: str, convert: Callable = str, **more: object) 
 
 # What a number must be: in words, as a test, and the fields of Config that it holds for.
 BOUNDS = (
-    (f"at least {len(TASKS)}", lambda value: value >= len(TASKS), ("rank",)),
-    ("at least 2", lambda value: value >= 2, ("max_source", "max_target")),
-    ("at least 1", lambda value: value >= 1,
+    (f"at least {len(TASKS)}", lambda n: n >= len(TASKS), ("rank",)),
+    ("at least 2", lambda n: n >= 2, ("max_source", "max_target")),
+    ("at least 1", lambda n: n >= 1,
      ("epochs", "steps", "batch", "micro_batch", "lr_epochs", "save_every")),
-    ("at least 0", lambda value: value >= 0,
-     ("max_objects", "backbone_steps", "beta", "aml_gamma")),
-    ("above 0", lambda value: value > 0, ("lr", "clip", "aml_margin")),
-    ("in [0, 1)", lambda value: 0 <= value < 1, ("dropout", "backbone_dropout")))
+    ("at least 0", lambda n: n >= 0, ("max_objects", "backbone_steps", "beta", "aml_gamma")),
+    ("above 0", lambda n: n > 0, ("lr", "clip", "aml_margin")),
+    ("in [0, 1)", lambda n: 0 <= n < 1, ("dropout", "backbone_dropout")))
 
 
 @dataclass
