@@ -144,9 +144,10 @@ def read_json(path: Path) -> dict:
     """The JSON object in a file of a model folder; WeightsError if there is none."""
     try:
         raw = parse_json(path.read_bytes())
+        if not isinstance(raw, dict):
+            raise ValueError(type(raw))
     except (OSError, ValueError) as error:
-        raise WeightsError(f"{path}: expected JSON, got: {getattr(error, 'strerror', error)}; give "
-                           "a Hugging Face model directory, complete and unmodified") from None
-    if not isinstance(raw, dict):
-        raise WeightsError(f"{path}: expected a JSON object, got {type(raw)}; fetch it anew")
+        reason = getattr(error, "strerror", error)
+        raise WeightsError(f"{path}: expected a JSON object, got: {reason}; give a Hugging Face "
+                           "model directory, complete and unmodified") from None
     return raw

@@ -95,10 +95,9 @@ def memory(run: Any, piece: int) -> dict[str, float]:
 def plan(run: Any, sources: Sources, launch: Launch, piece: int) -> list[str]:
     """What a run would use, from configurations, headers and the corpus; piece: see `memory`."""
     newest = newest_checkpoint(run.out) if launch.resume == "auto" else launch.resume
-    start = ("start: from the beginning" if newest in (None, "none")
-             else f"start: would resume {newest}")
+    start = "from the beginning" if newest in (None, "none") else f"would resume {newest}"
     if finished(run.config, launch):
-        start = "start: this run is finished, its table would be printed again"
+        start = "this run is finished, its table would be printed again"
     files = [path for folder in (sources.t5, sources.vit, sources.init) if folder
              for path in sorted(folder.iterdir())
              if path.suffix in (".json", ".safetensors", ".model")]
@@ -109,7 +108,7 @@ def plan(run: Any, sources: Sources, launch: Launch, piece: int) -> list[str]:
     return [f"dry run: nothing is trained, nothing is written to {run.out}",
             *(f"file: {path}, {path.stat().st_size:,} bytes, sha256 {file_hash(path)[:12]}"
               for path in files),
-            *describe(run, start), f"frozen: {frozen:,} parameters",
+            *describe(run, f"start: {start}"), f"frozen: {frozen:,} parameters",
             f"memory per process: about {sum(terms.values()) / 1e9:.2f} GB = "
             + " + ".join(f"{name} {value / 1e9:.2f}" for name, value in terms.items())]
 
