@@ -122,9 +122,8 @@ def run(form: Form, layer: ExpertLinear, given: SimpleNamespace, real: bool = Fa
     x = x[at].clone().requires_grad_()
     draws = itertools.cycle(drop[at] for drop in drops)
     layer.dropped = lambda seen: seen * next(draws).view_as(seen).to(seen.dtype)
-    layer.dropout_mask = lambda seen: next(draws).view_as(seen).to(seen.dtype)
     if not (layer.training and layer.config.dropout):
-        del layer.dropped, layer.dropout_mask
+        del layer.dropped
     layer.routing.set(given.tasks, memory=mask)
     clorae.keep_outputs(layer)
     with torch.autocast(form.device.type, torch.bfloat16) if autocast else contextlib.nullcontext():

@@ -33,7 +33,8 @@ from engine.schema import RECORD_TASKS, DataError, Dataset, Problems, Record, sh
 from evaluate import Job, Row, evaluate_split, items_json, load_model, run_options
 from tools.page import Strip, answer_lines, draw_example, has_image, places, token_strips
 from tools.routing import no_gate_reason
-from vision import FeatureCache, ViT
+from engine.features import FeatureCache
+from vision import ViT
 
 NO_GOLD = {"mner": {"entities": []}, "mre": {"relation": "none"}, "med": {"events": []},
            "meae": {"events": []}}

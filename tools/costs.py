@@ -124,7 +124,7 @@ def mim_flops(model: nn.Module, lengths: Sequence[float]) -> tuple[float, float]
     for layer in clorae.expert_layers(model).values():
         if hasattr(layer, "rho"):
             R, r = layer.B_U.shape[1], layer.B_T.shape[2]
-            work = 4 * (R * R + R * r + r * r)  # for a token, or for a channel of the output
+            work = 4 * R * R + 4 * R * r + 6 * r * r  # for a token, or for a channel of the output
             once += work * len(layer.rho)
             row += work * tokens[layer.stream]
     return once, row
