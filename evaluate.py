@@ -414,9 +414,8 @@ def build(config: Config, sources: Sources, device: torch.device) -> Setup:
 
 
 def load_model(checkpoint: Path, device: torch.device, **changes: object) -> Setup:
-    """Rebuild the model of a checkpoint folder from what the checkpoint itself says.  changes:
-    fields of Config that may differ in evaluation.  UsageError if the backbone is not the one
-    trained on, or a tensor does not fit."""
+    """Rebuild the model that a checkpoint folder describes, with `changes` of its settings.
+    UsageError if the backbone is not the one trained on, or a tensor does not fit."""
     config = stored_config(checkpoint, **changes)
     setup = build(config, stored_sources(checkpoint, config, changes), device)
     load_trainables(setup.model, checkpoint)
@@ -572,8 +571,7 @@ class Job:
                         self.config.missing_images, self.config.max_objects, world.device, ViT)
 
     def score(self, world: World) -> tuple[Scores, dict[str, Dataset]]:
-        """Decode, score, and write predictions and scores.  Returns the scores, the same on every
-        process, and {name: descriptor} of the datasets."""
+        """Decode, score and write both files; returns the scores and {name: dataset}."""
         setup, examples = self.load(world)
         features = self.features(setup, examples, world)
         world.join()

@@ -219,8 +219,7 @@ class Checkpoints:
         return f"start: resumed {folder} at step {state['step']}, epoch {state['epoch'] + 1}"
 
     def bring_best(self, run: Path) -> None:
-        """Copy the best checkpoint from the run folder that this run goes on from; if it is gone,
-        a later epoch will be the best."""
+        """Copy the best checkpoint from the run folder that is resumed; without one, forget it."""
         best = run / f"best-{self.progress.best_step:08d}"
         if not best.is_dir():
             self.progress.best_sum, self.progress.best_step = -1.0, 0

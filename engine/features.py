@@ -168,8 +168,8 @@ class Features:
             raise
 
     def path(self, record: Record) -> Path:
-        """Where a record's image lies, or would lie; cached, as looking is slower than loading its
-        features.  ImageError if its name may not be used."""
+        """Where a record's image lies, or would lie, looked up once.  ImageError if its name may
+        not be used."""
         name = record.dataset, record.image
         if name not in self.paths:
             try:

@@ -48,8 +48,8 @@ def fault(folder: Path, model: str) -> str | None:
 
 
 def find_weights(model: str, given: str | Path | None, name: str | None) -> Path:
-    """A whole folder for a model, "t5" or "vit": the one given; without it that of the hub's `name`
-    in weights/, in the hub cache, or downloaded.  UsageError if there is none."""
+    """A whole folder for a model, "t5" or "vit": the one given, else the hub's `name` in weights/,
+    in the hub cache, or downloaded.  UsageError if there is none."""
     if given:
         if problem := fault(Path(given), model):
             raise UsageError(f"--{model}: {problem}")
