@@ -15,12 +15,12 @@ from torch import nn
 
 import clorae
 from data import Example
-from engine.command import Parser
+from engine.command import Parser, aligned
 from engine.files import UsageError
 from engine.processes import World, carry_out
 from engine.schema import TASKS
 from engine.settings import SIZES
-from evaluate import Job, Setup, aligned, run_options
+from evaluate import Job, Setup, run_options
 from t5 import T5, Attention, RMSNorm, T5Config
 from vision import UMIE, ViT
 
