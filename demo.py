@@ -35,7 +35,6 @@ from engine.command import Parser
 from t5 import T5, Attention, T5Config
 from vision import ViT, ViTConfig, crop, preprocess
 
-
 # What makes the world hard, as probabilities.
 AMBIGUOUS = 0.8  # a text holds something that only the picture decides
 BLANK = 0.08  # ... and the picture lacks it: an error that nobody can avoid

@@ -26,6 +26,7 @@ from torch import Tensor
 import data
 from engine.command import Parser
 from engine.corpus import frozen, parse_json, read_bytes
+from engine.features import FeatureCache
 from engine.files import write_whole
 from engine.images import load_image, resolve_image
 from engine.processes import World, carry_out
@@ -33,7 +34,6 @@ from engine.schema import RECORD_TASKS, DataError, Dataset, Problems, Record, sh
 from evaluate import Job, Row, evaluate_split, items_json, load_model, run_options
 from tools.page import Strip, answer_lines, draw_example, has_image, places, token_strips
 from tools.routing import no_gate_reason
-from engine.features import FeatureCache
 from vision import ViT
 
 NO_GOLD = {"mner": {"entities": []}, "mre": {"relation": "none"}, "med": {"events": []},

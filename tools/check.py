@@ -17,9 +17,7 @@ from engine.schema import SPLITS, Dataset, Problems, Record
 
 def shared_texts(texts: dict[tuple[str, str], set[str]]) -> list[str]:
     """A line for each two splits, {(dataset, split): texts}, that share texts; test before dev.
-
-    What two training splits share is no leak and not listed.
-    """
+    What two training splits share is no leak and not listed."""
     order = sorted(texts, key=lambda key: (-SPLITS.index(key[1]), key[0]))
     return [f"{' '.join(a)} in {' '.join(b)}: {len(texts[a] & texts[b])} of {len(texts[a])} texts"
             for a, b in combinations(order, 2) if a[1] != "train" and texts[a] & texts[b]]
@@ -27,9 +25,7 @@ def shared_texts(texts: dict[tuple[str, str], set[str]]) -> list[str]:
 
 def check(corpus: Path, require_images: bool) -> None:
     """Validate every split of every dataset; print what it holds, and what two splits share.
-
-    DataError names all problems; with require_images each picture that is not there is one.
-    """
+    DataError names all problems; with require_images each picture that is not there is one."""
     problems, texts = Problems(), {}
     for name, dataset in load_datasets(corpus).items():
         images = corpus / name / "images"
@@ -43,8 +39,8 @@ def check(corpus: Path, require_images: bool) -> None:
             for task in dataset.units:
                 of_task = [record for record in records if record.task == task]
                 print(f"{name} {split} {task}: {summary(of_task, dataset, images)}")
-            for record in records:
-                if require_images and record.image and not (images / record.image).is_file():
+            for record in records if require_images else ():
+                if record.image and not (images / record.image).is_file():
                     problems.add(record.source, "image", f'"{record.image}" is not in {images}: '
                                  "put it there or write null")
     print("\n".join(shared_texts(texts)) or "no text stands in two splits")
@@ -64,13 +60,13 @@ def summary(records: list[Record], dataset: Dataset, folder: Path) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """The command; it ends with exit code 2 where the corpus has a problem."""
-    command = Parser(prog="python -m tools.check", description="Validate every record of a corpus; "
-                     "print counts, lengths and the texts that splits share.")
-    what = command.add_argument_group("what to check")
-    what.add_argument("dir", type=Path, metavar="DIR", help="corpus folder")
-    what.add_argument("--require-images", action="store_true",
-                      help="a missing picture is an error instead of a count")
-    args = command.parse_args(argv)
+    parser = Parser(prog="python -m tools.check", description="Validate every record of a corpus; "
+                    "print counts, lengths and the texts that splits share.")
+    add = parser.add_argument_group("what to check").add_argument
+    add("dir", type=Path, metavar="DIR", help="corpus folder")
+    add("--require-images", action="store_true",
+        help="a missing picture is an error instead of a count")
+    args = parser.parse_args(argv)
     with exit_codes():
         check(args.dir, args.require_images)
 

@@ -31,7 +31,7 @@ from pathlib import Path
 from engine.command import Parser
 from engine.corpus import Rows, parse_json, read_bytes, write_dataset
 from engine.processes import exit_codes
-from engine.schema import SIZE, DataError, box_within, iou, nearest, show
+from engine.schema import SIZE, SPLITS, DataError, box_within, iou, nearest, show
 
 # ---------------------------------------------------------------------------- published files
 
@@ -60,7 +60,7 @@ ACE_TYPES = """Business:Declare-Bankruptcy Business:End-Org Business:Merge-Org B
     Justice:Sue Justice:Trial-Hearing Life:Be-Born Life:Die Life:Divorce Life:Injure Life:Marry
     Movement:Transport Personnel:Elect Personnel:End-Position Personnel:Nominate
     Personnel:Start-Position Transaction:Transfer-Money Transaction:Transfer-Ownership""".split()
-M2E2 = {                                             # eight of these types, with their roles
+M2E2 = {  # eight of these types, with their roles
     "attack": ["attacker", "instrument", "place", "target"],
     "demonstrate": ["entity", "instrument", "place", "police"],
     "meet": ["entity", "place"],
@@ -124,8 +124,8 @@ def read_conll(path: Path, dataset: str) -> Rows:
         mark, _, label = tag.partition("-")
         if line.startswith("IMGID:") and not tab:
             name, inside = line.removeprefix("IMGID:"), True
-            rows.append((where, raw_record(dataset, id=name, task="mner", tokens=[],
-                                           image=f"{name}.jpg", entities=[])))
+            rows.append((where, raw_record(dataset, id=name, task="mner", image=f"{name}.jpg",
+                                           entities=[])))
         elif not line:
             inside = False
         elif not inside or not token or tag != "O" and not (mark in ("B", "I") and label in TAGS):
@@ -134,12 +134,12 @@ def read_conll(path: Path, dataset: str) -> Rows:
         else:
             tokens, entities = rows[-1][1]["tokens"], rows[-1][1]["entities"]
             tokens.append(token)
-            chunk = {"type": TAGS.get(label), "start": len(tokens) - 1, "end": len(tokens)}
-            last = entities[-1] if entities else {"type": None, "end": None}
-            if mark == "I" and (last["type"], last["end"]) == (chunk["type"], chunk["start"]):
-                last["end"] += 1
+            start, end = len(tokens) - 1, len(tokens)
+            last = entities[-1] if entities else {}
+            if mark == "I" and (last.get("type"), last.get("end")) == (TAGS[label], start):
+                last["end"] = end
             elif mark != "O":
-                entities.append(chunk)
+                entities.append({"type": TAGS[label], "start": start, "end": end})
     return rows
 
 
@@ -153,8 +153,7 @@ def read_mnre(path: Path, dataset: str) -> Rows:
             if relation not in RELATIONS[dataset]:
                 raise ValueError(f"relation {show(relation)} is not in the scheme of {dataset}: "
                                  + nearest(relation, RELATIONS[dataset]))
-            if type(image) is int:
-                image = f"{image}.jpg"
+            image = f"{image}.jpg" if type(image) is int else image
             if not isinstance(image, str):
                 raise ValueError(f"img_id {show(image)} names no picture")
             rows.append((where, raw_record(
@@ -177,9 +176,7 @@ def text_event(mention: dict) -> dict:
 
 def read_ace(path: Path, dataset: str) -> Rows:
     """A sample for each line of OneIE's JSON lines, also for sentences without event; no pictures.
-
-    An argument names an entity mention, and stands where that stands.
-    """
+    An argument lies where the entity mention lies that it names."""
     rows = []
     for where, line in read_lines(path):
         with expecting("a sentence as OneIE writes it (doc_id, sent_id, tokens, entity_mentions, "
@@ -192,7 +189,7 @@ def read_ace(path: Path, dataset: str) -> Rows:
                                      "none of the entity_mentions")
                 argument |= {key: mentions[argument["entity_id"]][key] for key in ("start", "end")}
             document, name = sentence["doc_id"], str(sentence["sent_id"])
-            if not name.startswith(document):        # the number of the sentence in its document
+            if not name.startswith(document):  # the number of the sentence in its document
                 name = f"{document}-{name}"
             rows.append((where, raw_record(
                 dataset, id=name, tokens=sentence["tokens"],
@@ -202,9 +199,7 @@ def read_ace(path: Path, dataset: str) -> Rows:
 
 def read_text_only(folder: Path, sentences: dict[str, dict]) -> dict[str, list[dict]]:
     """{sentence id: its events in M2E2's text-only file}, of these sentences; {} without file.
-
-    A sentence that has other words there is left out, since its offsets would mean nothing.
-    """
+    A sentence that has other words there is left out, since its offsets would mean nothing."""
     path = folder / "text_only_event.json"
     if not path.exists():
         print(f"{path} is not here, so no other event is accepted")
@@ -279,27 +274,26 @@ def read_swig(path: Path, dataset: str) -> Rows:
             event, roles = verbs[picture["verb"]]
             if not SIZE.holds(size := [picture["width"], picture["height"]]):
                 raise ValueError(f"the size {size}")
-            objects, arguments = [], []
-            for name, box in picture["bb"].items():
-                if max(box) < 0:                     # not grounded
-                    continue
-                if not (box := tidy(box, *size)):
-                    flat += 1
-                    continue
-                if box not in objects:
-                    objects.append(box)
-                argument = {"role": roles.get(name), "box": box}
-                if name in roles and argument not in arguments:
-                    arguments.append(argument)
-            event = {"type": event, "trigger": None, "arguments": arguments}
-            rows.append((where, raw_record(dataset, id=image, image=image, size=size,
-                                           objects=objects, events=[event])))
+            tidied = {name: tidy(box, *size) for name, box in picture["bb"].items()
+                      if max(box) >= 0}
+            boxes = {name: box for name, box in tidied.items() if box}
+            flat += len(tidied) - len(boxes)
+            arguments = unique([{"role": roles[name], "box": box} for name, box in boxes.items()
+                                if name in roles])
+            rows.append((where, raw_record(
+                dataset, id=image, image=image, size=size, objects=unique(list(boxes.values())),
+                events=[{"type": event, "trigger": None, "arguments": arguments}])))
     print(f"{path}: {len(pictures) - len(rows)} of {len(pictures)} pictures left out (verb unmapped"
           f"); {flat} boxes without area dropped")
     return rows
 
 
 # ---------------------------------------------------------------------------- objects of pictures
+
+def unique(values: list) -> list:
+    """The values without repetitions, which need not be hashable."""
+    return [value for i, value in enumerate(values) if value not in values[:i]]
+
 
 def tidy(box: list, right: float = math.inf, bottom: float = math.inf) -> list | None:
     """A box with its corners in order, clipped to the picture; None where no area is left."""
@@ -316,11 +310,9 @@ def shown_by(box: list, objects: list[list]) -> int | None:
 
 
 def detections(path: Path) -> dict[str, list[list]]:
-    """{image: boxes of its detections, the most confident first}.
-
-    Corners are put in order and clipped at 0 (the other borders are unknown without the picture);
-    a detection without area is dropped and counted.
-    """
+    """{image: boxes of its detections, the most confident first}.  Corners are put in order and
+    clipped at 0 (without the picture its size is unknown); boxes without area are dropped and
+    counted."""
     if not path.exists():
         raise DataError(f"{path}: expected what YOLOv8 detects in M2E2's pictures, {{image.jpg: "
                         '[{"bbox", "class", "conf"}]}, found no file: put MMUTF\'s objects '
@@ -345,8 +337,8 @@ def mixed(row: dict, count: int) -> list[list]:
     """`count` objects: the grounded boxes and distractors, in an order that tells nothing.
 
     A distractor has the sides of a grounded box times 0.5 to 1.5, lies anywhere in the picture and
-    overlaps no grounded box with IoU >= 0.5. The number of objects is `count` everywhere, but for
-    tiny pictures; the generator is seeded with the picture's name.
+    overlaps no grounded box with IoU >= 0.5. Tiny pictures may get fewer than `count`. The random
+    numbers are seeded with the picture's name.
     """
     rng, (right, bottom), objects = random.Random(row["image"]), row["size"], row["objects"][:]
     for _ in range(100 * count):
@@ -369,44 +361,41 @@ def mixed(row: dict, count: int) -> list[list]:
 class Published:
     """A published dataset: the function that reads its files, and what is known about it."""
     read: Callable[[Path, str], Rows]
-    units: dict[str, str]                            # as in Dataset
+    units: dict[str, str]  # as in Dataset
     labels: dict
-    files: dict[str, tuple[str, int | None]]         # split -> (file, number of records if known)
-    note: str = ""                                   # {objects}, {types}: options
+    files: dict[str, str]  # of each split
+    counts: tuple[int | None, ...]  # records of each split, None where that is not known
+    note: str = ""  # {objects}, {types}: options
 
 
 TWITTER = {"mner": sorted(set(TAGS.values()))}
 V1, V2 = ({"mre": sorted(map(relation_word, paths))} for paths in RELATIONS.values())
 EVENTS = {"med": sorted(M2E2), "meae": M2E2}
 MEE = {"med": "MED", "meae": "MEAE"}
-FOREIGN = ("ace2005", "swig")                        # these train what M2E2 tests
+FOREIGN = ("ace2005", "swig")  # these train what M2E2 tests
 DETECTIONS = "m2e2_yolov8_objects.json"
+TWEETS = dict(zip(SPLITS, ("train.txt", "valid.txt", "test.txt")))
+V1_FILES, V2_FILES = (dict(zip(SPLITS, (f"{name}_train.txt", f"{name}_val.txt",
+                                         f"{name}_test.txt"))) for name in ("ours", "mnre"))
+PAIRS = {"test": "crossmedia_coref.txt"}
 PUBLISHED = {
-    "twitter2015": Published(read_conll, {"mner": "T15"}, TWITTER, {
-        "train": ("train.txt", 4000), "dev": ("valid.txt", 1000), "test": ("test.txt", 3257)}),
-    "twitter2017": Published(read_conll, {"mner": "T17"}, TWITTER, {
-        "train": ("train.txt", 3373), "dev": ("valid.txt", 723), "test": ("test.txt", 723)}),
-    "snap": Published(read_conll, {"mner": "SNAP"}, TWITTER, {
-        "train": ("train.txt", 4290), "dev": ("valid.txt", 1432), "test": ("test.txt", 1459)}),
-    "mnre_v1": Published(read_mnre, {"mre": "V1"}, V1, {
-        "train": ("ours_train.txt", 7824), "dev": ("ours_val.txt", 975),
-        "test": ("ours_test.txt", 1282)}),
-    "mnre_v2": Published(read_mnre, {"mre": "V2"}, V2, {
-        "train": ("mnre_train.txt", 12247), "dev": ("mnre_val.txt", 1624),
-        "test": ("mnre_test.txt", 1614)}),
+    "twitter2015": Published(read_conll, {"mner": "T15"}, TWITTER, TWEETS, (4000, 1000, 3257)),
+    "twitter2017": Published(read_conll, {"mner": "T17"}, TWITTER, TWEETS, (3373, 723, 723)),
+    "snap": Published(read_conll, {"mner": "SNAP"}, TWITTER, TWEETS, (4290, 1432, 1459)),
+    "mnre_v1": Published(read_mnre, {"mre": "V1"}, V1, V1_FILES, (7824, 975, 1282)),
+    "mnre_v2": Published(read_mnre, {"mre": "V2"}, V2, V2_FILES, (12247, 1624, 1614)),
     "ace2005": Published(
-        read_ace, MEE, EVENTS, {
-            "train": ("train.oneie.json", None), "dev": ("dev.oneie.json", None)},
+        read_ace, MEE, EVENTS, {"train": "train.oneie.json", "dev": "dev.oneie.json"}, (None, None),
         "ACE2005 with event types {types}, sentences without event included, no test file"),
     "swig": Published(
-        read_swig, MEE, EVENTS, {"train": ("train.json", None), "dev": ("dev.json", 6700)},
+        read_swig, MEE, EVENTS, {"train": "train.json", "dev": "dev.json"}, (None, 6700),
         "SWiG with event types {types}: pictures without text, {objects} objects each (grounded "
         "boxes and distractors, shuffled), no test file, two rows of the role mapping corrected"),
     "m2e2": Published(
-        read_m2e2, MEE, EVENTS, {"test": ("crossmedia_coref.txt", 618)},
+        read_m2e2, MEE, EVENTS, PAIRS, (618,),
         "M2E2 in detector mode: objects are the {objects} most confident YOLOv8 detections"),
     "m2e2_gold": Published(
-        read_m2e2, MEE, EVENTS, {"test": ("crossmedia_coref.txt", 618)},
+        read_m2e2, MEE, EVENTS, PAIRS, (618,),
         "M2E2 in gold-box mode: objects are exactly the gold boxes in file order, which leaks "
         "their number")}
 
@@ -444,9 +433,7 @@ def labels_of(rows: Rows) -> dict:
 def event_rows(dataset: str, rows: Rows, folder: Path, max_objects: int,
                event_types: str) -> tuple[Rows, str]:
     """(med and meae records of samples with the objects of this dataset, what a result must name).
-
-    Every sample has a med record, "none" where it has no event; arguments need an event.
-    """
+    Every sample has a med record, "none" where it has no event; a meae record needs an event."""
     note = PUBLISHED[dataset].note.format(objects=max_objects, types=event_types)
     if dataset in FOREIGN and event_types == "m2e2":
         keep_m2e2(rows)
@@ -485,19 +472,15 @@ def refuse(dataset: str, corpus: Path, max_objects: int, event_types: str) -> No
 
 def convert(dataset: str, source: Path, corpus: Path, max_objects: int = 16,
             event_types: str = "m2e2") -> None:
-    """Read the published files of a dataset in `source` and write corpus/dataset.
-
-    max_objects: number of objects in m2e2 and swig. event_types: "m2e2" or, for ace2005 and swig,
-    "all" that their files hold.
-    """
+    """Read the published files of a dataset in `source` and write corpus/dataset.  max_objects:
+    of a picture in m2e2 and swig.  event_types: those of "m2e2" or, for ace2005 and swig, "all"."""
     refuse(dataset, corpus, max_objects, event_types)
     known = PUBLISHED[dataset]
-    paths = {split: published_file(source, name) for split, (name, _) in known.files.items()}
+    paths = {split: published_file(source, name) for split, name in known.files.items()}
     rows = {split: known.read(path, dataset) for split, path in paths.items() if path.exists()}
     if not rows:
-        raise DataError(f"{source}: expected at least one of "
-                        f"{', '.join(name for name, _ in known.files.values())}, found none: "
-                        "give the folder that holds them")
+        raise DataError(f"{source}: expected at least one of {', '.join(known.files.values())}, "
+                        "found none: give the folder that holds them")
     descriptor = {"name": dataset, "units": known.units, "labels": known.labels}
     if event_types == "all":
         descriptor["labels"] = labels_of(sum(rows.values(), []))
@@ -505,12 +488,12 @@ def convert(dataset: str, source: Path, corpus: Path, max_objects: int = 16,
         for split, samples in rows.items():
             rows[split], descriptor["note"] = event_rows(dataset, samples, source, max_objects,
                                                          event_types)
-    for split, (_, expected) in known.files.items():
+    for (split, path), expected in zip(paths.items(), known.counts):
         count = len(rows.get(split, ()))
         read = f"{count} records found" if split in rows else "FILE NOT FOUND, nothing written"
-        wanted = f", {expected} expected" if expected else ""
-        differs = "  <-- differs" if expected and count != expected else ""
-        print(f"{dataset} {split}: {read}{wanted}, from {paths[split]}{differs}")
+        wanted = f", {expected} expected" * bool(expected)
+        differs = "  <-- differs" * (expected not in (None, count))
+        print(f"{dataset} {split}: {read}{wanted}, from {path}{differs}")
     if "test" not in known.files and (path := published_file(source, "test.oneie.json")).exists():
         print(f"{dataset} test: {path} left out, as M2E2 is the only test of events")
     write_dataset(corpus / dataset, descriptor, rows)
@@ -518,19 +501,18 @@ def convert(dataset: str, source: Path, corpus: Path, max_objects: int = 16,
 
 def main(argv: list[str] | None = None) -> None:
     """The command; it ends with exit code 2 where it cannot convert."""
-    command = Parser(prog="python -m tools.convert", description="Read the published files of a "
-                     "dataset, write DST/KIND, print the counts of records read and expected.")
-    what = command.add_argument_group("what to convert")
-    what.add_argument("kind", choices=PUBLISHED, metavar="KIND", help=", ".join(PUBLISHED))
-    what.add_argument("src", type=Path, metavar="SRC", help="folder of the published files")
-    what.add_argument("dst", type=Path, metavar="DST",
-                      help="corpus folder; the pictures belong into DST/KIND/images")
-    events = command.add_argument_group("events")
-    events.add_argument("--max-objects", type=int, default=16, metavar="K",
-                        help="m2e2, swig: objects of a picture")
-    events.add_argument("--event-types", choices=("m2e2", "all"), default="m2e2",
-                        help="ace2005, swig: event types and roles of M2E2, or all in their files")
-    args = command.parse_args(argv)
+    parser = Parser(prog="python -m tools.convert", description="Read the published files of a "
+                    "dataset, write DST/KIND, print the counts of records read and expected.")
+    add = parser.add_argument_group("what to convert").add_argument
+    add("kind", choices=PUBLISHED, metavar="KIND", help=", ".join(PUBLISHED))
+    add("src", type=Path, metavar="SRC", help="folder of the published files")
+    add("dst", type=Path, metavar="DST",
+        help="corpus folder; the pictures belong into DST/KIND/images")
+    add = parser.add_argument_group("events").add_argument
+    add("--max-objects", type=int, default=16, metavar="K", help="m2e2, swig: objects of a picture")
+    add("--event-types", choices=("m2e2", "all"), default="m2e2",
+        help="ace2005, swig: event types and roles of M2E2, or all in their files")
+    args = parser.parse_args(argv)
     with exit_codes():
         convert(args.kind, args.src, args.dst, args.max_objects, args.event_types)
 

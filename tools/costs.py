@@ -55,8 +55,7 @@ class FlopCounter:
     `backward` has one product for each gradient that is formed: that of a weight if it is trained,
     that of a linear's input if something below is trained.  `live` says of each token stream
     whether its hidden states need a gradient so far; so the walk follows the forward pass.  Experts
-    count in rank space, one task of N.  `trainable` is what clorae.parameter_split says.
-    """
+    count in rank space, one task of N.  `trainable` is what clorae.parameter_split says."""
 
     def __init__(self, model: nn.Module, source: float, target: float, visual: float):
         self.trainable = clorae.parameter_split(model)
@@ -94,8 +93,8 @@ class FlopCounter:
     def attention(self, path: str, module: Attention) -> None:
         """q, k, v, o, and two products per head of forward: scores, and their mix of values."""
         query, source = passing(path + ".q"), passing(path + ".k")
-        q, k, v = (self.linear(getattr(module, name), self.tokens[stream], self.live[stream])
-                   for name, stream in (("q", query), ("k", source), ("v", source)))
+        q, k, v = (self.linear(linear, self.tokens[stream], self.live[stream]) for linear, stream
+                   in ((module.q, query), (module.k, source), (module.v, source)))
         product = 2 * module.o.in_features * self.tokens[query] * self.tokens[source]
         self.forward += 2 * product
         self.backward += product * (q + k + v + (q or k))  # dQ, dK, dV, and dScores for either
@@ -131,7 +130,6 @@ def mim_flops(model: nn.Module, lengths: Sequence[float]) -> tuple[float, float]
 @dataclass(frozen=True)
 class Geometry:
     """What the cost of a method depends on besides the method."""
-
     name: str
     t5: T5Config
     rank: int
@@ -146,9 +144,9 @@ class Geometry:
         if min(lengths[:2]) < 1 or lengths[2] < 0:
             raise UsageError("--lengths: expected source and target tokens, and visual ones "
                              f"or 0, got {' '.join(map(str, lengths))}; correct them")
-        D, hidden, layers, heads = GEOMETRY[size]
-        t5 = T5Config(32128, D, 64, hidden, layers, heads, feed_forward_proj="gated-gelu",
-                      tie_head=False, scale_logits=False)
+        width, *others = GEOMETRY[size]
+        t5 = T5Config(32128, width, 64, *others, feed_forward_proj="gated-gelu", tie_head=False,
+                      scale_logits=False)
         return cls(f"flan-t5-{size}", t5, rank, UMIE_FEATURES, max(16, lengths[2] - 1),
                    tuple(lengths))
 
@@ -160,10 +158,9 @@ class Geometry:
             raise UsageError(f"CKPT: expected a run of rank {tasks} or more, one for each task "
                              f"expert of the methods it is compared with, got rank {config.rank}; "
                              "name another run, or --size instead of one")
-        visual = [1 + min(len(e.record.objects), config.max_objects) for e in examples
-                  if e.record.image]
-        sums = sum(len(e.input_ids) for e in examples), sum(len(e.labels) for e in examples)
-        lengths = tuple(n / max(len(examples), 1) for n in (*sums, sum(visual)))
+        tokens = [(len(e.input_ids), len(e.labels), bool(e.record.image) * (
+            1 + min(len(e.record.objects), config.max_objects))) for e in examples]
+        lengths = tuple(sum(column) / len(column) for column in zip(*tokens or [(0, 0, 0)]))
         return cls("this run", setup.model.t5.config, config.rank,
                    ViT.feature_width(setup.sources.vit), config.max_objects, lengths, config.fusion)
 
@@ -204,10 +201,9 @@ def cost_tables(table: Costs, paper: Mapping[str, tuple]) -> list[str]:
         counts = [*(splits[0][name] for name in groups), *(split["visual"] for split in splits),
                   *(sum(split.values()) for split in splits)]
         work = [forward, 3 * forward, *(forward + costs_of[p].backward for p in policies)]
-        millions_paper, *gflops_paper = paper.get(label, ("-", "-", "-"))
-        millions.append([label, *(f"{n / 1e6:.3f}" for n in counts), str(millions_paper)])
-        gflops.append([label, *(f"{n / 1e9:.{2 if n > 1e9 else 5}f}" for n in work),
-                       *map(str, gflops_paper)])
+        published, *rates = map(str, paper.get(label, "---"))
+        millions.append([label, *(f"{n / 1e6:.3f}" for n in counts), published])
+        gflops.append([label, *(f"{n / 1e9:.{2 if n > 1e9 else 5}f}" for n in work), *rates])
     return [*aligned(millions), "", *aligned(gflops)]
 
 
@@ -270,16 +266,16 @@ def run(args: argparse.Namespace, world: World) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    command = Parser(prog="python -m tools.costs", description=__doc__.partition("\n\n")[0],
-                     usage="%(prog)s [CKPT] [options]")
-    run_options(command, required=False)
-    add = command.add_argument_group("without CKPT").add_argument
+    parser = Parser(prog="python -m tools.costs", description=__doc__.partition("\n\n")[0],
+                    usage="%(prog)s [CKPT] [options]")
+    run_options(parser, required=False)
+    add = parser.add_argument_group("without CKPT").add_argument
     add("--size", choices=tuple(GEOMETRY), default="base", help="the backbone")
     add("--lengths", nargs=3, type=int, default=PAPER_LENGTHS, metavar=("N_E", "N_D", "N_V"),
         help="source, target, visual tokens of a row; default: 95 1 21, as the paper's figures")
-    args = command.parse_args(argv)
+    args = parser.parse_args(argv)
     if len(args.checkpoint) > 1:
-        command.error("the costs are those of one CKPT; name one at a time")
+        parser.error("the costs are those of one CKPT; name one at a time")
     carry_out(run, args)
 
 

@@ -9,10 +9,10 @@ their means over the task's dev tokens, and says what that costs in F1.
 """
 
 import argparse
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -42,8 +42,7 @@ def adapter(args: argparse.Namespace) -> Export:
     """A checkpoint that needs nothing of this machine: no moments, no variance of L_MIM, no paths,
     but the labels of its datasets.  Of method full it is the whole model, all of it trained."""
     checkpoint = find_checkpoint(args.checkpoint[0])
-    state = read_state(checkpoint)
-    corpus = Path(args.data or corpus_of(stored_config(checkpoint)))
+    state, corpus = read_state(checkpoint), args.data or corpus_of(stored_config(checkpoint))
     tensors = {name: tensor for name, tensor in load_file(checkpoint / "model.safetensors").items()
                if not name.endswith(".rho")}
     config = {**state["config"], "mim": False,
@@ -52,11 +51,11 @@ def adapter(args: argparse.Namespace) -> Export:
     def write(folder: Path) -> None:
         for name in load_datasets(corpus):
             (folder / "corpus" / name).mkdir(parents=True)
-            shutil.copy(corpus / name / "dataset.json", folder / "corpus" / name)
-        (folder / "model.safetensors").write_bytes(save(tensors))
-        digest = {"model.safetensors": file_hash(folder / "model.safetensors")}
+            shutil.copy(Path(corpus, name, "dataset.json"), folder / "corpus" / name)
+        weights = folder / "model.safetensors"
+        weights.write_bytes(save(tensors))
         write_state(folder, {**state, "t5": None, "vit": None, "init": None, "config": config},
-                    digest)
+                    {weights.name: file_hash(weights)})
 
     numbers = sum(tensor.numel() for tensor in tensors.values())
     needs = {name: digest[:12] for name in ("t5", "vit", "init")
@@ -107,9 +106,9 @@ def plain_lora(args: argparse.Namespace, world: World) -> Export:
     setup, examples = job.load(world)
     model, config = setup.model, setup.config
     if config.method == "full" or setup.sources.init:
-        raise UsageError("--task: expected a run whose experts sit on a hub's T5, got "
-                         f"{'full' if config.method == 'full' else '--init'}: all of its T5 was "
-                         "trained; export it without --task")
+        got = "full" if config.method == "full" else "--init"
+        raise UsageError(f"--task: expected a run whose experts sit on a hub's T5, got {got}: all "
+                         "of its T5 was trained; export it without --task")
     task = TASKS.index("mee" if args.task in ("med", "meae") else args.task)
     dev, split = ([example for example in examples if example.task == task]
                   for examples in (job.examples(setup, "dev", world), examples))
@@ -131,8 +130,7 @@ def plain_lora(args: argparse.Namespace, world: World) -> Export:
         gates = mean_gates(model, sums)
     lines = [f1("before", split)]
     fix_gates(model, task, gates)
-    texts = [dataclasses.replace(example, record=dataclasses.replace(example.record, image=None))
-             for example in split]
+    texts = [replace(example, record=replace(example.record, image=None)) for example in split]
     lines += [f1("after, gates fixed", split), f1("after, without images", texts)]
     rank = next(iter(clorae.expert_layers(model.t5).values())).config.rank
     record = split[0].record
@@ -156,14 +154,13 @@ def run(args: argparse.Namespace, world: World) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    command = Parser(prog="python -m tools.export", description=__doc__.partition("\n\n")[0],
-                     usage="%(prog)s CKPT --out DIR [--task TASK] [options]")
-    run_options(command)
-    add = command.add_argument_group("output").add_argument
-    add("--out", dest="folder", type=Path, metavar="DIR", required=True,
-        help="a new or empty folder")
+    parser = Parser(prog="python -m tools.export", description=__doc__.partition("\n\n")[0],
+                    usage="%(prog)s CKPT --out DIR [--task TASK] [options]")
+    run_options(parser)
+    add = parser.add_argument_group("output").add_argument
+    add("--out", dest="folder", type=Path, metavar="DIR", required=True, help="new or empty folder")
     add("--task", choices=RECORD_TASKS, help="whose experts become a plain LoRA")
-    carry_out(run, command.parse_args(argv))
+    carry_out(run, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -27,17 +27,14 @@ from tools.routing import gates_on
 PAGE, SIDE, MARGIN = 11.0, 3.6, 0.35  # inches: width, side of the image, margins and gaps
 CHAR, LINE = 13 / DPI, 0.21  # of matplotlib's monospaced font at 10 points, hinted at 150 DPI
 LEADING = 1.3  # from one line of the text to the next, in LINE
-SCALE = 0.3  # left of a row of bars
-ROW = PAGE - 2 * MARGIN - SCALE  # its width
-BAR, BARS = 0.24, 0.65  # width of a bar, height of a row of bars
-UNIVERSAL, TASK = COLOURS[:2]
-PLACE_COLOURS = COLOURS[:6]
+SCALE, BAR, BARS = 0.3, 0.24, 0.65  # of a row of bars: space to its left, width of a bar, height
+ROW = PAGE - 2 * MARGIN - SCALE  # width of a row of bars
+UNIVERSAL, TASK, PLACE_COLOURS = *COLOURS[:2], COLOURS[:6]
 
 
 @dataclass(frozen=True)
 class Place:
     """A place in the text or the image, and what the answer says of it."""
-
     item: Item
     label: str
     colour: int  # of PLACE_COLOURS, the same in every text of a dataset
@@ -89,18 +86,16 @@ def has_image(record: Record) -> bool:
 @dataclass(frozen=True)
 class Strip:
     """The task expert's gate at each token of one stream, mean over the layers that see it."""
-
     stream: str  # "memory", "visual" or "target"
     title: str
     names: list[str]  # of the tokens; one that begins a word begins with a blank
     gates: list[float]
 
 
-def piece(tokenizer: Tokenizer, i: int) -> str:
-    """A token as it is drawn; a blank in front begins a word."""
-    if i >= tokenizer.vocab_size:
-        return tokenizer.decode([i])
-    return tokenizer.pieces.id_to_piece(i).replace("\u2581", " ")
+def drawn(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    """Tokens as they are drawn; a blank in front begins a word."""
+    return [tokenizer.decode([i]) if i >= tokenizer.vocab_size else
+            tokenizer.pieces.id_to_piece(i).replace("\u2581", " ") for i in ids]
 
 
 @torch.inference_mode()
@@ -118,14 +113,12 @@ def token_strips(setup: Setup, example: Example, row: Row, features: Features,
     means = {stream: torch.stack(gates).mean(dim=0).tolist() for stream, gates in layers.items()}
     prefix, _ = data.prompt(record, setup.datasets[record.dataset])
     n = len(os.path.commonprefix([ids, tokenizer.encode(prefix)]))
-    source = means["memory"][-len(ids):]  # visual tokens may come first
-    objects = [f" O{k}" for k in range(1, len(means.get("visual", ())))]
+    source, visual = means["memory"][-len(ids):], means.get("visual", [])  # concat: visual first
+    names = ["image", *(f" O{k}" for k in range(1, len(visual)))]
     strips = (Strip("memory", f"reading the text (prompt: mean of {n} tokens)",
-                    ["prompt", *(piece(tokenizer, i) for i in ids[n:])],
-                    [fmean(source[:n]), *source[n:]]),
-              Strip("visual", "looking at the picture", ["image", *objects], means.get("visual")),
-              Strip("target", "writing the answer", [piece(tokenizer, i) for i in answer],
-                    means["target"]))
+                    ["prompt", *drawn(tokenizer, ids[n:])], [fmean(source[:n]), *source[n:]]),
+              Strip("visual", "looking at the picture", names, visual),
+              Strip("target", "writing the answer", drawn(tokenizer, answer), means["target"]))
     return [strip for strip in strips if strip.gates]
 
 
@@ -172,7 +165,7 @@ def lay_out(tokens: Sequence[str], spans: Sequence[Place], width: int) -> list[l
     words: list[tuple[str, list[Place], bool]] = []
     for i, token in enumerate(tokens):
         inside = [span for span in spans if i in range(*span.item.span)]
-        words += [(piece_of, inside, False) for piece_of in textwrap.wrap(token, width)]
+        words += [(piece, inside, False) for piece in textwrap.wrap(token, width)]
         words += [(span.label, [span], True) for span in inside if span.item.span[1] == i + 1]
     lines, column = [[]], 0
     for word, inside, is_label in words:
@@ -193,9 +186,9 @@ def draw_text(ax: object, title: str, lines: Sequence[Sequence[Word]], spans: Se
         for span in spans:
             ends = [(x, x + len(word)) for x, word, inside, _ in line if span in inside]
             if ends:
-                ax.add_patch(Rectangle((ends[0][0], LEADING * y), ends[-1][1] - ends[0][0], 1,
-                                       alpha=0.35, linewidth=0,
-                                       facecolor=PLACE_COLOURS[span.colour]))
+                start, end = ends[0][0], ends[-1][1]
+                ax.add_patch(Rectangle((start, LEADING * y), end - start, 1, alpha=0.35,
+                                       linewidth=0, facecolor=PLACE_COLOURS[span.colour]))
         for x, word, _, is_label in line:
             size, colour = (8, "#444444") if is_label else (10, "black")
             ax.text(x, LEADING * y + 0.5, word, fontsize=size, color=colour, **font)
@@ -204,10 +197,8 @@ def draw_text(ax: object, title: str, lines: Sequence[Sequence[Word]], spans: Se
 
 
 def draw_image(ax: object, record: Record, answer: Sequence[Place], image: object) -> None:
-    """The image with its numbered boxes and what the answer says of them, in image pixels.
-
-    Boxes that the answer names come first, and each label stands where it covers no earlier one.
-    """
+    """The image with its numbered boxes and what the answer says of them, in image pixels.  Boxes
+    that the answer names come first, and each label stands where it covers no earlier one."""
     from matplotlib.patches import Rectangle
     ax.imshow(image, extent=(0, image.width, image.height, 0))
     ax.set(xticks=[], yticks=[], anchor="NW")
@@ -230,11 +221,11 @@ def draw_image(ax: object, record: Record, answer: Sequence[Place], image: objec
                         fontsize=8, color="white", va="top", zorder=above + 2,
                         bbox={"facecolor": colour, "pad": 1.5, "edgecolor": "none"})
         extent = label.get_window_extent().padded(3)
-        size = extent.width * pixel, extent.height * pixel
-        x, y = label_place(size, box, taken, image.size)
+        w, h = extent.width * pixel, extent.height * pixel
+        x, y = label_place((w, h), box, taken, image.size)
         label.set_position((x + 3 * pixel, y + 3 * pixel))
-        taken.append((x, y, x + size[0], y + size[1]))
-        if not (x <= x2 and x1 <= x + size[0] and y <= y2 and y1 <= y + size[1]):
+        taken.append((x, y, x + w, y + h))
+        if not (x <= x2 and x1 <= x + w and y <= y2 and y1 <= y + h):
             ax.plot([x, x1], [y, y1], color=colour, linewidth=1, scalex=False, scaley=False)
 
 
@@ -270,7 +261,7 @@ def example_figure(row: Row, dataset: Dataset, strips: Sequence[Strip],
     spans = [place for place in answer if place.item.span]
     image = load_image(record.image) if has_image(record) else None
     left = MARGIN + (SIDE + MARGIN if image else 0)
-    width = int((PAGE - MARGIN - left) / CHAR)
+    width = int((PAGE - MARGIN - left) / CHAR)  # of the text, in characters
     lines = lay_out(record.tokens or ("(no text)",), spans, width)
     below = [line for text in answer_lines(row) for line in
              textwrap.wrap(text, width, subsequent_indent="  ")]

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -35,22 +35,21 @@ Results = Mapping[object, Mapping[str, Sequence[float]]]  # {system: {unit: F1 i
 def plot_curves(run: Path, path: Path) -> Path:
     """Draw losses per step, dev F1 and AML weights per epoch, from metrics.csv and eval.jsonl; the
     latter does not exist before the first epoch has ended."""
-    rows = [{name: float(value) for name, value in row.items()}
-            for row in csv.DictReader(whole_lines(run / "metrics.csv"))]
+    names, *rows = csv.reader(whole_lines(run / "metrics.csv") or [""])
     history = list(map(json.loads, whole_lines(run / "eval.jsonl")))
     if not rows:
         raise UsageError(f"{run}: expected a run folder with a metrics.csv that has a row, "
                          "got none; name a run that has taken a step")
-    units = [unit for unit in UNITS if f"CE_{unit}" in rows[0]]
-    window = max(1, len(rows) // 40)
+    log = {name: list(map(float, column)) for name, column in zip(names, zip(*rows))}
+    units = [unit for unit in UNITS if f"CE_{unit}" in log]
+    steps, window = log["step"], max(1, len(rows) // 40)
     figure, (loss, unit_losses, dev, weights) = canvas(12, 8, 2, 2)
-    steps = [row["step"] for row in rows]
-    loss.plot(steps, [row["loss"] for row in rows], color="#BBBBBB", linewidth=0.6)
-    loss.plot(steps, running_mean([row["loss"] for row in rows], window), color="black")
+    loss.plot(steps, log["loss"], color="#BBBBBB", linewidth=0.6)
+    loss.plot(steps, running_mean(log["loss"], window), color="black")
     loss.set(title=f"training loss, and mean of {window} steps", xlabel="step")
     for unit in units:
-        unit_losses.plot(steps, running_mean([row[f"CE_{unit}"] for row in rows], window),
-                         label=unit, markevery=max(1, len(rows) // 8), **STYLES[unit])
+        unit_losses.plot(steps, running_mean(log[f"CE_{unit}"], window), label=unit,
+                         markevery=max(1, len(rows) // 8), **STYLES[unit])
     unit_losses.set(title=f"cross-entropy per token, mean of {window} steps", xlabel="step",
                     yscale="log")
     used = [dict.fromkeys(units, 1.0), *(past["weights"] for past in history[:-1])]
@@ -81,15 +80,13 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
 def draw_run(job: Job, folder: Path, layers: Sequence[int] | None, world: World) -> list[str]:
     """Draw a run's routing, curves and AML weights; returns what was made, and what not and why."""
     run, lines = job.checkpoint.parent, []
-    makers = {"routing": lambda: route(job, folder, layers, world)}
-    if world.main:
-        curves = folder / f"curves-{run.resolve().name}.png"
-        makers["curves"] = lambda: [plot_curves(run, curves)]
-    if world.main and job.config.aml:
-        makers["AML weights"] = lambda: replay(job, folder)[0]
-    for name, make in makers.items():
+    curves = folder / f"curves-{run.resolve().name}.png"
+    for name, processes, make in (
+            ("routing", True, lambda: route(job, folder, layers, world)),
+            ("curves", world.main, lambda: [plot_curves(run, curves)]),
+            ("AML weights", world.main and job.config.aml, lambda: replay(job, folder)[0])):
         try:
-            lines += map(str, make())
+            lines += map(str, make()) if processes else []
         except UsageError as problem:
             lines.append(f"no {name}: {problem}")
     return lines + ["no AML weights: trained without them"] * (not job.config.aml)
@@ -122,15 +119,15 @@ def deviation(values: Sequence[float]) -> float:
 def plot_sweep(results: Results, name: str, path: Path) -> Path:
     """Fig. 5: F1 of each unit, and their mean, at each value of a setting (the results' keys)."""
     values = sorted(results)
-    units = [u for u in UNITS if all(u in results[x] for x in values)]
+    scores, at = [results[x] for x in values], range(len(values))
+    units = [u for u in UNITS if all(u in f1 for f1 in scores)]
     figure, (ax,) = canvas(7, 4.5)
     for unit in units:
-        ax.errorbar(range(len(values)), [fmean(results[x][unit]) for x in values],
-                    [deviation(results[x][unit]) for x in values], capsize=2, label=unit,
-                    **STYLES[unit])
-    ax.errorbar(range(len(values)), [fmean(fmean(results[x][u]) for u in units) for x in values],
-                label="mean", color="#777777", linestyle="--", linewidth=2.5)
-    ax.set_xticks(range(len(values)), [f"{x:g}" for x in values])
+        ax.errorbar(at, [fmean(f1[unit]) for f1 in scores], [deviation(f1[unit]) for f1 in scores],
+                    capsize=2, label=unit, **STYLES[unit])
+    ax.errorbar(at, [fmean(fmean(f1[u]) for u in units) for f1 in scores], label="mean",
+                color="#777777", linestyle="--", linewidth=2.5)
+    ax.set_xticks(at, [f"{x:g}" for x in values])
     ax.set(xlabel=name, ylabel="F1, %")
     return write_figure(figure, path, ax)
 
@@ -148,27 +145,26 @@ def swept(systems: Sequence[System]) -> str | None:
 
 def error_counts(systems: Sequence[System]) -> dict[str, Counter]:
     """{system, or of a single one its unit: {class of errors: number per seed}}."""
-    bars: dict[str, Counter] = {}
-    for system, unit in itertools.product(systems, UNITS):
-        bar = bars.setdefault(unit if len(systems) == 1 else system.name, Counter())
-        for report, error in itertools.product(system.reports, ERRORS):
-            bar[error] += report["scores"].get(unit, {}).get(error, 0) / len(system.reports)
+    bars = defaultdict(Counter)
+    for system, unit, error in itertools.product(systems, UNITS, ERRORS):
+        for report in system.reports:
+            bars[unit if len(systems) == 1 else system.name][error] += report["scores"].get(
+                unit, {}).get(error, 0) / len(system.reports)
     return {name: bar for name, bar in bars.items() if bar.total()}
 
 
 def plot_errors(counts: Mapping[str, Counter], path: Path) -> Path:
     """Stacked bars of `error_counts`, in % of a bar's errors, whose number is named."""
     figure, (ax,) = canvas(9, 1.5 + 0.4 * len(counts))
-    left = [0.0] * len(counts)
+    at, left = range(len(counts)), numpy.zeros(len(counts))
     for error, colour in zip(ERRORS, COLOURS):
         widths = [percent(bar[error], bar.total()) for bar in counts.values()]
-        bars = ax.barh(range(len(counts)), widths, 0.7, left, label=error.replace("_", " "),
-                       edgecolor="white", color=colour)
+        bars = ax.barh(at, widths, 0.7, left, label=error.replace("_", " "), edgecolor="white",
+                       color=colour)
         ax.bar_label(bars, [f"{bar[error]:.0f}" if width > 4 else "" for bar, width
                             in zip(counts.values(), widths)], label_type="center", color="white")
-        left = [a + b for a, b in zip(left, widths)]
-    ax.set_yticks(range(len(counts)), [f"{name} ({bar.total():.0f})"
-                                       for name, bar in counts.items()])
+        left = left + widths
+    ax.set_yticks(at, [f"{name} ({bar.total():.0f})" for name, bar in counts.items()])
     ax.invert_yaxis()
     ax.set_xlabel("% of the errors (their number per seed)")
     return write_figure(figure, path, ax)
@@ -190,10 +186,8 @@ def draw_systems(systems: Sequence[System], folder: Path) -> list[Path]:
 
 
 def run(args: argparse.Namespace, world: World) -> None:
-    """Score what has to be scored, draw what these runs allow, and say what was made.
-
-    Of several runs each gets a folder for what concerns it alone, numbered as they were named.
-    """
+    """Score what has to be scored, draw what these runs allow, and say what was made.  Of several
+    runs each gets a folder for what concerns it alone, numbered as they were named."""
     jobs, several = [Job(folder, args) for folder in args.checkpoint], len(args.checkpoint) > 1
     if several or args.csv:
         compare(jobs, args.csv, world)

@@ -23,25 +23,22 @@ from tools.figures import STYLES, canvas, write_figure
 
 def variants(setting: Mapping) -> dict[str, Mapping]:
     """{name: arguments of achievement_weights}: "run", which are the given ones, and others."""
-    p = setting["reference"]
-    references = {}
+    p, changes = setting["reference"], {"run": {}}
     for x in (0.9, 0.95, 1.05, 1.1):
-        references |= {f"p {m} x {x}": {**p, m: p[m] * x} for m in p}
-        references[f"p all x {x}"] = {m: p[m] * x for m in p}
-    references |= {"p single": SINGLE_TASK_F1, "p sota": SOTA_F1}
-    options = {"margin": (1.0, 1.05, 1.1), "gamma": (1.0, 2.0, 3.0), "temperature": (0.1, 0.3, 1.0)}
-    return {"run": setting,
-            **{name: {**setting, "reference": values} for name, values in references.items()},
-            **{f"{name} {x:g}": {**setting, name: x} for name in options for x in options[name]}}
+        changes |= {f"p {m} x {x}": {"reference": {**p, m: p[m] * x}} for m in p}
+        changes[f"p all x {x}"] = {"reference": {m: p[m] * x for m in p}}
+    changes |= {"p single": {"reference": SINGLE_TASK_F1}, "p sota": {"reference": SOTA_F1}}
+    for name, values in (("margin", (1.0, 1.05, 1.1)), ("gamma", (1.0, 2.0, 3.0)),
+                         ("temperature", (0.1, 0.3, 1.0))):
+        changes |= {f"{name} {x:g}": {name: x} for x in values}
+    return {name: {**setting, **change} for name, change in changes.items()}
 
 
 def replayed_weights(history: Sequence[Mapping], settings: Mapping[str, Mapping],
                      rows: Mapping[str, int]) -> list[dict]:
     """The weights that each setting gives after each epoch; one dict per epoch, setting and unit.
-
     "shift" is the distance to the weight under settings["run"], "share" the unit's share of the
-    whole loss if it has as many training rows as `rows` says.
-    """
+    whole loss if it has as many training rows as `rows` says."""
     table = []
     for past, (name, setting) in itertools.product(history, settings.items()):
         f1 = past["f1"]
@@ -70,12 +67,12 @@ def weight_slopes(f1: Mapping[str, float], reference: Mapping[str, float], margi
 
 def replay_table(rows: Sequence[Mapping]) -> list[str]:
     """Per setting the largest shift of a weight and where, that of a share, the achieved units."""
-    shares = {(r["after_epoch"], r["unit"]): r["share"] for r in rows if r["setting"] == "run"}
     table = [["setting", "shift", "unit", "after epoch", "share by", "units at or above margin p"]]
-    for setting in dict.fromkeys(r["setting"] for r in rows):
-        same = [r for r in rows if r["setting"] == setting]
+    groups = {setting: [r for r in rows if r["setting"] == setting]
+              for setting in dict.fromkeys(r["setting"] for r in rows)}
+    for setting, same in groups.items():
         worst = max(same, key=lambda r: abs(r["shift"]))
-        share = max(abs(r["share"] - shares[r["after_epoch"], r["unit"]]) for r in same)
+        share = max(abs(r["share"] - run["share"]) for r, run in zip(same, groups["run"]))
         units = dict.fromkeys(r["unit"] for r in same if r["achieved"])
         table.append([setting, f"{worst['shift']:+.3f}", worst["unit"], str(worst["after_epoch"]),
                       f"{100 * share:.1f} %", " ".join(units) or "-"])
@@ -120,7 +117,7 @@ def replay(job: Job, folder: Path) -> tuple[list[Path], list[str]]:
     off = max(abs(r["weight"] - trained[r["after_epoch"], r["unit"]]) for r in rows
               if r["setting"] == "run")
     report = [*replay_table(rows), "first order: a p_m wrong by 10 % moves a weight by at most "
-              f"{max(abs(slope) for slope in itertools.chain(*slopes)) / 10:.3f}"]
+              f"{max(map(abs, itertools.chain(*slopes))) / 10:.3f}"]
     if off > 1e-9:
         report += [f"note: the run trained with other weights, up to {off:.3f} away: without AML"]
     return [folder / "aml.csv", folder / "aml.png"], report
@@ -133,13 +130,13 @@ def run(args: argparse.Namespace, world: World) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    command = Parser(prog="python -m tools.replay", description=__doc__.partition("\n\n")[0],
-                     usage="%(prog)s CKPT --out DIR [options]")
-    run_options(command)
-    command.add_argument_group("output").add_argument(
+    parser = Parser(prog="python -m tools.replay", description=__doc__.partition("\n\n")[0],
+                    usage="%(prog)s CKPT --out DIR [options]")
+    run_options(parser)
+    parser.add_argument_group("output").add_argument(
         "--out", dest="folder", type=Path, metavar="DIR", required=True,
         help="folder for aml.csv and aml.png")
-    carry_out(run, command.parse_args(argv))
+    carry_out(run, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

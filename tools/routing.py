@@ -7,7 +7,6 @@ by layer.  The gates, Eq. (6), are those of valid tokens while the right answer 
 """
 
 import argparse
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,9 +37,7 @@ def no_gate_reason(config: Config) -> str | None:
 
 def gates_on(model: nn.Module, batch: data.Batch, precision: str) -> dict[nn.Module, Tensor]:
     """{expert layer: its gates [B,S,2] at the tokens of its stream} of one pass in eval mode.
-
-    Layers that meet no token are absent: those of the visual stack in a batch without images.
-    """
+    A layer that meets no token, in the visual stack of a batch without images, is absent."""
     gates: dict[nn.Module, Tensor] = {}
     hooks = [layer.register_forward_pre_hook(
         lambda layer, inputs: gates.update({layer: layer.gates(inputs[0])}))
@@ -55,10 +52,8 @@ def gates_on(model: nn.Module, batch: data.Batch, precision: str) -> dict[nn.Mod
 @torch.inference_mode()
 def gate_sums(model: nn.Module, examples: Sequence[Example], groups: Sequence[int],
               features: Features, decoding: Decoding, world: World) -> Tensor:
-    """Sums over valid tokens [layers, groups, 6] in float64, the same on every process.
-
-    groups[i] is the group of example i.  Summed are 1, g1, g2, g2 > .5, g2^2 and the entropy.
-    """
+    """Sums over valid tokens [layers, groups, 6] in float64, the same on every process, of 1, g1,
+    g2, g2 > .5, g2^2 and the entropy.  groups[i] is the group of example i."""
     layers = list(clorae.expert_layers(model).values())
     sums = torch.zeros(len(layers), max(groups) + 1, 6, dtype=torch.float64, device=world.device)
     group_of = {example.row: group for example, group in zip(examples, groups, strict=True)}
@@ -81,14 +76,13 @@ def routing_rows(paths: Sequence[str], groups: Sequence[tuple[str, str]],
     """`gate_sums` as means: a row for each wrapped linear and (task, dataset) with tokens there."""
     rows = []
     for path, layer in zip(paths, sums.tolist(), strict=True):
-        names = path.split(".")  # ..., stack, "blocks", layer, site, projection
-        place = {"stack": next(s for s in ("vstack", "encoder", "decoder") if s in names),
-                 "layer": int(names[-3]), "site": names[-2].split("_")[0], "proj": names[-1]}
+        *_, stack, _, depth, site, projection = path.split(".")  # ..., "blocks", ...
         for (task, dataset), (n, *totals) in zip(groups, layer, strict=True):
             if n:
                 g1, soft, hard, square, entropy = (value / n for value in totals)
-                rows.append({**place, "task": task, "dataset": dataset, "n_tokens": int(n),
-                             "soft_universal": g1, "soft": soft, "hard": hard,
+                rows.append({"stack": stack, "layer": int(depth), "site": site.split("_")[0],
+                             "proj": projection, "task": task, "dataset": dataset,
+                             "n_tokens": int(n), "soft_universal": g1, "soft": soft, "hard": hard,
                              "var": max(0.0, square - soft * soft), "entropy": entropy})
     return rows
 
@@ -106,9 +100,10 @@ def plot_routing(rows: Sequence[Mapping], layers: Sequence[int] | None, path: Pa
     """Draw the mean gate of the task expert, layers x datasets, with its value in every cell."""
     shown = [row for row in rows if not layers or row["layer"] in layers]
     columns = list(dict.fromkeys(f"{row['dataset']} {row['task']}" for row in rows))
-    stacks = {"encoder": ("encoder",), "decoder": ("decoder",),
-              "encoder + decoder": ("encoder", "decoder"), "visual stack": ("vstack",)}
-    panels = {name: means for name in stacks if (means := layer_means(shown, stacks[name]))}
+    names = {"encoder": "encoder", "decoder": "decoder", "encoder + decoder": "encoder decoder",
+             "visual stack": "vstack"}
+    panels = {name: means for name, stacks in names.items()
+              if (means := layer_means(shown, stacks.split()))}
     depth = len({row["layer"] for row in shown})
     figure, axes = canvas(1.5 + (0.8 + 0.45 * len(columns)) * len(panels), 3 + 0.35 * depth,
                           columns=len(panels))
@@ -118,9 +113,10 @@ def plot_routing(rows: Sequence[Mapping], layers: Sequence[int] | None, path: Pa
         image = ax.imshow(grid, vmin=0, vmax=1, cmap="PuOr_r", aspect="auto")
         ax.set(title=name, yticks=range(len(depths)), yticklabels=[f"layer {i}" for i in depths])
         ax.set_xticks(range(len(columns)), columns, rotation=50, ha="right", rotation_mode="anchor")
-        for i, j in itertools.product(range(len(depths)), range(len(columns))):
-            ax.text(j, i, f"{grid[i][j]:.2f}", ha="center", va="center", fontsize=8,
-                    color="white" if abs(grid[i][j] - 0.5) > 0.35 else "black")
+        for i, values in enumerate(grid):
+            for j, gate in enumerate(values):
+                ax.text(j, i, f"{gate:.2f}", ha="center", va="center", fontsize=8,
+                        color="white" if abs(gate - 0.5) > 0.35 else "black")
     figure.colorbar(image, ax=axes, label="mean gate of the task expert")
     return write_figure(figure, path)
 
@@ -133,20 +129,21 @@ def route(job: Job, folder: Path, layers: Sequence[int] | None, world: World) ->
     setup, examples = job.load(world)
     paths = list(clorae.expert_layers(setup.model))  # ... ".blocks.LAYER.SITE.PROJECTION"
     deepest = max(int(path.split(".")[-3]) for path in paths)
-    if layers and not set(layers) <= set(range(deepest + 1)):
+    if not set(layers or ()) <= set(range(deepest + 1)):
         raise UsageError(f"--layers: expected numbers from 0 to {deepest}, got "
                          f"{' '.join(map(str, layers))}; leave it out for all layers")
-    pairs = [(e.unit, e.record.task, e.record.dataset) for e in examples]
-    groups = sorted(set(pairs))  # in the order of the table
+    names = [(e.unit, e.record.task, e.record.dataset) for e in examples]
+    groups = sorted(set(names))  # in the order of the table
     features = job.features(setup, examples, world)
     world.join()
-    numbers = [groups.index(pair) for pair in pairs]
-    sums = gate_sums(setup.model, examples, numbers, features, job.decoding, world)
+    sums = gate_sums(setup.model, examples, list(map(groups.index, names)), features, job.decoding,
+                     world)
+    files = [folder / "routing.csv", folder / "routing.png"]
     if world.main:
         rows = routing_rows(paths, [group[1:] for group in groups], sums.cpu())
-        save_csv(folder / "routing.csv", rows)
-        plot_routing(rows, layers, folder / "routing.png")
-    return [folder / "routing.csv", folder / "routing.png"]
+        save_csv(files[0], rows)
+        plot_routing(rows, layers, files[1])
+    return files
 
 
 def run(args: argparse.Namespace, world: World) -> None:

@@ -1,15 +1,13 @@
-"""Draw which file imports which, from the source alone: python -m tools.imports --out FILE.svg
+"""Draw which file imports which, from the source alone: python tests/imports.py docs/imports.svg
 
 A box is a file and an arrow an import, drawn faintly where other arrows lead there as well; nothing
 imports what stands above it.  tests/test_project.py holds docs/imports.svg and the arrows' rules.
 """
 
 import ast
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Mapping
 from pathlib import Path
-
-from engine.command import Parser
-from engine.files import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 COLOURS = {"": "#0072B2", "fast/": "#D55E00", "engine/": "#009E73", "tools/": "#AA4499"}
@@ -60,11 +58,5 @@ def picture(imports: Mapping[str, set[str]]) -> str:
     return "\n".join([HEAD % (114 + 74 * max(level.values())), *arrows, *boxes, "</svg>"])
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(prog="python -m tools.imports", description="Draw which file imports which.")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the picture, .svg")
-    write_whole(parser.parse_args(argv).out, picture(graph(ROOT)) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    Path(sys.argv[1]).write_text(picture(graph(ROOT)) + "\n", encoding="utf-8")
