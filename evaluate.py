@@ -29,7 +29,8 @@ import clorae
 import data
 import fast
 from data import Example, Item
-from engine.checkpoints import find_checkpoint, load_trainables, read_state
+from engine.checkpoints import (Sources, find_checkpoint, load_trainables, read_state,
+                                stored_config, stored_sources)
 from engine.command import Parser, moved
 from engine.compare import compare
 from engine.corpus import corpus_of, load_corpus, load_datasets, split_digest
@@ -38,7 +39,6 @@ from engine.files import UsageError, WeightsError, read_json, write_whole
 from engine.processes import World, carry_out
 from engine.schema import TASKS, UNIT_TASK, UNITS, Dataset, Record, iou
 from engine.settings import Config, run_options
-from engine.sources import Sources, stored_config, stored_sources
 from engine.weights import open_weights
 from t5 import T5, Stack, T5Config
 from vision import UMIE, ViT
@@ -146,9 +146,8 @@ def overlap(a: Item, b: Item) -> float:
 def pair_off(gold: list[Item], predicted: list[Item], same_type: bool = True,
              exact: bool = True) -> int:
     """Take the pairs that fit out of both lists and return their number.  A pair has one type and
-    role, unless `same_type` is False, and one place: equal spans, the whole image or boxes of
-    enough overlap; any overlap if not `exact`.  Pairs are one to one, those of the largest overlap
-    first, whereas the official M2E2 scorer lets two predictions match one gold box."""
+    role (if `same_type`) and one place (if `exact`, else any overlap), and goes one to one, largest
+    overlap first, whereas the official M2E2 scorer lets two predictions match one gold box."""
     pairs = []
     for (i, g), (j, p) in itertools.product(enumerate(gold), enumerate(predicted)):
         shared = overlap(g, p)
@@ -181,9 +180,8 @@ def count(task: str, gold: Sequence[Item], predicted: Sequence[Item], malformed:
 
 def count_umie(task: str, gold: Sequence[Item], predicted: Sequence[Item],
                malformed: int = 0) -> Counts:
-    """Counts of one record by UMIE's rule (see RULES), for `Counts.rounded_f1`.  A predicted string
-    is right as often as the gold has it.  A gold string that occurs nowhere in the prediction is
-    missed, and `gold` is tp + missed: UMIE divides by that for its recall."""
+    """Counts of one record by UMIE's rule (see RULES): a predicted string is right as often as the
+    gold has it, a gold one predicted nowhere is missed, and `gold` is tp + missed."""
     if task == "mre" and malformed:  # the parser reads it as "none"
         predicted = []
     wanted, given = (Counter((type_of(item), item.text and data.canon(item.text))
@@ -275,8 +273,7 @@ def m2e2_sentence(record: Record) -> str | None:
 
 
 def count_once(rows: Sequence[Row]) -> Counts:
-    """Counts of one unit without what an earlier row has shown: the items in a text, which belong
-    to (sentence, gold events), and those in an image."""
+    """Counts of one unit, where a text, with its gold events, and an image count the first time."""
     counts, seen = Counts(), set()
     for row in rows:
         record, sentence = row.record, m2e2_sentence(row.record)
@@ -307,8 +304,7 @@ COUNTED = ("tp", "pred", "gold", "wrong_type", "boundary", "missed", "spurious",
 
 
 def table(scores: Scores, datasets: Mapping[str, Dataset] = {}) -> str:
-    """The paper's seven columns, their sum and mean, and below what each number counts, with the
-    notes of those `datasets` that have rows."""
+    """The paper's seven columns, their sum and mean; below, what they count and what to know."""
     def line(name: str, cells: Mapping[str, object], form: str) -> str:
         return f"{name:10}" + "".join(f"{cells.get(unit, '-'):{form if unit in cells else '>8'}}"
                                       for unit in UNITS)
@@ -359,7 +355,7 @@ def type_table(scores: Scores) -> str:
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------- the model
+# ----------------------------------------------------------------------- the model and its answers
 
 @dataclass
 class Setup:
@@ -411,15 +407,12 @@ def build(config: Config, sources: Sources, device: torch.device) -> Setup:
 
 
 def load_model(checkpoint: Path, device: torch.device, **changes: object) -> Setup:
-    """Rebuild the model that a checkpoint folder describes, with `changes` of its settings.
-    UsageError if the backbone is not the one trained on, or a tensor does not fit."""
+    """Rebuild a checkpoint's model with `changes` of its settings; UsageError if weights differ."""
     config = stored_config(checkpoint, **changes)
     setup = build(config, stored_sources(checkpoint, config, changes), device)
     load_trainables(setup.model, checkpoint)
     return setup
 
-
-# -------------------------------------------------------------------------------------- decoding
 
 @dataclass(frozen=True)
 class Decoding:
@@ -435,8 +428,7 @@ class Decoding:
 
 
 def deal(lengths: Sequence[int], batch_size: int, rank: int, world: int) -> list[list[int]]:
-    """The batches of process `rank` of `world`, as positions into `lengths`: every `world`-th of
-    the batches of the whole split, whose longest rows come first."""
+    """The batches of process `rank` of `world`, positions into `lengths`, longest rows first."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     batches = [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
     return batches[rank::world]
@@ -473,8 +465,6 @@ def evaluate_split(setup: Setup, examples: Sequence[Example], features: Features
         texts.append(Answer(tokenizer.decode(ids), cut, bool(missing), tuple(ids)))
     return score_rows([example.record for example in examples], texts, setup.datasets)
 
-
-# ----------------------------------------------------------------------------------------- a run
 
 def save_predictions(path: Path, rows: Sequence[Row]) -> None:
     """Write one JSON object per row."""

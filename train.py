@@ -37,7 +37,8 @@ import demo
 import evaluate
 import fast
 import losses
-from engine.checkpoints import Checkpoints, Logs, Progress, find_checkpoint, load_trainables
+from engine.checkpoints import (Checkpoints, Logs, Progress, Sources, find_checkpoint,
+                                load_trainables)
 from engine.corpus import (corpus_hash, corpus_of, hold_out, load_corpus, load_datasets,
                            read_splits, unit_rows)
 from engine.features import Features
@@ -46,8 +47,7 @@ from engine.parameters import FlatParameters
 from engine.plan import describe, finished, plan
 from engine.processes import World, exit_codes
 from engine.schema import UNITS
-from engine.settings import SIZES, Config, Launch, parse_arguments
-from engine.sources import Sources
+from engine.settings import SIZES, Config, parse_arguments
 from engine.weights import find_weights
 from fast import cuda, mim
 from fast.experts import RANK_SPACE
@@ -84,8 +84,7 @@ class Trainer:
         return self.update(sums, norm, norm_value, indices)
 
     def backward(self, micro: list[int], k: int, indices: list[int]) -> Tensor:
-        """Add the gradients of `micro`, the k-th micro-batch of the global batch `indices`, both
-        positions in rows.examples; returns its `unit_sums`."""
+        """Add the gradients of `micro`, the k-th part of batch `indices`; returns `unit_sums`."""
         config, progress, device = self.config, self.progress, self.world.device
         tokens = sum(len(self.rows.examples[i].labels) for i in indices)
         weights = [progress.weights.get(unit, 0.0) for unit in UNITS]
@@ -98,10 +97,8 @@ class Trainer:
 
     def gradients(self, batch: data.Batch, numbers: Tensor) -> Tensor:
         """Add the gradients of Eq. (10) for a micro-batch of B' rows; returns its `unit_sums`.
-
         numbers [units + 2]: w_t^m of Eq. (9), then target tokens and rows B of the global batch: as
-        a tensor, so that one CUDA graph of this computation serves all batches of a shape.
-        """
+        a tensor, so that one CUDA graph of this computation serves all batches of a shape."""
         config, half = self.config, self.config.precision == "bf16"
         w, tokens, B = numbers[:-2], numbers[-2], numbers[-1]
         if config.uses_mim:
@@ -117,8 +114,7 @@ class Trainer:
         return unit_sums(torch.stack([loss, L_MT, L_MIM]), ce, batch)
 
     def mutual_information(self, B: Tensor) -> Tensor:
-        """L_MIM, Eq. (5), a scalar, from the experts' outputs in the last forward pass: U and D, or
-        what the fast forms keep in their place.  B: rows of the global batch."""
+        """L_MIM, Eq. (5), a scalar, of the last forward pass.  B: rows of the global batch."""
         if self.form != "plain":
             return mim.mutual_information(self.model, B)
         outputs = clorae.expert_outputs(self.model)
@@ -160,8 +156,7 @@ class Trainer:
 
 
 def unit_sums(totals: Tensor, ce: Tensor, batch: data.Batch) -> Tensor:
-    """[3 + 2 * units] float64: the losses L, L_MT, L_MIM in `totals` [3]; for each unit the sum of
-    its rows' ce [B']; for each unit its target tokens."""
+    """[3 + 2 * units] float64: `totals` [3]; the sum of ce [B'] of each unit; its target tokens."""
     tokens = (batch.labels != losses.IGNORE).sum(dim=1)
     per_unit = [torch.zeros(len(UNITS), dtype=torch.float64, device=ce.device).index_add_(
         0, batch.units, value.detach().double()) for value in (ce, tokens)]
@@ -211,13 +206,6 @@ class Run:
             self.model.eval()
             with torch.autocast(device.type, torch.bfloat16, enabled=half):
                 self.model.open_gate(self.rows.collate(first).to(device))
-
-    def resume(self, launch: Launch) -> str:
-        """Go on from the checkpoint that --resume asks for; returns the line that names it."""
-        start = self.checkpoints.resume(launch)
-        if self.logs:
-            self.logs.restore(self.progress.step, self.progress.history)
-        return start
 
     def train(self) -> None:
         """Train from where the run stands to the end of its last epoch."""
@@ -417,7 +405,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = Run(config, sources, world)
     if world.main:
         run.checkpoints.check_room()
-    world.print(*describe(run, run.resume(launch)))
+    start = run.checkpoints.resume(launch)
+    if run.logs:
+        run.logs.restore(run.progress.step, run.progress.history)
+    world.print(*describe(run, start))
     world.listen()
     try:
         run.train()

@@ -1,6 +1,6 @@
 """What a run keeps in its folder: logs, metrics.csv and eval.jsonl, and checkpoints, folders of
 model.safetensors (what is trained), optimizer.safetensors (Adam's moments) and state.json
-(settings, progress, sha256 of all), written whole or not at all."""
+(settings, progress, sha256 of all and of the run's sources), written whole or not at all."""
 
 import hashlib
 import json
@@ -14,11 +14,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from engine.corpus import corpus_of
 from engine.files import DiskFull, UsageError, append, file_hash, sync, whole, write_whole
 from engine.parameters import FlatParameters
 from engine.processes import World
-from engine.settings import Config, Launch
-from engine.weights import pickles
+from engine.settings import SIZES, Config, Launch, old_spelling
+from engine.weights import find_weights, folder_hash, pickles
 
 KEPT = {"step": 2, "best": 1}  # checkpoints of each sort that a run folder keeps
 RUN_FILES = ("step-*", "best-*", "metrics.csv", "eval.jsonl", "table.txt", "predictions-*.jsonl",
@@ -128,9 +129,60 @@ def load_trainables(model: torch.nn.Module, checkpoint: Path) -> None:
             parameter.copy_(saved[name])
 
 
+@dataclass
+class Sources:
+    """The folders that a run reads: corpus, models and, with --init, a checkpoint."""
+    corpus: Path
+    t5: Path
+    vit: Path
+    init: Path | None = None  # checkpoint of a full run to begin with
+
+    def fingerprints(self) -> dict[str, str | None]:
+        """sha256 of what a checkpoint needs besides itself: it holds only what was trained."""
+        return {"t5_sha256": folder_hash(self.t5), "vit_sha256": folder_hash(self.vit),
+                "init_sha256": self.init and file_hash(self.init / "model.safetensors"),
+                "t5_tokenizer_sha256": file_hash(self.t5 / "spiece.model")}
+
+
+def stored_config(checkpoint: Path, **changes: object) -> Config:
+    """The settings of a checkpoint; an exported adapter brings its datasets' labels along."""
+    config = Config(**{**read_state(checkpoint)["config"], **changes})
+    config.impl = old_spelling(config.impl)
+    if config.data is None and (checkpoint / "corpus").is_dir():
+        config.data = str(checkpoint / "corpus")
+    return config
+
+
+def stored_sources(checkpoint: Path, config: Config, given: Mapping[str, object]) -> Sources:
+    """A checkpoint's folders: those given ("t5", "vit", "init"), else where they lay then, else by
+    hash in weights/ (tiny) or by name from the hub.  UsageError if their content has changed."""
+    state, folders = read_state(checkpoint), {}
+    for model in ("t5", "vit", "init"):
+        digest, then = state.get(f"{model}_sha256"), state.get(model)
+        if digest is None:  # a run without --init
+            continue
+        folder = given.get(model) or (then if then and Path(then).is_dir() else None)
+        name = getattr(SIZES[config.size], model, None)
+        if not folder and not name:
+            folder = next((made for made in sorted(Path("weights").glob(f"*/{model}"))
+                           if folder_hash(made) == digest), None)
+            if not folder:
+                raise UsageError(f"{checkpoint}: expected the folder of its {model} (sha256 "
+                                 f"{digest[:12]}), got {then or 'none'}; name it by --{model} DIR")
+        folders[model] = (find_checkpoint(Path(folder)) if model == "init"
+                          else find_weights(model, folder, name))
+    sources = Sources(corpus_of(config), **folders)
+    for name, digest in sources.fingerprints().items():
+        if state.get(name, digest) != digest:
+            model, _, what = name.removesuffix("_sha256").partition("_")
+            raise UsageError(f"{getattr(sources, model)}: expected the {what or 'weights'} that "
+                             f"{checkpoint} was trained on (sha256 {state[name][:12]}), got others "
+                             f"({digest[:12]}); restore that folder, or name it with --{model} DIR")
+    return sources
+
+
 class Logs:
-    """Writes both logs into a run folder; rank 0 alone has one.  A kill loses no row, and on a
-    full disk rows wait in memory until there is room again."""
+    """Both logs, written by rank 0.  A kill loses no row; on a full disk rows wait in memory."""
 
     def __init__(self, out: Path):
         self.metrics, self.history = out / "metrics.csv", out / "eval.jsonl"
@@ -170,8 +222,7 @@ class Checkpoints:
 
     def __init__(self, out: Path, world: World, model: torch.nn.Module,
                  flat: FlatParameters | None, progress: Progress, config: Mapping, fixed: Mapping):
-        """progress: changed in place by `resume`.  config: what decides the mathematics.  fixed:
-        references and sources, which state.json holds as well."""
+        """progress: changed by `resume`.  config: the mathematics; fixed: references, sources."""
         self.out, self.world, self.model, self.flat = out, world, model, flat
         self.progress, self.config, self.fixed = progress, config, fixed
         self.failed: set[int] = set()  # steps since the last save that could not be written
@@ -263,8 +314,7 @@ class Checkpoints:
         self.world.sum(torch.zeros(1).to(self.world.device))  # nobody looks before it is there
 
     def check_same(self, state: dict, folder: Path, any_world: bool) -> None:
-        """UsageError unless settings, references and weights are those of the checkpoint, in which
-        an option that did not exist yet has its default."""
+        """UsageError unless settings (those it lacks: defaults), references and weights agree."""
         mine = json.loads(json.dumps(self.state()))
         fixed = [*mine["config"], "reference", *(name for name in mine if name.endswith("_sha256"))]
         was, now = ({**vars(Config()), **side, **side["config"]} for side in (state, mine))

@@ -89,8 +89,7 @@ def system_names(configs: Sequence[Config]) -> list[str]:
             if isinstance(value, bool):
                 words.append(f"--{flag}" if value else f"--no-{flag}")
             else:
-                values = value if isinstance(value, (list, tuple)) else [value]
-                words += [f"--{flag}", *map(str, values)]
+                words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
         names.append(" ".join(words))
     return names
 
@@ -124,9 +123,8 @@ def collect(jobs: Sequence[Any], names: Sequence[str]) -> list[System]:
 
 def difference(first: System, other: System) -> tuple[float, float, float] | None:
     """other - first in the mean of the columns they share, and its bootstrap 95 % interval; None
-    where nothing is shared.  Drawn with replacement are the records of each column that both have,
-    alike for both, and the seeds of each system, alike for all columns: without the seeds, two runs
-    of one system would differ "significantly"."""
+    if none is shared.  Drawn anew are the records that both have, alike for both, and each system's
+    seeds, alike for all columns, without which two runs of it would differ "significantly"."""
     random, deltas = numpy.random.default_rng(0), []
 
     def draws(n: int) -> numpy.ndarray:  # how often each of n is drawn; in the first row once each

@@ -14,10 +14,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from engine.checkpoints import Sources
 from engine.files import ImageError, UsageError, file_hash, locked, regular, write_whole
 from engine.images import PathLike, load_image, resolve_image
 from engine.schema import Problems, Record
-from engine.sources import Sources
 from engine.weights import folder_hash
 
 Boxes = Sequence[Sequence[float]]  # of one picture, each x1, y1, x2, y2 in pixels

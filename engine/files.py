@@ -45,8 +45,7 @@ def locked(path: Path, wait: bool = True) -> TextIO:
 
 
 def claim(out: Path) -> TextIO:
-    """Take an exclusive lock on a run folder until the file that is returned is closed.
-    UsageError if the folder cannot be made or written to, or is in use."""
+    """Lock a run folder until the file returned is closed; UsageError: not writable, or in use."""
     try:
         return locked(out / ".lock", wait=False)
     except BlockingIOError:

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 
-from engine.checkpoints import newest_checkpoint, read_state
+from engine.checkpoints import Sources, newest_checkpoint, read_state
 from engine.corpus import unit_rows
 from engine.files import file_hash
 from engine.schema import SPLITS
 from engine.settings import Config, Launch
-from engine.sources import Sources
 
 
 def describe(run: Any, start: str) -> list[str]:
@@ -21,7 +20,7 @@ def describe(run: Any, start: str) -> list[str]:
     config, world, rows, origin = run.config, run.world, run.rows, run.origin
     total = sum(p.numel() for p in run.model.parameters())
     counted = {split: unit_rows(r, run.setup.datasets) for split, r in rows.records.items()}
-    most = len(rows.batches(0)) * config.epochs
+    steps = min(config.steps or math.inf, len(rows.batches(0)) * config.epochs)
     lines = [
         f"device: {world.device}, torch {torch.__version__}, {world.size} process(es), "
         f"{config.precision}, modules in the form {run.form}"
@@ -34,17 +33,16 @@ def describe(run: Any, start: str) -> list[str]:
         "rows: " + "; ".join(f"{split} " + ", ".join(f"{u} {n}" for u, n in units.items())
                              for split, units in counted.items() if units),
         f"images: {rows.features.missing_rows} rows without their image",
-        f"steps: {min(config.steps or most, most)} of batch {config.batch} (micro-batches of "
-        f"{config.micro_batch}), {config.epochs} epochs, lr {config.lr:g} halved every "
-        f"{config.lr_epochs}",
+        f"steps: {steps} of batch {config.batch} (micro-batches of {config.micro_batch}), "
+        f"{config.epochs} epochs, lr {config.lr:g} halved every {config.lr_epochs}",
         f"backbone: {origin['t5']} sha256 {origin['t5_sha256'][:12]}, "
         f"{origin['vit']} sha256 {origin['vit_sha256'][:12]}",
         *([rows.held_out] if rows.held_out else []), f"output: {run.out}", start]
     missing = [unit for unit in rows.units if unit not in counted["dev"]]
     if missing and config.aml:
         lines.append(f"note: no dev rows for {', '.join(missing)}: their achievement stays 0")
-    papers = config.data is not None and config.aml_reference is None
-    if config.aml and papers and {"MED", "MEAE"} & set(rows.units):
+    papers = config.aml and config.data is not None and config.aml_reference is None
+    if papers and {"MED", "MEAE"} & set(rows.units):
         lines.append("note: the references of MED and MEAE are M2E2 test figures, which dev scores "
                      "on other data do not match; give your own with --aml-reference")
     busy = math.ceil(min(config.batch, len(rows.examples)) / config.micro_batch)

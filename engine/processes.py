@@ -119,11 +119,10 @@ def verdict(problem: BaseException) -> tuple[int, str]:
 
 @contextmanager
 def exit_codes() -> Iterator[None]:
-    """Let an exception in this block end the process with its message and the promised exit code.
-
-    One of several processes ends by os._exit, since a destructor might wait for the others.  If all
-    fail together, the cause should be read once: a process that is not rank 0, or only knows that
-    another one is gone, waits a second, in which torchrun ends it before it speaks."""
+    """Let an exception in this block end the process with its message and the promised exit code;
+    one of several ends by os._exit, since a destructor might wait for the others.  If all fail, the
+    cause should be read once: a process that is not rank 0, or only knows that another is gone,
+    waits a second, in which torchrun ends it before it speaks."""
     try:
         yield
     except BaseException as problem:

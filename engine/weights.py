@@ -63,8 +63,7 @@ def find_weights(model: str, given: str | Path | None, name: str | None) -> Path
 
 
 def download(model: str, name: str, local: Path) -> Path:
-    """Fetch a hub model into the hub cache.  Where that fails, UsageError says what to fetch on
-    another machine, and that it may be put into the folder `local`."""
+    """Fetch a hub model into the hub cache; UsageError says how to bring it here into `local`."""
     from huggingface_hub import constants, snapshot_download
     patterns = HUB_FILES if model == "t5" else HUB_FILES[:-1]  # a ViT has no tokenizer
     size = f"about {HUB_GB[name]} GB"

@@ -35,9 +35,8 @@ sys.path.insert(0, str(ROOT))
 from engine.schema import DataError, Dataset, Problems, Record, iou
 from engine.corpus import load_corpus, load_datasets, read_split
 from engine.features import Features
-from engine.sources import Sources
 from engine.files import ImageError, UsageError, WeightsError
-from engine.checkpoints import find_checkpoint
+from engine.checkpoints import Sources, find_checkpoint
 from engine.images import load_image
 import data  # noqa: E402
 import evaluate  # noqa: E402

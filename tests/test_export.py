@@ -19,13 +19,12 @@ import data
 import evaluate
 import train
 from conftest import ENVIRONMENT, ROOT
-from engine.checkpoints import read_state, write_checkpoint
+from engine.checkpoints import Sources, read_state, write_checkpoint
 from engine.corpus import load_corpus, load_datasets
 from engine.features import Features
 from engine.files import UsageError, file_hash
 from engine.parameters import FlatParameters
 from engine.settings import SIZES, VIT, Config, parse_arguments
-from engine.sources import Sources
 from engine.weights import HUB_FILES, HUB_GB, find_weights
 from evaluate import Setup, build, load_model
 from t5 import T5, T5Config, hf_names

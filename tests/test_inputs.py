@@ -12,10 +12,10 @@ import evaluate
 import hostile
 import tools.check
 import train
+from engine.checkpoints import Sources
 from engine.files import UsageError, WeightsError
 from engine.schema import DataError, nearest
 from engine.settings import Config
-from engine.sources import Sources
 from evaluate import build
 
 

@@ -23,14 +23,13 @@ import losses
 import train
 from conftest import ROOT, run, sums
 from engine.checkpoints import (Checkpoints, Progress, find_checkpoint, load_trainables,
-                                read_state, write_checkpoint, write_state)
+                                read_state, stored_config, write_checkpoint, write_state)
 from engine.corpus import hold_out, load_corpus, load_datasets, read_splits
 from engine.files import UsageError, file_hash
 from engine.parameters import FlatParameters
 from engine.processes import World
 from engine.schema import SPLITS, UNITS, Dataset, Record
 from engine.settings import VIT, Launch, old_spelling, parse_arguments
-from engine.sources import stored_config
 from engine.weights import find_weights
 from evaluate import Setup, build, load_model
 from fast import mim, speed_up

@@ -22,14 +22,13 @@ from torch import Tensor, nn
 import clorae
 import data
 from data import Example
-from engine.checkpoints import find_checkpoint, read_state, write_state
+from engine.checkpoints import find_checkpoint, read_state, stored_config, write_state
 from engine.command import Parser
 from engine.corpus import corpus_of, load_datasets
 from engine.files import UsageError, file_hash, whole, write_whole
 from engine.processes import World, carry_out
 from engine.schema import RECORD_TASKS, TASKS
 from engine.settings import SIZES
-from engine.sources import stored_config
 from engine.weights import folder_hash
 from evaluate import Job, evaluate_split, run_options, total, unit_f1
 from t5 import hf_names
