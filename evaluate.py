@@ -113,6 +113,7 @@ class Counts:
 # The counts of each unit, "MEAE", and of what it holds: of one dataset "MEAE@swig", of the items in
 # the text "MEAE/text", of one type "MEAE:attack:target", by another rule "MEAE~umie".
 Scores = dict[str, Counts]
+Items = Sequence[Item]
 
 
 def subscores(scores: Scores, unit: str, mark: str) -> Scores:
@@ -146,8 +147,9 @@ def overlap(a: Item, b: Item) -> float:
 def pair_off(gold: list[Item], predicted: list[Item], same_type: bool = True,
              exact: bool = True) -> int:
     """Take the pairs that fit out of both lists and return their number.  A pair has one type and
-    role (if `same_type`) and one place (if `exact`, else any overlap), and goes one to one, largest
-    overlap first, whereas the official M2E2 scorer lets two predictions match one gold box."""
+    role, unless `same_type` is False, and one place: equal spans, the whole image or boxes of
+    enough overlap; any overlap if not `exact`.  Pairs are one to one, those of the largest overlap
+    first, whereas the official M2E2 scorer lets two predictions match one gold box."""
     pairs = []
     for (i, g), (j, p) in itertools.product(enumerate(gold), enumerate(predicted)):
         shared = overlap(g, p)
@@ -163,8 +165,7 @@ def pair_off(gold: list[Item], predicted: list[Item], same_type: bool = True,
     return len(partner)
 
 
-def count(task: str, gold: Sequence[Item], predicted: Sequence[Item], malformed: int = 0,
-          missing: int = 0) -> Counts:
+def count(task: str, gold: Items, predicted: Items, malformed: int = 0, missing: int = 0) -> Counts:
     """Counts of one record.  An item falls into the first class that takes it: right, wrong type,
     wrong boundary (see RULES).  Gold items that remain are missed, predicted ones spurious."""
     gold, predicted = list(gold), list(predicted)
@@ -178,8 +179,7 @@ def count(task: str, gold: Sequence[Item], predicted: Sequence[Item], malformed:
     return Counts(tp, *sizes, malformed, int(sizes == (tp, tp)), 1, missing, wrong_type, boundary)
 
 
-def count_umie(task: str, gold: Sequence[Item], predicted: Sequence[Item],
-               malformed: int = 0) -> Counts:
+def count_umie(task: str, gold: Items, predicted: Items, malformed: int = 0) -> Counts:
     """Counts of one record by UMIE's rule (see RULES): a predicted string is right as often as the
     gold has it, a gold one predicted nowhere is missed, and `gold` is tp + missed."""
     if task == "mre" and malformed:  # the parser reads it as "none"
@@ -477,7 +477,7 @@ def save_predictions(path: Path, rows: Sequence[Row]) -> None:
     write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
-def items_json(items: Sequence[Item]) -> list[dict]:
+def items_json(items: Items) -> list[dict]:
     """Items as JSON objects without their empty fields; only arguments belong to an event."""
     return [{name: value for name, value in asdict(item).items()
              if value is not None and value is not False and (name != "event" or item.role)}

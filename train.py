@@ -139,7 +139,7 @@ class Trainer:
                       for i, unit in enumerate(UNITS) if unit in self.rows.units}
 
     def not_finite(self, loss: float, norm: float, indices: list[int]) -> UsageError:
-        """The error for such a batch; it names the rows that fail when each is tried alone."""
+        """The error when loss or gradient is not finite; it names rows that cause it alone."""
         guilty = []
         for i in indices:
             self.flat.grads.zero_()
@@ -247,7 +247,7 @@ class Run:
         progress.history.append({"epoch": progress.epoch + 1, "step": progress.step, "f1": f1,
                                  "weights": progress.weights})
         before, total = (progress.best_sum, progress.best_step), sum(f1.values())
-        better = total > progress.best_sum or not self.rows.splits["dev"]  # without, the last is
+        better = total > progress.best_sum or not self.rows.splits["dev"]  # no dev: last is best
         if better:
             progress.best_sum, progress.best_step = total, progress.step
         progress.epoch, progress.cursor = progress.epoch + 1, 0

@@ -89,7 +89,7 @@ def system_names(configs: Sequence[Config]) -> list[str]:
             if isinstance(value, bool):
                 words.append(f"--{flag}" if value else f"--no-{flag}")
             else:
-                words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+                words += [f"--{flag}", *map(str, value if name == "units" else [value])]
         names.append(" ".join(words))
     return names
 

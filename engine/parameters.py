@@ -10,8 +10,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, as torch names them
 
 
 class FlatParameters:
-    """The trainable parameters as views of one vector, their gradients too: step, clipping and
-    all-reduce are one call each.  L_MIM's variances (`rho`) come last, with ten times the rate."""
+    """All trainable parameters as views of one vector `values`, their gradients as views of
+    `grads`, so that optimizer step, clipping and all-reduce are one call each.  The variance
+    vectors of L_MIM (`rho`) come last and learn at ten times the rate."""
 
     def __init__(self, model: nn.Module, lr: float):
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]

@@ -53,7 +53,7 @@ def describe(run: Any, start: str) -> list[str]:
 
 
 def memory(run: Any, piece: int) -> dict[str, float]:
-    """Bytes that training takes, term by term, for a micro-batch of the longest rows there are, to
+    """Bytes that training takes, term by term, for a micro-batch of the longest rows; measured: to
     about 10 %.  Activations are what autograd keeps, per token (D model width, H heads of width K):
       attention     3 D (5 D with T5's dropout) + 5 H K + 16 per column of the experts, and 4 D with
                     the experts' dropout; on a CPU T5's dropout keeps 3 H scores per key as well
@@ -114,6 +114,5 @@ def finished(config: Config, launch: Launch) -> str | None:
     if launch.resume != "auto" or not table.exists():
         return None
     newest, mine = newest_checkpoint(table.parent), json.loads(json.dumps(vars(config)))
-    if newest is None or not read_state(newest)["config"].items() <= mine.items():
-        return None
-    return table.read_text(encoding="utf-8")
+    same = newest is not None and read_state(newest)["config"].items() <= mine.items()
+    return table.read_text(encoding="utf-8") if same else None

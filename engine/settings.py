@@ -139,10 +139,8 @@ class Config:
         if bad:
             raise UsageError(f"expected {'; '.join(bad)}; correct the command line")
 
-    @property
-    def uses_mim(self) -> bool:
-        """Whether L_MIM, Eq. (5), takes part in the loss."""
-        return self.method == "clorae" and self.mim and self.beta > 0
+    # Whether L_MIM, Eq. (5), takes part in the loss.
+    uses_mim = property(lambda self: self.method == "clorae" and self.mim and self.beta > 0)
 
 
 # The option groups of --help: each begins with the field named here.
