@@ -13,6 +13,12 @@ from statistics import fmean
 
 import numpy
 import torch
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from PIL.Image import Image
 from torch import Tensor
 
 import data
@@ -21,7 +27,7 @@ from engine.features import Features
 from engine.images import load_image
 from engine.schema import TASKS, Box, Dataset, Record, iou
 from evaluate import Decoding, Row, Setup, type_of
-from tools.figures import COLOURS, DPI, write_figure
+from tools.figures import COLOURS, DPI
 from tools.routing import gates_on
 
 PAGE, SIDE, MARGIN = 11.0, 3.6, 0.35  # inches: width, side of the image, margins and gaps
@@ -140,7 +146,7 @@ def strip_rows(strips: Sequence[Strip]) -> list[tuple[str, list[tuple[float, str
     return rows
 
 
-def draw_strip(ax: object, title: str, bars: Sequence[tuple[float, str, float]]) -> None:
+def draw_strip(ax: Axes, title: str, bars: Sequence[tuple[float, str, float]]) -> None:
     """A bar per token: below the task expert's share, above it the universal expert's."""
     at, names, gates = zip(*bars)
     ax.bar(at, gates, 0.92, color=TASK)
@@ -176,10 +182,9 @@ def lay_out(tokens: Sequence[str], spans: Sequence[Place], width: int) -> list[l
     return lines
 
 
-def draw_text(ax: object, title: str, lines: Sequence[Sequence[Word]], spans: Sequence[Place],
+def draw_text(ax: Axes, title: str, lines: Sequence[Sequence[Word]], spans: Sequence[Place],
               below: Sequence[str]) -> None:
     """A title, the lines of `lay_out` and plain lines below; x in characters, y in lines."""
-    from matplotlib.patches import Rectangle
     ax.text(0, 0.3, title, fontsize=10, weight="bold")
     font = {"family": "monospace", "va": "center"}
     for y, line in enumerate(lines, 1):
@@ -196,10 +201,9 @@ def draw_text(ax: object, title: str, lines: Sequence[Sequence[Word]], spans: Se
         ax.text(0, LEADING * (len(lines) + 1) + y, text, fontsize=9, **font)
 
 
-def draw_image(ax: object, record: Record, answer: Sequence[Place], image: object) -> None:
+def draw_image(ax: Axes, record: Record, answer: Sequence[Place], image: Image) -> None:
     """The image with its numbered boxes and what the answer says of them, in image pixels.  Boxes
     that the answer names come first, and each label stands where it covers no earlier one."""
-    from matplotlib.patches import Rectangle
     ax.imshow(image, extent=(0, image.width, image.height, 0))
     ax.set(xticks=[], yticks=[], anchor="NW")
     ax.apply_aspect()  # now, as labels are measured below
@@ -243,20 +247,11 @@ def label_place(size: tuple[float, float], box: Box, taken: Sequence[Box],
         iou((x, y, x + w, y + h), other) for other in taken)), corners[0])
 
 
-def draw_example(row: Row, dataset: Dataset, strips: Sequence[Strip], no_gate: str | None,
-                 path: Path) -> None:
-    """Draw the page of an answer; without strips it says why there are no gates, if it is known."""
-    from matplotlib import rc_context
-    with rc_context({"text.parse_math": False}):  # a $ in a text is a $
-        write_figure(example_figure(row, dataset, strips, no_gate), path)
-
-
+@rc_context({"text.parse_math": False})  # a $ in a text is a $
 def example_figure(row: Row, dataset: Dataset, strips: Sequence[Strip],
-                   no_gate: str | None) -> object:
-    """The page of `draw_example`: everything is measured first, then set from the top down."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
+                   no_gate: str | None) -> Figure:
+    """The page of an answer: everything is measured first, then set from the top down.  no_gate
+    says why there are no strips, if it is known."""
     record, answer = row.record, places(row, dataset)
     spans = [place for place in answer if place.item.span]
     image = load_image(record.image) if has_image(record) else None
@@ -272,7 +267,7 @@ def example_figure(row: Row, dataset: Dataset, strips: Sequence[Strip],
     figure = Figure((PAGE, height), dpi=DPI)
     FigureCanvasAgg(figure)  # which can measure texts
 
-    def panel(x: float, y: float, w: float, h: float) -> object:
+    def panel(x: float, y: float, w: float, h: float) -> Axes:
         return figure.add_axes((x / PAGE, 1 - (y + h) / height, w / PAGE, h / height))
 
     if image:
