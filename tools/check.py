@@ -2,8 +2,7 @@
 
     python -m tools.check DIR [--require-images]
 
-A text that stands in a test split and in a training split is a leak, also across datasets.
-"""
+A text that stands in a test split and in a training split is a leak, also across datasets."""
 
 from itertools import combinations
 from pathlib import Path

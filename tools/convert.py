@@ -16,8 +16,7 @@ ace2005 and swig train what m2e2 tests, with its event types and roles (--event-
 A converter writes DST/KIND; put (or link) the pictures into DST/KIND/images. Sources: Twitter-15/17
 github.com/jefferyYu/UMT; SNAP (Lu et al., ACL 2018); MNRE github.com/thecharm/MNRE; M2E2
 github.com/limanling/m2e2, its detections seebergerph/MMUTF; SWiG github.com/allenai/swig; ACE2005
-from the LDC, as OneIE (Lin et al., ACL 2020) prepares it.
-"""
+from the LDC, as OneIE (Lin et al., ACL 2020) prepares it."""
 
 import ast
 import math
@@ -25,8 +24,8 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from engine.command import Parser
 from engine.corpus import Rows, parse_json, read_bytes, write_dataset
@@ -97,8 +96,7 @@ def expecting(what: str, where: object, line: str | None = None) -> Iterator[Non
         yield
     except DataError:
         raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, SyntaxError,
-            RecursionError, MemoryError) as error:
+    except Exception as error:
         got = repr(error) if line is None else f"{show(line)} ({error!r})"
         raise DataError(f"{where}: expected {what}, got {got}: fetch the file again") from None
 
@@ -113,11 +111,8 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def read_conll(path: Path, dataset: str) -> Rows:
-    """`IMGID:name`, then token<TAB>tag lines, then a blank line.
-
-    Chunks are read leniently: an I- tag that continues nothing starts an entity, as the scorers
-    of the field have it (Twitter-15 has hundreds of them).
-    """
+    """`IMGID:name`, then token<TAB>tag lines, then a blank line.  An I- tag that continues nothing
+    starts an entity, as the scorers of the field have it (Twitter-15 has hundreds of them)."""
     rows, inside = [], False
     for where, line in read_lines(path):
         token, tab, tag = line.rpartition("\t")
@@ -184,10 +179,10 @@ def read_ace(path: Path, dataset: str) -> Rows:
             sentence = parse_json(line.encode())
             mentions = {mention["id"]: mention for mention in sentence["entity_mentions"]}
             for argument in (a for event in sentence["event_mentions"] for a in event["arguments"]):
-                if argument["entity_id"] not in mentions:
-                    raise ValueError(f"entity_id {show(argument['entity_id'])} of an argument is "
-                                     "none of the entity_mentions")
-                argument |= {key: mentions[argument["entity_id"]][key] for key in ("start", "end")}
+                if (name := argument["entity_id"]) not in mentions:
+                    raise ValueError(f"entity_id {show(name)} of an argument is none of the "
+                                     "entity_mentions")
+                argument |= {key: mentions[name][key] for key in ("start", "end")}
             document, name = sentence["doc_id"], str(sentence["sent_id"])
             if not name.startswith(document):  # the number of the sentence in its document
                 name = f"{document}-{name}"
@@ -212,11 +207,9 @@ def read_text_only(folder: Path, sentences: dict[str, dict]) -> dict[str, list[d
 
 def read_m2e2(path: Path, dataset: str) -> Rows:
     """A sample for each line of crossmedia_coref.txt: the one event of a sentence, and a picture.
-
-    Where line and picture disagree about the event type, the arguments in the picture are dropped
-    and those in the text stay. Other events of the same sentence, which M2E2 annotates in its file
-    of text-only events, are no gold of the pair: they become "accepted".
-    """
+    Where line and picture disagree about the event type, the arguments in the picture are dropped.
+    Other events of the same sentence, which M2E2 annotates in its file of text-only events, are no
+    gold of the pair: they become "accepted"."""
     texts, images = (path.with_name(f"{what}_multimedia_event.json") for what in ("text", "image"))
     with expecting("M2E2's annotations", path.parent):
         sentences = {one["sentence_id"]: one for one in parse_json(read_bytes(texts))}
@@ -259,10 +252,8 @@ def read_mapping(path: Path) -> dict[str, tuple[str, dict[str, str]]]:
 
 def read_swig(path: Path, dataset: str) -> Rows:
     """A sample without text for each picture whose verb is mapped; the whole picture triggers.
-
     SWiG's verb template is not used as text, as it gives the verb away. Objects are the grounded
-    boxes, whatever their role; two roles may share one. [-1, -1, -1, -1] is not grounded.
-    """
+    boxes, whatever their role; two roles may share one. [-1, -1, -1, -1] is not grounded."""
     verbs, rows, flat = read_mapping(path.with_name("ace_sr_mapping.txt")), [], 0
     with expecting("SWiG's {image: {verb, height, width, bb}}", path):
         pictures = dict(parse_json(read_bytes(path)))
@@ -334,12 +325,9 @@ def reachable(rows: Rows, detected: dict[str, list[list]], limit: int) -> tuple[
 
 
 def mixed(row: dict, count: int) -> list[list]:
-    """`count` objects: the grounded boxes and distractors, in an order that tells nothing.
-
-    A distractor has the sides of a grounded box times 0.5 to 1.5, lies anywhere in the picture and
-    overlaps no grounded box with IoU >= 0.5. Tiny pictures may get fewer than `count`. The random
-    numbers are seeded with the picture's name.
-    """
+    """`count` objects, in tiny pictures fewer: the grounded boxes and distractors, in an order that
+    tells nothing. A distractor has the sides of a grounded box times 0.5 to 1.5, lies anywhere in
+    the picture and overlaps no grounded box with IoU >= 0.5. The picture's name is the seed."""
     rng, (right, bottom), objects = random.Random(row["image"]), row["size"], row["objects"][:]
     for _ in range(100 * count):
         if len(objects) >= count:
@@ -357,8 +345,7 @@ def mixed(row: dict, count: int) -> list[list]:
 
 # ---------------------------------------------------------------------------- converters
 
-@dataclass(frozen=True)
-class Published:
+class Published(NamedTuple):
     """A published dataset: the function that reads its files, and what is known about it."""
     read: Callable[[Path, str], Rows]
     units: dict[str, str]  # as in Dataset
@@ -422,14 +409,6 @@ def keep_m2e2(rows: Rows) -> None:
               ", ".join(f"{count} x {name}" for name, count in lost.most_common()))
 
 
-def labels_of(rows: Rows) -> dict:
-    """The labels of a dataset that has the event types and roles of these samples."""
-    roles = {}
-    for event in (event for _, row in rows for event in row["events"]):
-        roles.setdefault(event["type"], set()).update(a["role"] for a in event["arguments"])
-    return {"med": sorted(roles), "meae": {name: sorted(roles[name]) for name in sorted(roles)}}
-
-
 def event_rows(dataset: str, rows: Rows, folder: Path, max_objects: int,
                event_types: str) -> tuple[Rows, str]:
     """(med and meae records of samples with the objects of this dataset, what a result must name).
@@ -457,7 +436,7 @@ def event_rows(dataset: str, rows: Rows, folder: Path, max_objects: int,
 
 def refuse(dataset: str, corpus: Path, max_objects: int, event_types: str) -> None:
     """DataError where the folder or the options make no sense for this dataset."""
-    other = {"m2e2": "m2e2_gold", "m2e2_gold": "m2e2"}.get(dataset)
+    other = {"m2e2": "m2e2_gold", "m2e2_gold": "m2e2"}.get(dataset, "")
     if other and (corpus / other / "dataset.json").exists():
         raise DataError(f"{corpus}: holds {other}, which would be scored together with {dataset}: "
                         "give another folder")
@@ -482,8 +461,12 @@ def convert(dataset: str, source: Path, corpus: Path, max_objects: int = 16,
         raise DataError(f"{source}: expected at least one of {', '.join(known.files.values())}, "
                         "found none: give the folder that holds them")
     descriptor = {"name": dataset, "units": known.units, "labels": known.labels}
-    if event_types == "all":
-        descriptor["labels"] = labels_of(sum(rows.values(), []))
+    if event_types == "all":  # those of its samples
+        events = [event for _, row in sum(rows.values(), []) for event in row["events"]]
+        roles = {name: sorted({a["role"] for e in events if e["type"] == name
+                               for a in e["arguments"]})
+                 for name in sorted({event["type"] for event in events})}
+        descriptor["labels"] = {"med": list(roles), "meae": roles}
     if known.units == MEE:
         for split, samples in rows.items():
             rows[split], descriptor["note"] = event_rows(dataset, samples, source, max_objects,

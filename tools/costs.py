@@ -2,8 +2,7 @@
 with CKPT of its backbone at its rows' mean lengths.
 
     python -m tools.costs --size large
-    python -m tools.costs RUN
-"""
+    python -m tools.costs RUN"""
 
 import argparse
 import dataclasses
@@ -123,8 +122,7 @@ def mim_flops(model: nn.Module, lengths: Sequence[float]) -> tuple[float, float]
         if hasattr(layer, "rho"):
             R, r = layer.B_U.shape[1], layer.B_T.shape[2]
             work = 4 * (R * R + R * r + r * r)  # for a token, or for a channel of the output
-            once += work * len(layer.rho)
-            row += work * tokens[layer.stream]
+            once, row = once + work * len(layer.rho), row + work * tokens[layer.stream]
     return once, row
 
 
@@ -176,11 +174,11 @@ class Geometry:
         return FlopCounter(self.model(method), *self.lengths).forward / 1e9
 
 
-Costs = dict[str, dict[str, FlopCounter]]  # {method: {visual policy: cost of one row}}
+Costs = dict[str, dict[str, FlopCounter]]  # {method of COSTED: {visual policy: cost of one row}}
 
 
 def costs(geometry: Geometry) -> Costs:
-    """The costs of every method of COSTED under every visual policy."""
+    """The costs of every method under every visual policy."""
     table: Costs = {}
     for label, options in COSTED.items():
         model, table[label] = geometry.model(label.split()[0], **options), {}
@@ -241,7 +239,8 @@ def cost_report(geometry: Geometry, paper: Mapping[str, tuple]) -> str:
     ours, full = table["clorae"]["train"], table["full"]["train"]
     share = (ours.forward + ours.backward) / (full.forward + full.backward)
     once, row = mim_flops(geometry.model("clorae"), geometry.lengths)
-    lines = [
+    known = paper and geometry.lengths == PAPER_LENGTHS
+    return "\n".join([
         f"{geometry.name}, rank {geometry.rank}; one row of {S:.4g} source, {T:.4g} target, "
         f"{V:.4g} visual tokens; image features {geometry.features} wide", "",
         *cost_tables(table, paper), "",
@@ -251,10 +250,8 @@ def cost_report(geometry: Geometry, paper: Mapping[str, tuple]) -> str:
         f"clorae:train costs {100 * share:.0f} % of full, by 3 fwd "
         f"{100 * ours.forward / full.forward:.0f} %.  L_MIM comes on top, in training: "
         f"{once / 1e9:.2f} GFLOPs per micro-batch of one task, {row / 1e9:.2f} per row.  Not "
-        "counted: image tower, optimizer, norms, softmax."]
-    if paper and geometry.lengths == PAPER_LENGTHS:
-        lines += paper_notes(geometry, table, paper)
-    return "\n".join(lines)
+        "counted: image tower, optimizer, norms, softmax.",
+        *(paper_notes(geometry, table, paper) if known else ())])
 
 
 def run(args: argparse.Namespace, world: World) -> None:

@@ -5,8 +5,7 @@ the LoRA for T5, in PEFT's format, that the task's experts are under their mean 
     python -m tools.export RUN --out DIR --task mner    one task's experts as a LoRA that PEFT loads
 
 A gate, Eq. (6), depends on the token and cannot be merged: the second command fixes all gates at
-their means over the task's dev tokens, and says what that costs in F1.
-"""
+their means over the task's dev tokens, and says what that costs in F1."""
 
 import argparse
 import json

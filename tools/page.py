@@ -7,9 +7,9 @@ import math
 import os
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 import numpy
 import torch
@@ -38,8 +38,7 @@ ROW = PAGE - 2 * MARGIN - SCALE  # width of a row of bars
 UNIVERSAL, TASK, PLACE_COLOURS = *COLOURS[:2], COLOURS[:6]
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """A place in the text or the image, and what the answer says of it."""
     item: Item
     label: str
@@ -89,8 +88,7 @@ def has_image(record: Record) -> bool:
     return record.image is not None and Path(record.image).is_file()
 
 
-@dataclass(frozen=True)
-class Strip:
+class Strip(NamedTuple):
     """The task expert's gate at each token of one stream, mean over the layers that see it."""
     stream: str  # "memory", "visual" or "target"
     title: str

@@ -3,8 +3,7 @@
     python -m tools.routing RUN --out DIR [--layers 0 1 2]
 
 DIR/routing.csv has a row for every wrapped linear and (task, dataset), DIR/routing.png the means
-by layer.  The gates, Eq. (6), are those of valid tokens while the right answer is forced.
-"""
+by layer.  The gates, Eq. (6), are those of valid tokens while the right answer is forced."""
 
 import argparse
 import math
