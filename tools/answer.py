@@ -6,8 +6,7 @@ with --text or --draw with the mean gates of the task expert.
     python -m tools.answer RUN --examples ROWS.jsonl --out ANSWERS.jsonl --draw DIR    many
 
 An example becomes a record without gold, is checked as those of a corpus are, and goes the way of
-test records.  Faulty ones are named by file and line; none is answered before all are right.
-"""
+test records.  Faulty ones are named by file and line; none is answered before all are right."""
 
 import argparse
 import json
@@ -114,7 +113,7 @@ def image_path(folder: Path, name: str) -> Path:
     roots = (folder, folder / "images")
     for root in roots:
         resolve_image(root, name)  # refuses names that lead elsewhere
-    return next((root / name for root in roots if (root / name).is_file()), folder / name)
+    return next(filter(Path.is_file, (root / name for root in roots)), folder / name)
 
 
 def completed(row: bytes | dict, folder: Path, name: str, args: argparse.Namespace,
@@ -134,9 +133,9 @@ def completed(row: bytes | dict, folder: Path, name: str, args: argparse.Namespa
     able = [key for key, dataset in datasets.items() if raw["task"] in dataset.units]
     raw = {"dataset": args.dataset or (able or [None])[0], **NO_GOLD[raw["task"]], **raw}
     if raw["dataset"] not in able:
+        choices = ", ".join(able) or "none in this corpus"
         raise DataError(f"dataset: expected one with the task {raw['task']}, got "
-                        f"{raw['dataset']!r}; use one of: "
-                        f"{', '.join(able) or 'none in this corpus'}, or another task")
+                        f"{raw['dataset']!r}; use one of: {choices}, or another task")
     if isinstance(raw.get("text"), str) and "tokens" not in raw:
         raw["tokens"] = raw.pop("text").split()
     tokens = list(map(str, raw["tokens"])) if isinstance(raw.get("tokens"), list) else []
@@ -217,12 +216,11 @@ def answer_json(row: Row, strips: Sequence[Strip]) -> str:
     """An answer as one line of JSON; spans count the tokens.  "gates" is {token stream: mean gate
     of the task expert}, empty if no `strips` were made."""
     record, answer = row.record, row.answer
-    fields = {name: getattr(record, name) for name in ("id", "dataset", "task", "tokens", "image")}
-    return json.dumps({**fields, "answer": answer.text, "items": items_json(row.predicted),
-                       "malformed": row.counts.malformed, "cut": answer.cut,
-                       "missing_image": answer.missing,
-                       "gates": {strip.stream: fmean(strip.gates) for strip in strips}},
-                      ensure_ascii=False)
+    line = {name: getattr(record, name) for name in ("id", "dataset", "task", "tokens", "image")}
+    line |= {"answer": answer.text, "items": items_json(row.predicted),
+             "malformed": row.counts.malformed, "cut": answer.cut, "missing_image": answer.missing,
+             "gates": {strip.stream: fmean(strip.gates) for strip in strips}}
+    return json.dumps(line, ensure_ascii=False)
 
 
 def run(args: argparse.Namespace, world: World) -> None:
@@ -244,9 +242,9 @@ def run(args: argparse.Namespace, world: World) -> None:
     if not world.main:
         return
     no_gate = no_gate_reason(config)
-    strips = [token_strips(setup, example, row, features, world.device, job.decoding)
-              if not no_gate and (args.draw or args.text is not None) else []
-              for example, row in zip(examples, rows)]
+    wanted = not no_gate and (args.draw or args.text is not None)
+    strips = [token_strips(setup, example, row, features, world.device, job.decoding) if wanted
+              else [] for example, row in zip(examples, rows)]
     lines = list(map(answer_json, rows, strips))
     if args.out:
         write_whole(args.out, "".join(line + "\n" for line in lines))

@@ -39,11 +39,10 @@ TAGS = {"PER": "person", "LOC": "location", "ORG": "organization", "OTHER": "mis
         "MISC": "miscellaneous"}
 # The annotation schemes, not the labels of a training split: two of V1's occur in test only.
 SHARED = """/loc/loc/contain /misc/loc/held_on /misc/misc/part_of /org/loc/locate_at
-    /org/org/alternate_names /org/org/subsidiary /per/loc/place_of_birth
-    /per/loc/place_of_residence /per/misc/awarded /per/misc/nationality /per/misc/present_in
-    /per/misc/race /per/misc/religion /per/org/member_of /per/per/alternate_names
-    /per/per/charges /per/per/couple /per/per/neighbor /per/per/parent /per/per/peer
-    /per/per/siblings""".split()
+    /org/org/alternate_names /org/org/subsidiary /per/loc/place_of_birth /per/loc/place_of_residence
+    /per/misc/awarded /per/misc/nationality /per/misc/present_in /per/misc/race /per/misc/religion
+    /per/org/member_of /per/per/alternate_names /per/per/charges /per/per/couple /per/per/neighbor
+    /per/per/parent /per/per/peer /per/per/siblings""".split()
 RELATIONS = {
     "mnre_v1": [*SHARED, *"""none /loc/loc/administration_divisions /loc/loc/capital
         /misc/misc/held_on /per/loc/place_of_death /per/misc/creat /per/org/founder_of
@@ -59,15 +58,12 @@ ACE_TYPES = """Business:Declare-Bankruptcy Business:End-Org Business:Merge-Org B
     Justice:Sue Justice:Trial-Hearing Life:Be-Born Life:Die Life:Divorce Life:Injure Life:Marry
     Movement:Transport Personnel:Elect Personnel:End-Position Personnel:Nominate
     Personnel:Start-Position Transaction:Transfer-Money Transaction:Transfer-Ownership""".split()
-M2E2 = {  # eight of these types, with their roles
-    "attack": ["attacker", "instrument", "place", "target"],
-    "demonstrate": ["entity", "instrument", "place", "police"],
-    "meet": ["entity", "place"],
-    "phone write": ["entity", "instrument", "place"],
-    "arrest jail": ["agent", "instrument", "person", "place"],
-    "die": ["agent", "instrument", "place", "victim"],
-    "transport": ["agent", "artifact", "destination", "origin", "vehicle"],
-    "transfer money": ["giver", "money", "recipient"]}
+M2E2 = {event: roles.split() for event, roles in {  # eight of these types, with their roles
+    "attack": "attacker instrument place target", "demonstrate": "entity instrument place police",
+    "meet": "entity place", "phone write": "entity instrument place",
+    "arrest jail": "agent instrument person place", "die": "agent instrument place victim",
+    "transport": "agent artifact destination origin vehicle",
+    "transfer money": "giver money recipient"}.items()}
 # Two rows of ace_sr_mapping.txt that contradict the 225 others (what is carried is no agent, who
 # steers is no vehicle). Its type "Transfer|MONEY" needs no entry, as labels are lower-case words.
 ROLE_FIXES = {("carrying", "item"): "Artifact", ("steering", "agent"): "Agent"}

@@ -78,10 +78,10 @@ def answer_lines(row: Row) -> list[str]:
         lines = [f"{head} -- {row.predicted[0].label} -- {tail}"]
     else:
         lines = [f"{type_of(item).replace(':', ', ')}: {where(item)}" for item in row.predicted]
-    notes = {f"unreadable in the output, {row.counts.malformed} piece(s): {answer.text!r}":
-             row.counts.malformed, "cut at the length limit": answer.cut,
-             f"answered without {record.image}, which is not there": answer.missing}
-    return [*(lines or ["nothing found"]), *(f"note: {note}" for note in notes if notes[note])]
+    notes = ((row.counts.malformed, f"unreadable in the output, {row.counts.malformed} piece(s): "
+              f"{answer.text!r}"), (answer.cut, "cut at the length limit"),
+             (answer.missing, f"answered without {record.image}, which is not there"))
+    return [*(lines or ["nothing found"]), *(f"note: {note}" for holds, note in notes if holds)]
 
 
 def has_image(record: Record) -> bool:
@@ -279,9 +279,9 @@ def example_figure(row: Row, dataset: Dataset, strips: Sequence[Strip],
         figure.text(MARGIN / PAGE, 1 - y / height, f"no gates to draw: {no_gate}", fontsize=9)
     else:
         task = record.task if record.task in TASKS else "mee"
-        figure.legend(handles=[Patch(color=UNIVERSAL, label="universal expert"),
-                               Patch(color=TASK, label=f"task expert {task}")], ncols=2,
-                      frameon=False, fontsize=9, loc="upper right",
+        patches = [Patch(color=UNIVERSAL, label="universal expert"),
+                   Patch(color=TASK, label=f"task expert {task}")]
+        figure.legend(handles=patches, ncols=2, frameon=False, fontsize=9, loc="upper right",
                       bbox_to_anchor=(1 - MARGIN / PAGE, 1 - y / height))
     for (title, bars), foot in zip(rows, feet):
         draw_strip(panel(MARGIN + SCALE, y + 0.4, ROW, BARS), title, bars)

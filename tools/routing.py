@@ -38,9 +38,8 @@ def gates_on(model: nn.Module, batch: data.Batch, precision: str) -> dict[nn.Mod
     """{expert layer: its gates [B,S,2] at the tokens of its stream} of one pass in eval mode.
     A layer that meets no token, in the visual stack of a batch without images, is absent."""
     gates: dict[nn.Module, Tensor] = {}
-    hooks = [layer.register_forward_pre_hook(
-        lambda layer, inputs: gates.update({layer: layer.gates(inputs[0])}))
-        for layer in clorae.expert_layers(model).values()]
+    hooks = [layer.register_forward_pre_hook(lambda layer, inputs: gates.update(
+        {layer: layer.gates(inputs[0])})) for layer in clorae.expert_layers(model).values()]
     with torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=precision == "bf16"):
         model.eval()(batch)
     for handle in hooks:
@@ -75,7 +74,7 @@ def routing_rows(paths: Sequence[str], groups: Sequence[tuple[str, str]],
     """`gate_sums` as means: a row for each wrapped linear and (task, dataset) with tokens there."""
     rows = []
     for path, layer in zip(paths, sums.tolist(), strict=True):
-        *_, stack, _, depth, site, projection = path.split(".")  # ..., "blocks", ...
+        *_, stack, _, depth, site, projection = path.split(".")  # _ is "blocks"
         for (task, dataset), (n, *totals) in zip(groups, layer, strict=True):
             if n:
                 g1, soft, hard, square, entropy = (value / n for value in totals)
