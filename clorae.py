@@ -1,26 +1,27 @@
 """C-LoRAE expert layers: a universal LoRA expert and one small expert per task, mixed per token.
 
 Paper: C-LoRAE, IJCAI 2025, arXiv 2505.06303, Sec. 2.2 and 2.3.  `adapt(model, ...)` freezes a
-Transformer and puts an `ExpertLinear` in the place of every q and v projection; `ExpertLinear`
-computes Eq. (2) to (8) as the paper writes them.  Initialisation and scale follow
+Transformer and puts an `ExpertLinear` in the place of every q and v projection.  `ExpertLinear`
+computes the equations as the paper writes them: Eq. (8) in `forward`, Eq. (2) in `experts`, Eq.
+(3), (4) and (7) in `universal_and_task`, Eq. (6) in `gates`.  Initialisation and scale follow
 github.com/huggingface/peft, the dense softmax router follows github.com/Ablustrund/LoRAMoE.  The
 methods that the paper compares with are variants of the same layer: a mixer between A and B
-(MoSLoRA, arXiv 2406.11909), or routed experts that know no task (LoRAMoE, arXiv 2312.09979).
-README, "Where the paper is silent or wrong", lists the decisions.
+(MoSLoRA, arXiv 2406.11909), or experts that a router weighs without knowing the task (LoRAMoE,
+arXiv 2312.09979).  README, "Where the paper is silent or wrong", lists the decisions.
 
     paper symbol        name here     shape          meaning
     x_ij                x             [B,S,D_in]     token j of sample i
     W_0                 base.weight   [D_out,D_in]   frozen weight
     A^U, B^U            A_U, B_U      [R,D_in], [D_out,R]          universal expert
-    A^D_n, B^D_n        A_T, B_T      [N,r,D_in], [N,D_out,r]      task experts, stacked
+    A^D_n, B^D_n        A_T, B_T      [N,r,D_in], [N,D_out,r]      experts of all N tasks (T)
     U_ij, D_ij          U, D          [B,S,D_out]    outputs of the universal and the task expert
-    W_g                 W_g           [2,D_in]       gate router (the paper's 2 x D_out cannot be)
+    W_g                 W_g           [2,D_in]       gate router; the paper prints 2 x D_out
     g^1, g^2            gates         [B,S,2]        weight of the universal and of the task expert
     h_ij                h             [B,S,D_out]    what the experts add, before the scale
     (MoSLoRA) W         M_U           [R,R]          mixer of the ranks between A and B
     (LoRAMoE) A_e, B_e  A_E, B_E      [E,R,D_in], [E,D_out,R]      experts; their W_g is [E,D_in]
-    alpha / r           scale, s      scalar         alpha / R for both experts (r here is another)
-    (Ahn) sigma^2       rho           [D_out]        variance of the MIM student, before softplus
+    alpha / r           scale, s      scalar         alpha / R, for both experts
+    (Ahn) sigma^2       rho           [D_out]        softplus(rho) + 0.1 = variance in L_MIM
 
 Shapes: B rows of the batch, S tokens of a row (source, target or visual ones), D_in and D_out the
 widths of one linear, R universal rank, r = floor(R / N) task rank, N tasks, E experts of LoRAMoE.
@@ -55,7 +56,7 @@ class ExpertConfig:
     mim: bool = True  # give each layer the variance vector that L_MIM learns
     experts: int = 2  # E of LoRAMoE, each of rank R
     targets: tuple[str, ...] = ("q", "v")  # whole leaf names: "q" does not match proj_q
-    modules: tuple[str, ...] = ("encoder", "decoder", "vstack")  # a path must pass through one
+    modules: tuple[str, ...] = ("encoder", "decoder", "vstack")  # only linears inside one of these
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -80,7 +81,7 @@ class Routing:
 
     tasks [rows]: indices into `names`, or None before the first `set`.  masks: for each stream of
     tokens, "memory", "target" and "visual", which tokens of the batch are not padding, or None.
-    derived: what other forms of the layer make of the rows; emptied whenever the rows change.
+    derived: a cache of what the layers in fast/ compute from the tasks; emptied when they change.
     """
 
     def __init__(self, names: Sequence[str]):
@@ -88,25 +89,26 @@ class Routing:
         self.tasks: Tensor | None = None
         self.masks: dict[str, Tensor | None] = {}
         self.derived: dict[Any, Any] = {}
-        self.batch: Tensor | None = None  # the tasks that `set` was given
+        self.batch_tasks: Tensor | None = None  # as `set` was given them, for `rows` to choose from
 
     def set(self, tasks: Tensor, memory: Tensor | None = None, target: Tensor | None = None,
             visual: Tensor | None = None) -> None:
         """Announce a batch: tasks [B], and the masks [B,S] (True at real tokens) of the streams.
 
         L_MIM needs the masks.  Raises ValueError for a task that has no expert; tasks on a GPU are
-        not looked at, since the host would have to wait for them.
+        not checked, since the host would have to wait for them.
         """
         if tasks.device.type == "cpu":
             self.check(tasks.tolist())
-        self.tasks = self.batch = tasks
+        self.tasks = self.batch_tasks = tasks
         self.masks = {"memory": memory, "target": target, "visual": visual}
         self.derived = {}
 
     def rows(self, index: Tensor) -> None:
-        """Follow the decoder: computed row k is row index[k] of the batch given to `set`."""
-        if self.batch is not None:
-            self.tasks, self.derived = self.batch[index.to(self.batch.device)], {}
+        """From now on the row computed k-th is row index[k] of the batch given to `set`."""
+        if self.batch_tasks is not None:
+            self.tasks = self.batch_tasks[index.to(self.batch_tasks.device)]
+            self.derived = {}
 
     def check(self, tasks: Sequence[int]) -> None:
         """Raise ValueError unless every task has an expert."""
@@ -132,14 +134,14 @@ def wide(x: Tensor) -> Tensor:
 
 
 def product(*factors: Tensor) -> Tensor:
-    """product(B, A, x) is B A x of every token, as the paper writes it, computed from the right.
+    """product(B, A, x): B A x_j for each token x_j of x, -> [rows,S,D_out].
 
-    x [B,S,D_in] comes last; a matrix is [D_out,D_in], or [B,D_out,D_in] with one for each row; it
-    is cast to the type of x.  -> [B,S,D_out].
+    The last factor is x [rows,S,D_in]; the others are matrices [D_out,D_in], or [rows,D_out,D_in]
+    where each row has its own.  The cheap product A x comes first; matrices take the type of x.
     """
     *matrices, x = factors
     for W in reversed(matrices):
-        x = x @ W.mT.to(x.dtype)
+        x = x @ W.mT.to(x.dtype)  # tokens are the rows of x, so W x_j is row j of x W^T
     return x
 
 
@@ -151,13 +153,13 @@ def variance(rho: Tensor) -> Tensor:
 class ExpertLinear(nn.Module):
     """A frozen linear with low-rank experts beside it: y = W_0 x + s h.
 
-    base: the linear, with W_0.  stream: whose mask tells which of this layer's tokens are real
-    ("memory", "target" or "visual").  Parameters are fp32, whatever the type of base.
+    base: the linear, with W_0.  stream: the tokens that the layer sees, "memory", "target" or
+    "visual"; routing.masks[stream] tells which are real.  Experts are fp32, whatever base is.
     """
 
     fixed_gates: tuple[float, float] | None = None  # (g1, g2) in place of Eq. (6); see `gates`
-    keeps_outputs = False  # see the functions keep_outputs and expert_outputs
-    outputs: tuple | None = None
+    keeps_outputs = False  # set by keep_outputs(model), cleared when the outputs are taken
+    outputs: tuple | None = None  # for L_MIM, of the last forward pass: (U, D)
 
     def __init__(self, base: nn.Linear, config: ExpertConfig, routing: Routing, stream: str):
         super().__init__()
@@ -195,43 +197,48 @@ class ExpertLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B,S,D_in] -> y [B,S,D_out]."""
-        y = self.base(x)
+        y = self.base(x)  # W_0 x
         h = self.experts(x.to(y.dtype))
         return y + self.scale * h  # Eq. (8): y = W_0 x + s h
 
     def experts(self, x: Tensor) -> Tensor:
         """x [B,S,D_in] -> h [B,S,D_out], what the experts of the layer's method add.
 
-        A new method needs a name in METHODS, its parameters in __init__ and its h here.
+        A new method needs a name in METHODS, its parameters in __init__ and its h here; for other
+        forms than --impl plain, also its h in fast/experts.py.
         """
         if self.config.method == "lora":
-            return product(self.B_U, self.A_U, self.dropped(x))  # Eq. (2) less W_0 x
+            return product(self.B_U, self.A_U, self.dropped(x))  # Eq. (2): h = B A x
         if self.config.method == "tlora":
             n = self.row_tasks(x)
             return product(self.B_T[n], self.A_T[n], self.dropped(x))
         if self.config.method == "moslora":
             return product(self.B_U, self.M_U, self.A_U, self.dropped(x))
-        if self.config.method == "loramoe":  # every expert for every row, each under its own mask
+        if self.config.method == "loramoe":  # each of the E experts draws its own dropout mask
             gates = self.gates(x).split(1, dim=-1)
             return sum(g * product(B, A, self.dropped(x))
                        for g, A, B in zip(gates, self.A_E, self.B_E))
         return self.universal_and_task(x)
 
     def universal_and_task(self, x: Tensor) -> Tensor:
-        """C-LoRAE's h: the universal expert and the one of the row's task n, weighed per token."""
-        g, n, x = self.gates(x), self.row_tasks(x), self.dropped(x)
+        """C-LoRAE's h: the universal expert and the expert of the row's task, weighed per token."""
+        gates = self.gates(x)
+        n = self.row_tasks(x)
+        x = self.dropped(x)  # one mask for both experts; the gates have seen x without dropout
         U = product(self.B_U, self.A_U, x)  # Eq. (3)
         D = product(self.B_T[n], self.A_T[n], x)  # Eq. (4)
         self.remember(U, D)  # Eq. (5) compares them: losses.mutual_information
-        g1, g2 = (1, 1) if g is None else g.split(1, dim=-1)
+        if gates is None:
+            return U + D
+        g1, g2 = gates.split(1, dim=-1)  # each [B,S,1]
         h = g1 * U + g2 * D  # Eq. (7)
         return h
 
     def gates(self, x: Tensor) -> Tensor | None:
         """x [...,D_in] -> gates [...,2] >= 0 that sum to 1, in x's type; None without a router.
 
-        LoRAMoE routes over its E experts: [...,E].  C-LoRAE's gates may be fixed, as for a layer
-        that is to be merged into one matrix.
+        LoRAMoE's gates weigh its E experts: [...,E].  C-LoRAE's gates may be fixed to the same two
+        numbers for every token; only then can the layer be merged into one matrix.
         """
         if self.fixed_gates is not None and self.config.method == "clorae":
             return torch.stack([x.new_full(x.shape[:-1], g) for g in self.fixed_gates], dim=-1)
@@ -249,7 +256,8 @@ class ExpertLinear(nn.Module):
         return self.routing.tasks_of(len(x)).to(x.device)
 
     def remember(self, *outputs: Any) -> None:
-        """Keep the experts' outputs for L_MIM, if that is wanted now and the layer takes part."""
+        """Keep U and D, or what fast/ computes in their place, if keep_outputs(model) has asked for
+        them and the layer takes part in L_MIM."""
         if self.keeps_outputs and self.training and hasattr(self, "rho"):
             self.outputs = outputs
 
@@ -263,9 +271,10 @@ class ExpertLinear(nn.Module):
     def stacked(self, task: int, gates: Sequence[float] | None = None) -> tuple[Tensor, Tensor]:
         """The experts of one task under fixed gates as one LoRA of the same scale.
 
-        -> A [k,D_in] = [A_U ; A_n] and B [D_out,k] = [g1 B_U, g2 B_n], k = R + r.  Raises
-        ValueError for a live gate, which weighs each token anew, so that no single matrix equals
-        the layer; and for gates where there is one expert.
+        gates: the weight of each expert, the universal one first, or None where the layer has no
+        router.  -> A [k,D_in] = [A_U ; A_n] and B [D_out,k] = [g1 B_U, g2 B_n], k = R + r.  Raises
+        ValueError without gates where there is a router, as no single matrix equals a layer that
+        weighs each token anew; and for gates where there is only one expert.
         """
         if hasattr(self, "W_g") and gates is None:
             raise ValueError("merge: expected fixed gates, got a live gate router, which "
@@ -331,9 +340,12 @@ def adapt(model: nn.Module, method: str = "clorae", rank: int = 128,
 
 def wrapped_paths(model: nn.Module, config: ExpertConfig) -> list[str]:
     """Paths of the linears to wrap: q and v of the attention blocks in `config.modules`."""
-    paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)
-             and path.split(".")[-1] in config.targets
-             and set(path.split(".")[:-1]) & set(config.modules)]
+    paths = []
+    for path, module in model.named_modules():
+        *parents, leaf = path.split(".")
+        if (isinstance(module, nn.Linear) and leaf in config.targets
+                and set(parents) & set(config.modules)):
+            paths.append(path)
     if not paths:
         raise ValueError(f"adapt: expected linears named {', '.join(config.targets)} below "
                          f"{', '.join(config.modules)}, got none; check the names in ExpertConfig")
@@ -341,8 +353,8 @@ def wrapped_paths(model: nn.Module, config: ExpertConfig) -> list[str]:
 
 
 def stream_of(path: str) -> str:
-    """The token stream that reaches a wrapped linear: encoder and cross-attention v see the memory,
-    all else in the decoder sees the target, the visual stack its visual tokens."""
+    """The stream of tokens that a wrapped linear sees: "visual" in the visual stack; "target" in
+    the decoder, but "memory" at k and v of its cross-attention; "memory" in the encoder."""
     names = path.split(".")
     if "vstack" in names:
         return "visual"
@@ -357,19 +369,20 @@ def expert_layers(model: nn.Module) -> dict[str, ExpertLinear]:
 
 
 def keep_outputs(model: nn.Module) -> None:
-    """Let each layer keep what its experts put out, from now until it is taken.
+    """Let each layer keep the outputs of its experts in the next forward pass.
 
-    To be called before each forward pass in training whose loss has L_MIM.
+    To be called before each forward pass whose loss has L_MIM; expert_outputs then takes them.
     """
     for layer in expert_layers(model).values():
         layer.keeps_outputs, layer.outputs = True, None
 
 
 def take_outputs(model: nn.Module) -> list[tuple[ExpertLinear, tuple]]:
-    """The layers that have seen tokens since keep_outputs, each with what it kept.
+    """The layers that have seen tokens since keep_outputs, each with the outputs that it kept.
 
-    The layers forget it and keep no more: activations that the backward pass computes again leave
-    nothing behind.  Raises ValueError if the mask of a layer's stream is unknown.
+    The layers forget them and keep no more, so that a block which the backward pass computes a
+    second time (--checkpoint-activations) leaves nothing behind.  Raises ValueError if the mask of
+    a layer's stream is unknown.
     """
     taken = []
     for layer in expert_layers(model).values():
@@ -384,8 +397,8 @@ def take_outputs(model: nn.Module) -> list[tuple[ExpertLinear, tuple]]:
 
 
 def expert_outputs(model: nn.Module) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """What L_MIM, Eq. (5), compares: U and D [B,S,D_out], the mask of the real tokens [B,S] and
-    sigma^2 [D_out] of each layer that has seen tokens since keep_outputs; see take_outputs."""
+    """What L_MIM, Eq. (5), needs of each layer that has seen tokens since keep_outputs: U and D
+    [B,S,D_out], the mask of the real tokens [B,S], and sigma^2 [D_out].  See take_outputs."""
     return [(*outputs, layer.routing.masks[layer.stream], variance(layer.rho))
             for layer, outputs in take_outputs(model)]
 
@@ -393,11 +406,11 @@ def expert_outputs(model: nn.Module) -> list[tuple[Tensor, Tensor, Tensor, Tenso
 def parameter_split(model: nn.Module) -> dict[str, int]:
     """Number of trainable parameters as {"experts", "gate", "mim", "visual", "backbone"}."""
     split = {"experts": 0, "gate": 0, "mim": 0, "visual": 0, "backbone": 0}
-    kinds = {**dict.fromkeys(("A_U", "B_U", "A_T", "B_T", "A_E", "B_E", "M_U"), "experts"),
-             "W_g": "gate", "rho": "mim"}
+    groups = {**dict.fromkeys(("A_U", "B_U", "A_T", "B_T", "A_E", "B_E", "M_U"), "experts"),
+              "W_g": "gate", "rho": "mim"}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            visual = name.split(".")[0] in ("visual_embedding", "vstack", "fusion")
-            kind = kinds.get(name.split(".")[-1], "visual" if visual else "backbone")
-            split[kind] += parameter.numel()
+            path = name.split(".")
+            visual = path[0] in ("visual_embedding", "vstack", "fusion")
+            split[groups.get(path[-1], "visual" if visual else "backbone")] += parameter.numel()
     return split

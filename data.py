@@ -40,19 +40,20 @@ from engine.schema import TASKS, UNITS, Box, DataError, Dataset, Record, Span
 
 # ---------------------------------------------------------------------------- prompts, targets
 
-RESERVED = re.compile(r"<(?=(?:spot|asoc|pad|unk|s|/s|extra_id_[0-9]+)>)")
+RESERVED = re.compile(r"<(?=(?:spot|asoc|pad|unk|s|/s|extra_id_[0-9]+)>)")  # of special tokens
 OBJECT = re.compile(r"O([0-9]+)")
 
 
 def escape(text: str, filler: bool = False) -> str:
-    """Text that cannot be read as structure nor, as a filler, as an object; else unchanged."""
+    """The text with %3C for the < of special tokens, %25 for a % that looks like an escape, and, in
+    a filler, %4F for the O of a word that looks like an object."""
     if filler and OBJECT.fullmatch(text):
         return "%4F" + text[1:]
     return RESERVED.sub("%3C", re.sub(r"%(?=[0-9A-Fa-f]{2})", "%25", text))
 
 
 def unescape(text: str) -> str:
-    """What `escape` was given."""
+    """The reverse of `escape`."""
     return re.sub("%(25|3C|4F)", lambda match: chr(int(match[1], 16)), text)
 
 
@@ -64,43 +65,44 @@ def words(record: Record, span: Span) -> str:
 def prompt(record: Record, dataset: Dataset) -> tuple[str, str]:
     """(prefix, text): the model reads prefix + text, and only the text may be truncated."""
     labels = dataset.labels[record.task]
-    listed = ", ".join(sorted(labels))
+    choices = ", ".join(sorted(labels))
     if record.task == "meae":
-        listed = "; ".join(f"{name}: {', '.join(sorted(labels[name]))}" for name in sorted(labels))
-    asked = {"mner": "the following entity type", "med": "event trigger", "meae": "event argument"}
+        choices = "; ".join(f"{name}: {', '.join(sorted(labels[name]))}" for name in sorted(labels))
+    wanted = {"mner": "the following entity type", "med": "event trigger", "meae": "event argument"}
     if record.task == "mre":
         head, tail = (escape(words(record, span)) for span in (record.head, record.tail))
-        asked["mre"] = f"the following relation between {head} and {tail}"
+        wanted["mre"] = f"the following relation between {head} and {tail}"
     text = escape(" ".join(record.tokens)) or "none"
-    return f"Please extract {asked[record.task]}: {listed}. Text: ", text
+    return f"Please extract {wanted[record.task]}: {choices}. Text: ", text
 
 
 @dataclass(frozen=True)
 class Item:
-    """A gold or predicted fact as metrics compare it.
+    """A gold or predicted fact as metrics compare it: a label, and the place where it holds.
 
-    One that has neither span nor box nor is the whole image can never match, but for a relation.
+    The place is a span, a box or the whole image; a relation has none. A prediction whose place is
+    not found has none either, and never matches.
     """
     label: str                                       # entity type, relation or event type
     role: str | None = None                          # of an argument
     span: Span | None = None
     box: Box | None = None
     whole_image: bool = False
-    text: str | None = None                          # surface text; "Ok" for the k-th object
+    text: str | None = None                          # the words; "Ok" for the k-th object
     object: int | None = field(default=None, compare=False)      # that k, 0 = whole image
-    event: int = field(default=0, compare=False)     # which event of the output a role belongs to
+    event: int = field(default=0, compare=False)     # an argument's event, counted from 0
 
 
 def sorted_events(record: Record) -> list[dict]:
-    """The gold events of a record by their triggers; those of the whole image come last."""
+    """The gold events of a record in the order of their triggers, then those without trigger."""
     return sorted(record.events, key=lambda e: (e["trigger"] is None, e["trigger"] or ()))
 
 
 def gold_items(record: Record) -> list[Item]:
     """The gold facts of a record in the order of its target.
 
-    Entities and triggers come by offset; arguments event by event: those in the text by offset,
-    then objects by number, then boxes that no object shows, which no target can name.
+    Entities and triggers are ordered by offset; arguments event by event: those in the text by
+    offset, then objects by number, then boxes that no object shows, which no target can name.
     """
     def located(label: str, span: Span | None, number: int | None = None, role: str | None = None,
                 box: Box | None = None, event: int = 0) -> Item:
@@ -126,9 +128,9 @@ def gold_items(record: Record) -> list[Item]:
 
 
 def target_groups(record: Record, visible: int | None = None) -> list[list[str]]:
-    """The target's fields: groups (joined by <asoc>) of items (joined by <spot>).
+    """The target as groups (to be joined by <asoc>) of items (to be joined by <spot>).
 
-    visible: number of leading tokens that the model can see (default all); items whose span ends
+    visible: number of leading tokens that the model can see (None: all); items whose span ends
     beyond are left out. A relation is always kept, as its prompt names head and tail.
     """
     if record.task == "mre":
@@ -137,8 +139,8 @@ def target_groups(record: Record, visible: int | None = None) -> list[list[str]]
     meae = record.task == "meae"
     groups = [[event["type"]] for event in sorted_events(record)] if meae else [[]]
     for item in gold_items(record):
-        hidden = item.span and visible is not None and item.span[1] > visible
-        if item.text is not None and not hidden:     # a box that no object shows has no text
+        cut_off = item.span and visible is not None and item.span[1] > visible
+        if item.text is not None and not cut_off:    # a box that no object shows has no text
             text = escape(item.text, record.task != "mner") if item.span else item.text
             groups[item.event].append(f"{item.role or item.label}, {text}")
     return groups
@@ -155,7 +157,7 @@ def target(record: Record) -> str:
 
 
 def split_item(item: str, labels: Iterable[str]) -> tuple[str, str] | None:
-    """"label, text" -> (label, text), None if it has no known label or no text.
+    """"label, text" -> (label, text), or None if it has no label of `labels`, or no text.
 
     Where the comma is missing, the label is the longest one that the item begins with.
     """
@@ -170,10 +172,11 @@ def split_item(item: str, labels: Iterable[str]) -> tuple[str, str] | None:
 
 def parse(task: str, text: str, labels: Iterable[str] | dict,
           cut: bool = False) -> tuple[list[Item], int]:
-    """Read a model's output leniently: (items, not yet located; how many pieces fit no rule).
+    """Read a model's output leniently -> (items without spans and boxes, number of malformed ones).
 
     labels: dataset.labels[task]. cut: the output hit the length limit, so that its last item may
-    be incomplete and is dropped. mre always gives one item, "none" where no relation is readable.
+    be incomplete; it is dropped and counts as malformed. mre always gives one item, "none" where no
+    relation is readable.
     """
     text = re.sub(r"\s+", " ", re.sub("<pad>|</s>", " ", text), flags=re.ASCII).strip(" ")
     groups = re.split(" ?<asoc> ?", text) if task == "meae" else [text]
@@ -189,31 +192,32 @@ def parse(task: str, text: str, labels: Iterable[str] | dict,
         groups[-1].pop()
     items, malformed = [], int(cut)
     for event, group in enumerate(groups):
-        event_type, known = None, labels             # of meae, and the labels of the group's items
+        event_type, allowed = None, labels           # an item of meae is "role, filler"
         if task == "meae" and group:
             event_type = group.pop(0).lower()
-            known = labels.get(event_type, ())
+            allowed = labels.get(event_type, ())
             malformed += event_type not in labels and not group
-        for pair in (split_item(item, known) for item in group):
+        for pair in (split_item(item, allowed) for item in group):
             if pair is None:
                 malformed += 1
                 continue
             label, filler = pair
             match = OBJECT.fullmatch(filler) if task != "mner" else None
-            number = int(match[1][:9]) if match else None    # longer ones are beyond any list too
+            number = int(match[1][:9]) if match else None    # more digits are beyond any list too
             items.append(Item(event_type or label, label if event_type else None, object=number,
                               event=event, text=filler if match else unescape(filler)))
     return items, malformed
 
 
 def canon(text: str) -> str:
-    """The form in which output and text are compared (sentencepiece, too, applies NFKC)."""
+    """The form in which output and text are compared: NFKC, as sentencepiece does, without
+    zero-width characters, and with single blanks."""
     text = unicodedata.normalize("NFKC", text)
     return " ".join(re.sub("[\u200b-\u200f\ufe0e\ufe0f\u2060]", "", text).split())
 
 
 def occurrences(tokens: list[str], text: str) -> list[Span]:
-    """All spans of tokens that read `text`, left to right; tokens and text are canonical."""
+    """All spans whose tokens, joined by blanks, are `text`, left to right; all from canon()."""
     spans = []
     for start in (i for i, token in enumerate(tokens) if token and text.startswith(token)):
         joined, end = tokens[start], start + 1
@@ -226,25 +230,26 @@ def occurrences(tokens: list[str], text: str) -> list[Span]:
 def predicted_items(record: Record, text: str, dataset: Dataset,
                     triggers: dict[str, int] | None = None,
                     cut: bool = False) -> tuple[list[Item], int]:
-    """What parse() returns for a model's output, with items located in text and objects.
+    """What parse() returns for a model's output, with the spans and boxes of its items.
 
-    The k-th entity or trigger with one text is its k-th occurrence. An argument is the occurrence
-    nearest to its event's trigger; triggers: {event type: first token} as predicted for the same
-    sample; where it is unknown, the first occurrence is meant. A role uses an occurrence once.
+    The k-th entity or trigger of one text is its k-th occurrence. An argument is the occurrence
+    nearest to its event's trigger, each used once for a role. triggers: {event type: first token}
+    as predicted for the same sample; where it is unknown, the first occurrence is meant.
     """
     parsed, malformed = parse(record.task, text, dataset.labels[record.task], cut)
     tokens, used, items = [canon(token) for token in record.tokens], set(), []
     for item in parsed:
         if item.object is not None:                  # a number beyond the list has no box
-            known = item.role and 0 < item.object <= len(record.objects)
-            item = replace(item, box=record.objects[item.object - 1] if known else None,
+            exists = item.role and 0 < item.object <= len(record.objects)
+            item = replace(item, box=record.objects[item.object - 1] if exists else None,
                            whole_image=item.object == 0)
         elif item.text is not None:
-            near = (triggers or {}).get(item.label, 0) if item.role else 0
-            free = [span for span in occurrences(tokens, canon(item.text))
-                    if (item.event, item.role, span) not in used]
-            item = replace(item, span=min(free, key=lambda span: abs(span[0] - near), default=None))
-            used.add((item.event, item.role, item.span))
+            trigger = (triggers or {}).get(item.label, 0) if item.role else 0
+            unused = [span for span in occurrences(tokens, canon(item.text))
+                      if (item.event, item.role, span) not in used]
+            nearest = min(unused, key=lambda span: abs(span[0] - trigger), default=None)
+            item = replace(item, span=nearest)
+            used.add((item.event, item.role, nearest))
         items.append(item)
     return items, malformed
 
@@ -256,7 +261,7 @@ STRUCTURE = ("<spot>", "<asoc>")                     # stand for <extra_id_0> an
 
 
 class Tokenizer:
-    """T5's tokenizer: sentencepiece for text, T5's sentinel ids for structure.
+    """T5's tokenizer: sentencepiece for text, T5's sentinels <extra_id_k> for structure.
 
     path: a sentencepiece model, or a folder that holds it as spiece.model. With n pieces,
     <extra_id_k> has the id n + 99 - k.
@@ -288,33 +293,33 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text up to eos; <spot>, <asoc> and <extra_id_k> stay visible, pad does not."""
-        texts, run = [], []                          # what is decoded, ids that are not yet
+        texts, pieces = [], []                       # decoded; pieces since the last sentinel
         for i in map(int, ids):
             if i == self.eos_id:
                 break
             k = self.spot_id - i
             if 0 <= i < self.vocab_size:
-                run += [i] if i != self.pad_id else []
+                pieces += [i] if i != self.pad_id else []
             elif 0 <= k < 100:
                 name = STRUCTURE[k] if k < len(STRUCTURE) else f"<extra_id_{k}>"
-                texts, run = texts + [self.pieces.decode(run), name], []
+                texts, pieces = texts + [self.pieces.decode(pieces), name], []
             else:
                 raise DataError(f"decode: id {i} is neither one of {self.vocab_size} pieces nor a "
                                 "sentinel: ban undecodable() ids when generating")
-        return " ".join(text for text in texts + [self.pieces.decode(run)] if text)
+        return " ".join(text for text in texts + [self.pieces.decode(pieces)] if text)
 
     def undecodable(self, vocab_size: int) -> list[int]:
         """Ids below vocab_size (the model's) that no answer may hold: never generate them."""
-        kept = {i for i in range(self.vocab_size) if not self.pieces.is_control(i)}
-        kept |= {self.pad_id, self.eos_id, self.spot_id, self.asoc_id}
-        return [i for i in range(vocab_size) if i not in kept]
+        allowed = {i for i in range(self.vocab_size) if not self.pieces.is_control(i)}
+        allowed |= {self.pad_id, self.eos_id, self.spot_id, self.asoc_id}
+        return [i for i in range(vocab_size) if i not in allowed]
 
 
 # ---------------------------------------------------------------------------- examples, batches
 
 @dataclass(frozen=True)
 class Example:
-    """A record as ids; `unit` and `task` index UNITS and TASKS, `row` the list of all records."""
+    """A record as ids. unit and task: positions in UNITS and TASKS; row: position in its split."""
     record: Record
     unit: int
     task: int
@@ -328,9 +333,9 @@ def encode_records(records: list[Record], datasets: dict[str, Dataset], tokenize
                    announce: Callable[[str], None] = print) -> list[Example]:
     """Records -> examples of at most max_source and max_target ids, eos included.
 
-    Only text is truncated: a prefix that does not fit is an error. Items whose words were lost are
-    left out of the target, and so are the last items of a target that is too long; both are
-    counted and announced. The gold that metrics see is the record's and stays whole.
+    Only text is truncated: a prefix that does not fit is a DataError. Items whose words were cut
+    off are left out of the target, and so are the last items of a target that is too long; both
+    are counted and announced. Metrics compare with the record's gold, which stays whole.
     """
     examples, lost = [], Counter()
     for row, record in enumerate(records):
@@ -352,7 +357,7 @@ def encode_records(records: list[Record], datasets: dict[str, Dataset], tokenize
 
 def encode_source(record: Record, dataset: Dataset, tokenizer: Tokenizer,
                   limit: int) -> tuple[list[int], int | None]:
-    """(ids of the prompt, number of leading tokens that are whole in it or None if all are)."""
+    """(ids of the prompt, number of leading tokens that it holds in full; None: all of them)."""
     prefix, text = prompt(record, dataset)
     ids = tokenizer.encode(prefix + text)
     if len(ids) <= limit:
@@ -370,7 +375,7 @@ def encode_source(record: Record, dataset: Dataset, tokenizer: Tokenizer,
 
 def encode_target(record: Record, groups: list[list[str]], tokenizer: Tokenizer,
                   limit: int) -> tuple[list[int], int]:
-    """(ids of the target, number of last items dropped so that it fits); a relation is kept."""
+    """(ids of the target, number of its last items that were dropped to make it fit)."""
     count = sum(map(len, groups))
     while len(ids := tokenizer.encode(join_groups(groups))) > limit and any(groups):
         if record.task == "mre" and len(groups[0]) > 1:
@@ -386,39 +391,38 @@ class Batch:
     input_ids: Tensor                                # [B,S] long, padded with pad
     attention_mask: Tensor                           # [B,S] bool
     labels: Tensor                                   # [B,T] long, padded with -100
-    tasks: Tensor                                    # [B] long, index into TASKS
-    units: Tensor                                    # [B] long, index into UNITS
-    features: Tensor                                 # [B,V,F] float32, 0 where masked
-    boxes: Tensor                                    # [B,V,5] float32
+    tasks: Tensor                                    # [B] long, index into TASKS: the expert
+    units: Tensor                                    # [B] long, index into UNITS: the AML weight
+    features: Tensor                                 # [B,V,F] float32, of the image and its objects
+    boxes: Tensor                                    # [B,V,5] float32, see vision.normalise_boxes
     visual_mask: Tensor                              # [B,V] bool; V = 0 when no row has an image
     rows: Tensor                                     # [B] long, Example.row
-    real: Tensor | None = None                       # [n] long, which of the B * T labels count
+    real: Tensor | None = None                       # [n] long, where labels.flatten() != -100
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on a device, but for `tasks` and `rows`: only the host reads these, and it
-        would have to wait for a GPU to get them back."""
+        """The batch on a device, without `tasks` and `rows`: the host reads these, and would have
+        to wait for a GPU to get them back."""
         return replace(self, **{name: value.to(device, non_blocking=True)
                                 for name, value in vars(self).items()
                                 if value is not None and name not in ("tasks", "rows")})
 
     def widened(self, most_visual: int) -> "Batch":
-        """The batch padded to one of few shapes, each of which a CUDA graph can be captured for.
+        """The batch padded to one of few shapes, so that few CUDA graphs serve all batches.
 
-        Sizes become multiples: B of 4 (with rows that are all padding), S and T of 16, V of 6 but
-        at most most_visual. `real` counts all labels, so that its length follows from the shape.
+        B becomes a multiple of 4 (by rows that are all padding), S and T of 16, V of 6 but at most
+        most_visual. `real` lists all labels, so that its length depends on nothing but the shape.
         """
         (B, S), T, V = self.input_ids.shape, self.labels.shape[1], self.features.shape[1]
         extra = {"B": -B % 4, "S": -S % 16, "T": -T % 16, "V": min(-V % 6, most_visual - V)}
         padding = {"labels": -100, "tasks": int(self.tasks.max()), "rows": -1}  # of others 0
-
-        def widen(name: str, dimensions: str) -> Tensor:
-            by = [size for letter in reversed(dimensions) for size in (0, extra.get(letter, 0))]
-            return F.pad(getattr(self, name), by, value=padding.get(name, 0))
-
-        wide = {name: widen(name, dimensions) for name, dimensions in {
-            "input_ids": "BS", "attention_mask": "BS", "labels": "BT", "tasks": "B", "units": "B",
-            "features": "BVF", "boxes": "BVF", "visual_mask": "BV", "rows": "B"}.items()}
-        return Batch(**wide, real=torch.arange(wide["labels"].numel()))
+        widened = {}
+        for name, letters in {
+                "input_ids": "BS", "attention_mask": "BS", "labels": "BT", "tasks": "B",
+                "units": "B", "features": "BVF", "boxes": "BVF", "visual_mask": "BV",
+                "rows": "B"}.items():
+            sizes = [n for letter in reversed(letters) for n in (0, extra.get(letter, 0))]
+            widened[name] = F.pad(getattr(self, name), sizes, value=padding.get(name, 0))
+        return Batch(**widened, real=torch.arange(widened["labels"].numel()))
 
 
 def collate(examples: list[Example],
@@ -452,33 +456,31 @@ def collate(examples: list[Example],
         real=(labels.flatten() != -100).nonzero()[:, 0])
 
 
-def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
-    """A permutation of range(count), a pure function of its arguments (resume needs no state)."""
-    digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    return torch.randperm(count, generator=generator).tolist()
-
-
 def global_batches(examples: list[Example], seed: int, epoch: int,
                    batch_size: int) -> list[list[int]]:
-    """One epoch as lists of indices into `examples`, each exactly once; the last may be short."""
-    order = epoch_order(len(examples), seed, epoch)
+    """One epoch as lists of indices into `examples`, each exactly once; the last may be short.
+
+    The order depends on seed, epoch and the number of examples alone: resuming needs no state.
+    """
+    digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    order = torch.randperm(len(examples), generator=generator).tolist()
     return [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
 
 
 def micro_batches(indices: list[int], examples: list[Example], rows: int) -> list[list[int]]:
     """`indices` in slices of `rows` examples on average and 2 * rows at most, of similar length.
 
-    The examples, sorted by length, are cut where the sum of the slices' computed tokens, squared,
-    is least: little of that is padding, and processes that get a slice each finish together. This
-    is dynamic programming, with one slice more in each round.
+    The examples are sorted by length and cut so that the sum over slices of (computed tokens)^2 is
+    least: then little of it is padding, and processes that get a slice each finish together. Found
+    by dynamic programming, with one slice more in each round.
     """
     order = sorted(indices, key=lambda i: (len(examples[i].input_ids), len(examples[i].labels), i))
-    best = {0: (0, [])}                              # examples placed -> least sum, its slices
+    best = {0: (0, [])}                              # {n: (least sum, slices)} of the first n
     for _ in range(math.ceil(len(order) / rows)):
         longer = {}                                  # the same with one slice more
         for stop in range(1, len(order) + 1):
-            longest = 0                              # target in order[start:stop]
+            longest = 0                              # the longest target in order[start:stop]
             for start in range(stop - 1, max(-1, stop - 2 * rows - 1), -1):
                 longest = max(longest, len(examples[order[start]].labels))
                 width = len(examples[order[stop - 1]].input_ids) + longest

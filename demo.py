@@ -35,16 +35,11 @@ from engine.command import Parser
 from t5 import T5, Attention, T5Config
 from vision import ViT, ViTConfig, crop, preprocess
 
-
-@dataclass(frozen=True)
-class Difficulty:
-    """What makes the world harder; every value is a probability."""
-
-    ambiguous: float = 0.8  # a text holds something that only the picture decides
-    blank: float = 0.08  # ... and the picture lacks it: an error that nobody can avoid
-    clutter: float = 0.5  # a meaningless thing is drawn beside the others
-    empty: float = 0.1  # a text without entity, pair without relation, pair without event
-
+# What makes the world hard, as probabilities.
+AMBIGUOUS = 0.8  # a text holds something that only the picture decides
+BLANK = 0.08  # ... and the picture lacks it: an error that nobody can avoid
+CLUTTER = 0.5  # a meaningless thing is drawn beside the others
+EMPTY = 0.1  # a text without entity, relation or event
 
 # p_m of Eq. (9), measured: best dev F1 of a plain LoRA trained on one unit alone for 250 steps,
 # `train.py --method lora --units U --steps 250 --epochs 99 --lr-epochs 99`, seed 0.
@@ -59,7 +54,7 @@ SIDE, MAX_OBJECTS = 64, 4
 
 # One drawing, three meanings: the tasks read the same symbols differently, on purpose.
 TYPES = {"person": "figure", "location": "house", "organization": "flag", "other": "car"}
-MET = {"member of": "flag", "residence": "house"}  # what a figure is with; couple, peer: a figure
+MET = {"member of": "flag", "residence": "house"}  # drawn beside a figure; else a second figure
 CUES = {"attack": "blade", "demonstrate": "flag", "meet": "house", "transport": "car"}
 ROLES = {"attack": ("attacker", "target"), "demonstrate": ("demonstrator", "place"),
          "meet": ("participant", "place"), "transport": ("passenger", "vehicle")}
@@ -125,8 +120,8 @@ def draw_scene(things: list[tuple[str, str]], rng: random.Random) -> tuple[Image
 class Writer:
     """Writes the records of one split of a dataset: texts, pictures, gold."""
 
-    def __init__(self, folder: Path, split: str, unit: str, seed: int, hard: Difficulty) -> None:
-        self.folder, self.split, self.unit, self.hard = folder, split, unit, hard
+    def __init__(self, folder: Path, split: str, unit: str, seed: int) -> None:
+        self.folder, self.split, self.unit = folder, split, unit
         self.rng = random.Random(f"{seed}/{unit}/{split}")
         self.number, self.tokens = 0, []  # of the text that is being written
 
@@ -162,7 +157,7 @@ class Writer:
         things = [(glyph, colour or self.rng.choice(list(COLOURS))) for glyph in glyphs]
         things += [("tree", self.rng.choice(list(COLOURS)))
                    for _ in range(min(2, MAX_OBJECTS - len(glyphs)))
-                   if self.chance(self.hard.clutter)]
+                   if self.chance(CLUTTER)]
         self.rng.shuffle(things)
         return things
 
@@ -178,16 +173,16 @@ class Writer:
         """One mention that the picture types, up to two that the text types; or none at all."""
         rng, gold, plan = self.rng, [], []
         glyph = rng.choice(list(GLYPHS))  # says nothing where nothing is vague
-        if not self.chance(self.hard.empty):
+        if not self.chance(EMPTY):
             plan = rng.choices(list(TYPES), (3, 3, 2, 2), k=rng.choice((0, 1, 2)))
-            plan += ["vague"] if self.chance(self.hard.ambiguous) or not plan else []
+            plan += ["vague"] if self.chance(AMBIGUOUS) or not plan else []
             rng.shuffle(plan)
         for label in plan or ["idle"]:
             self.tokens += ["and"] if self.tokens else []  # keeps neighbouring names apart
             for start, end in self.say(rng.choice(PHRASES[label])):
                 if label == "vague":
                     label = rng.choices(list(TYPES), (3, 3, 2, 2))[0]
-                    glyph = None if self.chance(self.hard.blank) else TYPES[label]
+                    glyph = None if self.chance(BLANK) else TYPES[label]
                 gold.append({"type": label, "start": start, "end": end})
         return [self.record("mner", self.things([glyph] if glyph else [])) | {"entities": gold}]
 
@@ -195,7 +190,7 @@ class Writer:
         """A pair whose relation the text or the picture gives, or which has none."""
         rng = self.rng
         relation = rng.choice([label for label in RELATIONS[self.unit] if label != "none"])
-        none, vague = self.chance(2.5 * self.hard.empty), self.chance(self.hard.ambiguous)
+        none, vague = self.chance(2.5 * EMPTY), self.chance(AMBIGUOUS)
         spans = self.say(rng.choice(PAIR_VAGUE if vague else PAIR_CLEAR[relation]))
         other = none and not vague  # then the text's relation is another pair's
         if other or self.chance(.3):
@@ -206,9 +201,8 @@ class Writer:
         elif none:
             shown = self.things(rng.choice((["car"], ["figure"], ["car", "figure"])), "green")
         else:
-            blank = self.chance(self.hard.blank)
-            shown = self.things([] if blank else ["figure", MET.get(relation, "figure")],
-                                "red" if relation == "couple" else
+            glyphs = [] if self.chance(BLANK) else ["figure", MET.get(relation, "figure")]
+            shown = self.things(glyphs, "red" if relation == "couple" else
                                 "blue" if relation == "peer" and self.unit == "V1" else None)
         gold = {"head": spans[0], "tail": spans[2 if other else 1],
                 "relation": "none" if none else relation}
@@ -218,12 +212,12 @@ class Writer:
         """A pair of text and picture with one event or none, as a med and a meae record."""
         rng = self.rng
         event = rng.choice(list(ROLES))
-        none, vague = self.chance(self.hard.empty), self.chance(self.hard.ambiguous)
-        blank = none or self.chance(self.hard.blank if vague else .5)
+        none, vague = self.chance(EMPTY), self.chance(AMBIGUOUS)
+        blank = none or self.chance(BLANK if vague else .5)
         glyphs = ([] if blank else [CUES[event]]) + ["figure"] * rng.choice((0, 1, 2))
-        seen = not none and vague and not blank and self.chance(.2)  # only the picture tells it
+        wordless = not none and vague and not blank and self.chance(.2)  # only the picture tells it
         trigger, arguments = None, []
-        if none or seen:
+        if none or wordless:
             self.say(rng.choice(PAIR_VAGUE))
         else:
             verb = rng.choice(VAGUE_TRIGGERS if vague else TRIGGERS[event])
@@ -258,8 +252,7 @@ def object_role(event: str, glyph: str, colour: str) -> str | None:
     return second if (event, glyph) in (("meet", "house"), ("transport", "car")) else None
 
 
-def make_world(dst: str | Path, seed: int = 0, scale: float = 1.0,
-               hard: Difficulty = Difficulty()) -> dict[str, dict[str, int]]:
+def make_world(dst: str | Path, seed: int = 0, scale: float = 1.0) -> dict[str, dict[str, int]]:
     """Write the demo corpus below dst; returns {dataset: {split: records}}.
 
     The same arguments give the same bytes. `scale` is a factor on the size of every split.
@@ -274,8 +267,7 @@ def make_world(dst: str | Path, seed: int = 0, scale: float = 1.0,
         text = json.dumps({"name": folder.name, "units": units, "labels": labels})
         (folder / "dataset.json").write_text(text + "\n", encoding="utf-8")
         counts[folder.name] = {
-            split: Writer(folder, split, unit, seed, hard).write(
-                max(2, round((fixed or size) * scale)))
+            split: Writer(folder, split, unit, seed).write(max(2, round((fixed or size) * scale)))
             for split, fixed in SPLITS.items()}
     return counts
 
@@ -285,10 +277,10 @@ ASK = {"copy": "Copy", "pairs": "Please extract the following", "nested": "Pleas
 
 
 class Lessons:
-    """Endless generic text-to-text examples over the words of given texts and made-up words.
+    """Endless text-to-text examples, pairs (input, answer), on the words of given texts and on
+    made-up ones.
 
     No lesson knows a task or a label: the keys to look for are random words, listed in the input.
-    Every lesson is a pair (input, answer).
     """
 
     def __init__(self, texts: list[str], avoid: set[str], tokenizer: Tokenizer,
@@ -335,15 +327,15 @@ class Lessons:
 
     def pairs(self) -> tuple[str, str]:
         """Each listed key with the name beside it; or beside the word that is given as its code."""
-        words, code = self.words(8, 4), self.rng.random() < .25
+        words, coded = self.words(8, 4), self.rng.random() < .25
         keys = words[:len(words) // 2]
-        signs = words[len(keys):] if code else keys
+        signs = words[len(keys):] if coded else keys
         text, answer = [self.word()], []
         for k in self.rng.choices(range(len(keys)), k=self.rng.choice((0, 1, 2, 3, 3))):
             name, around = self.name(), [w for w in self.words(2) if w not in words] + [signs[k]]
             text += ["and", *self.rng.choice(((*around, name), (name, *around[::-1])))]
             answer.append(f"{keys[k]}, {name}")
-        listed = [f"{sign} {key}" for sign, key in zip(signs, keys)] if code else sorted(keys)
+        listed = [f"{sign} {key}" for sign, key in zip(signs, keys)] if coded else sorted(keys)
         return (f"{ASK['pairs']} {self.word()}: {', '.join(listed)}. Text: {' '.join(text)}",
                 " <spot> ".join(answer) or "none")
 
@@ -432,12 +424,12 @@ def make_tokenizer(texts: list[str], path: Path, pieces: int) -> None:
 
 def train(loss_of: Callable[[float], Tensor], parameters: list[torch.nn.Parameter],
           steps: int, rate: float, title: str) -> None:
-    """Adam on loss_of(progress in 0..1): a short rise of the rate, then half a cosine to zero."""
+    """Adam on loss_of(progress in 0..1): a short warmup, then half a cosine of the rate to zero."""
     optimizer = torch.optim.Adam(parameters, rate, betas=(.9, .98), fused=True)
-    mean, rise = None, max(1, min(50, steps // 10))
+    mean, warmup = None, max(1, min(50, steps // 10))
     with tqdm(range(steps), desc=title, unit="step") as bar:
         for step in bar:
-            factor = min(1.0, (step + 1) / rise) * (.5 + .5 * math.cos(math.pi * step / steps))
+            factor = min(1.0, (step + 1) / warmup) * (.5 + .5 * math.cos(math.pi * step / steps))
             optimizer.param_groups[0]["lr"] = rate * factor
             loss = loss_of(step / steps)
             optimizer.zero_grad()
@@ -459,12 +451,10 @@ def start_mimetic(model: T5) -> None:
     for module in model.modules():
         if isinstance(module, Attention):
             width = module.k.weight.shape[0]
-            turn = torch.nn.init.orthogonal_(torch.empty(module.k.weight.shape))
-            module.k.weight.copy_(turn)
-            module.q.weight.copy_(turn * (width // module.heads) ** -.5)
-            turn = torch.nn.init.orthogonal_(torch.empty(module.v.weight.shape))
-            module.v.weight.copy_(turn)
-            module.o.weight.copy_(turn.T)
+            torch.nn.init.orthogonal_(module.k.weight)
+            module.q.weight.copy_(module.k.weight * (width // module.heads) ** -.5)
+            torch.nn.init.orthogonal_(module.v.weight)
+            module.o.weight.copy_(module.v.weight.T)
     after = model.config.relative_attention_num_buckets // 2  # buckets of keys to the right
     model.encoder.relative_bias.weight[[1, after + 1, 2], [0, 1, 2]] += 7.0  # [buckets, heads]
     model.decoder.relative_bias.weight[[1, 2], [0, 1]] += 7.0
@@ -477,7 +467,7 @@ def make_t5(lessons: Lessons, tiny: Tiny, seed: int,
     config = T5Config(
         vocab_size=lessons.tokenizer.vocab_size + 100, d_model=tiny.width, num_heads=tiny.heads,
         d_kv=tiny.width // tiny.heads, d_ff=tiny.inner, num_layers=tiny.layers,
-        dropout_rate=0.0, feed_forward_proj="gated-gelu", tie_head=True, scale_logits=True)
+        dropout_rate=0.0, feed_forward_proj="gated-gelu")
     model = T5(config).train()
     start_mimetic(model)
     speed_up(model)

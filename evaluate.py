@@ -4,10 +4,9 @@
     torchrun --nproc_per_node=4 evaluate.py RUN --data DIR      the same, shared by four processes
     python evaluate.py runs/a runs/b runs/c --csv FILE          systems side by side, with intervals
 
-In reading order: what a number counts, matching, scoring, the table, decoding, the model, a run,
-runs side by side, the command.  Scores are whole numbers per record; percentages are formed once,
-at the end, and never rounded before they are printed.  The batches are those of the whole split and
-each goes to one process, so no text and no count depends on the number of processes.
+Scores are whole numbers per record; percentages are formed once, at the end, and never rounded
+before they are printed.  Each batch of the split goes whole to one process, so no text and no count
+depends on the number of processes.
 
 References: C-LoRAE (arXiv 2505.06303), Table 2 for the columns and Eq. (9) for `unit_f1`; entities
 as in UMT's ner_evaluate, relations as in HVPNeT's eval_result, events as in M2E2 (ACL 2020).
@@ -22,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import nn
@@ -33,20 +33,19 @@ import fast
 from data import Example, Item
 from engine.checkpoints import find_checkpoint, load_trainables, read_state
 from engine.command import Parser, moved
-from engine.compare import (COMPARISON, collect, comparison_line, comparison_table, still_true,
-                            system_names)
+from engine.compare import compare
 from engine.corpus import corpus_of, load_corpus, load_datasets, split_digest
 from engine.features import Features
-from engine.files import UsageError, WeightsError, read_json, save_csv, write_whole
+from engine.files import UsageError, WeightsError, read_json, write_whole
 from engine.processes import World, carry_out
 from engine.schema import TASKS, UNIT_TASK, UNITS, Dataset, Record, iou
-from engine.settings import IMPLS, Config, old_spelling
+from engine.settings import Config, run_options
 from engine.sources import Sources, stored_config, stored_sources
 from engine.weights import open_weights
 from t5 import T5, Stack, T5Config
 from vision import UMIE, ViT
 
-# ------------------------------------------------------------------------- what a number counts
+# --------------------------------------------------------------------- counting, matching, scoring
 
 IOU_MATCH = 0.5  # M2E2: an object argument is right from this overlap on
 
@@ -85,8 +84,7 @@ def percent(count: int, whole: int) -> float:
 
 @dataclass(frozen=True)
 class Counts:
-    """Whole numbers that add up over records, datasets and processes; rates in % follow."""
-
+    """Whole numbers that add up over records; the rates in % follow from them."""
     tp: int = 0  # predicted items that are in the gold
     pred: int = 0
     gold: int = 0
@@ -109,7 +107,7 @@ class Counts:
 
     @property
     def rounded_f1(self) -> float:
-        """F1 as UMIE prints it: P and R are fractions of 4 digits before F1 is, and F1 again."""
+        """F1 as UMIE prints it: P, R and then F1 are fractions rounded to 4 digits."""
         p, r = (round(self.tp / whole, 4) if whole else 0.0 for whole in (self.pred, self.gold))
         return 100 * round(2 * p * r / (p + r), 4) if p + r else 0.0
 
@@ -126,13 +124,11 @@ def subscores(scores: Scores, unit: str, mark: str) -> Scores:
 
 
 def unit_f1(scores: Scores) -> dict[str, float]:
-    """F1 in % of each unit: the s of Eq. (9).  Where several datasets share a unit (ACE2005 and
-    SWiG both train MED), it is the mean of theirs: the larger one does not speak for both."""
+    """F1 in % of each unit: the s of Eq. (9).  Where several datasets share a unit, as ACE2005 and
+    SWiG share MED, it is the mean of their F1, so the larger one does not drown the other."""
     by_unit = {unit: [c.f1 for c in subscores(scores, unit, "@").values()] for unit in UNITS}
     return {unit: sum(f1) / len(f1) for unit, f1 in by_unit.items() if f1}
 
-
-# -------------------------------------------------------------------------------------- matching
 
 def type_of(item: Item) -> str:
     """Entity type, relation, event type, or of an argument "event type:role"."""
@@ -151,12 +147,10 @@ def overlap(a: Item, b: Item) -> float:
 
 def pair_off(gold: list[Item], predicted: list[Item], same_type: bool = True,
              exact: bool = True) -> int:
-    """Take the pairs that fit out of both lists and return their number.
-
-    A pair has one type and role, unless `same_type` is False, and one place: equal spans, the whole
-    image or boxes of enough overlap; any overlap if not `exact`.  Pairs are one to one, those of
-    the largest overlap first.  (The official M2E2 scorer lets two predictions match one gold box.)
-    """
+    """Take the pairs that fit out of both lists and return their number.  A pair has one type and
+    role, unless `same_type` is False, and one place: equal spans, the whole image or boxes of
+    enough overlap; any overlap if not `exact`.  Pairs are one to one, those of the largest overlap
+    first, whereas the official M2E2 scorer lets two predictions match one gold box."""
     pairs = []
     for (i, g), (j, p) in itertools.product(enumerate(gold), enumerate(predicted)):
         shared = overlap(g, p)
@@ -165,8 +159,8 @@ def pair_off(gold: list[Item], predicted: list[Item], same_type: bool = True,
             pairs.append((-shared, i, j))
     partner: dict[int, int] = {}  # index into gold: index into predicted
     for _, i, j in sorted(pairs):
-        if i not in partner and j not in partner.values():
-            partner[i] = j
+        if j not in partner.values():
+            partner.setdefault(i, j)
     gold[:] = [item for i, item in enumerate(gold) if i not in partner]
     predicted[:] = [item for j, item in enumerate(predicted) if j not in partner.values()]
     return len(partner)
@@ -174,11 +168,9 @@ def pair_off(gold: list[Item], predicted: list[Item], same_type: bool = True,
 
 def count(task: str, gold: Sequence[Item], predicted: Sequence[Item], malformed: int = 0,
           missing: int = 0) -> Counts:
-    """Counts of one record; `malformed` is what the parser could not use of its output.
-
-    Every item falls into the first class that takes it: right, wrong type, wrong boundary (see
-    RULES).  Gold items that remain are missed, predicted ones are spurious.
-    """
+    """Counts of one record; `malformed` is what the parser could not use of its output.  Every item
+    falls into the first class that takes it: right, wrong type, wrong boundary (see RULES).  Gold
+    items that remain are missed, predicted ones are spurious."""
     gold, predicted = list(gold), list(predicted)
     if task == "mre":  # none is no relation; the others share one place, as if it were an image
         gold, predicted = ([replace(item, whole_image=True) for item in items
@@ -192,11 +184,9 @@ def count(task: str, gold: Sequence[Item], predicted: Sequence[Item], malformed:
 
 def count_umie(task: str, gold: Sequence[Item], predicted: Sequence[Item],
                malformed: int = 0) -> Counts:
-    """Counts of one record by UMIE's rule (see RULES), for `Counts.rounded_f1`.
-
-    A predicted string is right as often as the gold has it.  A gold string that occurs nowhere in
-    the prediction is missed, and `gold` is tp + missed: UMIE divides by that for its recall.
-    """
+    """Counts of one record by UMIE's rule (see RULES), for `Counts.rounded_f1`.  A predicted string
+    is right as often as the gold has it.  A gold string that occurs nowhere in the prediction is
+    missed, and `gold` is tp + missed: UMIE divides by that for its recall."""
     if task == "mre" and malformed:  # the parser reads it as "none"
         predicted = []
     wanted, given = (Counter((type_of(item), item.text and data.canon(item.text))
@@ -206,12 +196,9 @@ def count_umie(task: str, gold: Sequence[Item], predicted: Sequence[Item],
     return Counts(tp, given.total(), tp + missed, rows=1)
 
 
-# --------------------------------------------------------------------------------------- scoring
-
 @dataclass(frozen=True)
 class Answer:
     """What the model wrote for one record, before it is read."""
-
     text: str
     cut: bool = False  # it reached the length limit, so its last item may be incomplete
     missing: bool = False  # the record names an image, and the model was shown none
@@ -221,7 +208,6 @@ class Answer:
 @dataclass(frozen=True)
 class Row:
     """One scored record."""
-
     record: Record
     unit: str
     answer: Answer
@@ -233,11 +219,9 @@ class Row:
 
 def score_rows(records: Sequence[Record], answers: Sequence[Answer],
                datasets: Mapping[str, Dataset]) -> list[Row]:
-    """Parse and score one answer per record -> one row each, in their order.
-
-    The string of an argument is mapped to its occurrence nearest to the trigger that the same run
-    predicted for the same sentence-image pair, never to the gold trigger: triggers come first.
-    """
+    """Parse and score one answer per record -> one row each, in their order.  The string of an
+    argument is mapped to its occurrence nearest to the trigger that the same run predicted for the
+    same sentence-image pair, never to the gold trigger: triggers come first."""
     rows, triggers = {}, defaultdict(dict)  # pair: {event type: start of its first trigger}
     given = enumerate(zip(records, answers, strict=True))
     for i, (record, answer) in sorted(given, key=lambda entry: entry[1][0].task == "meae"):
@@ -273,18 +257,18 @@ def is_object(item: Item) -> bool:
 
 def total(rows: Sequence[Row]) -> Scores:
     """Sum the rows of each unit, and of what it holds."""
-    scores: Scores = {}
+    scores: Scores = defaultdict(Counts)
     for row in rows:
-        for mark, counts in {"": row.counts, f"@{row.record.dataset}": row.counts,
-                             **row.details}.items():
-            scores[row.unit + mark] = scores.get(row.unit + mark, Counts()) + counts
+        marked = {"": row.counts, f"@{row.record.dataset}": row.counts, **row.details}
+        for mark, counts in marked.items():
+            scores[row.unit + mark] += counts
     for unit in ("MEAE", "MED"):  # by the rules of VARIANTS, where a row is concerned
         events = [row for row in rows if row.unit == unit]
         if any(row.record.accepted for row in events):
             scores[f"{unit}~accepted"] = sum(map(count_accepted, events), Counts())
         if any(m2e2_sentence(row.record) for row in events):
             scores[f"{unit}~once"] = count_once(events)
-    return scores
+    return dict(scores)
 
 
 def m2e2_sentence(record: Record) -> str | None:
@@ -294,8 +278,8 @@ def m2e2_sentence(record: Record) -> str | None:
 
 
 def count_once(rows: Sequence[Row]) -> Counts:
-    """Counts of one unit without what an earlier row has shown: items in the text belong to
-    (sentence, gold events), those in the image to the image."""
+    """Counts of one unit without what an earlier row has shown: the items in a text, which belong
+    to (sentence, gold events), and those in an image."""
     counts, seen = Counts(), set()
     for row in rows:
         record, sentence = row.record, m2e2_sentence(row.record)
@@ -310,13 +294,11 @@ def count_once(rows: Sequence[Row]) -> Counts:
 
 
 def count_accepted(row: Row) -> Counts:
-    """tp, pred and gold of a row without the predictions that are wrong by its gold, but right by
-    `record.accepted`."""
+    """Counts of a row without the predictions that only `record.accepted` makes right."""
     wrong = list(row.predicted)
     pair_off(list(row.gold), wrong)  # takes out what is right
-    other = replace(row.record, events=row.record.accepted)
-    excused = pair_off(data.gold_items(other), wrong)
-    return Counts(row.counts.tp, row.counts.pred - excused, row.counts.gold)
+    accepted = data.gold_items(replace(row.record, events=row.record.accepted))
+    return Counts(row.counts.tp, row.counts.pred - pair_off(accepted, wrong), row.counts.gold)
 
 
 # ------------------------------------------------------------------------------------- the table
@@ -331,18 +313,17 @@ def table(scores: Scores, datasets: Mapping[str, Dataset] = {}) -> str:
     """The paper's seven columns, their sum and mean, and below what each number counts, with the
     notes of those `datasets` that have rows."""
     def line(name: str, cells: Mapping[str, object], form: str) -> str:
-        return f"{name:10}" + "".join(f"{cells[unit]:{form}}" if unit in cells else f"{'-':>8}"
+        return f"{name:10}" + "".join(f"{cells.get(unit, '-'):{form if unit in cells else '>8'}}"
                                       for unit in UNITS)
 
     units = [unit for unit in UNITS if unit in scores]
-    lines = [f"{line('', dict(zip(UNITS, UNITS)), '>8')}{'All':>9}{'mean':>8}"]
+    lines = [line("", dict(zip(UNITS, UNITS)), ">8") + f"{'All':>9}{'mean':>8}"]
     for name, (mark, rate) in RATES.items():
         cells = {unit: getattr(scores[unit + mark], rate) for unit in units
                  if rate != "accuracy" or UNIT_TASK[unit] == "mre"}
-        ends = sum(cells.values()), sum(cells.values()) / max(len(cells), 1)
         if cells:
-            lines.append(line(name, cells, "8.2f")
-                         + "{:9.2f}{:8.2f}".format(*ends) * name.startswith("F1"))
+            ends = f"{sum(cells.values()):9.2f}{fmean(cells.values()):8.2f}"
+            lines.append(line(name, cells, "8.2f") + ends * name.startswith("F1"))
     for name in COUNTED:
         cells = {unit: getattr(scores[unit], name) for unit in units}
         lines.append(line(name.replace("_", " "), cells, "8d") + f"{sum(cells.values()):9d}")
@@ -353,11 +334,10 @@ def legend(scores: Scores) -> list[str]:
     """What each column counts and holds, and by which rule each row is computed."""
     units, variants = [], []
     for unit in filter(scores.get, UNITS):
-        datasets = subscores(scores, unit, "@")
-        inner = [f"{name} only F1 {c.f1:.2f}" for name, c in subscores(scores, unit, "/").items()]
-        if len(datasets) > 1:
-            inner += [f"{name} F1 {c.f1:.2f}" for name, c in datasets.items()]
-        units.append(f"{unit:5}{DEFINITIONS[unit]}" + (f" ({', '.join(inner)})" if inner else ""))
+        inner, datasets = subscores(scores, unit, "/"), subscores(scores, unit, "@")
+        shown = [f"{name} only F1 {c.f1:.2f}" for name, c in inner.items()]
+        shown += [f"{name} F1 {c.f1:.2f}" for name, c in datasets.items() if len(datasets) > 1]
+        units.append(f"{unit:5}{DEFINITIONS[unit]}" + f" ({', '.join(shown)})" * bool(shown))
         variants += [f"{unit} {name}: F1 {c.f1:.2f}, P {c.precision:.2f}, R {c.recall:.2f} (tp "
                      f"{c.tp}, pred {c.pred}, gold {c.gold}): {VARIANTS[name]}"
                      for name, c in subscores(scores, unit, "~").items() if name in VARIANTS]
@@ -367,9 +347,8 @@ def legend(scores: Scores) -> list[str]:
 
 def notes(scores: Scores, datasets: Mapping[str, Dataset]) -> list[str]:
     """What a reader of these scores must know of their data."""
-    used = {name for unit in UNITS for name in subscores(scores, unit, "@")}
-    lines = [f"note on {name}: {dataset.note}" for name, dataset in datasets.items()
-             if name in used and dataset.note]
+    lines = [f"note on {name}: {dataset.note}" for name, dataset in datasets.items() if dataset.note
+             and any(f"{unit}@{name}" in scores for unit in dataset.units.values())]
     counts = sum((scores[unit] for unit in UNITS if unit in scores), Counts())
     return lines + [f"note on images: {counts.missing} of {counts.rows} rows were answered "
                     "without their image, whose file was not there"] * bool(counts.missing)
@@ -383,34 +362,30 @@ def type_table(scores: Scores) -> str:
     return "\n".join(lines)
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines with straight columns, the first to the left, the others right."""
-    first, *others = ([max(map(len, column))] for column in zip(*rows))
-    return [row[0].ljust(first[0]) + "".join(cell.rjust(width + 2) for cell, (width,)
-                                             in zip(row[1:], others)) for row in rows]
-
-
 # ------------------------------------------------------------------------------------- the model
 
 @dataclass
 class Setup:
     """A model with everything that turns records into its input and its output into records."""
-
     config: Config
     sources: Sources
     datasets: dict[str, Dataset]
     tokenizer: data.Tokenizer
     model: UMIE
-    form: str  # of its modules: fast.form_on
 
 
 def build(config: Config, sources: Sources, device: torch.device) -> Setup:
     """The adapted model as its seed makes it: what is trained in fp32, a frozen backbone in the
-    run's precision.  On the device "meta" it has names, shapes and types, and no weight is read.
-    """
+    run's precision.  On the device "meta" it has names, shapes and types, and no weight is read."""
     meta, half = device.type == "meta", config.precision == "bf16" and config.method != "full"
     dtype = torch.bfloat16 if half else torch.float32
-    t5 = outline(sources.t5, dtype) if meta else T5.from_pretrained(sources.t5, dtype=dtype)
+    if meta:  # a head that is stored counts as untied
+        tied = "lm_head.weight" not in open_weights(sources.t5)
+        with device:
+            shape = T5Config.from_hf(read_json(sources.t5 / "config.json"), sources.t5, tied)
+            t5 = T5(shape).to(dtype)
+    else:
+        t5 = T5.from_pretrained(sources.t5, dtype=dtype)
     tokenizer, ids = data.Tokenizer(sources.t5), t5.config.vocab_size
     if tokenizer.spot_id >= ids:
         raise WeightsError(f"{sources.t5}: expected a spiece.model of at most {ids - 100} pieces "
@@ -423,41 +398,24 @@ def build(config: Config, sources: Sources, device: torch.device) -> Setup:
         method = read_state(sources.init)["config"]["method"]
         if method != "full":  # the paper's experts sit on UMIE with a trained visual adapter
             raise UsageError(f"--init {sources.init}: expected a run of method full, whose "
-                             f"checkpoint holds every weight, got method {method}; train one with "
-                             "--method full")
+                             f"checkpoint holds every weight, got method {method}; name one")
         load_trainables(model, sources.init)
     clorae.adapt(model, config.method, config.rank, TASKS, alpha=config.alpha,
                  dropout=config.dropout, egr=config.egr, mim=config.uses_mim)
     model.free_adapter(config.visual_policy)
-    form = fast.speed_up(model.to(device), config.impl)
-    set_modules(model, config)
-    return Setup(config, sources, load_datasets(sources.corpus), tokenizer, model, form)
-
-
-def outline(folder: Path, dtype: torch.dtype) -> T5:
-    """The T5 of a folder on the meta device; a head that is stored counts as untied."""
-    tied = "lm_head.weight" not in open_weights(folder)
-    with torch.device("meta"):
-        return T5(T5Config.from_hf(read_json(folder / "config.json"), folder, tied)).to(dtype)
-
-
-def set_modules(model: UMIE, config: Config) -> None:
-    """Settings that modules look up while they compute: graphs, dropout, recomputation."""
+    fast.speed_up(model.to(device), config.impl)
     model.t5.graphs = config.graphs
     for module in model.modules():
         if isinstance(module, nn.Dropout) and config.backbone_dropout is not None:
             module.p = config.backbone_dropout
         if isinstance(module, Stack):
             module.recompute = config.checkpoint_activations
+    return Setup(config, sources, load_datasets(sources.corpus), tokenizer, model)
 
 
 def load_model(checkpoint: Path, device: torch.device, **changes: object) -> Setup:
-    """Rebuild the model of a checkpoint folder from what the checkpoint itself says.
-
-    changes: Config fields that may differ in evaluation (data, missing_images, and where the
-    backbone lies: t5, vit, init).  Raises UsageError if the backbone is not the one trained on, or
-    a tensor does not fit.
-    """
+    """Rebuild the model that a checkpoint folder describes, with `changes` of its settings.
+    UsageError if the backbone is not the one trained on, or a tensor does not fit."""
     config = stored_config(checkpoint, **changes)
     setup = build(config, stored_sources(checkpoint, config, changes), device)
     load_trainables(setup.model, checkpoint)
@@ -469,7 +427,6 @@ def load_model(checkpoint: Path, device: torch.device, **changes: object) -> Set
 @dataclass(frozen=True)
 class Decoding:
     """How answers are generated; greedy unless beams > 1."""
-
     batch_size: int = 32
     beams: int = 1
     max_new_tokens: int = 192
@@ -481,11 +438,8 @@ class Decoding:
 
 
 def deal(lengths: Sequence[int], batch_size: int, rank: int, world: int) -> list[list[int]]:
-    """The batches of process `rank` of `world`, as positions into `lengths`.
-
-    The batches are those of the whole split, longest rows first, whatever the number of processes;
-    process r takes batches r, r + world, ...
-    """
+    """The batches of process `rank` of `world`, as positions into `lengths`: every `world`-th of
+    the batches of the whole split, whose longest rows come first."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     batches = [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
     return batches[rank::world]
@@ -494,11 +448,8 @@ def deal(lengths: Sequence[int], batch_size: int, rank: int, world: int) -> list
 @torch.inference_mode()
 def evaluate_split(setup: Setup, examples: Sequence[Example], features: Features,
                    decoding: Decoding, world: World) -> list[Row]:
-    """Decode and score a split; every process returns the same rows.  `total` sums them.
-
-    Each process fills in the answers of its own batches and leaves the others at zero, so that one
-    sum over the processes completes them.
-    """
+    """Decode and score a split; every process returns the same rows.  Each fills in the answers of
+    its own batches and leaves the others at zero: a sum over the processes completes them."""
     model, tokenizer, device = setup.model, setup.tokenizer, world.device
     banned = tokenizer.undecodable(model.t5.config.vocab_size)
     position = {example.row: i for i, example in enumerate(examples)}
@@ -518,17 +469,12 @@ def evaluate_split(setup: Setup, examples: Sequence[Example], features: Features
         named = torch.tensor([examples[i].record.image is not None for i in places])
         answers[places, -1] = (named & ~batch.visual_mask.any(dim=1).cpu()).long()
     model.train(was_training)
-    answers = world.sum(answers.to(device))  # where the process group's backend expects it
-    return score_rows([example.record for example in examples],
-                      [read_answer(ids, bool(missing), tokenizer)
-                       for *ids, missing in answers.tolist()], setup.datasets)
-
-
-def read_answer(ids: list[int], missing: bool, tokenizer: data.Tokenizer) -> Answer:
-    """The ids that were generated, padding included, as text."""
-    cut = tokenizer.eos_id not in ids
-    ids = ids if cut else ids[:ids.index(tokenizer.eos_id) + 1]
-    return Answer(tokenizer.decode(ids), cut, missing, tuple(ids))
+    texts = []
+    for *ids, missing in world.sum(answers.to(device)).tolist():  # where its backend expects them
+        cut = tokenizer.eos_id not in ids
+        ids = ids if cut else ids[:ids.index(tokenizer.eos_id) + 1]
+        texts.append(Answer(tokenizer.decode(ids), cut, bool(missing), tuple(ids)))
+    return score_rows([example.record for example in examples], texts, setup.datasets)
 
 
 # ----------------------------------------------------------------------------------------- a run
@@ -553,15 +499,12 @@ def items_json(items: Sequence[Item]) -> list[dict]:
 
 def save_scores(path: Path, rows: Sequence[Row], checkpoint: Path, config: Config,
                 split: str, decoding: Decoding | None = None) -> None:
-    """Write what was scored, by which rules and with which result, as one JSON object.
-
-    "made_from" is what the scores depend on; "scores" has the keys of `Scores`; "records" holds
-    [tp, pred, gold] of every record, for comparing two systems on the same ones.
-    """
-    corpus, scores, records = corpus_of(config), total(rows), {}
+    """Write what was scored, by which rules and with which result, as one JSON object: "scores" by
+    the keys of `Scores`, and "records", [tp, pred, gold] of each, to compare systems on them."""
+    corpus, scores, records = corpus_of(config), total(rows), defaultdict(dict)
     for row in rows:
         name, counts = f"{row.record.dataset}/{row.record.id}", row.counts
-        records.setdefault(row.unit, {})[name] = [counts.tp, counts.pred, counts.gold]
+        records[row.unit][name] = [counts.tp, counts.pred, counts.gold]
     report = {"made_from": made_from(checkpoint, config, split, decoding or Decoding.of(config)),
               "data": str(corpus), "notes": notes(scores, load_datasets(corpus)),
               "scores": {name: counts_json(name, counts) for name, counts in scores.items()},
@@ -583,7 +526,7 @@ def counts_json(name: str, counts: Counts) -> dict[str, float]:
 
 def made_from(checkpoint: Path, config: Config, split: str, decoding: Decoding) -> dict:
     """Everything that scores depend on, as JSON; equal for two that need not be made twice."""
-    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    state = json.loads((checkpoint / "state.json").read_bytes())
     return {"checkpoint": state["sha256"]["model.safetensors"], "split": split,
             "data": split_digest(corpus_of(config), split),
             "units": list(config.units) if config.units else None,
@@ -595,19 +538,17 @@ class Job:
     """A checkpoint to be scored on a split, from a folder and the options of `run_options`."""
 
     def __init__(self, folder: Path, args: argparse.Namespace):
-        self.folder, self.split = folder, args.split
-        self.checkpoint = find_checkpoint(folder)
-        given = {name: getattr(args, name)
-                 for name in ("data", "missing_images", "impl", "graphs", "t5", "vit", "init")}
-        self.changes = {name: value for name, value in given.items() if value is not None}
+        self.folder, self.split, self.checkpoint = folder, args.split, find_checkpoint(folder)
+        names = ("data", "missing_images", "impl", "graphs", "t5", "vit", "init")
+        self.changes = {name: value for name in names if (value := getattr(args, name)) is not None}
         self.changes["units"] = args.units  # None: all of them, whatever was trained on
         self.config = stored_config(self.checkpoint, **self.changes)
         self.decoding = Decoding.of(self.config, args.batch_size, args.beams)
         self.predictions = (getattr(args, "out", None)
                             or folder / f"predictions-{args.split}.jsonl")
         if self.predictions.is_dir():
-            raise UsageError(f"--out {self.predictions}: expected a file to be written, got a "
-                             "folder; name a file in it")
+            raise UsageError(f"--out {self.predictions}: expected a file, got a folder; name a "
+                             "file in it")
         name = self.predictions.stem.removeprefix("predictions-")
         self.scores = self.predictions.with_name(f"scores-{name}.json")
 
@@ -630,10 +571,7 @@ class Job:
                         self.config.missing_images, self.config.max_objects, world.device, ViT)
 
     def score(self, world: World) -> tuple[Scores, dict[str, Dataset]]:
-        """Decode and score; write predictions and scores.
-
-        Returns the scores, the same on every process, and the descriptors of the datasets.
-        """
+        """Decode, score and write both files; returns the scores and {name: dataset}."""
         setup, examples = self.load(world)
         features = self.features(setup, examples, world)
         world.join()
@@ -644,103 +582,14 @@ class Job:
         return total(rows), setup.datasets
 
 
-# ----------------------------------------------------------------------------- runs side by side
-
-def refresh(jobs: Sequence[Job], world: World) -> None:
-    """Score the runs whose stored scores, if there are any, are not of this very checkpoint, split,
-    data and decoding.  All processes look before any of them writes."""
-    for job, fresh in [(job, still_true(job.scores, job.made_from)) for job in jobs]:
-        world.print(f"{job.checkpoint}: " + (f"scores of {job.scores}" if fresh else "decoding"))
-        if not fresh:
-            job.score(world)
-
-
-def compare(args: argparse.Namespace, world: World) -> None:
-    """Print several systems side by side, and what they differ by; --csv writes it, too."""
-    jobs = [Job(folder, args) for folder in args.checkpoint]
-    names = system_names([job.config for job in jobs])
-    seeds = Counter((name, job.config.seed) for name, job in zip(names, jobs))
-    (name, seed), times = seeds.most_common(1)[0]
-    if times > 1:
-        raise UsageError("checkpoints: expected runs that differ in a setting or the seed, "
-                         f"got two of {name} with seed {seed}; name one of them")
-    if len({job.made_from["data"] for job in jobs}) > 1:
-        raise UsageError("checkpoints: expected runs on one corpus, got "
-                         f"{', '.join(str(corpus_of(job.config)) for job in jobs)}, which "
-                         "differ; name one for all with --data DIR")
-    refresh(jobs, world)
-    if world.main:
-        systems = collect(jobs, names)
-        reports = [report for system in systems for report in system.reports]
-        lines = [comparison_line(system, systems[0]) for system in systems]
-        world.print(f"{args.split} split", comparison_table(lines), "",
-                    *(f"{unit:5}{DEFINITIONS[unit]}" for unit in UNITS
-                      if unit in reports[0]["scores"]), f"F1: {RULES['F1, P, R']}", *COMPARISON,
-                    *sorted({note for report in reports for note in report["notes"]}))
-        if args.csv:
-            save_csv(args.csv, lines)
-
-
 # ----------------------------------------------------------------------------------- the command
-
-def run_options(result: Parser, several: bool = False, required: bool = True) -> None:
-    """The options that say which checkpoint is loaded, on which data, and how it decodes."""
-    add = result.add_argument_group("what to evaluate").add_argument
-    more = "; several are set side by side, a row per system, which is the runs that differ in " \
-           "nothing but their seed" if several else ""
-    add("checkpoint", type=Path, metavar="CKPT", nargs="+" if several else 1 if required else "*",
-        help="run folder (its best checkpoint is used) or checkpoint folder" + more)
-    add("--split", choices=("test", "dev", "train"), default="test", help="which records")
-    add("--data", metavar="DIR", help="corpus folder; default: the one trained on")
-    for option, name in (("t5", "T5"), ("vit", "ViT"), ("init", "full run below the experts")):
-        add(f"--{option}", metavar="DIR", help=f"folder of the {name} that CKPT was trained on, "
-            "where it is no longer at its place; sha256 must agree")
-    add("--units", nargs="+", choices=UNITS, metavar="UNIT",
-        help=f"only these columns ({' '.join(UNITS)}); default: all in the corpus")
-    add("--missing-images", choices=("error", "mask"),
-        help="mask: rows whose image file is missing are answered without it, and counted; "
-             "default: as in training")
-    add = result.add_argument_group("decoding").add_argument
-    add("--beams", type=positive, default=1, metavar="N",
-        help="beam search over N beams; 1 is greedy")
-    add("--batch-size", type=positive, default=32, metavar="N", help="rows decoded together")
-    add("--impl", type=old_spelling, choices=IMPLS,
-        help="the modules of the chapters (plain), their faster forms (fast), these with clorae.cu "
-             "(cuda); default: auto, the fastest that works here")
-    add("--graphs", action=argparse.BooleanOptionalAction,
-        help="on a GPU, launch all kernels of a token at once, as a CUDA graph; default: as the "
-             "run that trained CKPT")
-
-
-def positive(word: str) -> int:
-    """A whole number of at least 1, from the command line."""
-    if not word.isdecimal() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {word}")
-    return int(word)
-
-
-def parser() -> Parser:
-    """The options of scoring and comparing."""
-    result = Parser(
-        description="Score a trained model on a split, or compare several.",
-        epilog="The model is rebuilt from what its checkpoint stores; no training flag is "
-               "repeated.  Under torchrun the processes share the decoding; the result is equal.",
-        usage="%(prog)s CKPT [CKPT ...] [options]")
-    run_options(result, several=True)
-    add = result.add_argument_group("output").add_argument
-    add("--out", type=Path, metavar="FILE",
-        help="predictions, one JSON object a row; scores go beside them; default: "
-             "CKPT/predictions-SPLIT.jsonl and CKPT/scores-SPLIT.json")
-    add("--details", action="store_true", help="print P, R, F1 and counts of every type, too")
-    add("--csv", type=Path, metavar="FILE", help="write the rows of the comparison there, too")
-    return result
-
 
 def run(args: argparse.Namespace, world: World) -> None:
     """Score one checkpoint and print its table, or compare several."""
-    if len(args.checkpoint) > 1 or args.csv:
-        return compare(args, world)
-    job = Job(args.checkpoint[0], args)
+    jobs = [Job(folder, args) for folder in args.checkpoint]
+    if len(jobs) > 1 or args.csv:
+        return compare(jobs, args.csv, world)
+    job, = jobs
     scores, datasets = job.score(world)
     world.print(f"{job.folder}, {job.split} split of {corpus_of(job.config)}, "
                 f"{'greedy' if args.beams == 1 else f'{args.beams} beams'}; predictions: "
@@ -759,7 +608,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         flag = word.partition("=")[0]
         if flag in MOVED:
             moved(f"evaluate.py {flag}", f"python -m tools.{MOVED[flag]}")
-    command = parser()
+    command = Parser(
+        description="Score a trained model on a split, or compare several.",
+        epilog="The model is rebuilt from what its checkpoint stores; no training flag is "
+               "repeated.  Under torchrun the processes share the decoding; the result is equal.",
+        usage="%(prog)s CKPT [CKPT ...] [options]")
+    run_options(command, several=True)
+    add = command.add_argument_group("output").add_argument
+    add("--out", type=Path, metavar="FILE",
+        help="predictions, one JSON object a row; scores go beside them; default: "
+             "CKPT/predictions-SPLIT.jsonl and CKPT/scores-SPLIT.json")
+    add("--details", action="store_true", help="print P, R, F1 and counts of every type, too")
+    add("--csv", type=Path, metavar="FILE", help="write the rows of the comparison there, too")
     args = command.parse_args(argv)
     if len(args.checkpoint) > 1 and (args.out or args.details):
         command.error("--out and --details are for a single CKPT; several are compared")

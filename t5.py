@@ -4,16 +4,14 @@ A transformer that normalises before each sublayer and has no biases in its line
 enter as a learned bias on the attention scores, which depends on the distance between key and query
 and is shared by all layers of a stack. Scores are not divided by sqrt(K): the initialisation of q
 makes up for it. Any module that can be called like nn.Linear may replace the q, k, v or o of an
-attention. The same layers in faster forms are in fast/, which this file does not know.
+attention. fast/ holds faster forms of these layers.
 
 References: Raffel et al. 2020, arXiv 1910.10683; gated feed-forward: Shazeer 2020, arXiv
 2002.05202; weight names and decoding rules: Hugging Face transformers, models/t5 and generation.
 Shapes: B batch, S source tokens, T target tokens, D model width, H heads, K head width, C
 vocabulary; in attention Q queries and M keys. Masks are bool, True = real token.
-Check:  python -m pytest tests/test_t5.py
 """
 
-import itertools
 import json
 import math
 from collections.abc import Callable
@@ -30,7 +28,7 @@ from engine.files import WeightsError, read_json, write_whole
 from engine.weights import odd_fields, open_weights, read_weights
 
 FIRST_UNUSED_ID = 32100  # where T5's vocabulary ends; hub files add untrained rows behind it
-POLL = {"cpu": 1, "cuda": 8}  # steps between two checks for finished rows: a check stalls a GPU
+POLL = {"cpu": 1, "cuda": 8}  # steps between two looks for finished requests: a look stalls a GPU
 NEVER = -1e9  # a score that loses against any real one
 
 
@@ -63,11 +61,12 @@ class T5Config:
         ids = "pad_token_id", "eos_token_id", "decoder_start_token_id"
         odd = odd_fields(self, relative_attention_num_buckets=(4, 1 << 18),
                          **dict.fromkeys(ids, (0, 1 << 18)))
-        odd = odd or [f"{name} = {getattr(self, name)}" for name in ids
-                      if getattr(self, name) >= self.vocab_size]
+        if not odd:  # now these can be compared
+            odd = [f"{name} = {getattr(self, name)}" for name in ids
+                   if getattr(self, name) >= self.vocab_size]
         buckets, far = self.relative_attention_num_buckets, self.relative_attention_max_distance
-        if not odd and far <= buckets // 2:  # these have a bucket each, see relative_buckets
-            odd.append(f"relative_attention_max_distance = {far} beside {buckets} buckets")
+        if not odd and far <= buckets // 2:  # the nearest have a bucket each: relative_buckets
+            odd = [f"relative_attention_max_distance = {far} beside {buckets} buckets"]
         if self.feed_forward_proj not in ("relu", "gated-gelu"):
             odd.append(f"feed_forward_proj = {self.feed_forward_proj!r}")
         if odd:
@@ -76,15 +75,15 @@ class T5Config:
 
     @classmethod
     def from_hf(cls, raw: dict, path: Path, tie_head: bool) -> "T5Config":
-        """The configuration in a hub's config.json, already parsed; `path` is for messages.
+        """The configuration in `raw`, a parsed config.json at `path`; WeightsError if not a T5's.
 
-        Whether the head is tied is a fact about the weights, since transformers 5 writes
-        tie_word_embeddings = true beside a separate lm_head. That key decides the scaling alone,
-        and only where scale_decoder_outputs is absent. WeightsError if it is not a T5's.
+        tie_head is read off the weights, as transformers 5 writes tie_word_embeddings = true even
+        beside a separate lm_head. That key only stands in for an absent scale_decoder_outputs.
         """
         fields = {name: raw[name] for name in cls.__dataclass_fields__ if raw.get(name) is not None}
         scale = raw.get("scale_decoder_outputs")
-        scale = raw.get("tie_word_embeddings", True) if scale is None else scale
+        if scale is None:
+            scale = raw.get("tie_word_embeddings", True)
         missing = [f for f in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
                    if f not in fields]
         if missing or raw.get("model_type", "t5") != "t5":
@@ -104,15 +103,15 @@ def relative_buckets(distance: Tensor, bidirectional: bool, buckets: int, furthe
     `furthest`. Bidirectional: the upper half of the buckets is for keys to the right of the query.
     Otherwise keys to the right, which a decoder masks anyway, count as distance 0.
     """
-    right = torch.zeros_like(distance)
+    first = torch.zeros_like(distance)  # the bucket of distance 0 on this side
     if bidirectional:
         buckets //= 2
-        right, distance = (distance > 0) * buckets, -distance.abs()
+        first, distance = (distance > 0) * buckets, -distance.abs()
     distance = (-distance).clamp(min=0)
-    exact = buckets // 2
-    growth = torch.log(distance.clamp(min=1).float() / exact) / math.log(furthest / exact)
-    far = (exact + (growth * (buckets - exact)).long()).clamp(max=buckets - 1)
-    return right + torch.where(distance < exact, distance, far)
+    near = buckets // 2  # as many distances have a bucket each
+    growth = torch.log(distance.clamp(min=1).float() / near) / math.log(furthest / near)
+    shared = (near + (growth * (buckets - near)).long()).clamp(max=buckets - 1)
+    return first + torch.where(distance < near, distance, shared)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -142,7 +141,7 @@ def prepare_memory(memory: Tensor, mask: Tensor | None,
     """memory [B,M,D] and its mask [B,M] (None: all real) -> the memory with zeros at padding, and
     the bias [B,1,1,M] (or None) that hides padding from attention.
 
-    Zero memory has zero values in every layer: attention over a fully masked row is exactly 0.
+    Where the memory is 0, so is v = W x in every layer: attention to a row of padding gives 0.
     """
     if mask is None:
         return memory, None
@@ -168,16 +167,11 @@ class Linear(nn.Linear):
         nn.init.normal_(self.weight, std=std)
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight; the mean is taken in float32."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight, the mean taken in float32, in the type of x."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -266,61 +260,55 @@ class Stack(nn.Module):
         self.dropout = nn.Dropout(config.dropout_rate)
 
     def self_bias(self, S: int, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """The bias [B or 1,H,S,S] of self-attention, one for all blocks: a learned value for each
-        distance, the lowest finite one at padding (mask [B,S]) and, in a decoder, at later tokens.
-        Its storage is padded as in mask_bias."""
-        bias = self.relative_values(S, S + -S % 8, dtype)
-        lowest = torch.finfo(dtype).min
-        if self.decoder:
-            later = torch.ones_like(bias[0, 0], dtype=torch.bool).triu(1)
-            bias = bias.masked_fill(later, lowest)
-        if mask is not None:
-            bias = bias.masked_fill(~F.pad(mask, (0, -S % 8))[:, None, None], lowest)
-        return bias[..., :S]
-
-    def relative_values(self, S: int, M: int, dtype: torch.dtype) -> Tensor:
-        """The learned bias [1,H,S,M] of keys 0..M-1 for queries 0..S-1."""
-        weight = self.relative_bias.weight
-        place = torch.arange(M, device=weight.device)
-        distance = place - place[:S, None]  # [S,M]
+        """The bias [B or 1,H,S,S] of self-attention, the same in all blocks: a learned value for
+        each distance; the lowest finite value at padding (mask [B,S], None: all tokens are real)
+        and, in a decoder, at tokens to come. Its storage is padded as in mask_bias."""
+        extra, lowest, weight = -S % 8, torch.finfo(dtype).min, self.relative_bias.weight
+        position = torch.arange(S + extra, device=weight.device)
+        distance = position - position[:S, None]  # [S,S+extra], of each key from each query
         buckets = relative_buckets(distance, not self.decoder, len(weight), self.furthest)
-        return self.relative_bias(buckets).to(dtype).permute(2, 0, 1)[None].contiguous()
+        bias = self.relative_bias(buckets).to(dtype).permute(2, 0, 1)[None].contiguous()
+        if self.decoder:
+            bias = bias.masked_fill(distance > 0, lowest)
+        if mask is not None:
+            bias = bias.masked_fill(~F.pad(mask, (0, extra))[:, None, None], lowest)
+        return bias[..., :S]
 
     def forward(self, hidden: Tensor, mask: Tensor | None, memory: Tensor | None = None,
                 memory_mask: Tensor | None = None) -> Tensor:
         """hidden [B,S,D], mask [B,S], in a decoder memory [B,M,D] and memory_mask [B,M] ->
-        [B,S,D]; what stands at padding has no meaning. A mask of None: all tokens are real.
+        [B,S,D], of no meaning at padding. A mask of None: all tokens are real.
 
-        A decoder needs no mask, as its padding must come last, where no real token sees it.
+        A decoder makes no use of its mask: its padding comes last, where no real token sees it.
         """
         dtype, memory_bias = compute_dtype(hidden), None
         if self.decoder:
+            mask = None
             memory, memory_bias = prepare_memory(memory, memory_mask, dtype)
-        bias = self.self_bias(hidden.shape[1], None if self.decoder else mask, dtype)
+        bias = self.self_bias(hidden.shape[1], mask, dtype)
+        recompute = self.recompute and self.training and torch.is_grad_enabled()
         x = self.dropout(hidden)
         for block in self.blocks:
-            if self.recompute and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, bias, memory, memory_bias, use_reentrant=False)
-            else:
-                x = block(x, bias, memory, memory_bias)
+            inputs = x, bias, memory, memory_bias
+            x = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
         return self.dropout(self.final_norm(x))
 
 
 # ------------------------------------------------------------ decoding
 class CachedDecoder:
-    """The decoder and its head, for the next token of each row at a time.
+    """The decoder and its head, called with one token of each row after the other.
 
-    Every block keeps the keys and values of the tokens so far: a step projects one token, appends
-    its key and value to the cache, and attends to all of it. The keys and values of the memory are
-    computed once per request and shared by its rows, which are `beams` neighbours.
+    Each block has a cache of the keys and values of the tokens so far: a call projects one token,
+    appends its key and value to the cache, and attends to all of it. The keys and values of the
+    memory are computed once for a request. Its beams, rows that follow each other, share them.
     """
 
-    shrinks_at = 1.0  # requests that are done leave once at most this share of a batch runs on
+    shrinks_at = 1.0  # finished requests leave when the share of unfinished ones falls to this
 
     def __init__(self, model: "T5", memory: Tensor, mask: Tensor, beams: int, steps: int) -> None:
         """memory [B,M,D], mask [B,M]; rows = B beams, of at most `steps` tokens each."""
         self.model, self.length, dtype = model, 0, compute_dtype(memory)
-        if memory.device.type == "cpu":  # where float32 attends to a few queries 4 times as fast
+        if memory.device.type == "cpu":  # for few queries float32 is 4 times as fast as bfloat16
             dtype = torch.promote_types(dtype, torch.float32)
         self.bias = model.decoder.self_bias(steps, None, dtype)  # [1,H,steps,steps]
         memory, self.memory_bias = prepare_memory(memory, mask, dtype)
@@ -331,10 +319,10 @@ class CachedDecoder:
         self.cache = [(empty, empty) for _ in model.decoder.blocks]  # [rows,H,tokens so far,K]
 
     def __call__(self, token: Tensor) -> Tensor:
-        """The next token of each row, [rows,1] -> logits of the one after it, [rows,C]."""
+        """The latest token of each row, [rows,1] -> logits of the one to follow, [rows,C]."""
         self.length += 1
         bias = self.bias[:, :, self.length - 1:self.length, :self.length]
-        x = self.model.embed(token)
+        x = self.model.shared(token)
         for i, block in enumerate(self.model.decoder.blocks):
             layer, normed = block.self_attention, block.self_attention_norm(x)
             self.cache[i] = [torch.cat((old, new.to(old.dtype)), dim=2)
@@ -346,16 +334,16 @@ class CachedDecoder:
         return self.model.head(self.model.decoder.final_norm(x))[:, 0]
 
     def attend(self, layer: Attention, q: Tensor, cache: list[Tensor], bias: Tensor) -> Tensor:
-        """Queries [rows,1,H K] and a cache of keys and values [rows,H,M,K], or [B,H,M,K], where
-        the beams of a request are further queries on the same keys -> [rows,1,H K]."""
+        """q [rows,1,H K]; keys and values of each row, [rows,H,M,K], or of each request, [B,H,M,K],
+        whose beams then count as its successive queries -> [rows,1,H K]."""
         k, v = cache
-        queries = split_heads(q.unflatten(0, (len(k), -1)).flatten(2), layer.heads)
+        queries = split_heads(q.reshape(len(k), -1, q.shape[-1]), layer.heads)  # [len(k),H,Q,K]
         with torch.autocast(q.device.type, enabled=False):
             out = layer.attend(queries.to(k.dtype), k, v, bias)
         return join_heads(out).reshape(q.shape).to(q.dtype)
 
     def select(self, rows: Tensor, requests: Tensor | None) -> None:
-        """Continue these rows, in this order; and these requests alone (None: all of them)."""
+        """Make the k-th row continue what was row rows[k]; keep only `requests` (None: all)."""
         self.cache = [(k[rows], v[rows]) for k, v in self.cache]
         if requests is not None:
             self.memory_cache = [(k[requests], v[requests]) for k, v in self.memory_cache]
@@ -363,12 +351,15 @@ class CachedDecoder:
 
 
 class Search:
-    """Running beams and best finished ones of each open request; greedy search is one beam.
+    """Beam search over the requests of a batch; with one beam, greedy search.
 
     As transformers 5 does with length_penalty 1 and early_stopping false: of the 2 * beams best
-    continuations, those that do not end run on; those that end and are among the first `beams`
-    are kept by their mean log-probability. A request is done when it keeps `beams` of them and its
-    best running beam, were it to end now, is no better. Greedy search is done at its first end.
+    continuations, those that do not end run on. Those that end and are among the first `beams`
+    compete for `beams` places, by their mean log-probability. A request is done when its places are
+    taken and its best running beam, if it ended now, would get none. Greedy: when its beam ends.
+
+    tokens [B,beams,steps] and score [B,beams], the summed log-probability: of the running beams;
+    best and best_score, the mean one: of those that have ended; done [B].
     """
 
     def __init__(self, B: int, beams: int, steps: int, config: T5Config,
@@ -381,58 +372,55 @@ class Search:
         self.done = torch.zeros(B, dtype=torch.bool, device=device)
 
     def advance(self, logits: Tensor, banned: Tensor, n: int) -> Tensor:
-        """Take the n-th token from logits [B*beams,C] -> the row that each row continues."""
+        """Choose the n-th token by logits [B*beams,C] -> the row that each row continues."""
         (B, beams, steps), C = self.tokens.shape, logits.shape[-1]
-        if beams == 1:  # greedy: one beam competes with nobody, so its logits need no sorting
+        if beams == 1:  # greedy: the best token is enough, no score is needed
             token = logits.masked_fill(banned, -math.inf).argmax(-1)
             self.tokens[:, 0, n - 1] = token.masked_fill(self.done, self.pad)
             self.best = self.tokens
             self.done |= token == self.eos
             return torch.arange(B, device=token.device)
         # Banned after the softmax, as in transformers: scores stay the model's probabilities.
-        gain = logits.log_softmax(-1).masked_fill(banned, -math.inf)
-        score, flat = (gain.view(B, beams, C) + self.score[..., None]).flatten(1).topk(2 * beams)
-        tokens = self.tokens.take_along_dim((flat // C)[..., None], 1)
-        tokens[..., n - 1] = flat % C
-        ended = (flat % C == self.eos) | (n == steps)
+        gain = logits.log_softmax(-1).masked_fill(banned, -math.inf).view(B, beams, C)
+        score, choice = (self.score[..., None] + gain).flatten(1).topk(2 * beams)
+        beam, token = choice // C, choice % C  # all [B,2*beams]
+        tokens = self.tokens.take_along_dim(beam[..., None], 1)
+        tokens[..., n - 1] = token
+        ended = (token == self.eos) | (n == steps)
         ending = torch.where(ended & ~self.done[:, None], score / n, NEVER)[:, :beams]
-        self.best_score, keep = torch.cat((self.best_score, ending), 1).topk(beams)
-        self.best = torch.cat((self.best, tokens[:, :beams]), 1).take_along_dim(keep[..., None], 1)
-        self.score, keep = torch.where(ended, score + NEVER, score).topk(beams)
-        self.tokens = tokens.take_along_dim(keep[..., None], 1)
+        self.best_score, order = torch.cat((self.best_score, ending), 1).topk(beams)
+        self.best = torch.cat((self.best, tokens[:, :beams]), 1).take_along_dim(order[..., None], 1)
+        self.score, order = torch.where(ended, score + NEVER, score).topk(beams)
+        self.tokens = tokens.take_along_dim(order[..., None], 1)
         hopeless = self.score[:, 0] / n <= self.best_score.amin(1)
         self.done |= (self.best_score > NEVER / 2).all(1) & hopeless
-        first_row = torch.arange(0, B * beams, beams, device=flat.device)[:, None]
-        return ((flat // C).gather(1, keep) + first_row).flatten()
+        first_row = torch.arange(0, B * beams, beams, device=beam.device)[:, None]
+        return (first_row + beam.gather(1, order)).flatten()
 
     def keep(self, requests: Tensor) -> None:
-        """Drop all requests but these."""
+        """Go on with these requests alone."""
         for name in ("tokens", "score", "best", "best_score", "done"):
             setattr(self, name, getattr(self, name)[requests])
 
 
 # ------------------------------------------------------------ model
 class T5(nn.Module):
-    """Shared embedding, encoder, decoder, head; T5(config) draws Mesh TensorFlow's init."""
+    """Embedding, encoder, decoder, head; T5(config) is initialised as Mesh TensorFlow does."""
 
-    decoder_class = CachedDecoder  # what generate decodes with: any class of the same methods
+    decoder_class = CachedDecoder  # what generate decodes with
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.config = config
-        self.shared = nn.Embedding(config.vocab_size, config.d_model)  # drawn from N(0, 1)
+        self.shared = nn.Embedding(config.vocab_size, config.d_model)  # of encoder and decoder
         self.encoder = Stack(config, config.num_layers, decoder=False)
         self.decoder = Stack(config, config.num_decoder_layers, decoder=True)
         self.lm_head = None if config.tie_head else Linear(config.d_model, config.vocab_size, 1.0)
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """ids [B,S] -> [B,S,D]."""
-        return self.shared(ids)
-
     def encode(self, input_ids: Tensor | None, attention_mask: Tensor | None = None,
                inputs_embeds: Tensor | None = None) -> Tensor:
         """ids [B,S] or embeddings [B,S,D], mask [B,S] (None: all real) -> [B,S,D]."""
-        hidden = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden = self.shared(input_ids) if inputs_embeds is None else inputs_embeds
         return self.encoder(hidden, None if attention_mask is None else attention_mask.bool())
 
     @property
@@ -444,20 +432,18 @@ class T5(nn.Module):
         return F.linear(self.scaled(hidden), self.head_weight)
 
     def scaled(self, hidden: Tensor) -> Tensor:
-        """Hidden states as the head's matrix expects them; v1.0 multiplies them by D^-0.5."""
+        """Hidden states as the head's matrix expects them: in v1.0 times D^-0.5."""
         return hidden * self.config.d_model ** -0.5 if self.config.scale_logits else hidden
 
     def decode_hidden(self, decoder_input_ids: Tensor, memory: Tensor,
                       memory_mask: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """ids [B,T], memory [B,M,D], its mask [B,M] (None: all real) -> [B,T,D] before the head.
-        The mask [B,T] of the target, whose padding comes last, changes no real token."""
-        memory_mask = None if memory_mask is None else memory_mask.bool()
-        return self.decoder(self.embed(decoder_input_ids), mask, memory, memory_mask)
 
-    def decode(self, decoder_input_ids: Tensor, memory: Tensor,
-               memory_mask: Tensor | None = None) -> Tensor:
-        """The same -> logits [B,T,C]."""
-        return self.head(self.decode_hidden(decoder_input_ids, memory, memory_mask))
+        mask [B,T]: the real tokens of the target, whose padding comes last. The result at these is
+        the same without it; a stack of fast/ computes no others.
+        """
+        memory_mask = None if memory_mask is None else memory_mask.bool()
+        return self.decoder(self.shared(decoder_input_ids), mask, memory, memory_mask)
 
     def shift_right(self, labels: Tensor) -> Tensor:
         """labels [B,T] -> decoder inputs [B,T]: start token first, -100 becomes padding."""
@@ -483,7 +469,7 @@ class T5(nn.Module):
 
         The ids have no start token, and padding after the end token. `banned_ids`, and ids past
         T5's vocabulary, are never produced. Requests that are done leave the batch: whenever the
-        rows change, on_rows(index [rows]) is called with the request of each computed row.
+        rows that are computed change, on_rows(index [rows]) is told the request of each.
         """
         if self.training or max_new_tokens < 1 or num_beams < 1:
             raise ValueError("generate needs model.eval(), at least one token and one beam; got "
@@ -503,21 +489,21 @@ class T5(nn.Module):
         if num_beams > 1:
             on_rows(requests.repeat_interleave(num_beams))
         for n in range(1, max_new_tokens + 1):
-            parents, running = search.advance(decoder(token).float(), banned, n), None
+            rows = search.advance(decoder(token).float(), banned, n)
             out[requests] = search.best[:, 0]
+            running = None  # which of `requests` go on, if the others leave now
             if n % POLL.get(memory.device.type, 8) == 0 and search.done.any():
                 running = (~search.done).nonzero()[:, 0]
                 if len(running) == 0:
                     break
-                if len(running) <= decoder.shrinks_at * len(requests):
-                    requests = requests[running]
-                    parents = parents.view(-1, num_beams)[running].flatten()
-                    search.keep(running)
-                    on_rows(requests.repeat_interleave(num_beams))
-                else:
+                if len(running) > decoder.shrinks_at * len(requests):
                     running = None
+            if running is not None:
+                requests, rows = requests[running], rows.view(-1, num_beams)[running].flatten()
+                search.keep(running)
+                on_rows(requests.repeat_interleave(num_beams))
             if num_beams > 1 or running is not None:
-                decoder.select(parents, running)
+                decoder.select(rows, running)
             token = search.tokens[..., n - 1].reshape(-1, 1)
         ended = out == self.config.eos_token_id
         length = torch.where(ended.any(1), ended.int().argmax(1) + 1, max_new_tokens)
@@ -531,16 +517,17 @@ class T5(nn.Module):
             raise WeightsError(f"{folder}: T5 computes in float32 or bfloat16; got {dtype}; in "
                                "float16 its feed-forward overflows: pass torch.bfloat16")
         raw, stored = read_json(folder / "config.json"), open_weights(folder)
-        only_copy = "shared.weight" not in stored and COPIES[0] in stored
-        shared = COPIES[0] if only_copy else "shared.weight"
-        same = {key for key in stored.keys() & {*COPIES, "lm_head.weight"} if shared in stored
-                and torch.equal(*(stored[k].get_tensor(k).float() for k in (key, shared)))}
-        tied = "lm_head.weight" in same or "lm_head.weight" not in stored
+        shared = "shared.weight"
+        if shared not in stored and COPIES[0] in stored:
+            shared = COPIES[0]
+        copies = {key for key in stored.keys() & {*COPIES, "lm_head.weight"} if shared in stored
+                  and torch.equal(*(stored[k].get_tensor(k).float() for k in (key, shared)))}
+        tied = "lm_head.weight" in copies or "lm_head.weight" not in stored
         config = T5Config.from_hf(raw, folder / "config.json", tied)
         with torch.device("meta"):
             model = cls(config)
         names = hf_names(config) | {"shared.weight": shared}
-        state = read_weights(folder, stored, model, names, {*same, UNUSED}, dtype)
+        state = read_weights(folder, stored, model, names, {*copies, UNUSED}, dtype)
         model.load_state_dict(state, assign=True)
         return model
 
@@ -562,21 +549,20 @@ class T5(nn.Module):
 
 
 # ------------------------------------------------------------ weights
-# Our parameters -> Hugging Face's keys, all ending in .weight. {s} encoder or decoder, {i} layer,
-# {p} q k v o; {f} is 1 in the encoder and 2 in the decoder; {up} is wi in v1.0 and wi_1 in v1.1.
-WEIGHT_MAP = {
-    "shared": "shared",
-    "lm_head": "lm_head",
-    "{s}.final_norm": "{s}.final_layer_norm",
-    "{s}.relative_bias": "{s}.block.0.layer.0.SelfAttention.relative_attention_bias",
-    "{s}.blocks.{i}.self_attention.{p}": "{s}.block.{i}.layer.0.SelfAttention.{p}",
-    "{s}.blocks.{i}.self_attention_norm": "{s}.block.{i}.layer.0.layer_norm",
-    "decoder.blocks.{i}.cross_attention.{p}": "decoder.block.{i}.layer.1.EncDecAttention.{p}",
-    "decoder.blocks.{i}.cross_attention_norm": "decoder.block.{i}.layer.1.layer_norm",
-    "{s}.blocks.{i}.feed_forward.gate": "{s}.block.{i}.layer.{f}.DenseReluDense.wi_0",
-    "{s}.blocks.{i}.feed_forward.up": "{s}.block.{i}.layer.{f}.DenseReluDense.{up}",
-    "{s}.blocks.{i}.feed_forward.down": "{s}.block.{i}.layer.{f}.DenseReluDense.wo",
-    "{s}.blocks.{i}.feed_forward_norm": "{s}.block.{i}.layer.{f}.layer_norm",
+# What Hugging Face's keys say in place of our words, replaced from top to bottom; {f} is 1 in the
+# encoder and 2 in the decoder, {up} is wi in v1.0 and wi_1 in v1.1.
+HF_WORDS = {
+    "final_norm": "final_layer_norm",
+    "relative_bias": "block.0.layer.0.SelfAttention.relative_attention_bias",
+    "blocks": "block",
+    "self_attention_norm": "layer.0.layer_norm",
+    "self_attention": "layer.0.SelfAttention",
+    "cross_attention_norm": "layer.1.layer_norm",
+    "cross_attention": "layer.1.EncDecAttention",
+    "feed_forward_norm": "layer.{f}.layer_norm",
+    "feed_forward.gate": "layer.{f}.DenseReluDense.wi_0",
+    "feed_forward.up": "layer.{f}.DenseReluDense.{up}",
+    "feed_forward.down": "layer.{f}.DenseReluDense.wo",
 }
 # Never loaded: copies, if they equal shared; a bias in v1.0's files that no T5 ever used.
 COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
@@ -585,13 +571,11 @@ UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight
 
 def hf_names(config: T5Config) -> dict[str, str]:
     """Name of every parameter of T5(config) -> its key in Hugging Face's files."""
-    names, up = {}, "wi_1" if config.gated else "wi"
-    stacks = ("encoder", config.num_layers, 1), ("decoder", config.num_decoder_layers, 2)
-    for s, layers, f in stacks:
-        for (ours, theirs), i, p in itertools.product(WEIGHT_MAP.items(), range(layers), "qkvo"):
-            if not (s == "encoder" and ours.startswith("decoder")
-                    or ours == "lm_head" and config.tie_head
-                    or ours.endswith("gate") and not config.gated):
-                names[ours.format(s=s, i=i, p=p) + ".weight"] = theirs.format(
-                    s=s, i=i, p=p, f=f, up=up) + ".weight"
+    with torch.device("meta"):
+        names = {name: name for name in T5(config).state_dict()}
+    for ours, theirs in names.items():
+        for word, hub in HF_WORDS.items():
+            theirs = theirs.replace(word, hub)
+        names[ours] = theirs.format(f=2 if ours.startswith("decoder") else 1,
+                                    up="wi_1" if config.gated else "wi")
     return names

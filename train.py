@@ -65,10 +65,10 @@ class Trainer:
 
     def __init__(self, config: Config, model: UMIE, form: str, flat: FlatParameters, world: World,
                  rows: "Rows", progress: Progress):
-        """form: of the model's modules, see fast.form_on."""
+        """form: "plain", "fast" or "cuda", what fast.speed_up made of the model's modules."""
         self.config, self.model, self.form, self.flat = config, model, form, flat
         self.world, self.rows, self.progress = world, rows, progress
-        self.stopping = False  # some process was asked to stop
+        self.stopping = False  # whether one of the processes was asked to stop
         self.graphs = Graphs(self.gradients, world.device) if config.graphs else None
         if config.graphs:
             cuda.keep_tasks_on_gpu(model)
@@ -79,25 +79,24 @@ class Trainer:
         self.flat.grads.zero_()
         if not self.model.training:  # an evaluation was before this step
             self.model.train()
-        examples, size = self.rows.examples, self.config.micro_batch
-        for number, micro in enumerate(data.micro_batches(indices, examples, size)):
-            if number % self.world.size == self.world.rank:
-                sums[:-1] += self.backward(micro, number, indices)
-        sums[-1:] = self.world.signal
+        micros = data.micro_batches(indices, self.rows.examples, self.config.micro_batch)
+        for k, micro in enumerate(micros):
+            if k % self.world.size == self.world.rank:  # the processes share the micro-batches
+                sums[:-1] += self.backward(micro, k, indices)
+        sums[-1:] = self.world.signal  # 0 unless this process was asked to stop
         norm = self.world.sum(self.flat.grads).norm()[None]
-        numbers = torch.cat([self.world.sum(sums), norm]).tolist()  # the only wait for a GPU
-        *sums, stop, length = numbers
-        self.stopping = stop > 0  # for all processes at the same step
-        return self.update(sums, norm, length, indices)
+        *sums, stop, norm_value = torch.cat([self.world.sum(sums), norm]).tolist()  # waits for GPU
+        self.stopping = stop > 0  # in all processes at the same step
+        return self.update(sums, norm, norm_value, indices)
 
-    def backward(self, micro: list[int], number: int, indices: list[int]) -> Tensor:
-        """Add the gradients of micro-batch `number` of the global batch `indices`; returns its
-        `unit_sums`."""
+    def backward(self, micro: list[int], k: int, indices: list[int]) -> Tensor:
+        """Add the gradients of `micro`, the k-th micro-batch of the global batch `indices`, both
+        positions in rows.examples; returns its `unit_sums`."""
         config, progress, device = self.config, self.progress, self.world.device
         tokens = sum(len(self.rows.examples[i].labels) for i in indices)
         numbers = torch.tensor([*(progress.weights.get(unit, 0.0) for unit in UNITS), tokens,
                                 len(indices)])
-        torch.manual_seed(hash((config.seed, progress.step, number)))  # of integers: always equal
+        torch.manual_seed(hash((config.seed, progress.step, k)))  # a hash of integers never varies
         batch = self.rows.collate(micro)
         if self.graphs is not None:
             return self.graphs(batch.widened(1 + config.max_objects), numbers)
@@ -106,8 +105,8 @@ class Trainer:
     def gradients(self, batch: data.Batch, numbers: Tensor) -> Tensor:
         """Add the gradients of Eq. (10) for a micro-batch of B' rows; returns its `unit_sums`.
 
-        It depends on tensors alone, so a CUDA graph of it serves other batches of this shape.
-        numbers [units + 2]: w_t^m of Eq. (9), then target tokens and rows B of the global batch.
+        numbers [units + 2]: w_t^m of Eq. (9), then target tokens and rows B of the global batch: as
+        a tensor, so that one CUDA graph of this computation serves all batches of a shape.
         """
         config = self.config
         w, tokens, B = numbers[:-2], numbers[-2], numbers[-1]
@@ -117,26 +116,26 @@ class Trainer:
             hidden = self.model.hidden(batch)
             ce = losses.token_cross_entropy(hidden, batch.labels, self.model.t5.head,
                                             real=batch.real)  # [B']
-        L_MT = (w[batch.units] * ce).sum() / tokens  # each row weighs as much as its unit
+        L_MT = (w[batch.units] * ce).sum() / tokens  # a row has the weight of its unit
         L_MIM = self.mutual_information(B) if config.uses_mim else torch.zeros_like(L_MT)
         loss = L_MT + config.beta * L_MIM  # Eq. (10)
         loss.backward()
         return unit_sums(torch.stack([loss, L_MT, L_MIM]), ce, batch)
 
     def mutual_information(self, B: Tensor) -> Tensor:
-        """L_MIM of Eq. (5), a scalar, from what the expert layers kept of the last forward pass;
-        by the fast forms from codes in rank space.  B: rows of the global batch."""
+        """L_MIM, Eq. (5), a scalar, from the experts' outputs in the last forward pass: U and D, or
+        what the fast forms keep in their place.  B: rows of the global batch."""
         if self.form != "plain":
             return mim.mutual_information(self.model, B)
         outputs = clorae.expert_outputs(self.model)
         return losses.mutual_information(outputs, B, len(clorae.expert_layers(self.model)))
 
-    def update(self, sums: list[float], norm: Tensor, length: float,
+    def update(self, sums: list[float], norm: Tensor, norm_value: float,
                indices: list[int]) -> dict[str, float]:
         """Clip the gradient and step; returns the step's row of metrics.csv.  UsageError, and no
-        step, if loss or gradient is not finite.  norm [1] is the gradient's, `length` its value."""
-        if not (math.isfinite(length) and math.isfinite(sums[0])):
-            raise self.not_finite(sums[0], length, indices)
+        step, if loss or gradient is not finite.  sums: see unit_sums; norm [1]: of the gradient."""
+        if not (math.isfinite(norm_value) and math.isfinite(sums[0])):
+            raise self.not_finite(sums[0], norm_value, indices)
         self.flat.grads.mul_((self.config.clip / (norm + 1e-6)).clamp(max=1.0))
         lr = self.config.lr * 0.5 ** (self.progress.epoch // self.config.lr_epochs)
         self.flat.set_lr(lr)
@@ -145,19 +144,18 @@ class Trainer:
         self.progress.cursor += 1
         ce, count = sums[3:3 + len(UNITS)], sums[3 + len(UNITS):]
         row = {"step": self.progress.step, "epoch": self.progress.epoch + 1, "loss": sums[0],
-               "L_MT": sums[1], "L_MIM": sums[2], "lr": lr, "grad_norm": length}
+               "L_MT": sums[1], "L_MIM": sums[2], "lr": lr, "grad_norm": norm_value}
         return row | {f"CE_{unit}": ce[i] / count[i] if count[i] else math.nan
                       for i, unit in enumerate(UNITS) if unit in self.rows.units}
 
     def not_finite(self, loss: float, norm: float, indices: list[int]) -> UsageError:
-        """The error for a batch that cannot be learnt from.  It names the rows that, tried alone,
-        have a loss or a gradient that is not finite."""
+        """The error for a batch whose loss or gradient is not finite.  It names the rows of which
+        this is true when each is tried alone."""
         guilty = []
         for i in indices:
             self.flat.grads.zero_()
-            sums = self.backward([i], 0, indices)
+            sums, record = self.backward([i], 0, indices), self.rows.examples[i].record
             if not (sums[0].isfinite() and self.flat.grads.norm().isfinite()):
-                record = self.rows.examples[i].record
                 guilty.append(f"{record.id} ({record.source})")
         which = ", ".join(guilty[:5]) + ", ..." * (len(guilty) > 5) or "none of its rows alone"
         advice = "look at these rows" if 0 < len(guilty) < len(indices) else "lower --lr"
@@ -169,12 +167,13 @@ class Trainer:
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:
-    """The block in which a run of precision bf16 computes."""
+    """The context in which the model computes: bf16 where config.precision says so."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
 
 def unit_sums(totals: Tensor, ce: Tensor, batch: data.Batch) -> Tensor:
-    """[3 + 2 * units] float64: the three losses, then per unit the summed CE and its tokens."""
+    """[3 + 2 * units] float64: the losses L, L_MT, L_MIM in `totals` [3]; for each unit the sum of
+    its rows' ce [B']; for each unit its target tokens."""
     tokens = (batch.labels != losses.IGNORE).sum(dim=1)
     per_unit = [torch.zeros(len(UNITS), dtype=torch.float64, device=ce.device).index_add_(
         0, batch.units, value.detach().double()) for value in (ce, tokens)]
@@ -182,10 +181,10 @@ def unit_sums(totals: Tensor, ce: Tensor, batch: data.Batch) -> Tensor:
 
 
 class Run:
-    """One training run: its model, rows, progress and files."""
+    """One training run: its model, data, progress and files."""
 
     def __init__(self, config: Config, sources: Sources, world: World, dry: bool = False):
-        """dry: the model has names and shapes but no weights, and cannot be trained."""
+        """dry: the model has names and shapes but no weights (--dry-run)."""
         self.config, self.world, self.out = config, world, Path(config.out)
         device = torch.device("meta") if dry else world.device
         self.setup = evaluate.build(config, sources, device)
@@ -207,33 +206,32 @@ class Run:
         self.origin = {"t5": str(sources.t5), "vit": str(sources.vit),
                        "init": sources.init and str(sources.init), **sources.fingerprints(),
                        "corpus_sha256": corpus_hash(sources.corpus)}
-        decides = {name: value for name, value in dataclasses.asdict(config).items()
-                   if name not in ("out", "save_every", "impl")}  # they change no mathematics
+        mathematics = {name: value for name, value in dataclasses.asdict(config).items()
+                       if name not in ("out", "save_every", "impl")}  # must not change on resume
         self.checkpoints = Checkpoints(
-            self.out, world, self.model, self.flat, self.progress, decides,
+            self.out, world, self.model, self.flat, self.progress, mathematics,
             {"reference": {u: self.reference[u] for u in self.rows.units}, **self.origin})
         self.logs = Logs(self.out) if world.main else None
 
     @torch.no_grad()
     def open_gate(self) -> None:
-        """Turn the fusion gate's fresh projections to the side that lets gradients through, judged
-        by the first rows of the first epoch that have an image."""
-        shown = (i for i in itertools.chain(*self.rows.batches(0))
-                 if self.rows.features(self.rows.examples[i].record) is not None)
-        if first := list(itertools.islice(shown, self.config.micro_batch)):
+        """UMIE.open_gate, judged by as many rows of epoch 0 with an image as a micro-batch has."""
+        pictured = (i for i in itertools.chain(*self.rows.batches(0))
+                    if self.rows.features(self.rows.examples[i].record) is not None)
+        if first := list(itertools.islice(pictured, self.config.micro_batch)):
             self.model.eval()
             with autocast(self.config, self.world.device):
                 self.model.open_gate(self.rows.collate(first).to(self.world.device))
 
     def resume(self, launch: Launch) -> str:
-        """Go on from a checkpoint, if there is one; returns the line that says what was found."""
+        """Go on from the checkpoint that --resume asks for; returns the line that names it."""
         start = self.checkpoints.resume(launch)
         if self.logs:
             self.logs.restore(self.progress.step, self.progress.history)
         return start
 
     def train(self) -> None:
-        """All epochs from where the run stands to its end."""
+        """Train from where the run stands to the end of its last epoch."""
         config, progress = self.config, self.progress
         limit = config.steps or math.inf
         while progress.epoch < config.epochs and progress.step < limit:
@@ -255,7 +253,7 @@ class Run:
             self.world.print("test split, best checkpoint:", self.test())
 
     def step(self, indices: list[int], bar: tqdm) -> None:
-        """One step, logged and shown, saved when it is time; Stopped if someone asked for it."""
+        """One step, logged and shown, and a checkpoint if it is time; after a signal Stopped."""
         started = time.perf_counter()
         row = self.trainer.train_step(indices)
         if self.logs:
@@ -270,7 +268,7 @@ class Run:
     def finish_epoch(self) -> None:
         """Dev F1, the weights of the next epoch by Eq. (9), the best checkpoint, the next epoch."""
         config, progress, checkpoints = self.config, self.progress, self.checkpoints
-        checkpoints.save()  # a run that ends while it evaluates has only that to repeat
+        checkpoints.save()  # a run that is stopped in the evaluation has only that to repeat
         with self.world.interruptible():
             f1 = self.dev_f1()
         if config.aml:
@@ -280,7 +278,7 @@ class Run:
                                  "weights": progress.weights})
         before = progress.best_sum, progress.best_step
         better = sum(f1.values()) > progress.best_sum
-        better |= not self.rows.splits["dev"]  # nothing tells the epochs apart: the last one counts
+        better |= not self.rows.splits["dev"]  # without dev rows the last epoch is the best
         if better:
             progress.best_sum, progress.best_step = sum(f1.values()), progress.step
         progress.epoch, progress.cursor = progress.epoch + 1, 0
@@ -319,14 +317,14 @@ class Run:
 
 
 class Rows:
-    """The rows that a run is trained and scored on: records, examples, image features, batches."""
+    """The data that a run is trained and scored on: records, examples, image features, batches."""
 
     def __init__(self, config: Config, sources: Sources, setup: evaluate.Setup,
                  device: torch.device, world: World):
         """device: where features are computed; none are on "meta".  UsageError without rows."""
         self.config, datasets = config, setup.datasets
         self.records = read_splits(sources.corpus, datasets, config.units)
-        self.held_out = hold_out(self.records, datasets, config.hold_out)  # in words, or None
+        self.held_out = hold_out(self.records, datasets, config.hold_out)  # to be printed
         self.features = Features(sources, sum(self.records.values(), []), config.missing_images,
                                  config.max_objects, device, ViT)
         self.splits = {split: data.encode_records(records, datasets, setup.tokenizer,
@@ -356,12 +354,12 @@ def references(config: Config, units: Sequence[str]) -> dict[str, float]:
     try:
         stored = json.loads(Path(path).read_text(encoding="utf-8"))
         given = {unit: float(stored.get(unit, 0)) for unit in units}
-        lost = [unit for unit in units if not given[unit] > 0]
+        lacking = [unit for unit in units if not given[unit] > 0]
     except (OSError, ValueError, TypeError, AttributeError) as cause:
-        given, lost = {}, [f"(unreadable: {cause})"]
-    if lost:
+        given, lacking = {}, [f"(unreadable: {cause})"]
+    if lacking:
         raise UsageError(f"{path}: expected a JSON object with a positive F1 for each of "
-                         f"{', '.join(units)}, got none for {', '.join(lost)}; add them")
+                         f"{', '.join(units)}, got none for {', '.join(lacking)}; add them")
     return given
 
 
@@ -377,19 +375,19 @@ def check_graphs(config: Config, device: torch.device, form: str) -> None:
 
 
 def prepare(config: Config) -> Sources:
-    """Find, make or fetch the corpus and the backbone; the slow part of a first start.
-    UsageError names every model that cannot be had."""
+    """Find, make or download the corpus and the backbone.  UsageError names every model that cannot
+    be had."""
     with locked(Path("weights/.lock")):
         corpus = corpus_of(config)
         if config.data is None and not corpus.exists():
             whole(corpus, demo.make_world)
-        made, models, problems = None, [], []
-        if config.size == "tiny" and not (config.t5 and config.vit):
+        folders, models, problems = {"t5": config.t5, "vit": config.vit}, [], []
+        if config.size == "tiny" and not all(folders.values()):
             made = tiny_backbone(corpus, config)
-        for model in ("t5", "vit"):
+            folders = {model: folder or made / model for model, folder in folders.items()}
+        for model, folder in folders.items():
             try:
-                models.append(find_weights(model, getattr(config, model) or made and made / model,
-                                           getattr(SIZES[config.size], model)))
+                models.append(find_weights(model, folder, getattr(SIZES[config.size], model)))
             except UsageError as problem:
                 problems.append(str(problem))
     if problems:

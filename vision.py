@@ -1,20 +1,18 @@
 """Images for T5: frozen vision towers, visual tokens, and the UMIE adapter.
 
-In reading order: a Vision Transformer for the hub's ViT and CLIP vision checkpoints; what it sees
-of a picture, the whole and the crops of its objects, whose features engine/features.py keeps on
-disk, since a frozen tower computes them once; UMIE, which makes visual tokens of them and mixes
-these into T5's encoder output by a gate, or, as the alternative, lets T5 read them before the text.
+In reading order: a Vision Transformer (a "tower") for the hub's ViT and CLIP vision checkpoints;
+what it sees of a picture, namely the whole and the crops of its objects; UMIE, which makes visual
+tokens of the tower's features and mixes them into T5's encoder output by a gate, or lets T5 read
+them before the text. The tower is frozen, so engine/features.py keeps its features on disk.
 
 References: C-LoRAE (arXiv 2505.06303) Fig. 3, its base model UMIE (arXiv 2401.03082), ViT (arXiv
 2010.11929), CLIP (arXiv 2103.00020); names and numbers of transformers' ViTModel, CLIPVisionModel.
 Shapes: B batch, S source tokens, T target tokens, V visual tokens, D model width, H heads, K head
-width, P patches, F image-feature width, C vocabulary; here also M memory tokens of the decoder.
-Check:  python -m pytest tests/test_vision.py
+width, P patches, F image-feature width, C vocabulary; M memory tokens, which the decoder reads.
 """
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,7 +26,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from engine.files import ImageError, WeightsError, read_json, write_whole
-from engine.images import PathLike, load_image, to_rgb  # load_image: for users of this file
+from engine.images import PathLike, to_rgb
 from engine.weights import odd_fields, open_weights, read_weights
 from t5 import (T5, Attention, FeedForward, Linear, RMSNorm, Stack, T5Config, compute_dtype,
                 join_heads, prepare_memory, split_heads)
@@ -71,13 +69,13 @@ class ViTConfig:
                     and all(type(x) in (int, float) and least <= x < 10 for x in value))
 
         odd = odd_fields(self, resample=(0, 5))
-        right = {"model_type": self.model_type in FAMILIES,
-                 "hidden_act": self.hidden_act in list(ACTIVATIONS),
-                 "image_mean": triple(self.image_mean, -10),
-                 "image_std": triple(self.image_std, 1e-6),
-                 "num_attention_heads": odd or self.hidden_size % self.num_attention_heads == 0,
-                 "patch_size": odd or self.patch_size <= self.image_size}
-        odd += [f"{name} = {getattr(self, name)!r}" for name, fits in right.items() if not fits]
+        fits = {"model_type": self.model_type in FAMILIES,
+                "hidden_act": self.hidden_act in list(ACTIVATIONS),
+                "image_mean": triple(self.image_mean, -10),
+                "image_std": triple(self.image_std, 1e-6),
+                "num_attention_heads": odd or self.hidden_size % self.num_attention_heads == 0,
+                "patch_size": odd or self.patch_size <= self.image_size}
+        odd += [f"{name} = {getattr(self, name)!r}" for name in fits if not fits[name]]
         if odd:
             raise WeightsError(f"expected model_type of {FAMILIES}, hidden_act of "
                                f"{[*ACTIVATIONS]}, sane sizes, 3 means and spreads; got "
@@ -87,26 +85,25 @@ class ViTConfig:
     def from_pretrained(cls, folder: PathLike) -> "ViTConfig":
         """Read config.json (of a whole CLIP its vision part) and any preprocessor_config.json."""
         path = Path(folder) / "config.json"
-        raw, pictures = read_json(path), {}
+        raw = read_json(path)
         if "vision_config" in raw:
             if not isinstance(raw["vision_config"], dict):
                 raise WeightsError(f"{path}: expected vision_config as an object, got "
                                    f"{raw['vision_config']!r}; fetch the file anew")
             raw = raw["vision_config"] | {"model_type": CLIP}
         path = Path(folder) / "preprocessor_config.json"
-        if path.is_file():
-            pictures = read_json(path)
-        raw = raw | {name: pictures[name] for name in ("image_mean", "image_std", "resample")
-                     if pictures.get(name) is not None}
-        raw = {"model_type": None} | raw  # a file that does not name its family is refused
-        if raw["model_type"] == CLIP:
+        pictures = read_json(path) if path.is_file() else {}
+        raw |= {name: pictures[name] for name in ("image_mean", "image_std", "resample")
+                if pictures.get(name) is not None}
+        family = raw.setdefault("model_type", None)  # a file that does not name one is refused
+        if family == CLIP:
             raw = CLIP_DEFAULTS | raw
         try:
             config = cls(**{k: v for k, v in raw.items() if k in cls.__dataclass_fields__})
         except WeightsError as error:
             raise WeightsError(f"{folder}: {error}") from None
         size = pictures.get("crop_size") or pictures.get("size") or config.image_size
-        if isinstance(size, dict):  # in old files a number
+        if isinstance(size, dict):  # not so in old files
             size = size.get("height", size.get("shortest_edge"))
         off = [s for s in ("do_resize", "do_rescale", "do_normalize") if pictures.get(s) is False]
         if size != config.image_size or off:
@@ -131,7 +128,7 @@ class ViTBlock(nn.Module):
         self.down = nn.Linear(config.intermediate_size, D)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B,1+P,F] -> [B,1+P,F]."""
+        """x [B,1+P,F] -> [B,1+P,F]."""
         y = self.attention_norm(x)
         q, k, v = (split_heads(layer(y), self.heads) for layer in (self.q, self.k, self.v))
         x = x + self.o(join_heads(F.scaled_dot_product_attention(q, k, v)))
@@ -178,15 +175,15 @@ class ViT(nn.Module):
 
     @property
     def preprocessing(self) -> tuple:
-        """All that pixels depend on besides the picture: size, mean, spread, Pillow's filter."""
+        """What `preprocess` is given besides the picture: size, mean, spread, Pillow's filter."""
         return self.size, self.mean, self.std, self.resample
 
     def views(self, image: Image.Image, boxes: Boxes) -> tuple[Tensor, Tensor]:
-        """A picture and n boxes in it -> the pixels [1+n,3,size,size] of the picture and its
-        crops, and their places [1+n,5], as normalise_boxes makes them; ImageError for a bad box."""
-        places = normalise_boxes(boxes, image.size)
+        """A picture and n boxes in it -> pixels [1+n,3,size,size] of the picture and its crops,
+        and the normalised boxes [1+n,5] of both; ImageError for a bad box."""
+        normalised = normalise_boxes(boxes, image.size)
         views = [image, *(crop(image, box) for box in boxes)]
-        return torch.stack([preprocess(view, *self.preprocessing) for view in views]), places
+        return torch.stack([preprocess(view, *self.preprocessing) for view in views]), normalised
 
     @staticmethod
     def feature_width(folder: PathLike) -> int:
@@ -195,7 +192,8 @@ class ViT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: PathLike) -> "ViT":
-        """HF directory -> tower in float32 and eval mode; each key in it is used or in DROPS."""
+        """HF directory -> tower in float32 and eval mode; WeightsError for a key that is neither
+        the tower's nor one of DROPS."""
         with torch.device("meta"):
             model = cls(ViTConfig.from_pretrained(folder))
         stored, family = open_weights(Path(folder)), model.config.model_type
@@ -224,23 +222,22 @@ class ViT(nn.Module):
         write_whole(folder / "config.json", json.dumps(config, indent=2).encode())
 
 
-# Our name: (ViTModel's, CLIPVisionModel's), None where a family lacks it. A module's name means its
-# .weight and .bias, {} is the number of the layer.
-L, LS = "encoder.layer.{}.", "encoder.layers.{}."
-NAMES = {
+# What the keys of a ViTModel and of a CLIPVisionModel say in place of our words; None: it lacks it.
+HUB_WORDS = {
     "class_token": ("embeddings.cls_token", "embeddings.class_embedding"),
     "positions": ("embeddings.position_embeddings", "embeddings.position_embedding.weight"),
-    "patches": ("embeddings.patch_embeddings.projection", "embeddings.patch_embedding"),
-    "first_norm": (None, "pre_layrnorm"),  # spelt so in every CLIP file
-    "blocks.{}.attention_norm": (L + "layernorm_before", LS + "layer_norm1"),
-    "blocks.{}.q": (L + "attention.attention.query", LS + "self_attn.q_proj"),
-    "blocks.{}.k": (L + "attention.attention.key", LS + "self_attn.k_proj"),
-    "blocks.{}.v": (L + "attention.attention.value", LS + "self_attn.v_proj"),
-    "blocks.{}.o": (L + "attention.output.dense", LS + "self_attn.out_proj"),
-    "blocks.{}.mlp_norm": (L + "layernorm_after", LS + "layer_norm2"),
-    "blocks.{}.up": (L + "intermediate.dense", LS + "mlp.fc1"),
-    "blocks.{}.down": (L + "output.dense", LS + "mlp.fc2"),
-    "final_norm": ("layernorm", None)}
+    "patches.": ("embeddings.patch_embeddings.projection.", "embeddings.patch_embedding."),
+    "first_norm.": (None, "pre_layrnorm."),  # spelt so in every CLIP file
+    "blocks.": ("encoder.layer.", "encoder.layers."),
+    ".attention_norm.": (".layernorm_before.", ".layer_norm1."),
+    ".q.": (".attention.attention.query.", ".self_attn.q_proj."),
+    ".k.": (".attention.attention.key.", ".self_attn.k_proj."),
+    ".v.": (".attention.attention.value.", ".self_attn.v_proj."),
+    ".o.": (".attention.output.dense.", ".self_attn.out_proj."),
+    ".mlp_norm.": (".layernorm_after.", ".layer_norm2."),
+    ".up.": (".intermediate.dense.", ".mlp.fc1."),
+    ".down.": (".output.dense.", ".mlp.fc2."),
+    "final_norm.": ("layernorm.", None)}
 PREFIXES = {VIT: "vit.", CLIP: "vision_model."}  # of all keys, in files that hold more than a tower
 DROPS = {  # keys that are not read: heads, poolers, CLIP's text half, buffers
     VIT: ("pooler.", "classifier.", "embeddings.mask_token"),
@@ -250,11 +247,12 @@ DROPS = {  # keys that are not read: heads, poolers, CLIP's text half, buffers
 
 def hub_names(model: ViT) -> dict[str, str]:
     """Our parameter names -> the hub's (without prefix), one to one."""
-    column, names = FAMILIES.index(model.config.model_type), {}
-    for ours in model.state_dict():
-        module, dot, leaf = ours.rpartition(".")
-        hub = NAMES[re.sub(r"\d+", "{}", module or leaf)][column]
-        names[ours] = hub.format(*re.findall(r"\d+", module)) + (dot and dot + leaf)
+    column, names = FAMILIES.index(model.config.model_type), dict.fromkeys(model.state_dict())
+    for ours in names:
+        theirs = ours
+        for word, hub in HUB_WORDS.items():
+            theirs = theirs.replace(word, hub[column] or "")
+        names[ours] = theirs
     return names
 
 
@@ -306,7 +304,7 @@ class VisualEmbedding(nn.Module):
         D, eps = config.d_model, config.layer_norm_epsilon
         self.feature, self.feature_norm = nn.Linear(feature_width, D), RMSNorm(D, eps)
         self.box, self.box_norm = nn.Linear(5, D), RMSNorm(D, eps)
-        self.order = nn.Embedding(1 + max_objects, D)  # 0 the picture, k its k-th object
+        self.order = nn.Embedding(1 + max_objects, D)  # 0: the whole picture, k: its k-th object
 
     def forward(self, features: Tensor, boxes: Tensor) -> Tensor:
         """features [B,V,F], boxes [B,V,5] -> [B,V,D]."""
@@ -342,22 +340,20 @@ class GateFusion(nn.Module):
             for _ in range(2))
 
     def cosine(self, h: Tensor, mask: Tensor, visual: Tensor, visual_mask: Tensor) -> Tensor:
-        """[B], between the projected means over real tokens of text [B,S,D] and visual [B,V,D].
-
-        The projections are linear, so the mean may come first, which is cheaper.
-        """
-        text, seen = masked_mean(h, mask), masked_mean(visual, visual_mask)
-        wide, dtype = text.dtype, self.proj_text[0].weight.dtype
-        return F.cosine_similarity(self.proj_text(text.to(dtype)).to(wide),
-                                   self.proj_visual(seen.to(dtype)).to(wide), dim=-1)
+        """The cosine [B] of projected text h [B,S,D] and visual tokens [B,V,D], each first averaged
+        over real tokens: the projections are linear, and one vector is cheaper than S."""
+        text, image = masked_mean(h, mask), masked_mean(visual, visual_mask)
+        precise, dtype = text.dtype, self.proj_text[0].weight.dtype
+        return F.cosine_similarity(self.proj_text(text.to(dtype)).to(precise),
+                                   self.proj_visual(image.to(dtype)).to(precise), dim=-1)
 
     def gate(self, h: Tensor, mask: Tensor, visual: Tensor, visual_mask: Tensor) -> Tensor:
-        """lambda [B], UMIE's: leaky_relu twice, each 0.01 below 0, of exp(0.5) cosine."""
+        """lambda [B] as in UMIE's code: exp(0.5) cosine through two leaky_relu of slope 0.01."""
         cosine = self.cosine(h, mask, visual, visual_mask)
         return F.leaky_relu(F.leaky_relu(math.exp(0.5) * cosine))
 
     def mix(self, h: Tensor, mask: Tensor, visual: Tensor, visual_mask: Tensor) -> Tensor:
-        """FF(LN(h + CrossAttention(LN h, visual))), [B,S,D]; of no meaning where mask is False."""
+        """FF(LN(h + CrossAttention(LN h, visual))), [B,S,D]; of no meaning at padding."""
         visual, bias = prepare_memory(visual, visual_mask, compute_dtype(h))
         x = h + self.attention(self.attention_norm(h), visual, bias)
         return self.feed_forward(self.feed_forward_norm(x))
@@ -365,7 +361,7 @@ class GateFusion(nn.Module):
     def forward(self, h: Tensor, mask: Tensor, visual: Tensor, visual_mask: Tensor) -> Tensor:
         """h [B,S,D], mask [B,S], visual [B,V,D], visual_mask [B,V] -> h' [B,S,D].
 
-        A row without visual tokens is returned as it came, to the bit.
+        A row without visual tokens is returned unchanged, bit for bit.
         """
         mixed = self.mix(h, mask, visual, visual_mask)
         fused = h + self.gate(h, mask, visual, visual_mask)[:, None, None] * mixed
@@ -377,12 +373,11 @@ class UMIE(nn.Module):
 
     fusion "gate": UMIE's GateFusion after the text encoder, M = S. fusion "concat", as in the
     paper's Fig. 3: the encoder reads visual tokens before the text, M = V + S. A T5 in bfloat16
-    needs autocast, as the visual parts are float32.
+    needs autocast, as the visual modules are float32.
 
-    A batch is anything with input_ids, attention_mask [B,S], labels [B,T] (-100 at padding) or
-    None, tasks [B], features [B,V,F], boxes [B,V,5] and visual_mask [B,V], all False in a row
-    without image; V may be 0. `routing`, where set, is told each batch's tasks and masks and, in
-    generation, which row of the batch each computed row is; expert layers read them from it.
+    A batch is a data.Batch, or anything with its input_ids, attention_mask [B,S], labels [B,T] or
+    None, tasks [B], features [B,V,F], boxes [B,V,5] and visual_mask [B,V]. V may be 0.
+    `routing` (set by clorae.adapt) hands each row's task on to the expert layers.
     """
 
     def __init__(self, t5: T5, feature_width: int, max_objects: int = 16,
@@ -396,11 +391,11 @@ class UMIE(nn.Module):
         self.fusion = GateFusion(t5.config) if fusion == "gate" else None
 
     def free_adapter(self, policy: str) -> None:
-        """Choose what learns besides the experts.
+        """Choose what learns besides the experts: --visual-policy.
 
-        train: everything but T5, in full, the linears below VStack's experts included; hub
-        checkpoints have no visual adapter, and random frozen weights would be noise. paper: the
-        visual embedding alone, which fits the paper's counts. frozen: nothing.
+        train: all visual modules, also the linears that experts wrap in VStack; hub checkpoints
+        have no visual adapter, and random frozen weights would be noise. paper: the visual
+        embedding alone, which fits the paper's counts of parameters. frozen: nothing.
         """
         trained = {"train": ("visual_embedding.", "vstack.", "fusion."),
                    "paper": ("visual_embedding.",), "frozen": ()}[policy]
@@ -412,7 +407,7 @@ class UMIE(nn.Module):
         """-> memory [B,M,D] for the decoder and its mask [B,M]."""
         mask = memory_mask = batch.attention_mask.bool()
         visual_mask = batch.visual_mask.bool()
-        if self.fusion is None:  # padding first: distances to the text are the same in every batch
+        if self.fusion is None:  # visual padding comes first, so that image and text are neighbours
             order = visual_mask.long().argsort(dim=1, stable=True)  # [B,V]
             memory_mask = torch.cat((visual_mask.gather(1, order), mask), dim=1)
         if self.routing is not None:
@@ -424,18 +419,18 @@ class UMIE(nn.Module):
         if self.fusion is not None:
             h = self.t5.encode(batch.input_ids, mask)
             return self.fusion(h, mask, visual, visual_mask), mask
-        text = self.t5.embed(batch.input_ids)
+        text = self.t5.shared(batch.input_ids)
         visual = visual.gather(1, order[..., None].expand_as(visual))
         embeds = torch.cat((visual.to(text.dtype), text), dim=1)
         return self.t5.encode(None, memory_mask, inputs_embeds=embeds), memory_mask
 
     @torch.no_grad()
     def open_gate(self, batch: Any) -> None:
-        """Give fresh projections the sign that makes the cosine positive on average over a batch.
+        """Flip the sign of fresh projections if the cosine is negative on average over a batch.
 
-        Below 0 lambda is 1e-4 times smaller, and the feed-forward then learns to want it still more
-        negative: a gate that starts there stays shut. Either sign is an equally likely draw of the
-        initialisation. Once, before training.
+        To be called once, before training. Two leaky_relu make a negative lambda 1e-4 times as
+        small, and the feed-forward then learns to want it still more negative: a gate that starts
+        there stays shut. Either sign is an equally likely draw of the initialisation.
         """
         inputs: list[tuple] = []  # of the fusion, which does not run where V = 0
         hook = self.fusion.register_forward_pre_hook(lambda _, args: inputs.append(args))
@@ -447,7 +442,7 @@ class UMIE(nn.Module):
                 self.fusion.proj_visual[1].weight.neg_()
 
     def hidden(self, batch: Any) -> Tensor:
-        """-> [B,T,D] for batch.labels, before the head; a loss needs it at real tokens only."""
+        """-> the decoder's hidden states [B,T,D] for batch.labels, before the head."""
         memory, mask = self.encode(batch)
         return self.t5.decode_hidden(self.t5.shift_right(batch.labels), memory, mask,
                                      batch.labels != -100)

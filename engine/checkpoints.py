@@ -1,7 +1,6 @@
 """Checkpoints: folders of model.safetensors (what is trained), optimizer.safetensors (Adam's
 moments) and state.json (settings, progress, sha256 of all), written whole or not at all."""
 
-import dataclasses
 import hashlib
 import json
 import shutil
@@ -31,7 +30,6 @@ LEFT_BY_KILLS = (".step-*", ".best-*", "step-*/*.tmp", "best-*/*.tmp")
 @dataclass
 class Progress:
     """Where a run stands.  It is stored in state.json and holds no clock time."""
-
     step: int = 0
     epoch: int = 0  # the current one, from 0
     cursor: int = 0  # global batches of this epoch that are done
@@ -57,30 +55,29 @@ def write_checkpoint(folder: Path, flat: FlatParameters, state: dict) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Remove a checkpoint: under its own name it is never half there."""
+    """Remove a checkpoint.  It is renamed first, so that its name never stands for half of it."""
     aside = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
-    folder.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(folder.rename(aside), ignore_errors=True)
 
 
 def write_state(folder: Path, state: dict, digests: Mapping[str, str]) -> None:
-    """Write or replace state.json, never half of it.  digests: sha256 of the other files."""
+    """Write or replace state.json.  digests: {name: sha256} of the other files of the folder."""
     digests = {**digests, "state.json": state_hash({**state, "sha256": digests})}
     write_whole(folder / "state.json", json.dumps({**state, "sha256": digests}, indent=1) + "\n")
     sync(folder)
 
 
 def state_hash(state: dict) -> str:
-    """sha256 of a state without the digest of itself, in hex."""
-    files = {name: digest for name, digest in state["sha256"].items() if name != "state.json"}
-    return hashlib.sha256(json.dumps({**state, "sha256": files}).encode()).hexdigest()
+    """sha256 in hex of a state, without the one that it holds of itself."""
+    others = {name: digest for name, digest in state["sha256"].items() if name != "state.json"}
+    return hashlib.sha256(json.dumps({**state, "sha256": others}).encode()).hexdigest()
 
 
 def read_state(folder: Path) -> dict:
     """state.json of a checkpoint whose files are all as they were written; else UsageError."""
     try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        state = json.loads((folder / "state.json").read_bytes())
         broken = [name for name, digest in state["sha256"].items() if digest != (
             state_hash(state) if name == "state.json" else file_hash(folder / name))]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as cause:
@@ -88,8 +85,7 @@ def read_state(folder: Path) -> dict:
                          f"lists, got {type(cause).__name__}: {cause}; name another one") from cause
     if broken:
         raise UsageError(f"{folder}/{broken[0]}: expected the content whose sha256 state.json "
-                         "records, got another; name another checkpoint, or none to let an older "
-                         "one be used")
+                         "records, got another; name another checkpoint, or none for an older one")
     return state
 
 
@@ -110,10 +106,10 @@ def find_checkpoint(path: Path) -> Path:
         return path
     best = newest_checkpoint(path, "best") or newest_checkpoint(path)
     if best is None:
-        other = pickles(path.parent if path.is_file() else path)
         got = "no checkpoint in it" if path.exists() else "nothing there"
+        pickled = pickles(path.parent if path.is_file() else path)
         raise UsageError(f"{path}: expected a run folder or a checkpoint folder, found {got}; "
-                         f"{other}train first, or name a folder below runs/")
+                         f"{pickled}train first, or name a folder below runs/")
     return best
 
 
@@ -121,14 +117,14 @@ def load_trainables(model: nn.Module, checkpoint: Path) -> None:
     """Copy a checkpoint's tensors into the trainable parameters; names and shapes must agree."""
     saved = load_file(checkpoint / "model.safetensors")
     wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    odd = [name for name in sorted(saved.keys() & wanted.keys())
-           if saved[name].shape != wanted[name].shape] + sorted(saved.keys() ^ wanted.keys())
+    shapes = [{name: list(tensor.shape) for name, tensor in side.items()}
+              for side in (wanted, saved)]
+    odd = [name for name in sorted(wanted | saved) if shapes[0].get(name) != shapes[1].get(name)]
     if odd:
-        name = odd[0]
-        shapes = [list(side[name].shape) if name in side else "nothing" for side in (wanted, saved)]
-        raise UsageError(f"{checkpoint}/model.safetensors: {name}: expected {shapes[0]}, got "
-                         f"{shapes[1]} ({len(odd)} tensors differ); use the rank, tasks, method "
-                         "and backbone that the checkpoint was made with")
+        expected, got = (side.get(odd[0], "nothing") for side in shapes)
+        raise UsageError(f"{checkpoint}/model.safetensors: {odd[0]}: expected {expected}, got "
+                         f"{got} ({len(odd)} tensors differ); use the rank, tasks, method and "
+                         "backbone that the checkpoint was made with")
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(saved[name])
@@ -139,8 +135,8 @@ class Checkpoints:
 
     def __init__(self, out: Path, world: World, model: nn.Module, flat: FlatParameters | None,
                  progress: Progress, config: Mapping, fixed: Mapping):
-        """progress: changed in place by `resume`.  config: the settings that decide what is
-        computed.  fixed: references and sources, which state.json holds as well."""
+        """progress: changed in place by `resume`.  config: what decides the mathematics.  fixed:
+        references and sources, which state.json holds as well."""
         self.out, self.world, self.model, self.flat = out, world, model, flat
         self.progress, self.config, self.fixed = progress, config, fixed
         self.failed: set[int] = set()  # steps since the last save that could not be written
@@ -149,27 +145,26 @@ class Checkpoints:
     def state(self) -> dict:
         """What state.json holds.  Dropout needs no more than the seed and the step to go on."""
         rng = {"seed": self.config["seed"], "next_step": self.progress.step}
-        return {"config": self.config, **dataclasses.asdict(self.progress),
+        return {"config": self.config, **vars(self.progress),
                 "world": self.world.size, "rng": rng, **self.fixed}
 
     def save(self, prefix: str = "step") -> bool:
         """Write a checkpoint of this moment; all processes learn whether that worked.  A full disk
         costs this checkpoint and not the run, unless it stays full: DiskFull."""
-        step = self.progress.step
-        folder, failures = self.out / f"{prefix}-{step:08d}", torch.zeros(1).to(self.world.device)
+        failures = torch.zeros(1).to(self.world.device)
+        folder = self.out / f"{prefix}-{self.progress.step:08d}"
         if self.world.main:
             try:
                 self.write(folder, KEPT[prefix])
             except (OSError, SafetensorError) as cause:
                 failures += 1
                 print(f"error: {folder}: expected to write a checkpoint, got {cause}; the ones "
-                      "before it are whole and training goes on: make room", file=sys.stderr,
-                      flush=True)
+                      "before it are whole and training goes on: make room", file=sys.stderr)
         if not self.world.sum(failures).item():
             self.failed.clear()
             self.newest = folder if prefix == "step" else self.newest
             return True
-        self.failed.add(step)
+        self.failed.add(self.progress.step)
         if len(self.failed) == FAILED_SAVES:
             raise DiskFull(f"{self.out}: expected room for a checkpoint, got none at steps "
                            f"{', '.join(map(str, sorted(self.failed)))}; make room, then the same "
@@ -179,7 +174,7 @@ class Checkpoints:
     def write(self, folder: Path, kept: int) -> None:
         """Write `folder`, or its state alone if the weights are in it; keep `kept` of its sort."""
         if folder == self.newest:
-            digests = json.loads((folder / "state.json").read_text(encoding="utf-8"))["sha256"]
+            digests = json.loads((folder / "state.json").read_bytes())["sha256"]
             write_state(folder, self.state(), digests)
         else:
             write_checkpoint(folder, self.flat, self.state())
@@ -203,14 +198,13 @@ class Checkpoints:
         """Load the checkpoint that --resume asks for, if there is one; returns the line that says
         so.  "none" empties the run folder first, but not when torchrun restarts."""
         anew = launch.resume == "none" and not self.world.restarts
-        if self.world.main:
-            names = (*LEFT_BY_KILLS, *RUN_FILES * anew)
-            for old in (path for name in names for path in self.out.glob(name)):
+        for name in (*LEFT_BY_KILLS, *RUN_FILES * anew) if self.world.main else ():
+            for old in self.out.glob(name):
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
         if anew:
             return "start: from the beginning (--resume none)"
-        folder = (newest_checkpoint(self.out) if launch.resume in ("auto", "none")
-                  else Path(launch.resume))
+        auto = launch.resume in ("auto", "none")
+        folder = newest_checkpoint(self.out) if auto else Path(launch.resume)
         if folder is None:
             return f"start: from the beginning, no checkpoint in {self.out}"
         state = read_state(folder)
@@ -225,8 +219,7 @@ class Checkpoints:
         return f"start: resumed {folder} at step {state['step']}, epoch {state['epoch'] + 1}"
 
     def bring_best(self, run: Path) -> None:
-        """Copy the best checkpoint from the run folder that this run goes on from; if it is gone,
-        a later epoch will be the best."""
+        """Copy the best checkpoint from the run folder that is resumed; without one, forget it."""
         best = run / f"best-{self.progress.best_step:08d}"
         if not best.is_dir():
             self.progress.best_sum, self.progress.best_step = -1.0, 0
@@ -235,21 +228,20 @@ class Checkpoints:
         self.world.sum(torch.zeros(1).to(self.world.device))  # nobody looks before it is there
 
     def check_same(self, state: dict, folder: Path, any_world: bool) -> None:
-        """UsageError unless settings, references and weights are those of the checkpoint; an
-        option that did not exist then had its default."""
+        """UsageError unless settings, references and weights are those of the checkpoint, in which
+        an option that did not exist yet has its default."""
         mine = json.loads(json.dumps(self.state()))
         fixed = [*mine["config"], "reference", *(name for name in mine if name.endswith("_sha256"))]
-        was, now = ({**dataclasses.asdict(Config()), **side, **side["config"]}
+        was, now = ({**vars(Config()), **side, **side["config"]}
                     for side in (state, mine))
         changed = [f"{name} {was.get(name)} -> {now[name]}" for name in fixed
                    if was.get(name) != now[name]]
         if changed:
             raise UsageError(f"{folder}: expected the settings it was started with, got changes: "
-                             f"{', '.join(changed)}; repeat the old command, or use another --out, "
-                             "or --resume none to start over")
+                             f"{', '.join(changed)}; repeat the old command, use another --out, or "
+                             "start over by --resume none")
         world = state["world"]
         if world != self.world.size and not any_world:
             raise UsageError(f"{folder}: expected {world} process(es), as it was started with, got "
                              f"{self.world.size}; use torchrun --nproc_per_node={world}, or pass "
-                             "--allow-world-change to go on with the same batches but another "
-                             "order of sums, no longer bit for bit")
+                             "--allow-world-change: the same batches, equal but for rounding")

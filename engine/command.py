@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import sys
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 
@@ -38,6 +39,13 @@ class Parser(argparse.ArgumentParser):
             if word.startswith("--") and near and word not in self.flags:
                 message += f" (did you mean {near[0]}?)"
         self.exit(2, f"error: {message}; see `{self.prog} --help`\n")
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines with straight columns, the first to the left, the others right."""
+    first, *widths = [max(map(len, column)) for column in zip(*rows)]
+    return [row[0].ljust(first) + "".join(cell.rjust(width + 2) for cell, width
+                                          in zip(row[1:], widths)) for row in rows]
 
 
 def moved(old: str, new: str) -> NoReturn:

@@ -2,14 +2,19 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 import numpy
 from safetensors import safe_open
 
+from engine.corpus import corpus_of
+from engine.files import UsageError, save_csv
+from engine.processes import World
 from engine.schema import UNITS
 from engine.settings import Config
 
@@ -25,19 +30,52 @@ COMPARISON = (
     "out what another seed would change, and is too narrow")
 
 
+def compare(jobs: Sequence[Any], csv: Path | None, world: World) -> None:
+    """Print the systems of several jobs (evaluate.Job) side by side; `csv` gets the table, too."""
+    names = system_names([job.config for job in jobs])
+    seeds = Counter((name, job.config.seed) for name, job in zip(names, jobs))
+    (name, seed), times = seeds.most_common(1)[0]
+    if times > 1:
+        raise UsageError("checkpoints: expected runs that differ in a setting or the seed, "
+                         f"got two of {name} with seed {seed}; name one of them")
+    if len({job.made_from["data"] for job in jobs}) > 1:
+        raise UsageError("checkpoints: expected runs on one corpus, got "
+                         f"{', '.join(str(corpus_of(job.config)) for job in jobs)}, which "
+                         "differ; name one for all with --data DIR")
+    refresh(jobs, world)
+    if world.main:
+        systems = collect(jobs, names)
+        reports = [report for system in systems for report in system.reports]
+        lines = [comparison_line(system, systems[0]) for system in systems]
+        defined = jobs[0].made_from["definitions"]
+        world.print(f"{jobs[0].split} split", comparison_table(lines), "",
+                    *(f"{unit:5}{defined[unit]}" for unit in UNITS if unit in reports[0]["scores"]),
+                    f"F1: {defined['F1, P, R']}", *COMPARISON,
+                    *sorted({note for report in reports for note in report["notes"]}))
+        if csv:
+            save_csv(csv, lines)
+
+
+def refresh(jobs: Sequence[Any], world: World) -> None:
+    """Score the jobs whose stored scores, if there are any, are not of this very checkpoint, split,
+    data and decoding.  All processes look before any of them writes."""
+    for job, fresh in [(job, still_true(job.scores, job.made_from)) for job in jobs]:
+        world.print(f"{job.checkpoint}: " + (f"scores of {job.scores}" if fresh else "decoding"))
+        if not fresh:
+            job.score(world)
+
+
 def still_true(path: Path, wanted: dict) -> bool:
     """Whether the scores in a file were made from exactly what is wanted."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["made_from"] == wanted
+        return json.loads(path.read_bytes())["made_from"] == wanted
     except (OSError, ValueError, TypeError, KeyError):
-        return False  # none, or not whole: they will be made
+        return False  # no file, or half of one: the scores will be made
 
 
 def system_names(configs: Sequence[Config]) -> list[str]:
-    """Method and options of each run, as far as the runs differ in them, seed and folder apart.
-
-    An option at its default for the method and size is not named; names differ where settings do.
-    """
+    """Method and options of each run, as far as the runs differ in them, seed and folder apart.  An
+    option at its default for the method and size is not named, but always the size."""
     differing = [name for name in vars(configs[0])
                  if name not in ("method", "seed", "out", "save_every")
                  and len({repr(getattr(config, name)) for config in configs}) > 1]
@@ -60,7 +98,6 @@ def system_names(configs: Sequence[Config]) -> list[str]:
 @dataclass
 class System:
     """Runs that differ only in their seed, so they are scored on the same units."""
-
     name: str
     config: Config  # of the first seed
     trainable: int  # parameters
@@ -74,44 +111,41 @@ class System:
         return {**f1, "All": sums, "mean": [value / len(f1) for value in sums]}
 
 
-def collect(jobs: Sequence, names: Sequence[str]) -> list[System]:
-    """The scores of jobs (evaluate.Job), read from their files, by system in the order given."""
+def collect(jobs: Sequence[Any], names: Sequence[str]) -> list[System]:
+    """The systems of jobs with these names, in the order given, with their stored scores."""
     systems: dict[str, System] = {}
     for job, name in zip(jobs, names):
         with safe_open(job.checkpoint / "model.safetensors", "pt") as file:
             trainable = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())
-        report = json.loads(job.scores.read_text(encoding="utf-8"))
-        systems.setdefault(name, System(name, job.config, trainable)).reports.append(report)
+        system = systems.setdefault(name, System(name, job.config, trainable))
+        system.reports.append(json.loads(job.scores.read_bytes()))
     return list(systems.values())
 
 
 def difference(first: System, other: System) -> tuple[float, float, float] | None:
-    """other - first in the mean of the columns they share, and its bootstrap 95 % interval.
-
-    Drawn with replacement are the records of each column, alike for both systems, and the seeds of
-    each system, alike for all columns; without the seeds, two runs of one system would differ
-    "significantly".  A record that one side lacks is left out.  None where nothing is shared.
-    """
+    """other - first in the mean of the columns they share, and its bootstrap 95 % interval; None
+    where nothing is shared.  Drawn with replacement are the records of each column that both have,
+    alike for both, and the seeds of each system, alike for all columns: without the seeds, two runs
+    of one system would differ "significantly"."""
     random, deltas = numpy.random.default_rng(0), []
 
     def draws(n: int) -> numpy.ndarray:  # how often each of n is drawn; in the first row once each
         drawn = random.multinomial(n, numpy.full(n, 1 / n), RESAMPLES)
         return numpy.vstack([numpy.ones_like(drawn[:1]), drawn])  # [1 + RESAMPLES, n]
 
-    def mean_f1(reports: list[dict], seeds: numpy.ndarray) -> numpy.ndarray:  # [1 + RESAMPLES], %
-        counts = numpy.array([[report["records"][unit][i] for i in ids] for report in reports])
-        tp, pred, gold = numpy.moveaxis(records @ counts, -1, 0)  # each [seeds, 1 + RESAMPLES]
-        f1 = 200 * tp / numpy.maximum(pred + gold, 1)
-        return (seeds.T * f1).sum(axis=0) / len(f1)
-
-    sides = [(system.reports, draws(len(system.reports))) for system in (first, other)]
+    sides = [(system.reports, draws(len(system.reports)).T) for system in (first, other)]
     for unit in UNITS:
         ids = sorted(set.intersection(*(set(report["records"].get(unit, {}))
-                                        for report in first.reports + other.reports)))
+                                        for reports, _ in sides for report in reports)))
         if ids:
-            records = draws(len(ids))
-            before, after = (mean_f1(*side) for side in sides)
-            deltas.append(after - before)
+            records, means = draws(len(ids)), []
+            for reports, seeds in sides:
+                counts = numpy.array([[report["records"][unit][i] for i in ids]
+                                      for report in reports])
+                tp, pred, gold = numpy.moveaxis(records @ counts, -1, 0)  # [seeds, 1 + RESAMPLES]
+                f1 = 200 * tp / numpy.maximum(pred + gold, 1)
+                means.append((seeds * f1).sum(axis=0) / len(f1))  # [1 + RESAMPLES], in %
+            deltas.append(means[1] - means[0])
     if not deltas:
         return None
     delta = numpy.mean(deltas, axis=0)
@@ -120,9 +154,9 @@ def difference(first: System, other: System) -> tuple[float, float, float] | Non
 
 def comparison_line(system: System, first: System) -> dict:
     """What the table and the CSV file say about a system; None where there is nothing to say."""
-    line, cells = {"system": system.name}, system.columns()
+    line, columns = {"system": system.name}, system.columns()
     for name in COLUMNS:
-        seeds = cells.get(name, [])
+        seeds = columns.get(name, [])
         line[name] = fmean(seeds) if seeds else None
         line[f"{name} sd"] = stdev(seeds) if len(seeds) > 1 else None
     interval = None if system is first else difference(first, system)

@@ -1,7 +1,6 @@
 """The files of a corpus: reading, checking and writing datasets, and what a run takes from them.
 
-The format stands at the top of engine/schema.py. Readers are strict: they raise DataError with
-file, line, field and advice.
+The format stands at the top of engine/schema.py. Errors name file, line and field: DataError.
 """
 
 import hashlib
@@ -11,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from engine.files import file_hash, write_whole
+from engine.files import file_hash, parse_json, regular, write_whole
 from engine.schema import (SPLITS, UNITS, DataError, Dataset, Problems, Record, dataset_rule,
                            nearest, show)
 from engine.settings import Config
@@ -19,37 +18,21 @@ from engine.settings import Config
 Rows = list[tuple[str, dict]]                        # (where it comes from, record as JSON)
 
 
-# ---------------------------------------------------------------------------- reading
-
 def read_bytes(path: Path) -> bytes:
     """The content of a file; DataError where it cannot be read."""
     try:
-        if path.exists() and not path.is_file():     # a pipe or a device would never end
-            raise OSError(0, "no regular file")
-        return path.read_bytes()
+        return regular(path).read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}): check the path") from None
-
-
-def parse_json(data: bytes) -> object:
-    """Strict JSON from UTF-8 bytes; ValueError with the reason otherwise."""
-    def unique(pairs: list[tuple[str, object]]) -> dict:
-        if len(dict(pairs)) < len(pairs):            # json would keep the last one silently
-            raise ValueError(f"a key stands twice in {show(dict(pairs))}")
-        return dict(pairs)
-
-    try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=unique)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+        reason = error.strerror or error
+        raise DataError(f"{path}: cannot be read ({reason}): check the path") from None
 
 
 def read_dataset(folder: Path) -> Dataset:
     """The descriptor in folder/dataset.json."""
     path, problems = folder / "dataset.json", Problems()
-    data = read_bytes(path)
+    content = read_bytes(path)
     try:
-        raw = parse_json(data)
+        raw = parse_json(content)
     except ValueError as error:
         raise DataError(f"{path}: not JSON ({error}): repair the file") from None
     problems.check(raw, dataset_rule(raw, folder.name), str(path), "dataset")
@@ -86,10 +69,8 @@ def frozen(value: object) -> object:
 
 
 def load_datasets(corpus: str | os.PathLike) -> dict[str, Dataset]:
-    """{name: descriptor} of every dataset below `corpus`, sorted by name.
-
-    A file that would be passed over in silence, *.jsonl of no split or no dataset, is an error.
-    """
+    """{name: descriptor} of every dataset below `corpus`, sorted by name.  A file that would be
+    passed over in silence, *.jsonl of no split or no dataset, is an error."""
     corpus, files = Path(corpus), sorted(Path(corpus).glob("*/*.jsonl"))
     folders = sorted({path.parent for path in [*files, *corpus.glob("*/dataset.json")]})
     if not folders:
@@ -107,41 +88,39 @@ def load_datasets(corpus: str | os.PathLike) -> dict[str, Dataset]:
 
 def load_corpus(corpus: str | os.PathLike, split: str,
                 units: Iterable[str] | None = None) -> list[Record]:
-    """Every record of one split, datasets in the order of their names, lines in file order.
-
-    units: only records of these units (default all). A dataset may lack a split; a split that no
-    dataset has, an unknown name and any faulty line raise DataError.
-    """
+    """Every record of one split and these units (default all), datasets in the order of their
+    names, lines in file order. A dataset may lack a split; a split that no dataset has, an unknown
+    name and any faulty line raise DataError."""
     wanted = set(units or UNITS)
     if unknown := {split} - set(SPLITS) | wanted - set(UNITS):
         name = min(unknown)
         raise DataError(f'"{name}" is no split or unit: ' + nearest(name, SPLITS + UNITS))
-    holding = {Path(corpus) / name: dataset for name, dataset in load_datasets(corpus).items()
-               if wanted & set(dataset.units.values())
-               and (Path(corpus) / name / f"{split}.jsonl").exists()}
-    if not holding:
+    datasets, problems = load_datasets(corpus), Problems()
+    folders = folders_with(Path(corpus), split, datasets, wanted)
+    if not folders:
         raise DataError(f"{corpus}: no {split}.jsonl for the units {', '.join(sorted(wanted))}: "
                         "convert that split or choose other units")
-    problems = Problems()
-    records = [record for folder, dataset in holding.items()
-               for record in read_split(folder, split, dataset, problems)
-               if dataset.units[record.task] in wanted]
+    records = [record for folder in folders
+               for record in read_split(folder, split, datasets[folder.name], problems)
+               if datasets[folder.name].units[record.task] in wanted]
     problems.raise_if_any()
     return records
+
+
+def folders_with(corpus: Path, split: str, datasets: dict[str, Dataset],
+                 units: Iterable[str]) -> list[Path]:
+    """The folders of those datasets that have the split and one of the units."""
+    return [corpus / name for name, dataset in datasets.items()
+            if not set(units).isdisjoint(dataset.units.values())
+            and (corpus / name / f"{split}.jsonl").exists()]
 
 
 def read_splits(corpus: Path, datasets: dict[str, Dataset],
                 units: Sequence[str] | None) -> dict[str, list[Record]]:
     """{split: its records of these units (None: all)}; empty lists for splits of no dataset."""
-    wanted = set(units or UNITS)
-    folders = [corpus / name for name, dataset in datasets.items()
-               if wanted & set(dataset.units.values())]
     return {split: load_corpus(corpus, split, units)
-            if any((folder / f"{split}.jsonl").exists() for folder in folders) else []
-            for split in SPLITS}
+            if folders_with(corpus, split, datasets, units or UNITS) else [] for split in SPLITS}
 
-
-# ---------------------------------------------------------------------------- writing
 
 def write_dataset(folder: Path, descriptor: dict, splits: dict[str, Rows]) -> None:
     """Check everything, then write folder/{dataset.json, <split>.jsonl, images/}."""
@@ -162,11 +141,9 @@ def write_dataset(folder: Path, descriptor: dict, splits: dict[str, Rows]) -> No
         for name, text in texts.items():
             write_whole(folder / name, text.encode())
     except OSError as error:
-        raise DataError(f"{folder}: cannot be written ({error.strerror}): give another folder or "
-                        "make room") from None
+        raise DataError(f"{folder}: cannot be written ({error.strerror}): make room, or give "
+                        "another folder") from None
 
-
-# ---------------------------------------------------------------------------- what a run asks
 
 def corpus_of(config: Config) -> Path:
     """The corpus that settings name, else the demo world."""
@@ -182,12 +159,10 @@ def corpus_hash(corpus: Path) -> str:
 
 def split_digest(corpus: Path, split: str) -> str:
     """sha256 over the files of a split and the names of all images below the corpus, in hex."""
-    digest = hashlib.sha256()
-    for path in sorted([*corpus.glob("*/dataset.json"), *corpus.glob(f"*/{split}.jsonl")]):
-        digest.update(path.read_bytes())
+    files = sorted([*corpus.glob("*/dataset.json"), *corpus.glob(f"*/{split}.jsonl")])
     images = sorted(str(path.relative_to(corpus)) for path in corpus.glob("*/images/**/*"))
-    digest.update("\n".join(images).encode(errors="surrogateescape"))
-    return digest.hexdigest()
+    names = "\n".join(images).encode(errors="surrogateescape")
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files) + names).hexdigest()
 
 
 def unit_rows(records: Sequence[Record], datasets: dict[str, Dataset]) -> dict[str, int]:
@@ -203,18 +178,16 @@ def normalised(record: Record) -> str:
 
 
 def texts_of(records: Iterable[Record]) -> set[str]:
-    """The different texts of records, normalised; pictures without text have none."""
+    """The different normalised texts of records; pictures without text have none."""
     return set(map(normalised, records)) - {""}
 
 
 def hold_out(records: dict[str, list[Record]], datasets: dict[str, Dataset],
              how: str) -> str | None:
     """Take Table 4's units out of the train and dev records, in place; return a line that says so.
-
     how: "none", then the result is None; "paper": T17 and V2; "clean": also SNAP, drawn from the
     same pool of tweets as T17, and every text of another dataset that stands in the test split of
-    T17 or V2 (V1 holds 183 of T17's).
-    """
+    T17 or V2 (V1 holds 183 of T17's)."""
     if how == "none":
         return None
     away = {"T17", "V2"} | ({"SNAP"} if how == "clean" else set())
@@ -222,12 +195,11 @@ def hold_out(records: dict[str, list[Record]], datasets: dict[str, Dataset],
     def unit(record: Record) -> str:
         return datasets[record.dataset].units[record.task]
 
-    tested = texts_of(r for r in records["test"] if unit(r) in ("T17", "V2"))
+    tested = texts_of(r for r in records["test"] if unit(r) in ("T17", "V2") and how == "clean")
     dropped = 0
     for split in ("train", "dev"):
         kept = [record for record in records[split] if unit(record) not in away]
-        records[split] = [record for record in kept
-                          if how == "paper" or normalised(record) not in tested]
+        records[split] = [record for record in kept if normalised(record) not in tested]
         dropped += len(kept) - len(records[split])
     return (f"hold-out ({how}): {', '.join(u for u in UNITS if u in away)} neither in train nor in "
             f"dev; {dropped} more records left out, whose text is in the test split of T17 or V2")

@@ -14,8 +14,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from engine.files import ImageError, UsageError, locked, write_whole
-from engine.images import PathLike, load_image, regular, resolve_image
+from engine.files import ImageError, UsageError, file_hash, locked, regular, write_whole
+from engine.images import PathLike, load_image, resolve_image
 from engine.schema import Problems, Record
 from engine.sources import Sources
 from engine.weights import folder_hash
@@ -37,22 +37,20 @@ class FeatureCache:
     SHARD, AHEAD, CROPS = 256, 16, 64  # pictures per file and read ahead, crops per tower call
 
     def __init__(self, tower: nn.Module, tower_hash: str, folder: PathLike) -> None:
-        """tower: as vision.ViT, called on pixels, with the method `views` and the property
-        `preprocessing`; ready to compute, on its device."""
+        """tower: as vision.ViT, called on pixels, with `views` and `preprocessing`; ready to
+        compute, on its device."""
         self.tower, self.folder = tower, Path(folder) / tower_hash
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.shards: dict[Path, safe_open] = {}  # memory-mapped files
-        self.index: dict[str, Path] = {}  # tensor name -> its shard
+        self.shards: set[Path] = set()  # that are in the index
+        self.index: dict[str, safe_open] = {}  # tensor name -> its shard, a memory-mapped file
         self.names: dict[Request, str] = {}  # a picture's bytes are hashed once a run
 
     def get(self, path: PathLike, boxes: Boxes,
             size: Sequence[int] | None) -> tuple[Tensor, Tensor]:
-        """One picture -> (features [V,F], boxes [V,5]), computed and stored if they are not yet.
-
-        `size`: the record's [w, h], which must be the upright picture's; None takes the picture's.
-        """
+        """One picture -> (features [V,F], boxes [V,5]).  size: the record's [w, h], which must be
+        that of the upright picture, or None."""
         (name,) = self.prepare([(path, boxes, size)])
-        shard = self.shards[self.index[name]]
+        shard = self.index[name]
         return shard.get_tensor(name), shard.get_tensor(f"{name}.boxes")
 
     def prepare(self,
@@ -61,7 +59,7 @@ class FeatureCache:
         requests = [(os.fspath(path), tuple(map(tuple, boxes)), size and tuple(size))
                     for path, boxes, size in requests]
         wanted = {self.name(request): request for request in requests}
-        if any(name not in self.index for name in wanted):
+        if not wanted.keys() <= self.index.keys():
             self.scan()  # on disk from an earlier run or another process
         missing = [item for item in wanted.items() if item[0] not in self.index]
         if missing:
@@ -76,11 +74,10 @@ class FeatureCache:
         if request not in self.names:
             path, boxes, size = request
             try:
-                with open(regular(path), "rb") as file:
-                    content = hashlib.file_digest(file, "sha256").hexdigest()
+                content = file_hash(regular(path))
             except OSError as error:
-                raise ImageError(f"{path}: expected a picture, got: {error}; correct the record or "
-                                 "add the file") from error
+                raise ImageError(f"{path}: expected a picture, got: {error}; add the file or "
+                                 "correct the record") from error
             layout = "and boxes"  # names what a shard holds; another layout needs another name
             key = json.dumps([content, boxes, size, *self.tower.preprocessing, layout])
             self.names[request] = hashlib.sha256(key.encode()).hexdigest()
@@ -88,13 +85,14 @@ class FeatureCache:
 
     def scan(self) -> None:
         """Map the shards that are new in the folder; only their headers are read."""
-        for path in sorted(set(self.folder.glob("*.safetensors")) - set(self.shards)):
+        for path in sorted(set(self.folder.glob("*.safetensors")) - self.shards):
             try:
-                self.shards[path] = safe_open(path, "pt")
+                shard = safe_open(path, "pt")
             except (SafetensorError, OSError) as error:
                 raise ImageError(f"{path}: expected a whole file of image features, got: {error}; "
                                  "delete it, and its features are computed again") from error
-            self.index |= dict.fromkeys(self.shards[path].keys(), path)
+            self.index |= dict.fromkeys(shard.keys(), shard)
+            self.shards.add(path)
 
     def pixels(self, request: Request) -> tuple[Tensor, Tensor]:
         """Read a picture -> it and its crops as pixels [V,3,size,size], their places [V,5]."""
@@ -120,8 +118,8 @@ class FeatureCache:
                 tokens = torch.cat([self.tower(crops.to(device))[:, 0].float().cpu()
                                     for crops in torch.cat(pixels).split(self.CROPS)])
             rows = tokens.split([len(views) for views in pixels])
-            features |= {name: row.clone() for name, row in zip(names, rows)}
-            features |= {f"{name}.boxes": places for name, places in zip(names, boxes)}
+            for name, row, places in zip(names, rows, boxes):
+                features |= {name: row.clone(), f"{name}.boxes": places}
             bar.update(len(names))
         shard = hashlib.sha256("".join(sorted(features)).encode()).hexdigest()[:32]
         write_whole(self.folder / f"{shard}.safetensors", save(features))
@@ -129,12 +127,9 @@ class FeatureCache:
 
 
 class Features:
-    """Image features of records, which `data.collate` asks for by calling this object.
-
-    features(record) -> (features [V,F], boxes [V,5]), or None for a record without an image.  A
-    file that is not there is an error unless `missing_images` is "mask"; then its rows are counted
-    and have no visual tokens.
-    """
+    """Image features of records: called on one, (features [V,F], boxes [V,5]), or None for one
+    without an image.  A file that is not there is an error unless `missing_images` is "mask"; then
+    its rows are counted and have no visual tokens."""
 
     def __init__(self, sources: Sources, records: Sequence[Record], missing_images: str,
                  max_objects: int, device: torch.device, tower: Any):
@@ -151,18 +146,15 @@ class Features:
                 "there, or pass --missing-images mask to go on without them")
         self.missing = {self.path(record) for record in absent}
         self.missing_rows = len(absent)
-        self.cache: FeatureCache | None = None
         self.width = tower.feature_width(sources.vit)
         if len(absent) < len(named) and device.type != "meta":  # there nothing is computed
-            model = tower.from_pretrained(sources.vit).to(device).eval()
-            folder = sources.corpus / ".features"
+            model, folder = tower.from_pretrained(sources.vit), sources.corpus / ".features"
             with locked(folder / ".lock"):
-                self.cache = FeatureCache(model, folder_hash(sources.vit), folder)
+                self.cache = FeatureCache(model.to(device).eval(), folder_hash(sources.vit), folder)
                 self.compute([r for r in named if self.path(r) not in self.missing])
 
     def compute(self, records: Sequence[Record]) -> None:
-        """Compute the features of all these records' images; if one cannot be used, DataError
-        names all such."""
+        """Compute the features of these records' images; DataError names all that cannot be."""
         try:
             self.cache.prepare(map(self.key, records))
         except ImageError:
@@ -176,13 +168,12 @@ class Features:
             raise
 
     def path(self, record: Record) -> Path:
-        """Where a record's image lies, or would lie; kept, since to look takes longer than to
-        load its features.  ImageError if its name may not be used."""
+        """Where a record's image lies, or would lie, looked up once.  ImageError if its name may
+        not be used."""
         name = record.dataset, record.image
         if name not in self.paths:
             try:
-                folder = self.corpus / record.dataset / "images"
-                self.paths[name] = resolve_image(folder, record.image)
+                self.paths[name] = resolve_image(self.corpus / name[0] / "images", name[1])
             except ImageError as problem:
                 raise ImageError(f"{record.source}: {problem}") from None
         return self.paths[name]

@@ -8,8 +8,8 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import stat
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,7 +22,6 @@ class UsageError(ValueError):
 
 class DiskFull(UsageError):
     """No checkpoint can be written."""
-
     exit_code = 74  # EX_IOERR
 
 
@@ -38,34 +37,34 @@ class Stopped(Exception):
     """A signal ended the run in good order; the argument is its number."""
 
 
-def lock_file(path: Path, wait: bool) -> TextIO:
-    """Lock a file against all other processes of this machine; BlockingIOError if it is taken and
-    `wait` is False.  The kernel releases it when the file is closed or its holder is killed."""
+def locked(path: Path, wait: bool = True) -> TextIO:
+    """Lock a file against all other processes of this machine until what is returned is closed, as
+    a `with` block does, or its holder ends.  BlockingIOError if it is taken and `wait` is False."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "w")
     fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     return file
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """One process at a time runs this block; the others wait and then find its work done."""
-    with lock_file(path, wait=True):
-        yield
-
-
 def claim(out: Path) -> TextIO:
     """Take an exclusive lock on a run folder until the file that is returned is closed.
     UsageError if the folder cannot be made or written to, or is in use."""
     try:
-        return lock_file(out / ".lock", wait=False)
+        return locked(out / ".lock", wait=False)
     except BlockingIOError:
         raise UsageError(f"--out {out}: expected a run folder that no other process writes to, got "
                          "one in use; wait for that run, end it, or use another --out") from None
     except OSError as cause:
         problem = "a file" if out.is_file() else cause.strerror
-        raise UsageError(f"--out {out}: expected a folder that can be written to, got {problem}; "
-                         "choose another --out") from None
+        raise UsageError(f"--out {out}: expected a writable folder, got {problem}; choose another "
+                         "--out") from None
+
+
+def regular(path: str | os.PathLike) -> str | os.PathLike:
+    """The path itself, if a file lies there: a pipe or a device would never end (OSError)."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("no regular file")
+    return path
 
 
 def sync(path: Path) -> None:
@@ -76,8 +75,7 @@ def sync(path: Path) -> None:
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
-    """Write a file that is never seen half written: it is renamed once it is on disk.
-    Folders that lead to it are made."""
+    """Write a file that is never seen half written, and the folders that lead to it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -89,8 +87,8 @@ def write_whole(path: Path, content: bytes | str) -> None:
 
 
 def whole(folder: Path, make: Callable[[Path], object]) -> None:
-    """make(path) fills a new folder, which is renamed to `folder` once it is complete; if make
-    fails, nothing is left."""
+    """Make a folder that is never seen half filled: make(path) fills one of another name, which is
+    then renamed, or removed if make fails."""
     aside = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(aside, ignore_errors=True)
     aside.parent.mkdir(parents=True, exist_ok=True)
@@ -128,24 +126,28 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def strict_json(content: bytes) -> Any:
-    """Parse UTF-8 JSON; ValueError where json would go on: at a key that stands twice in an
-    object.  RecursionError if it is nested too deeply."""
-    def once(pairs: list[tuple[str, Any]]) -> dict:
-        if twice := [key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i])]:
-            raise ValueError(f"{twice[0]!r} stands twice")
+def parse_json(content: bytes) -> Any:
+    """Parse UTF-8 JSON; ValueError says why it cannot be, also where `json` would go on: at a key
+    that stands twice in an object."""
+    def unique(pairs: list[tuple[str, Any]]) -> dict:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError(f"a key stands twice in {json.dumps(dict(pairs)):.80}")
         return dict(pairs)
 
-    return json.loads(content.decode("utf-8"), object_pairs_hook=once)
+    try:
+        return json.loads(content.decode("utf-8"), object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def read_json(path: Path) -> dict:
     """The JSON object in a file of a model folder; WeightsError if there is none."""
     try:
-        raw = strict_json(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{path}: expected JSON, got: {getattr(error, 'strerror', error)}; give "
-                           "a Hugging Face model directory, complete and unmodified") from None
-    if not isinstance(raw, dict):
-        raise WeightsError(f"{path}: expected a JSON object, got {type(raw)}; fetch it anew")
+        raw = parse_json(path.read_bytes())
+        if not isinstance(raw, dict):
+            raise ValueError(type(raw))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", error)
+        raise WeightsError(f"{path}: expected a JSON object, got: {reason}; give a Hugging Face "
+                           "model directory, complete and unmodified") from None
     return raw

@@ -1,13 +1,13 @@
 """Reading pictures that nobody vouches for."""
 
 import os
-import re
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from engine.files import ImageError
+from engine.files import ImageError, regular
+from engine.schema import IMAGE_NAME
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")  # Pillow's many other readers are attack surface
 MAX_PIXELS = 32_000_000
@@ -16,17 +16,12 @@ PathLike = str | os.PathLike
 
 def resolve_image(root: PathLike, name: str) -> Path:
     """Path of the picture with a record's name inside the folder `root`; it need not exist.
-
-    ImageError if it may lie elsewhere: links are followed before the check.
-    """
+    ImageError if it may lie elsewhere: links are followed before the check."""
     try:
-        words, inside = name.split("/"), os.path.realpath(root)
+        inside = os.path.realpath(root)
         path = os.path.realpath(os.path.join(inside, name))
-        bad = (re.search(r"[\\\0]|^~|^[A-Za-z]:", name)
-               or any(not word.strip(" .") for word in words)  # "", ".", ".." and look-alikes
-               or len(name) > 999 or any(len(word.encode()) > 255 for word in words)
-               or os.path.commonpath([inside, path]) != inside)  # img does not begin img_x
-    except (AttributeError, OSError, ValueError):  # no text, too long, not encodable
+        bad = not IMAGE_NAME.holds(name) or os.path.commonpath([inside, path]) != inside
+    except (TypeError, OSError, ValueError):  # no text, too long, not encodable
         bad = True
     if bad:
         raise ImageError(f"image name {name!r}: expected a relative path, parts joined by /, that "
@@ -42,13 +37,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the same pixels as without this step, but no warning
     return image.convert("RGB")
-
-
-def regular(path: PathLike) -> PathLike:
-    """The path itself, if a file lies there; a pipe or a device would never end."""
-    if not os.path.isfile(path):
-        raise OSError("no regular file" if os.path.lexists(path) else "no such file")
-    return path
 
 
 def load_image(path: PathLike) -> Image.Image:

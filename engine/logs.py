@@ -28,8 +28,7 @@ class Logs:
         except OSError as cause:
             if had_room:
                 print(f"error: {self.metrics}: expected to append a row, got {cause}; training "
-                      "goes on and the rows are kept in memory: make room", file=sys.stderr,
-                      flush=True)
+                      "goes on and the rows are kept in memory: make room", file=sys.stderr)
 
     def write_history(self, history: Sequence[dict]) -> None:
         """Replace eval.jsonl by the dev scores and weights of all epochs so far."""

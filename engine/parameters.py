@@ -6,13 +6,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, as torch names them
+
 
 class FlatParameters:
     """All trainable parameters as views of one vector `values`, their gradients as views of
-    `grads`, so that optimizer step, clipping and all-reduce are one call each.
-
-    The variance vectors of L_MIM (`rho`) come last in it and learn at ten times the rate.
-    """
+    `grads`, so that optimizer step, clipping and all-reduce are one call each.  The variance
+    vectors of L_MIM (`rho`) come last and learn at ten times the rate."""
 
     def __init__(self, model: nn.Module, lr: float):
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -20,14 +20,14 @@ class FlatParameters:
         self.values = torch.cat([p.detach().flatten() for _, p in named])
         self.grads = torch.zeros_like(self.values)
         self.shapes = {name: parameter.shape for name, parameter in named}
-        for (_, parameter), value, grad in zip(named, self.views(self.values).values(),
-                                               self.views(self.grads).values()):
-            parameter.data, parameter.grad = value, grad
+        values, grads = self.views(self.values), self.views(self.grads)
+        for name, parameter in named:
+            parameter.data, parameter.grad = values[name], grads[name]
         experts = sum(p.numel() for n, p in named if not n.endswith(".rho"))
         groups = []
-        for piece, rate in ((slice(0, experts), 1.0), (slice(experts, None), 10.0)):
-            vector = nn.Parameter(self.values[piece])
-            vector.grad = self.grads[piece]
+        for place, rate in ((slice(0, experts), 1.0), (slice(experts, None), 10.0)):
+            vector = nn.Parameter(self.values[place])
+            vector.grad = self.grads[place]
             if len(vector):
                 groups.append({"params": [vector], "lr": lr * rate, "rate": rate})
         self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
@@ -44,24 +44,22 @@ class FlatParameters:
 
     def save(self, folder: Path) -> None:
         """Write model.safetensors and optimizer.safetensors, every tensor under its own name."""
-        def copies(flat: Tensor) -> dict[str, Tensor]:
-            return {name: view.clone() for name, view in self.views(flat.cpu()).items()}
-        save_file(copies(self.values), folder / "model.safetensors")
         states = [self.optimizer.state[g["params"][0]] for g in self.optimizer.param_groups]
-        save_file({f"{moment}.{name}": value for moment in ("exp_avg", "exp_avg_sq")
-                   for name, value in copies(torch.cat([s[moment] for s in states])).items()},
-                  folder / "optimizer.safetensors")
+        moments = {f"{moment}.": torch.cat([state[moment] for state in states])
+                   for moment in MOMENTS}
+        for file, vectors in (("model", {"": self.values}), ("optimizer", moments)):
+            save_file({prefix + name: view.clone() for prefix, flat in vectors.items()
+                       for name, view in self.views(flat.cpu()).items()},
+                      folder / f"{file}.safetensors")
 
     def load_moments(self, folder: Path, step: int) -> None:
         """Restore Adam's moments as they were after `step` steps."""
         saved = load_file(folder / "optimizer.safetensors", device=str(self.values.device))
-        flat = {moment: torch.cat([saved[f"{moment}.{name}"].flatten() for name in self.shapes])
-                for moment in ("exp_avg", "exp_avg_sq")}
-        start = 0
-        for group in self.optimizer.param_groups:
-            vector, = group["params"]
-            end = start + len(vector)
-            self.optimizer.state[vector] = {
-                "step": torch.tensor(float(step), device=vector.device),
-                **{moment: values[start:end].clone() for moment, values in flat.items()}}
-            start = end
+        vectors = [group["params"][0] for group in self.optimizer.param_groups]
+        sizes = [len(vector) for vector in vectors]
+        for vector in vectors:
+            self.optimizer.state[vector]["step"] = torch.tensor(float(step), device=vector.device)
+        for moment in MOMENTS:
+            flat = torch.cat([saved[f"{moment}.{name}"].flatten() for name in self.shapes])
+            for vector, values in zip(vectors, flat.split(sizes)):
+                self.optimizer.state[vector][moment] = values.clone()

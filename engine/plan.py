@@ -1,6 +1,5 @@
 """What a run (a train.Run, handed in) will do and need; --dry-run prints it and stops."""
 
-import dataclasses
 import json
 import math
 import resource
@@ -64,8 +63,7 @@ def memory(run: Any, piece: int) -> dict[str, float]:
                     the experts' dropout; on a CPU T5's dropout keeps 3 H scores per key as well
       feed-forward  3 times its width (4 times with dropout)
     --graphs takes it twice, since graphs share memory with nothing else.  Then three copies of the
-    logits, of which `piece` rows are held at once, and two of the experts: per task, for L_MIM.
-    """
+    logits, of which `piece` rows are held at once, and two of the experts, for L_MIM."""
     config, t5, examples = run.config, run.model.t5.config, run.rows.examples
     frozen, trained = (sum(p.numel() * p.element_size() for p in run.model.parameters()
                            if p.requires_grad == learns) for learns in (False, True))
@@ -97,11 +95,10 @@ def memory(run: Any, piece: int) -> dict[str, float]:
 def plan(run: Any, sources: Sources, launch: Launch, piece: int) -> list[str]:
     """What a run would use, from configurations, headers and the corpus; piece: see `memory`."""
     newest = newest_checkpoint(run.out) if launch.resume == "auto" else launch.resume
-    start = ("start: from the beginning" if newest in (None, "none")
-             else f"start: would resume {newest}")
+    start = "from the beginning" if newest in (None, "none") else f"would resume {newest}"
     if finished(run.config, launch):
-        start = "start: this run is finished, its table would be printed again"
-    files = [path for folder in (sources.t5, sources.vit, *filter(None, [sources.init]))
+        start = "this run is finished, its table would be printed again"
+    files = [path for folder in (sources.t5, sources.vit, sources.init) if folder
              for path in sorted(folder.iterdir())
              if path.suffix in (".json", ".safetensors", ".model")]
     files += sorted(path for name in ("dataset.json", *(f"{split}.jsonl" for split in SPLITS))
@@ -111,7 +108,7 @@ def plan(run: Any, sources: Sources, launch: Launch, piece: int) -> list[str]:
     return [f"dry run: nothing is trained, nothing is written to {run.out}",
             *(f"file: {path}, {path.stat().st_size:,} bytes, sha256 {file_hash(path)[:12]}"
               for path in files),
-            *describe(run, start), f"frozen: {frozen:,} parameters",
+            *describe(run, f"start: {start}"), f"frozen: {frozen:,} parameters",
             f"memory per process: about {sum(terms.values()) / 1e9:.2f} GB = "
             + " + ".join(f"{name} {value / 1e9:.2f}" for name, value in terms.items())]
 
@@ -122,7 +119,7 @@ def finished(config: Config, launch: Launch) -> str | None:
     if launch.resume != "auto" or not table.exists():
         return None
     newest = newest_checkpoint(table.parent)
-    mine = json.loads(json.dumps(dataclasses.asdict(config)))
+    mine = json.loads(json.dumps(vars(config)))
     if newest is None or not read_state(newest)["config"].items() <= mine.items():
         return None
     return table.read_text(encoding="utf-8")

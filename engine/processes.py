@@ -25,9 +25,8 @@ class World:
     def __init__(self, timeout: float = 300.0) -> None:
         """timeout: seconds that the processes wait for one that does not answer."""
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.main = self.rank == 0
+        self.main, self.timeout = self.rank == 0, timeout
         self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # by torchrun
-        self.timeout = timeout
         self.signal = 0  # the one that asked this process to stop
         self.repeatable = False  # an interruptible block runs: nothing is lost if it ends now
         self.last_met = time.monotonic()  # when all processes last took part in something
@@ -41,9 +40,8 @@ class World:
             torch.cuda.set_device(self.device)
 
     def join(self) -> None:
-        """Meet the other processes, once everything slow is prepared.  torchrun (torch 2.13) keeps
-        one store for all its restarts, with addresses of processes that are gone, so each restart
-        uses keys of its own."""
+        """Meet the other processes, once everything slow is prepared.  Each restart by torchrun
+        (2.13) has its own prefix: their common store holds addresses of processes that are gone."""
         if self.size > 1 and not dist.is_initialized():
             wait = timedelta(seconds=self.timeout)
             store, _, _ = next(dist.rendezvous("env://", timeout=wait))
@@ -123,29 +121,27 @@ def verdict(problem: BaseException) -> tuple[int, str]:
 def exit_codes() -> Iterator[None]:
     """Let an exception in this block end the process with its message and the promised exit code.
 
-    One of several processes ends by os._exit, since a destructor might wait for the others.  All
-    may fail together, and the cause should be read once: a process that is not rank 0, or only
-    knows that another one is gone, waits a second, in which torchrun ends it before it speaks."""
-    rank, alone = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", 1)) == 1
-    gone = None  # the words that say that another process is gone
+    One of several processes ends by os._exit, since a destructor might wait for the others.  If all
+    fail together, the cause should be read once: a process that is not rank 0, or only knows that
+    another one is gone, waits a second, in which torchrun ends it before it speaks."""
     try:
         yield
-        return
     except BaseException as problem:
         if isinstance(problem, SystemExit) and not dist.is_initialized():
             raise  # argparse has printed its message
         code, message = verdict(problem)
-        if isinstance(problem, RuntimeError) and not alone:
-            gone = re.search(r".*(gloo|NCCL|by peer|[Tt]imed out).*", str(problem))
+        rank, alone = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", 1)) == 1
+        gone = not alone and isinstance(problem, RuntimeError) and re.search(
+            r".*(gloo|NCCL|by peer|[Tt]imed out).*", str(problem))
         if gone:
             message = f"rank {rank}: another process has ended or does not answer: {gone[0]}"
-    if not alone and message and (rank != "0" or gone):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
-        time.sleep(1)
-    sys.stdout.flush()
-    if message:
-        print(message, file=sys.stderr, flush=True)
-    if alone:
-        sys.exit(code)
-    os._exit(code)
+        if not alone and message and (rank != "0" or gone):
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_DFL)
+            time.sleep(1)
+        sys.stdout.flush()
+        if message:
+            print(message, file=sys.stderr, flush=True)
+        if alone:
+            sys.exit(code)
+        os._exit(code)

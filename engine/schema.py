@@ -1,8 +1,9 @@
 """The schema of a corpus: datasets, records, and what is wrong where a file breaks the rules.
 
-A corpus is a folder of datasets, CORPUS/<dataset>/{dataset.json, train|dev|test.jsonl, images/}.
-dataset.json describes its dataset. "units" names, for each record task, its column of the result
-table; labels are sorted lower-case words; "note" (optional) is one line that stands beside scores:
+A corpus is a folder of datasets, CORPUS/<dataset>/{dataset.json, train|dev|test.jsonl, images/}: a
+new dataset is a new folder. In its dataset.json "units" names, for each record task, a column of
+the result table (a new one also needs a line in UNIT_TASK and a reference F1 in losses.py); "note"
+(optional) is one line that stands beside scores; labels are lower-case words:
 
     {"name": "twitter2017", "units": {"mner": "T17"}, "labels": {"mner": ["location", "person"]}}
 
@@ -85,14 +86,14 @@ def iou(a: Box, b: Box) -> float:
 
 # ---------------------------------------------------------------------------- rules
 # A rule has the shape of the JSON that it demands: a dict stands for an object with exactly these
-# keys, a list of one rule for a list of such elements, a Must for a value that passes a test. A
-# function stands for the rule that it returns when it is shown the value.
+# keys, a list of one rule for a list whose elements obey it, a Must for a value that passes a test.
+# A function, given the value, returns the rule for it.
 
 @dataclass(frozen=True)
 class Must:
-    """A value for which `holds` is true, and which obeys the rule `further` as well."""
+    """A value for which `holds` is true and that then obeys the rule `further`, if there is one."""
     holds: Callable[[object], object]
-    problem: str | Callable[[object], str]           # what is wrong otherwise: what to do
+    problem: str | Callable[[object], str]           # if it is not true: "is no ...: what to do"
     further: "Rule | None" = None
 
 
@@ -102,21 +103,18 @@ Rule = Must | dict | list | Callable
 class Problems(list):
     """Collects "file:line: field: problem: what to do", so that many mistakes show at once."""
 
-    count = 0                                        # of all; the list holds the first of them
-
     def add(self, where: str, place: str, problem: str) -> None:
-        self.count += 1
-        if self.count <= MAX_PROBLEMS:
-            self.append(f"{where}: {place}: {problem}")
+        self.append(f"{where}: {place}: {problem}")
 
     def raise_if_any(self) -> None:
-        first = f", the first {MAX_PROBLEMS}" if self.count > MAX_PROBLEMS else ""
+        first = f", the first {MAX_PROBLEMS}" if len(self) > MAX_PROBLEMS else ""
         if self:
-            raise DataError(f"{self.count} problem(s) in the data{first}:\n  " + "\n  ".join(self))
+            raise DataError(f"{len(self)} problem(s) in the data{first}:\n  "
+                            + "\n  ".join(self[:MAX_PROBLEMS]))
 
     def check(self, value: object, rule: Rule, where: str, place: str) -> bool:
         """Whether `value` obeys the rule; everything in it that does not is added."""
-        before = self.count
+        before = len(self)
         if callable(rule):
             rule = rule(value)
         if isinstance(rule, Must):
@@ -139,10 +137,10 @@ class Problems(list):
                     self.check(value[key], inner, where, f"{place}.{key}".removeprefix("record."))
                 else:
                     self.add(where, place, f'key "{key}" is missing: add it, if only as null or []')
-        return self.count == before
+        return len(self) == before
 
     def check_record(self, raw: object, dataset: Dataset, where: str, seen: dict[str, str]) -> bool:
-        """Whether `raw` is a record; seen, {id: where}, makes an id that comes twice a problem."""
+        """Whether `raw` is a record with a new id; seen, {id: where}, holds those before it."""
         right = self.check(raw, RecordRules(raw, dataset).record(), where, "record")
         if right and (first := seen.setdefault(raw["id"], where)) != where:
             self.add(where, "id", f'"{raw["id"]}" is the id of {first} too: make ids unique')
@@ -159,20 +157,20 @@ def show(value: object) -> str:
 
 
 def nearest(word: object, known: Collection[str]) -> str:
-    """What to do about an unknown word: the likely intention, else the choices."""
+    """The advice for an unknown word: the known one that resembles it, else all of them."""
     close = difflib.get_close_matches(str(word), known, n=1)
     choices = ", ".join(sorted(known)) or "nothing, as none is allowed here"
     return f'did you mean "{close[0]}"?' if close else f"use one of: {choices}"
 
 
 def get(mapping: object, key: object, default: object = None) -> object:
-    """mapping[key] where both are what they should be, else the default."""
+    """mapping[key], or the default where it is no object, or lacks the key."""
     known = isinstance(mapping, dict) and isinstance(key, str)
     return mapping.get(key, default) if known else default
 
 
 def are_numbers(value: object, types: tuple[type, ...], count: int) -> bool:
-    """A list of `count` numbers below 1e9 of these types (type(), because True is an int)."""
+    """Whether it is a list of `count` numbers of these types below 1e9; True is no number here."""
     return (isinstance(value, list) and len(value) == count
             and all(type(x) in types and abs(x) < 1e9 for x in value))
 
@@ -183,7 +181,7 @@ def one_of(choices: Collection[str]) -> Must:
                 lambda v: f"is unknown: {nearest(v, choices)}")
 
 
-ANYTHING = Must(lambda v: True, "")                  # what is judged elsewhere
+ANYTHING = Must(lambda v: True, "")                  # another rule names its problems
 STRING = Must(lambda v: isinstance(v, str) and v != "" and v.isprintable(),
               "is no non-empty printable string: correct it")
 TOKEN = Must(lambda v: isinstance(v, str) and re.fullmatch("[^\0- \x7f\ud800-\udfff]+", v),
@@ -201,26 +199,26 @@ SIZE = Must(lambda v: v is None or are_numbers(v, (int,), 2) and min(v) > 0,
 
 
 def span_within(length: float) -> Must:
-    """[start, end) in a text of so many tokens."""
+    """[start, end) in a text of `length` tokens."""
     return Must(lambda v: are_numbers(v, (int,), 2) and 0 <= v[0] < v[1] <= length,
                 f"is no span 0 <= start < end <= {length} (tokens): correct the offsets")
 
 
 def box_within(right: float = math.inf, bottom: float = math.inf) -> Must:
-    """[x1, y1, x2, y2] in a picture of this size, which may be unknown."""
+    """[x1, y1, x2, y2] in a picture, without bounds where its size is unknown."""
     return Must(lambda v: are_numbers(v, (int, float), 4) and 0 <= v[0] < v[2] <= right
                 and 0 <= v[1] < v[3] <= bottom, f"is no box 0 <= x1 < x2 <= {right}, 0 <= y1 < y2 "
                 f"<= {bottom}: order its corners and clip it, or correct the size")
 
 
 class RecordRules:
-    """The rules of one record. Its tokens set the bounds of its spans, its size those of boxes."""
+    """The rules of a record, whose tokens bound its spans, and whose size its boxes."""
 
     def __init__(self, raw: object, dataset: Dataset):
         self.dataset, self.task, size = dataset, get(raw, "task"), get(raw, "size")
         self.labels = get(dataset.labels, self.task, ())
         self.tokens, self.objects = get(raw, "tokens"), get(raw, "objects")
-        self.has_image = get(raw, "image", "(a missing key is one problem)") is not None
+        self.has_image = get(raw, "image", "unknown") is not None  # a missing key: one problem
         self.has_accepted = isinstance(raw, dict) and "accepted" in raw
         self.span = span_within(len(self.tokens) if isinstance(self.tokens, list) else math.inf)
         self.box = box_within(*(size if size is not None and SIZE.holds(size) else ()))
@@ -246,12 +244,12 @@ class RecordRules:
         return Must(lambda v: self.has_image or v == [], "needs an image: name it", rule)
 
     def entity(self, entity: object) -> Rule:
-        span = [get(entity, "start"), get(entity, "end")]          # judged together, at the end
-        return {"type": one_of(self.labels), "start": ANYTHING,
+        span = [get(entity, "start"), get(entity, "end")]
+        return {"type": one_of(self.labels), "start": ANYTHING,    # "end" judges both
                 "end": Must(lambda v: self.span.holds(span), self.span.problem)}
 
     def event(self, event: object, in_text: bool = False) -> Rule:
-        """A null trigger stands for the whole image; in_text: an event of the text alone."""
+        """in_text: the event is in the text, where no trigger may be null (the whole image)."""
         of_image = not in_text and get(event, "trigger") is None
         role = one_of(get(get(self.dataset.labels, "meae"), get(event, "type"), ()))
         if not one_of(self.labels).holds(get(event, "type")):
@@ -267,12 +265,12 @@ class RecordRules:
                 "object": lambda number: self.number(number, argument.get("box"))}
 
     def number(self, number: object, box: object) -> Rule:
-        """null, or the number of an object that overlaps the box."""
+        """null, or the number of an object that has IoU >= 0.5 with the box."""
         count = len(self.objects) if isinstance(self.objects, list) else 0
         if type(number) is not int or not 0 < number <= count:
             return Must(lambda v: v is None,
                         "is neither null nor the number of one of the objects: correct it")
-        boxes = box, self.objects[number - 1]        # those that are none are named elsewhere
+        boxes = box, self.objects[number - 1]        # other rules name those that are no boxes
         return Must(lambda v: not all(map(self.box.holds, boxes)) or iou(*boxes) >= 0.5, "is the "
                     "number of an object with IoU < 0.5 to the box: correct it or write null")
 

@@ -1,11 +1,10 @@
 """The settings of a run, and the command line that sets them."""
 
 import argparse
-import dataclasses
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -27,22 +26,10 @@ def old_spelling(impl: str) -> str:
     return "fast" if impl == "reference" else impl
 
 
-@dataclass(frozen=True)
-class Size:
-    """Defaults that come with a backbone; batch is global (paper: 10, 4, 2 a GPU on 4 GPUs)."""
-
-    t5: str | None  # hub name; None: made locally by demo.py
-    vit: str | None
-    rank: int
-    batch: int
-    micro_batch: int
-    epochs: int
-    lr: float
-    lr_epochs: int
-    dropout: float
-    max_target: int
-
-
+# Defaults that come with a backbone.  t5, vit: names on the hub, None for what demo.py makes;
+# batch: rows of a global batch (paper: 10, 4, 2 a GPU on 4 GPUs).
+Size = make_dataclass("Size", ("t5", "vit", "rank", "batch", "micro_batch", "epochs", "lr",
+                               "lr_epochs", "dropout", "max_target"), frozen=True)
 SIZES = {"tiny": Size(None, None, 24, 32, 32, 3, 1e-3, 2, 0.0, 40),
          "base": Size("google/flan-t5-base", VIT, 128, 40, 10, 20, 1e-4, 5, 0.1, 192),
          "large": Size("google/flan-t5-large", VIT, 64, 16, 4, 20, 1e-4, 5, 0.1, 192),
@@ -58,20 +45,18 @@ def option(default: object, text: str, convert: Callable = str, **more: object) 
 
 # What a number must be: in words, as a test, and the fields of Config that it holds for.
 BOUNDS = (
-    (f"at least {len(TASKS)}", lambda value: value >= len(TASKS), ("rank",)),
-    ("at least 2", lambda value: value >= 2, ("max_source", "max_target")),
-    ("at least 1", lambda value: value >= 1,
+    (f"at least {len(TASKS)}", lambda n: n >= len(TASKS), ("rank",)),
+    ("at least 2", lambda n: n >= 2, ("max_source", "max_target")),
+    ("at least 1", lambda n: n >= 1,
      ("epochs", "steps", "batch", "micro_batch", "lr_epochs", "save_every")),
-    ("at least 0", lambda value: value >= 0,
-     ("max_objects", "backbone_steps", "beta", "aml_gamma")),
-    ("above 0", lambda value: value > 0, ("lr", "clip", "aml_margin")),
-    ("in [0, 1)", lambda value: 0 <= value < 1, ("dropout", "backbone_dropout")))
+    ("at least 0", lambda n: n >= 0, ("max_objects", "backbone_steps", "beta", "aml_gamma")),
+    ("above 0", lambda n: n > 0, ("lr", "clip", "aml_margin")),
+    ("in [0, 1)", lambda n: 0 <= n < 1, ("dropout", "backbone_dropout")))
 
 
 @dataclass
 class Config:
     """Everything that decides what a run computes.  It is stored in checkpoints."""
-
     size: str = option("tiny", "backbone size", choices=tuple(SIZES))
     method: str = option("clorae", "what is trained")
     egr: bool = option(True, "gate router between the experts, Eq. (6)", bool)
@@ -141,7 +126,7 @@ class Config:
         if self.out is None:
             name = Path(self.data).resolve().name if self.data else "demo"
             filled["out"] = f"runs/{name}-{self.size}-{self.method}"
-        return dataclasses.replace(self, **filled)
+        return replace(self, **filled)
 
     def check(self) -> None:
         """UsageError if a number cannot work, before anything slow has begun."""
@@ -169,7 +154,6 @@ GROUPS = {"size": "what to train", "data": "data", "t5": "model", "epochs": "opt
 @dataclass(frozen=True)
 class Launch:
     """What one start of a run needs besides its Config.  Nothing here changes what is computed."""
-
     resume: str = option("auto", "'auto' goes on with the newest checkpoint of --out, 'none' "
                          "starts over, a path names a checkpoint")
     allow_world_change: bool = option(False, "resume with another number of processes: the same "
@@ -186,15 +170,51 @@ def parse_arguments(argv: Sequence[str] | None, description: str = "",
     """The command line: one option per field of Config and of Launch.  methods: the values of
     --method; without them any word is taken.  UsageError for a number that cannot work."""
     parser = Parser(description=description, usage="%(prog)s [options]")
-    for spec in dataclasses.fields(Config) + dataclasses.fields(Launch):
+    for spec in fields(Config) + fields(Launch):
         if spec.name in GROUPS:
             group = parser.add_argument_group(GROUPS[spec.name])
         group.add_argument("--" + spec.name.replace("_", "-"), default=spec.default,
                            **spec.metadata, **{"choices": methods} if spec.name == "method" else {})
     values = vars(parser.parse_args(argv))
-    launch = Launch(**{spec.name: values.pop(spec.name) for spec in dataclasses.fields(Launch)})
+    launch = Launch(**{spec.name: values.pop(spec.name) for spec in fields(Launch)})
     config = Config(**values).resolved()
     config.check()
     if not launch.timeout > 0:
         raise UsageError(f"expected --timeout above 0, got {launch.timeout}; correct it")
     return config, launch
+
+
+def run_options(result: Parser, several: bool = False, required: bool = True) -> None:
+    """The options that say which checkpoint is loaded, on which data, and how it decodes."""
+    add = result.add_argument_group("what to evaluate").add_argument
+    more = "; several are set side by side, a row per system, which is the runs that differ in " \
+           "nothing but their seed" if several else ""
+    add("checkpoint", type=Path, metavar="CKPT", nargs="+" if several else 1 if required else "*",
+        help="run folder (its best checkpoint is used) or checkpoint folder" + more)
+    add("--split", choices=("test", "dev", "train"), default="test", help="which records")
+    add("--data", metavar="DIR", help="corpus folder; default: the one trained on")
+    for flag, name in (("t5", "T5"), ("vit", "ViT"), ("init", "full run below the experts")):
+        add(f"--{flag}", metavar="DIR", help=f"folder of the {name} that CKPT was trained on, "
+            "where it is no longer at its place; sha256 must agree")
+    add("--units", nargs="+", choices=UNITS, metavar="UNIT",
+        help=f"only these columns ({' '.join(UNITS)}); default: all in the corpus")
+    add("--missing-images", choices=("error", "mask"),
+        help="mask: rows whose image file is missing are answered without it, and counted; "
+             "default: as in training")
+    add = result.add_argument_group("decoding").add_argument
+    add("--beams", type=positive, default=1, metavar="N",
+        help="beam search over N beams; 1 is greedy")
+    add("--batch-size", type=positive, default=32, metavar="N", help="rows decoded together")
+    add("--impl", type=old_spelling, choices=IMPLS,
+        help="the modules of the chapters (plain), their faster forms (fast), these with clorae.cu "
+             "(cuda); default: auto, the fastest that works here")
+    add("--graphs", action=argparse.BooleanOptionalAction,
+        help="on a GPU, launch all kernels of a token at once, as a CUDA graph; default: as the "
+             "run that trained CKPT")
+
+
+def positive(word: str) -> int:
+    """A whole number of at least 1, from the command line."""
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {word}")
+    return int(word)

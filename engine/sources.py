@@ -13,8 +13,7 @@ from engine.weights import find_weights, folder_hash
 
 @dataclass
 class Sources:
-    """The folders that a run reads."""
-
+    """Corpus, models and, with --init, a checkpoint."""
     corpus: Path
     t5: Path
     vit: Path
@@ -51,9 +50,8 @@ def stored_sources(checkpoint: Path, config: Config, given: Mapping[str, object]
             folder = next((made for made in sorted(Path("weights").glob(f"*/{model}"))
                            if folder_hash(made) == digest), None)
             if not folder:
-                raise UsageError(
-                    f"{checkpoint}: expected the folder of its {model} (sha256 {digest[:12]}), got "
-                    f"{then or 'none'}; name it with --{model} DIR")
+                raise UsageError(f"{checkpoint}: expected the folder of its {model} (sha256 "
+                                 f"{digest[:12]}), got {then or 'none'}; name it by --{model} DIR")
         folders[model] = (find_checkpoint(Path(folder)) if model == "init"
                           else find_weights(model, folder, name))
     sources = Sources(corpus_of(config), **folders)

@@ -34,8 +34,7 @@ def hub_snapshots(name: str) -> list[Path]:
 
 
 def fault(folder: Path, model: str) -> str | None:
-    """Why a folder cannot be used for a model, "t5" or "vit", judged by names and headers; None if
-    it can."""
+    """Why a folder does not hold a model, "t5" or "vit", by names and headers; None if it does."""
     names = ["config.json"] + ["spiece.model"] * (model == "t5")
     lost = [name for name in names if not (folder / name).is_file()]
     if lost and folder.is_dir():
@@ -49,16 +48,15 @@ def fault(folder: Path, model: str) -> str | None:
 
 
 def find_weights(model: str, given: str | Path | None, name: str | None) -> Path:
-    """A whole folder for a model, "t5" or "vit": the one given; without it that of the hub's `name`
-    in weights/, in the hub cache, or downloaded.  UsageError if there is none."""
+    """A whole folder for a model, "t5" or "vit": the one given, else the hub's `name` in weights/,
+    in the hub cache, or downloaded.  UsageError if there is none."""
     if given:
         if problem := fault(Path(given), model):
             raise UsageError(f"--{model}: {problem}")
         return Path(given)
     local = Path("weights", name.split("/")[-1])
     for folder in filter(Path.is_dir, (local, *hub_snapshots(name))):
-        problem = fault(folder, model)
-        if problem is None:
+        if not (problem := fault(folder, model)):
             return folder
         print(f"passed over: {problem}", file=sys.stderr)
     return download(model, name, local)
@@ -73,8 +71,7 @@ def download(model: str, name: str, local: Path) -> Path:
     print(f"{name}: not on this machine, asking the hub ({size})", file=sys.stderr)
     try:
         folder = Path(snapshot_download(name, allow_patterns=patterns))
-        problem = fault(folder, model)
-        if problem is None:
+        if not (problem := fault(folder, model)):
             return folder
     except Exception as cause:  # whatever the reason: the same remedy
         first = cause.__cause__ or cause
@@ -90,10 +87,8 @@ def download(model: str, name: str, local: Path) -> Path:
 
 def odd_fields(config: Any, **bounds: tuple[int, int]) -> list[str]:
     """"name = value" of each field of a config dataclass that has another type or is out of bounds.
-
     Whole numbers lie in 1..2^18, in 1..1000 if they count layers, unless `bounds` says otherwise:
-    nothing may be allocated for a size that nobody meant.  Floats are shares, in [0, 1).
-    """
+    nothing may be allocated for a size that nobody meant.  Floats are shares, in [0, 1)."""
     odd = []
     for name, field in config.__dataclass_fields__.items():
         value = getattr(config, name)
@@ -117,15 +112,14 @@ def open_weights(folder: Path) -> dict[str, safe_open]:
             or not (folder / n).is_file()]
     if lost or not names:
         raise WeightsError(f"{folder}: expected {lost or 'a weight_map in ' + index.name}, in this "
-                           f"folder and as .safetensors; {pickles(folder)}fetch the safetensors "
-                           "files of this checkpoint")
+                           f"folder and as .safetensors; {pickles(folder)}fetch these files")
     stored, pairs = {}, []
     for path in (folder / name for name in names):
         try:
             file = safe_open(path, "pt")
         except (SafetensorError, OSError) as error:
-            raise WeightsError(f"{path}: expected a whole safetensors file, got: {error}; "
-                               "fetch it anew") from None
+            raise WeightsError(f"{path}: expected a whole safetensors file, got: {error}; fetch "
+                               "it anew") from None
         stored |= dict.fromkeys(file.keys(), file)
         pairs += [(key, path.name) for key in file.keys()]
     if listed is not None and (wrong := set(pairs) ^ set(listed.items())):
@@ -135,10 +129,10 @@ def open_weights(folder: Path) -> dict[str, safe_open]:
 
 
 def pickles(folder: Path) -> str:
-    """What to say about pickled weights in a folder; "" if there are none."""
-    names = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLES)
-    return names and (f"{', '.join(names)} is never read, as a pickle can run code: have it "
-                      "converted to safetensors where it comes from; ") or ""
+    """What to say about pickled weights in a folder; "" without any."""
+    names = ", ".join(sorted(p.name for p in folder.glob("*") if p.suffix in PICKLES))
+    return names and (f"{names} is never read, as a pickle can run code: have it converted to "
+                      "safetensors where it comes from; ")
 
 
 def read_weights(folder: Path, stored: dict[str, safe_open], model: nn.Module,
@@ -150,8 +144,7 @@ def read_weights(folder: Path, stored: dict[str, safe_open], model: nn.Module,
     if missing or unknown:
         raise WeightsError(f"{folder}: the keys must be those of the model in config.json; missing "
                            f"{sorted(missing)[:4]} of {len(missing)}, unknown (or a copy that "
-                           f"differs) {sorted(unknown)[:4]} of {len(unknown)}; use files that "
-                           "belong together")
+                           f"differs) {sorted(unknown)[:4]} of {len(unknown)}; use its own files")
     for key, shape in shapes.items():
         piece = stored[key].get_slice(key)
         if piece.get_shape() != shape or piece.get_dtype() not in ("F32", "BF16", "F16"):

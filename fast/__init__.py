@@ -3,8 +3,8 @@
 `speed_up(model)` puts them in. They replace classes of t5.py, vision.py and clorae.py by subclasses
 that hold the same parameters under the same names and compute the same, but for rounding:
 padding.py   stacks and gate fusion that compute real tokens alone, in training on a CPU
-products.py  linear layers, dropout and attention on a CPU; packed and joined weights
 decoder.py   decoding with joined products, on a GPU also by CUDA graphs
+products.py  weights packed for few rows, and joined where layers read the same input
 experts.py   expert layers in rank space, and mim.py the loss L_MIM of these
 cuda.py      expert layers on the kernels of clorae.cu, compiled on first use
 graphs.py    CUDA graphs of any computation, such as a training step
@@ -15,7 +15,7 @@ vision and clorae; only evaluate, train and tools import it.
 import torch
 from torch import nn
 
-from fast import cuda, decoder, experts, padding, products
+from fast import cuda, decoder, experts, padding
 
 
 def form_on(device: torch.device, impl: str = "auto") -> str:
@@ -33,7 +33,7 @@ def speed_up(model: nn.Module, impl: str = "auto") -> str:
     form = form_on(next(model.parameters()).device, impl)
     if form != "plain":
         layers = cuda.FORMS if form == "cuda" else experts.FORMS
-        table = {**products.FORMS, **padding.FORMS, **decoder.FORMS, **layers}
+        table = {**padding.FORMS, **decoder.FORMS, **layers}
         for module in model.modules():
             module.__class__ = table.get(type(module), type(module))
     return form

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clorae import ExpertLinear, expert_layers
-from fast.experts import RANK_SPACE, FastExpertLinear, Runs, spread
+from fast.experts import RANK_SPACE, FastExpertLinear, Runs, spread, token_runs
 
 # ---------------------------------------------------------------------------------------- building
 
@@ -339,13 +339,18 @@ class CudaExpertLinear(FastExpertLinear):
     def forward(self, x: Tensor) -> Tensor:
         """x [B,S,D_in], or real tokens [T,D_in] -> y in that shape."""
         if not self.fits(x):
+            if self.on_gpu():
+                raise ValueError("routing: expected layers that run on clorae.cu, since the tasks "
+                                 "of rows stay on the GPU, got one that does not; leave --graphs "
+                                 "away")
             return super().forward(x)
         dropping = self.training and self.config.dropout > 0
         packs, table, tokens = self.packs(x), self.table(x), x.flatten(0, -2)
+        gates = None if self.fixed_gates is None else self.gates(tokens)
         y, z, _ = expert_linear(tokens, self.base, self.factors(), table, self.scale,
                                 dropped=self.dropped(tokens) if dropping else None,
-                                gates=self.given_gates(tokens), packs=packs)
-        z_U, z_D = z.T.split_with_sizes(self.widths)
+                                gates=gates, packs=packs)
+        z_U, z_D = z.split_with_sizes(self.widths, dim=1)
         self.remember(table.tasks, z_U.detach(), z_D)
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -360,11 +365,10 @@ class CudaExpertLinear(FastExpertLinear):
         """No joined product with other layers: forward is to be called."""
 
     def runs(self, x: Tensor) -> Runs:
-        if self.on_gpu():
-            raise ValueError("routing: expected layers that run on clorae.cu, since the tasks of "
-                             "rows stay on the GPU, got one that asks for them; leave --graphs "
-                             "away")
-        return super().runs(x)
+        """The runs of x; all tokens are one where no expert belongs to a task."""
+        if self.config.has_tasks:
+            return token_runs(self.routing, x, self.stream)
+        return [(0, x.shape[:-1].numel())]
 
     def on_gpu(self) -> bool:
         """Whether the host may not ask for the tasks of the rows."""

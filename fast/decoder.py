@@ -15,7 +15,7 @@ from torch import Tensor
 
 import t5
 from fast.graphs import captured
-from fast.products import JoinedProduct, Packed, forget, project, remembered
+from fast.products import JoinedProduct, Packed, forget, remembered
 
 
 class JoinedDecoder(t5.CachedDecoder):
@@ -57,7 +57,7 @@ class JoinedDecoder(t5.CachedDecoder):
         bias [1,H,1,width] over the first tokens; where `place` is None, these are the tokens so
         far, and the given one is the last. Otherwise the bias hides those to come.
         """
-        x = self.model.embed(token)
+        x = self.model.shared(token)
         for i in range(len(self.products)):
             x = self.block(i, x, bias, place)
         return self.head(self.model.scaled(self.model.decoder.final_norm(x)))[:, 0]
@@ -126,15 +126,11 @@ def joined(block: t5.Block, dtype: torch.dtype) -> dict[str, JoinedProduct]:
 
 
 class FastT5(t5.T5):
-    """t5.T5 that decodes with joined products; its head is a product as in fast.products."""
+    """t5.T5 that decodes with joined products."""
 
     decoder_class = JoinedDecoder
     graphs = False  # whether CUDA graphs decode
     graph: Any = None  # the last of them
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """[...,D] -> logits [...,C]."""
-        return project(self.scaled(hidden), self.head_weight)
 
     def train(self, mode: bool = True) -> "FastT5":
         """Training drops the packed copies of weights, which it would make outdated."""

@@ -8,13 +8,10 @@ Shapes: B batch, S and M tokens of a row, t real tokens of a batch, D model widt
 width.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 import t5
@@ -31,70 +28,27 @@ class Padding:
     def __init__(self, mask: Tensor | None) -> None:
         """mask [B,S], True at real tokens; None: all are real."""
         packs = mask is not None and mask.device.type == "cpu" and not mask.all()
-        self.mask = mask if packs else None
-        self.orders: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def split(self, x: Tensor, H: int) -> Tensor:
-        """Tokens [t,H K], or [B,S,H K] -> their heads [B,H,S,K], with 0 at padding."""
-        if self.mask is None:
-            return t5.split_heads(x, H)
-        (B, S), K = self.mask.shape, x.shape[1] // H
-        real, row = self.order(H)
-        return Reordered.apply(x, (B, H, S, K), row, real)
-
-    def merge(self, x: Tensor) -> Tensor:
-        """Heads [B,H,S,K] -> tokens as `split` takes them."""
-        if self.mask is None:
-            return t5.join_heads(x)
-        (_, H, _, K), (real, row) = x.shape, self.order(x.shape[1])
-        return Reordered.apply(x, (len(real) // H, H * K), real, row)
+        self.shape = mask.shape if packs else None
+        self.real = mask.flatten().nonzero()[:, 0] if packs else None  # [t], places in the B S
 
     def unpad(self, x: Tensor) -> Tensor:
         """[B,S,D] -> [t,D], or x itself."""
-        return self.merge(x[:, None])
+        return x if self.shape is None else x.flatten(0, 1).index_select(0, self.real)
 
     def pad(self, x: Tensor) -> Tensor:
-        """[t,D], or [B,S,D] -> [B,S,D]."""
-        return self.split(x, 1)[:, 0]
+        """[t,D], or [B,S,D] -> [B,S,D], with 0 at padding."""
+        if self.shape is None:
+            return x
+        rows = x.new_zeros(self.shape.numel(), x.shape[1])
+        return rows.index_copy(0, self.real, x).unflatten(0, self.shape)
 
-    def order(self, H: int) -> tuple[Tensor, Tensor]:
-        """For each of the t H heads of real tokens its number among the B H S heads in rows; and
-        the reverse, which is t H for heads of padding."""
-        if H not in self.orders:
-            (B, S), (i, j) = self.mask.shape, self.mask.nonzero().T[..., None]
-            real = ((i * H + torch.arange(H)) * S + j).flatten()
-            row = torch.full((B * H * S,), len(real))
-            row[real] = torch.arange(len(real))
-            self.orders[H] = real, row
-        return self.orders[H]
+    def split(self, x: Tensor, H: int) -> Tensor:
+        """Tokens [t,H K], or [B,S,H K] -> their heads [B,H,S,K]."""
+        return t5.split_heads(self.pad(x), H)
 
-
-class Reordered(torch.autograd.Function):
-    """x cut into vectors, in another order, as a tensor of `shape`.
-
-    The i-th is x's vector number order[i], or 0 where x has none of that number; `back` is the
-    order that undoes it. Autograd does not know that no vector is taken twice, and would sum up.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, shape: Sequence[int], order: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(back)
-        ctx.shape = x.shape
-        return Reordered.take(x, shape, order)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        back, = ctx.saved_tensors
-        return Reordered.take(dy, ctx.shape, back), None, None, None
-
-    @staticmethod
-    def take(x: Tensor, shape: Sequence[int], order: Tensor) -> Tensor:
-        """The vectors order[i] of x, which are as long as the shorter of both last dimensions."""
-        vectors = x.reshape(-1, min(x.shape[-1], shape[-1]))
-        if len(order) > len(vectors):
-            vectors = torch.cat((vectors, vectors.new_zeros(1, vectors.shape[1])))
-        return vectors.index_select(0, order).view(shape)
+    def merge(self, x: Tensor) -> Tensor:
+        """Heads [B,H,S,K] -> tokens as `split` takes them."""
+        return self.unpad(t5.join_heads(x))
 
 
 class Source(NamedTuple):
@@ -150,15 +104,6 @@ class PackedStack(t5.Stack):
             else:
                 x = block(layer, x, bias, padding, source)
         return padding.pad(self.dropout(self.final_norm(x)))
-
-    def relative_values(self, S: int, M: int, dtype: torch.dtype) -> Tensor:
-        """As t5.Stack's, from one value for each distance instead of one for each pair."""
-        weight = self.relative_bias.weight
-        distance = torch.arange(1 - S, M, device=weight.device)
-        bucket = t5.relative_buckets(distance, not self.decoder, len(weight), self.furthest)
-        values = F.embedding(bucket, weight).to(dtype).T  # [H,S-1+M]
-        # Query i reads M distances from -i on: the window that starts at place S-1-i of `values`.
-        return values.unfold(1, M, 1).flip(1)[None].contiguous()
 
 
 class PackedGateFusion(vision.GateFusion):

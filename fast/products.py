@@ -1,8 +1,6 @@
-"""Linear layers and dropout on a CPU: oneDNN's products, packed weights, dropout by random words.
+"""Products with a few rows, as a decoding needs them: weights packed for a CPU, and joined.
 
-FORMS says which chapter class each class here replaces. Their parameters and results are those of
-the chapter, but for rounding; what a class does not make faster it leaves to its base class.
-Shapes: D_in and D_out widths of a linear layer, t tokens of a batch, rows of a decoding.
+Shapes: D_in and D_out widths of a linear layer; rows of a decoding, one token each.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,11 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 import t5
-
-ONEDNN_PAYS = 1 << 18  # elements of a frozen weight from which on; see FrozenProduct
 
 
 def onednn_computes(weight: Tensor, dtype: torch.dtype) -> bool:
@@ -30,86 +25,6 @@ def onednn_computes(weight: Tensor, dtype: torch.dtype) -> bool:
 def onednn_product(x: Tensor, weight: Tensor) -> Tensor:
     """x [...,D_in], weight [D_out,D_in] as it is or packed -> x W^T [...,D_out]; no gradient."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-
-
-class FrozenProduct(torch.autograd.Function):
-    """x W^T for a W that does not learn, in float32 on a CPU.
-
-    oneDNN needs two thirds to nine tenths of the time of the library behind F.linear. But it
-    prepares each new shape for about a millisecond, which small products do not earn back.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(weight)
-        y = onednn_product(x.flatten(0, -2), weight)
-        return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], -1])  # a caller may write into it
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        weight, = ctx.saved_tensors
-        return onednn_product(dy.contiguous(), weight.T), None
-
-
-def project(x: Tensor, weight: Tensor) -> Tensor:
-    """x [...,D_in] -> x W^T [...,D_out]; a large frozen float32 weight on a CPU by oneDNN."""
-    frozen = not (weight.requires_grad and torch.is_grad_enabled())
-    large = weight.numel() >= ONEDNN_PAYS
-    single = x.dtype == weight.dtype == t5.compute_dtype(x) == torch.float32
-    if frozen and large and single and x.numel() > 0 and onednn_computes(weight, torch.float32):
-        return FrozenProduct.apply(x, weight)
-    return F.linear(x, weight)
-
-
-class FrozenLinear(t5.Linear):
-    """t5.Linear, by oneDNN where its weight is frozen."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return project(x, self.weight)
-
-    def parts(self) -> tuple[list[Tensor], list[Tensor], None]:
-        """The layer as JoinedProduct asks for it."""
-        return [self.weight], [], None
-
-
-def dropout_factors(like: Tensor, p: float) -> Tensor:
-    """0 with probability p, else 1 / (1 - p), in the shape, type and place of `like`.
-
-    p is rounded to a multiple of 2^-16: on a CPU one random 64-bit word serves four elements, which
-    takes a third of the time of the Bernoulli draws of F.dropout.
-    """
-    words = torch.empty((like.numel() + 3) // 4, dtype=torch.int64).random_(-2 ** 63, None)
-    draws = words.view(torch.int16)[:like.numel()].view(like.shape)  # uniform in -2^15 .. 2^15 - 1
-    least = min(round(p * 2 ** 16), 2 ** 16 - 1) - 2 ** 15  # of the draws that keep an element
-    return (draws >= least).to(like.dtype).mul_(1 / (1 - p))
-
-
-class WordDropout(nn.Dropout):
-    """nn.Dropout whose mask comes from random 64-bit words on a CPU."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x
-        if x.device.type != "cpu" or not 0 < self.p < 1:
-            return super().forward(x)
-        return x * dropout_factors(x, self.p)
-
-
-class WrittenOutAttention(t5.Attention):
-    """t5.Attention, with softmax and dropout as separate steps in training on a CPU.
-
-    There scaled_dot_product_attention has no fused kernel for dropout, and a slow backward pass
-    without.
-    """
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        """q [B,H,Q,K], k and v [B,H,M,K], bias broadcastable to [B,H,Q,M] -> [B,H,Q,K]."""
-        if q.device.type != "cpu" or not self.training:
-            return super().attend(q, k, v, bias)
-        scores = q @ k.mT
-        scores = scores if bias is None else scores.add_(bias)
-        return self.dropout(scores.softmax(-1)) @ v
 
 
 class Packed:
@@ -151,6 +66,13 @@ def forget(model: nn.Module) -> None:
         vars(parameter).pop("packed", None)
 
 
+def parts_of(layer: nn.Module) -> tuple[list[Tensor], list[Tensor], Callable | None] | None:
+    """A layer as JoinedProduct asks for it, or None if it must be called."""
+    if type(layer) is t5.Linear:
+        return [layer.weight], [], None
+    return getattr(layer, "parts", lambda: None)()
+
+
 class JoinedProduct:
     """The outputs of layers that read the same input, for the next token of each row.
 
@@ -163,7 +85,7 @@ class JoinedProduct:
 
     def __init__(self, layers: Sequence[nn.Module], dtype: torch.dtype) -> None:
         self.layers, self.down = layers, None
-        parts = [getattr(layer, "parts", lambda: None)() for layer in layers]
+        parts = [parts_of(layer) for layer in layers]
         if None in parts:
             return
         weights = [w for down, up, _ in parts for w in (*down, *up) if w.numel()]
@@ -187,6 +109,3 @@ class JoinedProduct:
         pieces = iter(codes.split_with_sizes(self.heights, -1))
         return [next(pieces) if up is None else next(pieces) + up(between(next(pieces)))
                 for up, between in zip(self.up, self.between)]
-
-
-FORMS = {t5.Linear: FrozenLinear, nn.Dropout: WordDropout, t5.Attention: WrittenOutAttention}

@@ -31,11 +31,12 @@ from torch import Tensor, nn
 
 import clorae
 import data
-import evaluate
+import fast
 import losses
-import train
 from engine.corpus import load_corpus, load_datasets
 from engine.settings import SIZES
+from fast import cuda, mim
+from fast.graphs import Graphs
 from t5 import T5, Linear, T5Config
 from tools.costs import GEOMETRY, FlopCounter
 from vision import UMIE
@@ -118,14 +119,16 @@ def layer(size: str, repeats: int) -> None:
         routing = clorae.Routing(("mner", "mre", "mee"))
         module = clorae.ExpertLinear(base, clorae.ExpertConfig(rank=R, dropout=dropout), routing,
                                      "memory").train()
+        fast.speed_up(module)
         x = torch.randn(16, 128, D, dtype=dtype, requires_grad=True)
         dy, mask = torch.randn(16, 128, D, dtype=dtype), torch.ones(16, 128, dtype=torch.bool)
 
-        def experts(mim: bool) -> None:
+        def experts(with_mim: bool) -> None:
             routing.set(rows, memory=mask)
-            routing.mim_batch = 16 if mim else None
+            if with_mim:
+                clorae.keep_outputs(module)
             y = module(x)
-            extra = [losses.mutual_information(routing.moments(), 1)] if mim else []
+            extra = [mim.mutual_information(module, 16)] if with_mim else []
             torch.autograd.backward([y, *extra], [dy, *map(torch.ones_like, extra)])
 
         floor = 1 + 3 * (R + R // 3 + 1) / D
@@ -136,8 +139,9 @@ def layer(size: str, repeats: int) -> None:
 
 
 def ours(size: str) -> UMIE:
-    model = UMIE(T5(geometry(size)), 768)
-    return clorae.adapt(model, "clorae", SIZES[size].rank)
+    model = clorae.adapt(UMIE(T5(geometry(size)), 768), "clorae", SIZES[size].rank)
+    fast.speed_up(model)
+    return model
 
 
 def peer(size: str, lora: bool) -> nn.Module:
@@ -181,22 +185,24 @@ def our_steps(size: str, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """Forward and backward of a training step, dropout on, with and without L_MIM; on a GPU also as
     a CUDA graph."""
     model, host, device = ours(size), batch(8), torch.get_default_device()
-    autocast, layers = in_type(model, dtype), len(clorae.expert_layers(model))
+    autocast = in_type(model, dtype)
     there = host.to(device)
 
-    def mine(mim: bool, b: data.Batch = there) -> Tensor:
-        model.routing.mim_batch = 8 if mim else None
+    def mine(with_mim: bool, b: data.Batch = there) -> Tensor:
+        if with_mim:
+            clorae.keep_outputs(model)
         with autocast():
             ce = losses.token_cross_entropy(model.hidden(b), b.labels, model.t5.head, real=b.real)
         loss = ce.sum() / b.labels.numel()
-        if mim:
-            loss = loss + 0.01 * losses.mutual_information(model.routing.moments(), layers)
+        if with_mim:
+            loss = loss + 0.01 * mim.mutual_information(model, 8)
         loss.backward()
         return loss.detach()
 
     steps = {"C-LoRAE": lambda: mine(True), "C-LoRAE without L_MIM": lambda: mine(False)}
-    if device.type == "cuda" and clorae.kernels(device) is not None:
-        graphs, model.routing.stay = train.Graphs(lambda b, _: mine(True, b), device), True
+    if fast.form_on(device) == "cuda":
+        graphs = Graphs(lambda b, _: mine(True, b), device)
+        cuda.keep_tasks_on_gpu(model)
         steps["C-LoRAE, CUDA graph"] = lambda: graphs(host, torch.zeros(1, device="cpu"))
     return steps
 
@@ -260,6 +266,8 @@ def peak_of(name: str, size: str) -> None:
 def decode(size: str, repeats: int) -> None:
     """Greedy tokens of T5 alone and through experts, for one sequence and for eight."""
     single, half = T5(geometry(size)).eval(), T5(geometry(size)).to(torch.bfloat16).eval()
+    for model in (single, half):
+        fast.speed_up(model)
     adapted, theirs = ours(size).eval(), peer(size, lora=False).eval() if PEER else None
     for rows in (1, 8):
         b = batch(rows).to(torch.get_default_device())

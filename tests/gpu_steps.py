@@ -11,17 +11,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.settings import parse_arguments
-from engine.processes import World
 import train
+from engine.processes import World
+from engine.settings import parse_arguments
+from fast.graphs import Graphs
 
 if __name__ == "__main__":
     config, _ = parse_arguments(None)
     world, sources = World(), train.prepare(config)
     train.losses.token_cross_entropy = functools.partial(  # in pieces, as at a large size
         train.losses.token_cross_entropy, piece=48)
-    for most in (train.Graphs.MOST, 0)[:1 + config.graphs]:
-        train.Graphs.MOST = most
+    for most in (Graphs.MOST, 0)[:1 + config.graphs]:
+        Graphs.MOST = most
         run = train.Run(config, sources, world)
         print(train.describe(run, "")[0])
         print(json.dumps([run.trainer.train_step(batch)

@@ -42,7 +42,8 @@ from engine.images import load_image
 import data  # noqa: E402
 import evaluate  # noqa: E402
 from t5 import T5, T5Config  # noqa: E402
-from vision import FeatureCache, ViT, ViTConfig  # noqa: E402
+from engine.features import FeatureCache
+from vision import ViT, ViTConfig  # noqa: E402
 
 # ----------------------------------------------------------------------------------- R11: records
 # A mutation takes (generator, a valid row) and returns the bytes of a line. Whether the result is

@@ -13,7 +13,6 @@ Not seen here: the kernels of torch for GPUs, memory, streams, speed.
 import ctypes
 import importlib.util
 import os
-import re
 import runpy
 import shutil
 import subprocess
@@ -269,7 +268,7 @@ def device_states(*_: object) -> tuple[list, list]:
 
 def pretend(emulator: str | None = None) -> PretendedGPU:
     """Let torch.cuda speak of one GPU; the mode to be entered.  emulator: library of clorae.cu."""
-    import clorae
+    from fast import cuda
     import torch.utils.checkpoint
     answers = {"is_available": True, "is_bf16_supported": True, "device_count": 1,
                "current_device": 0, "get_device_capability": (9, 0), "_lazy_init": None,
@@ -289,9 +288,9 @@ def pretend(emulator: str | None = None) -> PretendedGPU:
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # else numbers stay behind
     if emulator:
         torch.ops.load_library(emulator)
-        clorae.KERNELS["cuda"] = clorae.KERNELS["cpu"] = torch.ops.clorae_emulator
+        cuda.KERNELS["cuda"] = cuda.KERNELS["cpu"] = torch.ops.clorae_emulator
     else:
-        clorae.KERNELS["cuda"] = None
+        cuda.KERNELS["cuda"] = None
     return PretendedGPU()
 
 

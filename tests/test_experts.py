@@ -122,9 +122,8 @@ def run(form: Form, layer: ExpertLinear, given: SimpleNamespace, real: bool = Fa
     x = x[at].clone().requires_grad_()
     draws = itertools.cycle(drop[at] for drop in drops)
     layer.dropped = lambda seen: seen * next(draws).view_as(seen).to(seen.dtype)
-    layer.dropout_mask = lambda seen: next(draws).view_as(seen).to(seen.dtype)
     if not (layer.training and layer.config.dropout):
-        del layer.dropped, layer.dropout_mask
+        del layer.dropped
     layer.routing.set(given.tasks, memory=mask)
     clorae.keep_outputs(layer)
     with torch.autocast(form.device.type, torch.bfloat16) if autocast else contextlib.nullcontext():
@@ -258,7 +257,7 @@ def test_tokens_that_the_masks_do_not_know_are_refused(form):
     torch.testing.assert_close(fresh(tokens), fresh(x)[given.mask], rtol=1e-6, atol=1e-6)
 
 
-def test_the_gradients_by_hand_pass_a_float64_gradcheck():
+def test_gradients_in_rank_space_pass_a_float64_gradcheck():
     """Finite differences through gates and experts, and through L_MIM in the student and rho."""
     given = batch("sorted, with a row of padding", torch.float64)
     m = FAST(plain_layer("sorted, with a row of padding").double())

@@ -47,7 +47,7 @@ def test_in_a_training_step_the_host_waits_for_the_gpu_once(command, on_gpu, tmp
     micro-batches each.  Type and kernels are chosen by the machine."""
     done = on_gpu(command(tmp_path / "run", "--steps", 2, "--batch", 8, "--dropout", 0.1,
                           script="tests/gpu_steps.py"))
-    assert re.search(r"device: cuda:0, .*, bf16, experts on clorae.cu, seed", done.stdout)
+    assert re.search(r"device: cuda:0, .*, bf16, modules in the form cuda, seed", done.stdout)
     waits = re.findall(r"waited (\d+) times: (.*) in train_step", done.stderr)
     assert [int(times) for times, _ in waits] == [2], waits
 
@@ -124,15 +124,16 @@ def test_what_a_graph_may_not_hold_is_an_error_on_the_pretended_gpu(on_gpu, tmp_
 
 UNFIT = """
 import clorae, torch
+from fast.cuda import CudaExpertLinear, keep_tasks_on_gpu
 device, routing = torch.device("cuda:0"), clorae.Routing(("mner", "mre", "mee"))
 for width in (16, 12):
     layer = clorae.ExpertLinear(torch.nn.Linear(width, 8, bias=False).requires_grad_(False),
                                 clorae.ExpertConfig(rank=6), routing, "memory").to(device)
     x, tasks = torch.ones(3, 4, width, device=device), torch.tensor([0, 1, 2], device=device)
-    routing.stay = False
+    layer.__class__ = CudaExpertLinear
     routing.set(tasks)
     layer(x)
-    routing.stay = True
+    keep_tasks_on_gpu(layer)
     routing.set(tasks)
     try:
         with torch.cuda.graph(torch.cuda.CUDAGraph()):

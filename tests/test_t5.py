@@ -252,13 +252,13 @@ def test_a_row_whose_memory_is_all_padding_gives_the_numbers_of_no_memory_at_all
     model = lively(SMALL)
     ids, memory = torch.randint(2, 29, (2, 4)), torch.randn(2, 5, 11, requires_grad=True)
     mask = torch.tensor([[True] * 5, [False] * 5])
-    logits = model.decode(ids, memory, mask)
+    logits = model.head(model.decode_hidden(ids, memory, mask))
     logits.sum().backward()
     assert logits.isfinite().all() and memory.grad.isfinite().all()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
     assert memory.grad[1].abs().max() == 0 < memory.grad[0].abs().max()
     nothing = torch.zeros(1, 1, 11)
-    assert torch.allclose(logits[1:], model.decode(ids[1:], nothing), atol=1e-5)
+    assert torch.allclose(logits[1:], model.head(model.decode_hidden(ids[1:], nothing)), atol=1e-5)
     hidden = model.encode(ids, torch.tensor([[True] * 4, [False] * 4]))
     assert hidden.isfinite().all()
     assert model.generate(memory=memory.detach(), attention_mask=mask, max_new_tokens=3).numel()
@@ -313,7 +313,7 @@ def slow_greedy(model: T5, memory: Tensor, steps: int, banned: list[int]) -> lis
     """One request, decoded anew from the start at every step."""
     ids = [0]
     while len(ids) <= steps and ids[-1] != 1:
-        logits = model.decode(torch.tensor([ids]), memory)[0, -1]
+        logits = model.head(model.decode_hidden(torch.tensor([ids]), memory))[0, -1]
         logits[banned] = -math.inf
         ids.append(int(logits.argmax()))
     return ids[1:]
@@ -325,7 +325,8 @@ def slow_beams(model: T5, memory: Tensor, steps: int, banned: list[int], beams: 
     for n in range(1, steps + 1):
         found = []
         for score, ids in running:
-            gain = model.decode(torch.tensor([ids]), memory)[0, -1].log_softmax(-1)
+            logits = model.head(model.decode_hidden(torch.tensor([ids]), memory))
+            gain = logits[0, -1].log_softmax(-1)
             gain[banned] = -math.inf
             found += [(score + g, ids + [c]) for c, g in enumerate(gain.tolist())]
         found = sorted(found, key=lambda pair: -pair[0])[:2 * beams]
@@ -366,7 +367,7 @@ def test_the_incremental_decoder_gives_the_logits_of_the_whole_prefix(config, au
     tokens = model.shift_right(labels)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         memory = model.encode(ids, mask)
-        whole = model.decode(tokens, memory, mask).float()
+        whole = model.head(model.decode_hidden(tokens, memory, mask)).float()
         decoder = t5.CachedDecoder(model, memory, mask, beams=1, steps=tokens.shape[1])
         steps = [decoder(tokens[:, t:t + 1]).float() for t in range(tokens.shape[1])]
     assert largest_error(torch.stack(steps, 1), whole) < (0.05 if autocast else 1e-5)

@@ -32,7 +32,8 @@ from engine.schema import SPLITS, UNITS, Dataset, Record
 from engine.settings import VIT, Launch, old_spelling, parse_arguments
 from engine.sources import stored_config
 from engine.weights import find_weights
-from evaluate import Setup, build, free_visual_adapter, load_model
+from evaluate import Setup, build, load_model
+from fast import mim, speed_up
 from t5 import T5, T5Config
 from vision import UMIE
 
@@ -450,9 +451,9 @@ def test_the_visual_policies_train_what_they_say_at_base_geometry():
     before = clorae.parameter_split(model)
     embedding = sum(p.numel() for p in model.visual_embedding.parameters())
     for policy, visual in (("frozen", 0), ("paper", embedding)):
-        free_visual_adapter(model, policy)
+        model.free_adapter(policy)
         assert clorae.parameter_split(model) == {**before, "visual": visual}
-    free_visual_adapter(model, "train")
+    model.free_adapter("train")
     split = clorae.parameter_split(model)
     assert round((split["visual"] - embedding) / 1e6, 2) == 21.93  # 14.16 + 7.08 + 0.69
     assert {**split, "visual": 0} == before
@@ -574,17 +575,17 @@ def test_base_geometry_takes_a_step_and_decodes_on_a_cpu(capsys):
     model = clorae.adapt(UMIE(T5(config), 768, 16), rank=128)
     for part in (model.visual_embedding, model.vstack, model.fusion):
         part.requires_grad_(True)
+    speed_up(model)
     flat = FlatParameters(model, 1e-4)
     batch = data.Batch(
         input_ids=torch.randint(3, 32000, (6, 48)), attention_mask=torch.ones(6, 48).bool(),
         labels=torch.randint(3, 32000, (6, 16)), tasks=torch.tensor([0, 0, 1, 1, 2, 2]),
         units=torch.tensor([0, 1, 3, 4, 5, 6]), features=torch.randn(6, 5, 768),
         boxes=torch.rand(6, 5, 5), visual_mask=torch.ones(6, 5).bool(), rows=torch.arange(6))
-    model.routing.mim_batch = 6
+    clorae.keep_outputs(model)
     started = time.perf_counter()
     ce = losses.token_cross_entropy(model.train().hidden(batch), batch.labels, model.t5.head)
-    loss = ce.sum() / batch.labels.numel() \
-        + 0.01 * losses.mutual_information(model.routing.moments(), 76)
+    loss = ce.sum() / batch.labels.numel() + 0.01 * mim.mutual_information(model, 6)
     loss.backward()
     flat.optimizer.step()
     stepped = time.perf_counter()

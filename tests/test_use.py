@@ -30,8 +30,10 @@ from engine.checkpoints import read_state, write_state
 from engine.command import Parser
 from engine.corpus import load_corpus, load_datasets
 from engine.schema import DataError, Dataset, Record
+from engine.processes import World
 from engine.settings import Config
 from evaluate import Answer, Counts, Row
+from fast.experts import FastExpertLinear
 from t5 import T5
 from tools import answer, check, convert, costs, export, plot, replay, routing
 from tools.answer import coloured, example_records
@@ -494,17 +496,15 @@ def test_the_strips_are_the_gates_of_the_tokens_read_seen_and_written(setup, sma
     token by token; layers are told apart by their paths, visual tokens of concat come first."""
     records = load_corpus(small["data"], "test", ["T15"])[:1]
     example, = data.encode_records(records, setup.datasets, setup.tokenizer, 256, 24)
-    row, = evaluate.evaluate_split(setup.model, [example], setup.datasets, Three(),
-                                   setup.tokenizer, CPU, evaluate.Decoding(1, 1, 9))
-    monkeypatch.setattr(clorae.ExpertLinear, "parts", lambda layer: None)  # the decoder calls it
+    row, = evaluate.evaluate_split(setup, [example], Three(), evaluate.Decoding(1, 1, 9), World())
+    monkeypatch.setattr(FastExpertLinear, "parts", lambda layer: None)  # the decoder calls it
     seen: dict[str, list[torch.Tensor]] = {}
     for path, layer in clorae.expert_layers(setup.model).items():
         layer.register_forward_pre_hook(lambda layer, inputs, path=path: seen.setdefault(
             path, []).append(F.linear(inputs[0], layer.W_g).softmax(-1)[0, :, 1]))
     strips = token_strips(setup, example, row, Three(), CPU, evaluate.Decoding())
     seen.clear()
-    evaluate.generate_answers(setup.model, [example], Three(), setup.tokenizer, CPU,
-                              evaluate.Decoding(1, 1, 9))
+    evaluate.evaluate_split(setup, [example], Three(), evaluate.Decoding(1, 1, 9), World())
     for layer in clorae.expert_layers(setup.model).values():
         layer._forward_pre_hooks.clear()
 

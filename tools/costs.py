@@ -14,12 +14,12 @@ from torch import nn
 
 import clorae
 from data import Example
-from engine.command import Parser
+from engine.command import Parser, aligned
 from engine.files import UsageError
 from engine.processes import World, carry_out
 from engine.schema import TASKS
 from engine.settings import SIZES
-from evaluate import Job, Setup, aligned, run_options
+from evaluate import Job, Setup, run_options
 from t5 import T5, Attention, RMSNorm, T5Config
 from vision import UMIE, ViT
 
@@ -101,12 +101,11 @@ class FlopCounter:
 
     def linear(self, module: nn.Module, tokens: float, live: bool) -> bool:
         """Count one linear with its experts; returns whether its output needs a gradient."""
-        # A row meets one task of N; two gates that sum to 1 cost one product.
-        shared = ("A_T", "B_T", "W_g") if hasattr(module, "A_T") else ()
         for name, weight in module.named_parameters():
             leaf = name.split(".")[-1]
             if weight.dim() > 1:  # not the variance rho
-                product = 2 * tokens * weight.numel() / (len(weight) if leaf in shared else 1)
+                shared = len(weight) if leaf in ("A_T", "B_T") else 1  # a row meets one task of N
+                product = 2 * tokens * weight.numel() / shared
                 below = live or leaf.startswith(("B", "M"))  # their input comes from a trained A
                 self.forward += product
                 self.backward += product * (weight.requires_grad + below)
@@ -121,7 +120,7 @@ def mim_flops(model: nn.Module, lengths: Sequence[float]) -> tuple[float, float]
     for layer in clorae.expert_layers(model).values():
         if hasattr(layer, "rho"):
             R, r = layer.B_U.shape[1], layer.B_T.shape[2]
-            work = 4 * (R * R + R * r + r * r)  # for a token, or for a channel of the output
+            work = 4 * R * R + 4 * R * r + 6 * r * r  # for a token, or for a channel of the output
             once, row = once + work * len(layer.rho), row + work * tokens[layer.stream]
     return once, row
 

@@ -18,11 +18,11 @@ from statistics import fmean, stdev
 import numpy
 
 from engine.command import Parser
-from engine.compare import System, collect, system_names
+from engine.compare import System, collect, compare, refresh, system_names
 from engine.files import UsageError
 from engine.processes import World, carry_out
 from engine.schema import UNITS
-from evaluate import Job, compare, percent, refresh, run_options
+from evaluate import Job, percent, run_options
 from tools.figures import COLOURS, STYLES, canvas, write_figure
 from tools.replay import replay
 from tools.routing import route
@@ -189,7 +189,7 @@ def run(args: argparse.Namespace, world: World) -> None:
     runs each gets a folder for what concerns it alone, numbered as they were named."""
     jobs, several = [Job(folder, args) for folder in args.checkpoint], len(args.checkpoint) > 1
     if several or args.csv:
-        compare(args, world)
+        compare(jobs, args.csv, world)
     else:
         refresh(jobs, world)
     lines = ["pictures:"]

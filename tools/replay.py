@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from engine.checkpoints import newest_checkpoint, read_state
-from engine.command import Parser
+from engine.command import Parser, aligned
 from engine.corpus import corpus_of, load_corpus, load_datasets, unit_rows
 from engine.files import UsageError, save_csv
 from engine.processes import World, carry_out
-from evaluate import Job, aligned, run_options
+from evaluate import Job, run_options
 from losses import SINGLE_TASK_F1, SOTA_F1, achievement_weights
 from tools.figures import STYLES, canvas, write_figure
 
