@@ -204,8 +204,7 @@ def read_text_only(folder: Path, sentences: dict[str, dict]) -> dict[str, list[d
 def read_m2e2(path: Path, dataset: str) -> Rows:
     """A sample for each line of crossmedia_coref.txt: the one event of a sentence, and a picture.
     Where line and picture disagree about the event type, the arguments in the picture are dropped.
-    Other events of the same sentence, which M2E2 annotates in its file of text-only events, are no
-    gold of the pair: they become "accepted"."""
+    Other events of the sentence, from M2E2's text-only file, become "accepted", not gold."""
     texts, images = (path.with_name(f"{what}_multimedia_event.json") for what in ("text", "image"))
     with expecting("M2E2's annotations", path.parent):
         sentences = {one["sentence_id"]: one for one in parse_json(read_bytes(texts))}
@@ -223,10 +222,10 @@ def read_m2e2(path: Path, dataset: str) -> Rows:
             event = text_event(mention)
             if coref == picture["event_type"]:
                 event["arguments"] += [{"role": role.lower(), "box": box} for role, box in boxes]
+            others = {"accepted": accepted[name]} if name in accepted else {}
             rows.append((where, raw_record(
                 dataset, id=f"{name}+{image}", tokens=sentence["words"], image=image,
-                objects=[box for _, box in boxes], events=[event],
-                **({"accepted": accepted[name]} if name in accepted else {}))))
+                objects=[box for _, box in boxes], events=[event], **others)))
     several = sum("accepted" in row for _, row in rows)
     print(f"{dataset}: {several} of {len(rows)} samples have other events in their sentence, which "
           f"are accepted ({len(accepted)} sentences)")
@@ -297,9 +296,8 @@ def shown_by(box: list, objects: list[list]) -> int | None:
 
 
 def detections(path: Path) -> dict[str, list[list]]:
-    """{image: boxes of its detections, the most confident first}.  Corners are put in order and
-    clipped at 0 (without the picture its size is unknown); boxes without area are dropped and
-    counted."""
+    """{image: boxes of its detections, the most confident first}, corners in order and clipped at 0
+    (the size of a picture is not known); boxes without area are dropped and counted."""
     if not path.exists():
         raise DataError(f"{path}: expected what YOLOv8 detects in M2E2's pictures, {{image.jpg: "
                         '[{"bbox", "class", "conf"}]}, found no file: put MMUTF\'s objects '
@@ -384,8 +382,7 @@ PUBLISHED = {
 
 
 def published_file(source: Path, name: str) -> Path:
-    """The path of a file, which may have another name: MNRE-V2's dev file with a blank in it,
-    OneIE's files without "oneie"."""
+    """The path of a file; MNRE-V2's dev file may have a blank in its name, OneIE's no "oneie"."""
     names = (name.replace(".txt", " .txt"), name, name.replace(".oneie", ""))
     return next((source / other for other in names if (source / other).exists()), source / name)
 
@@ -479,7 +476,6 @@ def convert(dataset: str, source: Path, corpus: Path, max_objects: int = 16,
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command; it ends with exit code 2 where it cannot convert."""
     parser = Parser(prog="python -m tools.convert", description="Read the published files of a "
                     "dataset, write DST/KIND, print the counts of records read and expected.")
     add = parser.add_argument_group("what to convert").add_argument

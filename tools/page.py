@@ -73,11 +73,10 @@ def where(item: Item) -> str:
 def answer_lines(row: Row) -> list[str]:
     """An answer in words: a line per item, then what could not be used, or was missing."""
     record, answer = row.record, row.answer
+    lines = [f"{type_of(item).replace(':', ', ')}: {where(item)}" for item in row.predicted]
     if record.task == "mre":
-        head, tail = (data.words(record, span) for span in (record.head, record.tail))
+        head, tail = data.words(record, record.head), data.words(record, record.tail)
         lines = [f"{head} -- {row.predicted[0].label} -- {tail}"]
-    else:
-        lines = [f"{type_of(item).replace(':', ', ')}: {where(item)}" for item in row.predicted]
     notes = ((row.counts.malformed, f"unreadable in the output, {row.counts.malformed} piece(s): "
               f"{answer.text!r}"), (answer.cut, "cut at the length limit"),
              (answer.missing, f"answered without {record.image}, which is not there"))
@@ -109,8 +108,8 @@ def token_strips(setup: Setup, example: Example, row: Row, features: Features,
     answer: those of a target token are those that wrote it; the prompt is one mean."""
     tokenizer, record = setup.tokenizer, example.record
     ids, answer = example.input_ids, row.answer.ids
-    batch = data.collate([dataclasses.replace(example, labels=list(answer))], features,
-                         features.width).to(device)
+    written = dataclasses.replace(example, labels=list(answer))
+    batch = data.collate([written], features, features.width).to(device)
     layers: dict[str, list[Tensor]] = {}
     for layer, gates in gates_on(setup.model, batch, decoding.precision).items():
         layers.setdefault(layer.stream, []).append(gates[0, :, 1].double())

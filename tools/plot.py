@@ -173,12 +173,11 @@ def draw_systems(systems: Sequence[System], folder: Path) -> list[Path]:
     """Draw systems side by side, over the setting in which they differ, and their errors."""
     results = {system.name: {unit: f1 for unit, f1 in system.columns().items() if unit in UNITS}
                for system in systems}
-    paths = []
-    if len(systems) > 1:
-        paths.append(plot_systems(results, folder / "systems.png"))
+    paths = [plot_systems(results, folder / "systems.png")] if len(systems) > 1 else []
     if name := swept(systems):
-        paths.append(plot_sweep({getattr(system.config, name): results[system.name]
-                                 for system in systems}, name, folder / f"{name}.png"))
+        settings = [getattr(system.config, name) for system in systems]
+        paths.append(plot_sweep(dict(zip(settings, results.values())), name,
+                                folder / f"{name}.png"))
     if errors := error_counts(systems):
         paths.append(plot_errors(errors, folder / "errors.png"))
     return paths

@@ -7,6 +7,7 @@ by layer.  The gates, Eq. (6), are those of valid tokens while the right answer 
 
 import argparse
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -87,11 +88,10 @@ def routing_rows(paths: Sequence[str], groups: Sequence[tuple[str, str]],
 
 def layer_means(rows: Sequence[Mapping], stacks: Sequence[str]) -> dict[tuple[int, str], float]:
     """{(layer, "dataset task"): mean gate of the task expert}, each token with equal weight."""
-    means: dict[tuple[int, str], list] = {}
+    gates = defaultdict(list)
     for row in (row for row in rows if row["stack"] in stacks):
-        key = row["layer"], f"{row['dataset']} {row['task']}"
-        means.setdefault(key, []).append((row["soft"], row["n_tokens"]))
-    return {key: fmean(*zip(*pairs)) for key, pairs in means.items()}
+        gates[row["layer"], f"{row['dataset']} {row['task']}"] += [(row["soft"], row["n_tokens"])]
+    return {key: fmean(*zip(*pairs)) for key, pairs in gates.items()}
 
 
 def plot_routing(rows: Sequence[Mapping], layers: Sequence[int] | None, path: Path) -> Path:
