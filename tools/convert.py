@@ -394,9 +394,9 @@ def keep_m2e2(rows: Rows) -> None:
         lost.update(e["type"] for e in row["events"] if e["type"] not in M2E2)
         row["events"] = [event for event in row["events"] if event["type"] in M2E2]
         for event in row["events"]:
-            known, every = M2E2[event["type"]], event["arguments"]
-            lost.update(f"{a['role']} of {event['type']}" for a in every if a["role"] not in known)
-            event["arguments"] = [a for a in every if a["role"] in known]
+            name, roles, arguments = event["type"], M2E2[event["type"]], event["arguments"]
+            lost.update(f"{a['role']} of {name}" for a in arguments if a["role"] not in roles)
+            event["arguments"] = [a for a in arguments if a["role"] in roles]
     if lost:
         print("left out, as M2E2 has no such event or role:",
               ", ".join(f"{count} x {name}" for name, count in lost.most_common()))
@@ -447,30 +447,30 @@ def convert(dataset: str, source: Path, corpus: Path, max_objects: int = 16,
     """Read the published files of a dataset in `source` and write corpus/dataset.  max_objects:
     of a picture in m2e2 and swig.  event_types: those of "m2e2" or, for ace2005 and swig, "all"."""
     refuse(dataset, corpus, max_objects, event_types)
-    known = PUBLISHED[dataset]
-    paths = {split: published_file(source, name) for split, name in known.files.items()}
-    rows = {split: known.read(path, dataset) for split, path in paths.items() if path.exists()}
+    entry = PUBLISHED[dataset]
+    paths = {split: published_file(source, name) for split, name in entry.files.items()}
+    rows = {split: entry.read(path, dataset) for split, path in paths.items() if path.exists()}
     if not rows:
-        raise DataError(f"{source}: expected at least one of {', '.join(known.files.values())}, "
+        raise DataError(f"{source}: expected at least one of {', '.join(entry.files.values())}, "
                         "found none: give the folder that holds them")
-    descriptor = {"name": dataset, "units": known.units, "labels": known.labels}
+    descriptor = {"name": dataset, "units": entry.units, "labels": entry.labels}
     if event_types == "all":  # those of its samples
         events = [event for _, row in sum(rows.values(), []) for event in row["events"]]
         roles = {name: sorted({a["role"] for e in events if e["type"] == name
                                for a in e["arguments"]})
                  for name in sorted({event["type"] for event in events})}
         descriptor["labels"] = {"med": list(roles), "meae": roles}
-    if known.units == MEE:
+    if entry.units == MEE:
         for split, samples in rows.items():
             rows[split], descriptor["note"] = event_rows(dataset, samples, source, max_objects,
                                                          event_types)
-    for (split, path), expected in zip(paths.items(), known.counts):
+    for (split, path), expected in zip(paths.items(), entry.counts):
         count = len(rows.get(split, ()))
         read = f"{count} records found" if split in rows else "FILE NOT FOUND, nothing written"
         wanted = f", {expected} expected" * bool(expected)
         differs = "  <-- differs" * (expected not in (None, count))
         print(f"{dataset} {split}: {read}{wanted}, from {path}{differs}")
-    if "test" not in known.files and (path := published_file(source, "test.oneie.json")).exists():
+    if "test" not in entry.files and (path := published_file(source, "test.oneie.json")).exists():
         print(f"{dataset} test: {path} left out, as M2E2 is the only test of events")
     write_dataset(corpus / dataset, descriptor, rows)
 

@@ -5,9 +5,8 @@ with CKPT of its backbone at its rows' mean lengths.
     python -m tools.costs RUN"""
 
 import argparse
-import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -212,7 +211,7 @@ def paper_notes(geometry: Geometry, table: Costs, paper: Mapping[str, tuple]) ->
     scores = t5.num_heads * (t5.num_layers * (S * S + T * T + S * T) + 2 * V * V + S * V) / 1e9
     full, ours, lora = (table[label]["train"].forward / 1e9 + means + scores
                         for label in ("full", "clorae", "lora"))
-    halved = dataclasses.replace(geometry, rank=R // 2)
+    halved = replace(geometry, rank=R // 2)
     half, pair = (halved.forward(method) + means + scores for method in ("lora", "loramoe"))
     twice = half + (lora - full) * t5.d_model / (2 * R)  # a frozen q or v has 2 D^2, its LoRA 4 D R
     lacking = {label: paper[label][0] - sum(table[label]["paper"].trainable.values()) / 1e6
