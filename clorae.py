@@ -204,8 +204,8 @@ class ExpertLinear(nn.Module):
     def experts(self, x: Tensor) -> Tensor:
         """x [B,S,D_in] -> h [B,S,D_out], what the experts of the layer's method add.
 
-        A new method needs a name in METHODS, its parameters in __init__ and its h here; for other
-        forms than --impl plain, also its h in fast/experts.py.
+        A new method needs a name in METHODS, its parameters in __init__ and its h here; if it has
+        task experts, also in fast/experts.py, for other forms than --impl plain.
         """
         if self.config.method == "lora":
             return product(self.B_U, self.A_U, self.dropped(x))  # Eq. (2): h = B A x

@@ -3,8 +3,7 @@
 `speed_up(model)` puts them in. They replace classes of t5.py, vision.py and clorae.py by subclasses
 that hold the same parameters under the same names and compute the same, but for rounding:
 padding.py   stacks and gate fusion that compute real tokens alone, in training on a CPU
-decoder.py   decoding with joined products, on a GPU also by CUDA graphs
-products.py  weights packed for few rows, and joined where layers read the same input
+decoder.py   decoding with weights packed and joined, on a GPU also by CUDA graphs
 experts.py   expert layers in rank space, and mim.py the loss L_MIM of these
 cuda.py      expert layers on the kernels of clorae.cu, compiled on first use
 graphs.py    CUDA graphs of any computation, such as a training step

@@ -32,7 +32,8 @@ from fast.experts import RANK_SPACE, FastExpertLinear, Runs, spread, token_runs
 # ---------------------------------------------------------------------------------------- building
 
 SOURCE = Path(__file__).with_name("clorae.cu")
-COMPILER = (sys.executable, str(SOURCE.with_name("compiler.py")))
+COMPILER = (sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv[3]); "
+            "from fast.cuda import compile_extension; compile_extension(*sys.argv[1:3])")
 BUILD_SECONDS = 300  # for a build, and for waiting until another process has built
 KERNELS: dict[str, object] = {"cpu": None}  # device type -> library; tests put the emulator here
 
@@ -109,7 +110,7 @@ def acquire(lock: IO[str]) -> None:
 
 def compile_in(folder: Path, environment: dict[str, str]) -> None:
     """Run COMPILER in a process of its own, since a compiler may hang or take all with it."""
-    child = subprocess.Popen([*COMPILER, SOURCE, folder], env={**os.environ, **environment},
+    child = subprocess.Popen([*COMPILER, SOURCE, folder, SOURCE.parents[1]], env={**os.environ, **environment},
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                              start_new_session=True)
     try:
@@ -120,6 +121,15 @@ def compile_in(folder: Path, environment: dict[str, str]) -> None:
         raise TimeoutError(f"the compiler has not finished within {BUILD_SECONDS} s")
     if child.returncode:
         raise RuntimeError("\n".join(output.strip().splitlines()[-12:]))
+
+
+def compile_extension(source: str, folder: str) -> None:
+    """clorae.cu twice, by nvcc (kernels) and by the C++ compiler (binding), into folder."""
+    from torch.utils import cpp_extension
+    copies = [shutil.copy(source, Path(folder, name)) for name in ("kernels.cu", "binding.cpp")]
+    cpp_extension.load("clorae_kernels", [str(copy) for copy in copies],
+                       extra_cflags=["-O2"], extra_cuda_cflags=["-O3"],
+                       build_directory=folder, is_python_module=False)
 
 
 # -------------------------------------------------------------------- which task a token belongs to

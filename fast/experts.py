@@ -95,7 +95,7 @@ class FastExpertLinear(ExpertLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B,S,D_in], or real tokens [t,D_in] -> y in that shape."""
-        if not self.config.has_tasks:  # the plain layer is in rank space already, for any tokens
+        if self.config.method not in ("clorae", "tlora"):  # the others take tokens in any shape
             return super().forward(x)
         runs, tokens = token_runs(self.routing, x, self.stream), x.flatten(0, -2)
         y = self.base(tokens)

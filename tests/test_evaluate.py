@@ -686,7 +686,7 @@ def decode(model: nn.Module, tokenizer: data.Tokenizer, decoding: Decoding = Dec
            rank: int = 0, world: int = 1) -> list[evaluate.Row]:
     """What a model makes of some_records(), without images."""
     examples = data.encode_records(some_records(), DATASETS, tokenizer)
-    setup = evaluate.Setup(None, None, DATASETS, tokenizer, model, "plain")
+    setup = evaluate.Setup(None, None, DATASETS, tokenizer, model)
     processes = World()
     processes.rank, processes.size, processes.device = rank, world, torch.device("cpu")
     return evaluate.evaluate_split(setup, examples, NoImages(), decoding, processes)

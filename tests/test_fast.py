@@ -16,7 +16,7 @@ from test_vision import make_batch, make_umie
 from torch import Tensor, nn
 
 import t5
-from fast import decoder, padding, products, speed_up
+from fast import decoder, padding, speed_up
 from t5 import T5, T5Config
 from vision import UMIE, GateFusion
 
@@ -251,10 +251,10 @@ def test_a_joined_product_is_what_each_layer_makes_of_x_also_after_a_write(rows,
     tolerance = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     for written in (None, "weight", "A", "B"):
         if hasattr(layers[-1], written or "weight"):
-            before = products.JoinedProduct(layers, dtype) and owner.packed
+            before = decoder.JoinedProduct(layers, dtype) and owner.packed
             if written:
                 getattr(layers[-1], written).mul_(2)
-            joined = products.JoinedProduct(layers, dtype)(x)
+            joined = decoder.JoinedProduct(layers, dtype)(x)
             for layer, y in zip(layers, joined, strict=True):
                 assert largest_error(y, layer(x)) < tolerance * layer(x).abs().max()
             assert (owner.packed is before) == (written is None)
@@ -265,7 +265,7 @@ def test_layers_without_parts_are_called_and_so_are_their_neighbours():
     """What wraps q is asked itself."""
     q, k, x = Plain(11, 13, 1.0), Plain(11, 13, 1.0), torch.randn(2, 1, 11)
     layers = [nn.Sequential(q), k]
-    for layer, y in zip(layers, products.JoinedProduct(layers, torch.float32)(x), strict=True):
+    for layer, y in zip(layers, decoder.JoinedProduct(layers, torch.float32)(x), strict=True):
         assert torch.equal(y, layer(x))
     assert not any(hasattr(weight, "packed") for weight in (q.weight, k.weight))
 
