@@ -289,16 +289,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="a picture (.png) of the image with its boxes, the text with its spans and the gates "
              "token by token; with --examples a folder for one picture each")
     args = command.parse_args(argv)
-    single, draw = args.text is not None, args.draw
+    alone, draw = args.text is not None, args.draw
     idle = [name for name in ("image", "objects", "head", "tail") if getattr(args, name)]
     no_file = draw and (draw.suffix != ".png" or draw.is_dir())
     for wrong, problem in (
-            (single == (args.examples is not None), "give either --text or --examples"),
-            (not single and idle, f"--{' --'.join(idle)} would do nothing without --text"),
-            (single and not args.task, "--text needs --task mner, mre, med or meae"),
+            (alone == (args.examples is not None), "give either --text or --examples"),
+            (not alone and idle, f"--{' --'.join(idle)} would do nothing without --text"),
+            (alone and not args.task, "--text needs --task mner, mre, med or meae"),
             (args.objects and not args.image, "--objects are boxes in an image; add --image"),
-            (single and no_file, f"--draw {draw}: name a .png file"),
-            (not single and draw and draw.is_file(), f"--draw {draw}: name a folder for --examples")):
+            (alone and no_file, f"--draw {draw}: name a .png file"),
+            (not alone and draw and draw.is_file(), f"--draw {draw}: name a folder for --examples")):
         if wrong:
             command.error(problem)
     carry_out(run, args)
