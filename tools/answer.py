@@ -289,16 +289,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="a picture (.png) of the image with its boxes, the text with its spans and the gates "
              "token by token; with --examples a folder for one picture each")
     args = command.parse_args(argv)
-    alone, draw = args.text is not None, args.draw
+    has_text, draw = args.text is not None, args.draw
     idle = [name for name in ("image", "objects", "head", "tail") if getattr(args, name)]
-    no_file = draw and (draw.suffix != ".png" or draw.is_dir())
+    misnamed = draw and (draw.suffix != ".png" or draw.is_dir() if has_text else draw.is_file())
     for wrong, problem in (
-            (alone == (args.examples is not None), "give either --text or --examples"),
-            (not alone and idle, f"--{' --'.join(idle)} would do nothing without --text"),
-            (alone and not args.task, "--text needs --task mner, mre, med or meae"),
+            (has_text == (args.examples is not None), "give either --text or --examples"),
+            (not has_text and idle, f"--{' --'.join(idle)} would do nothing without --text"),
+            (has_text and not args.task, "--text needs --task mner, mre, med or meae"),
             (args.objects and not args.image, "--objects are boxes in an image; add --image"),
-            (alone and no_file, f"--draw {draw}: name a .png file"),
-            (not alone and draw and draw.is_file(), f"--draw {draw}: name a folder for --examples")):
+            (has_text and misnamed, f"--draw {draw}: name a .png file"),
+            (misnamed, f"--draw {draw}: name a folder for --examples")):
         if wrong:
             command.error(problem)
     carry_out(run, args)
