@@ -352,18 +352,14 @@ class GateFusion(nn.Module):
         cosine = self.cosine(h, mask, visual, visual_mask)
         return F.leaky_relu(F.leaky_relu(math.exp(0.5) * cosine))
 
-    def mix(self, h: Tensor, mask: Tensor, visual: Tensor, visual_mask: Tensor) -> Tensor:
-        """FF(LN(h + CrossAttention(LN h, visual))), [B,S,D]; of no meaning at padding."""
-        visual, bias = prepare_memory(visual, visual_mask, compute_dtype(h))
-        x = h + self.attention(self.attention_norm(h), visual, bias)
-        return self.feed_forward(self.feed_forward_norm(x))
-
     def forward(self, h: Tensor, mask: Tensor, visual: Tensor, visual_mask: Tensor) -> Tensor:
         """h [B,S,D], mask [B,S], visual [B,V,D], visual_mask [B,V] -> h' [B,S,D].
 
         A row without visual tokens is returned unchanged, bit for bit.
         """
-        mixed = self.mix(h, mask, visual, visual_mask)
+        memory, bias = prepare_memory(visual, visual_mask, compute_dtype(h))
+        x = h + self.attention(self.attention_norm(h), memory, bias)
+        mixed = self.feed_forward(self.feed_forward_norm(x))
         fused = h + self.gate(h, mask, visual, visual_mask)[:, None, None] * mixed
         return torch.where(visual_mask.any(1)[:, None, None], fused.to(h.dtype), h)
 

@@ -1,14 +1,14 @@
 """The mathematics of the chapters, faster: no chapter needs these files to be understood.
 
-`speed_up(model)` puts them in. They replace classes of t5.py, vision.py and clorae.py by subclasses
+`speed_up(model)` puts them in. They replace classes of t5.py and clorae.py by subclasses
 that hold the same parameters under the same names and compute the same, but for rounding:
-padding.py   stacks and gate fusion that compute real tokens alone, in training on a CPU
+padding.py   stacks of T5 that compute real tokens alone, in training on a CPU
 decoder.py   decoding with weights packed and joined, on a GPU also by CUDA graphs
 experts.py   expert layers in rank space, and mim.py the loss L_MIM of these
 cuda.py      expert layers on the kernels of clorae.cu, compiled on first use
 graphs.py    CUDA graphs of any computation, such as a training step
-A leaf that replaces classes says so in FORMS, {chapter class: its class}. This folder imports t5,
-vision and clorae; only evaluate, train and tools import it.
+A leaf that replaces classes says so in FORMS, {chapter class: its class}. This folder imports t5
+and clorae; only evaluate, train and tools import it.
 """
 
 import torch

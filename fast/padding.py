@@ -1,4 +1,4 @@
-"""Stacks and gate fusion without padding, in training on a CPU.
+"""T5 stacks without padding, in training on a CPU.
 
 Attention alone looks at more than one token, so everything else can leave padding out: in the
 demo's batches a quarter of the source tokens and three fifths of the target's. Elsewhere tokens
@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import t5
-import vision
 
 
 class Padding:
@@ -106,17 +105,4 @@ class PackedStack(t5.Stack):
         return padding.pad(self.dropout(self.final_norm(x)))
 
 
-class PackedGateFusion(vision.GateFusion):
-    """vision.GateFusion whose attention and feed-forward compute real tokens alone."""
-
-    def mix(self, h: Tensor, mask: Tensor, visual: Tensor, visual_mask: Tensor) -> Tensor:
-        """As vision.GateFusion.mix: [B,S,D] -> [B,S,D]."""
-        if not self.training or h.device.type != "cpu":
-            return super().mix(h, mask, visual, visual_mask)
-        padding, source = Padding(mask), packed_memory(visual, visual_mask, t5.compute_dtype(h))
-        x = padding.unpad(h)
-        x = x + attention(self.attention, self.attention_norm(x), padding, source)
-        return padding.pad(self.feed_forward(self.feed_forward_norm(x)))
-
-
-FORMS = {t5.Stack: PackedStack, vision.GateFusion: PackedGateFusion}
+FORMS = {t5.Stack: PackedStack}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import t5
 from fast import decoder, padding, speed_up
 from t5 import T5, T5Config
-from vision import UMIE, GateFusion
+from vision import UMIE
 
 
 @pytest.fixture(params=FORMS)
@@ -55,7 +55,7 @@ def test_speed_up_changes_classes_and_nothing_else():
         assert all(isinstance(m, c) for m, c in zip(model.modules(), classes, strict=True))
     assert model.t5.encoder.recompute and model.fusion.attention.dropout.p == 0.7
     changed = {type(module) for module in model.modules()}
-    assert not changed & {t5.Stack, T5, GateFusion}
+    assert not changed & {t5.Stack, T5}
 
 
 # ------------------------------------------------------------------ training
