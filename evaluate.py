@@ -9,8 +9,7 @@ before they are printed.  Each batch of the split goes whole to one process, so 
 depends on the number of processes.
 
 References: C-LoRAE (arXiv 2505.06303), Table 2 for the columns and Eq. (9) for `unit_f1`; entities
-as in UMT's ner_evaluate, relations as in HVPNeT's eval_result, events as in M2E2 (ACL 2020).
-"""
+as in UMT's ner_evaluate, relations as in HVPNeT's eval_result, events as in M2E2 (ACL 2020)."""
 
 import argparse
 import itertools
@@ -24,7 +23,6 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 import clorae
@@ -168,9 +166,8 @@ def pair_off(gold: list[Item], predicted: list[Item], same_type: bool = True,
 
 def count(task: str, gold: Sequence[Item], predicted: Sequence[Item], malformed: int = 0,
           missing: int = 0) -> Counts:
-    """Counts of one record; `malformed` is what the parser could not use of its output.  Every item
-    falls into the first class that takes it: right, wrong type, wrong boundary (see RULES).  Gold
-    items that remain are missed, predicted ones are spurious."""
+    """Counts of one record.  An item falls into the first class that takes it: right, wrong type,
+    wrong boundary (see RULES).  Gold items that remain are missed, predicted ones spurious."""
     gold, predicted = list(gold), list(predicted)
     if task == "mre":  # none is no relation; the others share one place, as if it were an image
         gold, predicted = ([replace(item, whole_image=True) for item in items
@@ -406,7 +403,7 @@ def build(config: Config, sources: Sources, device: torch.device) -> Setup:
     fast.speed_up(model.to(device), config.impl)
     model.t5.graphs = config.graphs
     for module in model.modules():
-        if isinstance(module, nn.Dropout) and config.backbone_dropout is not None:
+        if isinstance(module, torch.nn.Dropout) and config.backbone_dropout is not None:
             module.p = config.backbone_dropout
         if isinstance(module, Stack):
             module.recompute = config.checkpoint_activations
@@ -544,13 +541,11 @@ class Job:
         self.changes["units"] = args.units  # None: all of them, whatever was trained on
         self.config = stored_config(self.checkpoint, **self.changes)
         self.decoding = Decoding.of(self.config, args.batch_size, args.beams)
-        self.predictions = (getattr(args, "out", None)
-                            or folder / f"predictions-{args.split}.jsonl")
-        if self.predictions.is_dir():
-            raise UsageError(f"--out {self.predictions}: expected a file, got a folder; name a "
-                             "file in it")
-        name = self.predictions.stem.removeprefix("predictions-")
-        self.scores = self.predictions.with_name(f"scores-{name}.json")
+        out = getattr(args, "out", None) or folder / f"predictions-{args.split}.jsonl"
+        if out.is_dir():
+            raise UsageError(f"--out {out}: expected a file, got a folder; name a file in it")
+        self.predictions = out
+        self.scores = out.with_name(f"scores-{out.stem.removeprefix('predictions-')}.json")
 
     @cached_property
     def made_from(self) -> dict:

@@ -4,8 +4,7 @@
     torchrun --nproc_per_node=4 train.py --size large --data DIR    the real run
     (the same line again)                                           resumes, or reprints the table
 
-Paper: C-LoRAE, IJCAI 2025, arXiv 2505.06303.  In this order: the step, Eq. (10) (Trainer); the
-epoch, Eq. (9), and the end of a run (Run); what a run needs (Rows, prepare); the command.
+Paper: C-LoRAE, IJCAI 2025, arXiv 2505.06303.  Trainer: the step, Eq. (10); Run: the epoch, Eq. (9).
 
 Exactness: the batches of an epoch are a function of (seed, epoch), the dropout masks of (seed,
 step, micro-batch), and every normaliser counts the global batch.  So neither the number of
@@ -14,8 +13,7 @@ bit for bit if it goes on with as many processes and threads (OMP_NUM_THREADS) a
 
 Exit codes: 0 done; 2 a command, input or machine that cannot work, said in one `error:` sentence;
 74 no checkpoint could be written, the disk is full; 130 and 143 stopped by Ctrl-C and SIGTERM, to
-be resumed; 1 a crash, with its traceback.
-"""
+be resumed; 1 a crash, with its traceback."""
 
 import dataclasses
 import hashlib
@@ -39,12 +37,11 @@ import demo
 import evaluate
 import fast
 import losses
-from engine.checkpoints import Checkpoints, Progress, find_checkpoint, load_trainables
+from engine.checkpoints import Checkpoints, Logs, Progress, find_checkpoint, load_trainables
 from engine.corpus import (corpus_hash, corpus_of, hold_out, load_corpus, load_datasets,
                            read_splits, unit_rows)
 from engine.features import Features
 from engine.files import Stopped, UsageError, claim, locked, whole, write_whole
-from engine.logs import Logs
 from engine.parameters import FlatParameters
 from engine.plan import describe, finished, plan
 from engine.processes import World, exit_codes
@@ -56,9 +53,6 @@ from fast import cuda, mim
 from fast.experts import RANK_SPACE
 from fast.graphs import Graphs
 from vision import UMIE, ViT
-
-REAL_PIECES = 4000  # vocabulary of a tiny backbone made from a real corpus
-
 
 class Trainer:
     """Takes optimizer steps, each on one global batch that all processes share."""
@@ -94,8 +88,8 @@ class Trainer:
         positions in rows.examples; returns its `unit_sums`."""
         config, progress, device = self.config, self.progress, self.world.device
         tokens = sum(len(self.rows.examples[i].labels) for i in indices)
-        numbers = torch.tensor([*(progress.weights.get(unit, 0.0) for unit in UNITS), tokens,
-                                len(indices)])
+        weights = [progress.weights.get(unit, 0.0) for unit in UNITS]
+        numbers = torch.tensor([*weights, tokens, len(indices)])
         torch.manual_seed(hash((config.seed, progress.step, k)))  # a hash of integers never varies
         batch = self.rows.collate(micro)
         if self.graphs is not None:
@@ -108,11 +102,11 @@ class Trainer:
         numbers [units + 2]: w_t^m of Eq. (9), then target tokens and rows B of the global batch: as
         a tensor, so that one CUDA graph of this computation serves all batches of a shape.
         """
-        config = self.config
+        config, half = self.config, self.config.precision == "bf16"
         w, tokens, B = numbers[:-2], numbers[-2], numbers[-1]
         if config.uses_mim:
             clorae.keep_outputs(self.model)
-        with autocast(config, batch.labels.device):
+        with torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=half):
             hidden = self.model.hidden(batch)
             ce = losses.token_cross_entropy(hidden, batch.labels, self.model.t5.head,
                                             real=batch.real)  # [B']
@@ -149,8 +143,7 @@ class Trainer:
                       for i, unit in enumerate(UNITS) if unit in self.rows.units}
 
     def not_finite(self, loss: float, norm: float, indices: list[int]) -> UsageError:
-        """The error for a batch whose loss or gradient is not finite.  It names the rows of which
-        this is true when each is tried alone."""
+        """The error for such a batch; it names the rows that fail when each is tried alone."""
         guilty = []
         for i in indices:
             self.flat.grads.zero_()
@@ -164,11 +157,6 @@ class Trainer:
             f"and gradient norm {norm} from {len(guilty)} of the batch's {len(indices)} rows: "
             f"{which}; no weight was changed and the last checkpoint is whole: {advice}, then the "
             "same command goes on")
-
-
-def autocast(config: Config, device: torch.device) -> torch.autocast:
-    """The context in which the model computes: bf16 where config.precision says so."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
 
 def unit_sums(totals: Tensor, ce: Tensor, batch: data.Batch) -> Tensor:
@@ -219,9 +207,10 @@ class Run:
         pictured = (i for i in itertools.chain(*self.rows.batches(0))
                     if self.rows.features(self.rows.examples[i].record) is not None)
         if first := list(itertools.islice(pictured, self.config.micro_batch)):
+            device, half = self.world.device, self.config.precision == "bf16"
             self.model.eval()
-            with autocast(self.config, self.world.device):
-                self.model.open_gate(self.rows.collate(first).to(self.world.device))
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                self.model.open_gate(self.rows.collate(first).to(device))
 
     def resume(self, launch: Launch) -> str:
         """Go on from the checkpoint that --resume asks for; returns the line that names it."""
@@ -232,7 +221,7 @@ class Run:
 
     def train(self) -> None:
         """Train from where the run stands to the end of its last epoch."""
-        config, progress = self.config, self.progress
+        config, progress, started = self.config, self.progress, time.perf_counter()
         limit = config.steps or math.inf
         while progress.epoch < config.epochs and progress.step < limit:
             batches = self.rows.batches(progress.epoch)
@@ -241,16 +230,9 @@ class Run:
                 while progress.cursor < len(batches) and progress.step < limit:
                     self.step(batches[progress.cursor], bar)
             self.finish_epoch()
-
-    def train_and_test(self) -> None:
-        """Train to the end, then print the table of the test split, if there is one."""
-        started = time.perf_counter()
-        self.train()
-        seconds, progress = time.perf_counter() - started, self.progress
+        seconds = time.perf_counter() - started
         self.world.print(f"trained to step {progress.step} in {seconds:.0f} s; best dev epoch "
                          f"ended at step {progress.best_step}")
-        if self.rows.records["test"]:
-            self.world.print("test split, best checkpoint:", self.test())
 
     def step(self, indices: list[int], bar: tqdm) -> None:
         """One step, logged and shown, and a checkpoint if it is time; after a signal Stopped."""
@@ -276,21 +258,20 @@ class Run:
                 f1, self.reference, config.aml_margin, config.aml_gamma)
         progress.history.append({"epoch": progress.epoch + 1, "step": progress.step, "f1": f1,
                                  "weights": progress.weights})
-        before = progress.best_sum, progress.best_step
-        better = sum(f1.values()) > progress.best_sum
-        better |= not self.rows.splits["dev"]  # without dev rows the last epoch is the best
+        before, total = (progress.best_sum, progress.best_step), sum(f1.values())
+        better = total > progress.best_sum or not self.rows.splits["dev"]  # without, the last is
         if better:
-            progress.best_sum, progress.best_step = sum(f1.values()), progress.step
+            progress.best_sum, progress.best_step = total, progress.step
         progress.epoch, progress.cursor = progress.epoch + 1, 0
         if better and not checkpoints.save("best"):
             progress.best_sum, progress.best_step = before
         if checkpoints.save() and self.logs:
             self.logs.write_history(progress.history)
         self.world.print("  dev F1  " + "  ".join(f"{u} {v:.1f}" for u, v in f1.items())
-                         + f"  mean {sum(f1.values()) / len(f1):.1f}")
+                         + f"  mean {total / len(f1):.1f}")
         if config.aml:
-            self.world.print("  weights " + "  ".join(f"{u} {v:.2f}" for u, v
-                                                      in progress.weights.items()))
+            weights = (f"{unit} {weight:.2f}" for unit, weight in progress.weights.items())
+            self.world.print("  weights " + "  ".join(weights))
 
     def evaluate(self, split: str) -> list[evaluate.Row]:
         """Decode and score a split, shared among the processes; every one returns all rows."""
@@ -375,8 +356,7 @@ def check_graphs(config: Config, device: torch.device, form: str) -> None:
 
 
 def prepare(config: Config) -> Sources:
-    """Find, make or download the corpus and the backbone.  UsageError names every model that cannot
-    be had."""
+    """Find, make or download corpus and backbone.  UsageError names every model not to be had."""
     with locked(Path("weights/.lock")):
         corpus = corpus_of(config)
         if config.data is None and not corpus.exists():
@@ -404,7 +384,7 @@ def tiny_backbone(corpus: Path, config: Config) -> Path:
     if steps is not None:
         tiny = dataclasses.replace(tiny, steps=steps, vit_steps=min(steps, tiny.vit_steps))
     if config.data is not None:  # real text needs a larger vocabulary than the demo's
-        tiny = dataclasses.replace(tiny, pieces=REAL_PIECES)
+        tiny = dataclasses.replace(tiny, pieces=4000)
     digest = hashlib.sha256("\n".join([repr(tiny), *texts]).encode()).hexdigest()
     folder = Path("weights") / f"tiny-{digest[:8]}"
     if not folder.exists():
@@ -428,11 +408,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             sources = prepare(config)
             world.print(*plan(Run(config, sources, world, dry=True), sources, launch, losses.PIECE))
         return
-    table = finished(config, launch)
-    if table is not None:
-        world.print(f"{config.out} is finished; its table again (--resume none starts over):",
-                    table)
-        return
+    if table := finished(config, launch):
+        return world.print(f"{config.out} is finished; its table again (--resume none starts "
+                           "over):", table)
     lock = claim(Path(config.out)) if world.main else None
     sources = prepare(config)
     world.join()
@@ -442,7 +420,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     world.print(*describe(run, run.resume(launch)))
     world.listen()
     try:
-        run.train_and_test()
+        run.train()
+        if run.rows.records["test"]:
+            world.print("test split, best checkpoint:", run.test())
     except Stopped as stop:
         world.print(f"stopped by {signal.Signals(stop.args[0]).name} after step "
                     f"{run.progress.step}; last checkpoint: {run.checkpoints.newest}; the same "

@@ -1,27 +1,26 @@
-"""Checkpoints: folders of model.safetensors (what is trained), optimizer.safetensors (Adam's
-moments) and state.json (settings, progress, sha256 of all), written whole or not at all."""
+"""What a run keeps in its folder: logs, metrics.csv and eval.jsonl, and checkpoints, folders of
+model.safetensors (what is trained), optimizer.safetensors (Adam's moments) and state.json
+(settings, progress, sha256 of all), written whole or not at all."""
 
 import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
 
-from engine.files import DiskFull, UsageError, file_hash, sync, whole, write_whole
+from engine.files import DiskFull, UsageError, append, file_hash, sync, whole, write_whole
 from engine.parameters import FlatParameters
 from engine.processes import World
 from engine.settings import Config, Launch
 from engine.weights import pickles
 
 KEPT = {"step": 2, "best": 1}  # checkpoints of each sort that a run folder keeps
-FAILED_SAVES = 3  # in a row, then the run ends
 RUN_FILES = ("step-*", "best-*", "metrics.csv", "eval.jsonl", "table.txt", "predictions-*.jsonl",
              "scores-*.json")  # what a run writes into its folder
 LEFT_BY_KILLS = (".step-*", ".best-*", "step-*/*.tmp", "best-*/*.tmp")
@@ -113,15 +112,14 @@ def find_checkpoint(path: Path) -> Path:
     return best
 
 
-def load_trainables(model: nn.Module, checkpoint: Path) -> None:
+def load_trainables(model: torch.nn.Module, checkpoint: Path) -> None:
     """Copy a checkpoint's tensors into the trainable parameters; names and shapes must agree."""
     saved = load_file(checkpoint / "model.safetensors")
     wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    shapes = [{name: list(tensor.shape) for name, tensor in side.items()}
-              for side in (wanted, saved)]
-    odd = [name for name in sorted(wanted | saved) if shapes[0].get(name) != shapes[1].get(name)]
+    ours, theirs = ({name: list(t.shape) for name, t in side.items()} for side in (wanted, saved))
+    odd = [name for name in sorted(ours | theirs) if ours.get(name) != theirs.get(name)]
     if odd:
-        expected, got = (side.get(odd[0], "nothing") for side in shapes)
+        expected, got = (side.get(odd[0], "nothing") for side in (ours, theirs))
         raise UsageError(f"{checkpoint}/model.safetensors: {odd[0]}: expected {expected}, got "
                          f"{got} ({len(odd)} tensors differ); use the rank, tasks, method and "
                          "backbone that the checkpoint was made with")
@@ -130,11 +128,48 @@ def load_trainables(model: nn.Module, checkpoint: Path) -> None:
             parameter.copy_(saved[name])
 
 
+class Logs:
+    """Writes both logs into a run folder; rank 0 alone has one.  A kill loses no row, and on a
+    full disk rows wait in memory until there is room again."""
+
+    def __init__(self, out: Path):
+        self.metrics, self.history = out / "metrics.csv", out / "eval.jsonl"
+        self.waiting = ""  # rows for which the disk had no room
+
+    def add(self, row: Mapping[str, float]) -> None:
+        """Append the row of a step to metrics.csv, under a header where it is the first."""
+        had_room = not self.waiting
+        if had_room and not (self.metrics.exists() and self.metrics.stat().st_size):
+            self.waiting = ",".join(row) + "\n"
+        self.waiting += ",".join(map(str, row.values())) + "\n"
+        try:
+            append(self.metrics, self.waiting)
+            self.waiting = ""
+        except OSError as cause:
+            if had_room:
+                print(f"error: {self.metrics}: expected to append a row, got {cause}; training "
+                      "goes on and the rows are kept in memory: make room", file=sys.stderr)
+
+    def write_history(self, history: Sequence[dict]) -> None:
+        """Replace eval.jsonl by the dev scores and weights of all epochs so far."""
+        if history or self.history.exists():
+            write_whole(self.history, "".join(json.dumps(epoch) + "\n" for epoch in history))
+
+    def restore(self, step: int, history: Sequence[dict]) -> None:
+        """Cut both logs back to a checkpoint of this step, so that no step appears twice."""
+        if self.metrics.exists():
+            *lines, _ = self.metrics.read_text(encoding="utf-8").split("\n")  # _ may be torn
+            write_whole(self.metrics, "".join(
+                line + "\n" for line in lines
+                if line.startswith("step,") or int(line.split(",")[0]) <= step))
+        self.write_history(history)
+
+
 class Checkpoints:
     """The checkpoints of one run.  All processes save and resume together; rank 0 alone writes."""
 
-    def __init__(self, out: Path, world: World, model: nn.Module, flat: FlatParameters | None,
-                 progress: Progress, config: Mapping, fixed: Mapping):
+    def __init__(self, out: Path, world: World, model: torch.nn.Module,
+                 flat: FlatParameters | None, progress: Progress, config: Mapping, fixed: Mapping):
         """progress: changed in place by `resume`.  config: what decides the mathematics.  fixed:
         references and sources, which state.json holds as well."""
         self.out, self.world, self.model, self.flat = out, world, model, flat
@@ -145,8 +180,8 @@ class Checkpoints:
     def state(self) -> dict:
         """What state.json holds.  Dropout needs no more than the seed and the step to go on."""
         rng = {"seed": self.config["seed"], "next_step": self.progress.step}
-        return {"config": self.config, **vars(self.progress),
-                "world": self.world.size, "rng": rng, **self.fixed}
+        return {"config": self.config, **vars(self.progress), "world": self.world.size, "rng": rng,
+                **self.fixed}
 
     def save(self, prefix: str = "step") -> bool:
         """Write a checkpoint of this moment; all processes learn whether that worked.  A full disk
@@ -165,7 +200,7 @@ class Checkpoints:
             self.newest = folder if prefix == "step" else self.newest
             return True
         self.failed.add(self.progress.step)
-        if len(self.failed) == FAILED_SAVES:
+        if len(self.failed) == 3:  # in a row
             raise DiskFull(f"{self.out}: expected room for a checkpoint, got none at steps "
                            f"{', '.join(map(str, sorted(self.failed)))}; make room, then the same "
                            "command goes on from the last checkpoint")
@@ -232,8 +267,7 @@ class Checkpoints:
         an option that did not exist yet has its default."""
         mine = json.loads(json.dumps(self.state()))
         fixed = [*mine["config"], "reference", *(name for name in mine if name.endswith("_sha256"))]
-        was, now = ({**vars(Config()), **side, **side["config"]}
-                    for side in (state, mine))
+        was, now = ({**vars(Config()), **side, **side["config"]} for side in (state, mine))
         changed = [f"{name} {was.get(name)} -> {now[name]}" for name in fixed
                    if was.get(name) != now[name]]
         if changed:

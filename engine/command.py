@@ -12,7 +12,7 @@ class Parser(argparse.ArgumentParser):
     and the help names each default that is not None or False."""
 
     def __init__(self, **options: object):
-        self.flags: list[str] = []                   # all that are declared
+        self.flags: list[str] = []  # all that are declared
         super().__init__(**{"allow_abbrev": False, **options})
 
     def add_argument(self, *names: object, **settings: object) -> argparse.Action:

@@ -13,8 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
 
 class UsageError(ValueError):
     """A command cannot be carried out; the text says what was expected, found, and to be done."""
@@ -87,8 +85,7 @@ def write_whole(path: Path, content: bytes | str) -> None:
 
 
 def whole(folder: Path, make: Callable[[Path], object]) -> None:
-    """Make a folder that is never seen half filled: make(path) fills one of another name, which is
-    then renamed, or removed if make fails."""
+    """Make a folder that is never seen half filled: make(path) fills another, which is renamed."""
     aside = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(aside, ignore_errors=True)
     aside.parent.mkdir(parents=True, exist_ok=True)
@@ -127,8 +124,7 @@ def file_hash(path: Path) -> str:
 
 
 def parse_json(content: bytes) -> Any:
-    """Parse UTF-8 JSON; ValueError says why it cannot be, also where `json` would go on: at a key
-    that stands twice in an object."""
+    """Parse UTF-8 JSON; ValueError says why it cannot be, also for a key twice in one object."""
     def unique(pairs: list[tuple[str, Any]]) -> dict:
         if len(dict(pairs)) < len(pairs):
             raise ValueError(f"a key stands twice in {json.dumps(dict(pairs)):.80}")

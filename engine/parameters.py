@@ -45,8 +45,7 @@ class FlatParameters:
     def save(self, folder: Path) -> None:
         """Write model.safetensors and optimizer.safetensors, every tensor under its own name."""
         states = [self.optimizer.state[g["params"][0]] for g in self.optimizer.param_groups]
-        moments = {f"{moment}.": torch.cat([state[moment] for state in states])
-                   for moment in MOMENTS}
+        moments = {f"{name}.": torch.cat([state[name] for state in states]) for name in MOMENTS}
         for file, vectors in (("model", {"": self.values}), ("optimizer", moments)):
             save_file({prefix + name: view.clone() for prefix, flat in vectors.items()
                        for name, view in self.views(flat.cpu()).items()},
@@ -56,10 +55,9 @@ class FlatParameters:
         """Restore Adam's moments as they were after `step` steps."""
         saved = load_file(folder / "optimizer.safetensors", device=str(self.values.device))
         vectors = [group["params"][0] for group in self.optimizer.param_groups]
-        sizes = [len(vector) for vector in vectors]
         for vector in vectors:
             self.optimizer.state[vector]["step"] = torch.tensor(float(step), device=vector.device)
         for moment in MOMENTS:
             flat = torch.cat([saved[f"{moment}.{name}"].flatten() for name in self.shapes])
-            for vector, values in zip(vectors, flat.split(sizes)):
+            for vector, values in zip(vectors, flat.split(list(map(len, vectors)))):
                 self.optimizer.state[vector][moment] = values.clone()

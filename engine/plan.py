@@ -55,10 +55,8 @@ def describe(run: Any, start: str) -> list[str]:
 
 
 def memory(run: Any, piece: int) -> dict[str, float]:
-    """Bytes that training takes, term by term, for a micro-batch of the longest rows there are;
-    within about 10 % of what was measured.
-
-    Activations are what autograd keeps.  Numbers per token (D model width, H heads of width K):
+    """Bytes that training takes, term by term, for a micro-batch of the longest rows there are, to
+    about 10 %.  Activations are what autograd keeps, per token (D model width, H heads of width K):
       attention     3 D (5 D with T5's dropout) + 5 H K + 16 per column of the experts, and 4 D with
                     the experts' dropout; on a CPU T5's dropout keeps 3 H scores per key as well
       feed-forward  3 times its width (4 times with dropout)
@@ -98,11 +96,10 @@ def plan(run: Any, sources: Sources, launch: Launch, piece: int) -> list[str]:
     start = "from the beginning" if newest in (None, "none") else f"would resume {newest}"
     if finished(run.config, launch):
         start = "this run is finished, its table would be printed again"
-    files = [path for folder in (sources.t5, sources.vit, sources.init) if folder
-             for path in sorted(folder.iterdir())
-             if path.suffix in (".json", ".safetensors", ".model")]
-    files += sorted(path for name in ("dataset.json", *(f"{split}.jsonl" for split in SPLITS))
-                    for path in sources.corpus.glob(f"*/{name}"))
+    files = [path for folder in (sources.t5, sources.vit, sources.init) if folder for path
+             in sorted(folder.iterdir()) if path.suffix in (".json", ".safetensors", ".model")]
+    names = ("dataset.json", *(f"{split}.jsonl" for split in SPLITS))
+    files += sorted(path for path in sources.corpus.glob("*/*") if path.name in names)
     frozen = sum(p.numel() for p in run.model.parameters() if not p.requires_grad)
     terms = memory(run, piece)
     return [f"dry run: nothing is trained, nothing is written to {run.out}",
@@ -118,8 +115,7 @@ def finished(config: Config, launch: Launch) -> str | None:
     table = Path(config.out) / "table.txt"
     if launch.resume != "auto" or not table.exists():
         return None
-    newest = newest_checkpoint(table.parent)
-    mine = json.loads(json.dumps(vars(config)))
+    newest, mine = newest_checkpoint(table.parent), json.loads(json.dumps(vars(config)))
     if newest is None or not read_state(newest)["config"].items() <= mine.items():
         return None
     return table.read_text(encoding="utf-8")

@@ -1,6 +1,7 @@
 """The processes of a run, their signals and exit codes."""
 
 import argparse
+import errno
 import os
 import re
 import signal
@@ -13,9 +14,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from engine.files import NO_SPACE, DiskFull, ImageError, Stopped, UsageError, WeightsError
+from engine.files import DiskFull, ImageError, Stopped, UsageError, WeightsError
 from engine.schema import DataError
 
 
@@ -54,7 +54,7 @@ class World:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
@@ -109,7 +109,7 @@ def verdict(problem: BaseException) -> tuple[int, str]:
             return 128 + signal.SIGINT, "interrupted"
         case Stopped():
             return 128 + problem.args[0], ""
-        case OSError() if problem.errno in NO_SPACE:
+        case OSError() if problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return DiskFull.exit_code, f"error: {problem}; make room, run it again"
         case PermissionError() | IsADirectoryError() | NotADirectoryError():
             return 2, (f"error: {problem.filename}: expected a place that can be written to, got "

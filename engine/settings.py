@@ -37,8 +37,8 @@ SIZES = {"tiny": Size(None, None, 24, 32, 32, 3, 1e-3, 2, 0.0, 40),
 
 
 def option(default: object, text: str, convert: Callable = str, **more: object) -> object:
-    """A field that is also a command-line option with this help text.  convert: makes the value
-    from a word; with bool the option takes no word but has a --no- form.  more: for argparse."""
+    """A field that is also a command-line option, with this help text and `more` for argparse.
+    convert: makes the value from a word; bool has no word but a --no- form."""
     reads = {"action": argparse.BooleanOptionalAction} if convert is bool else {"type": convert}
     return field(default=default, metadata={"help": text, **reads, **more})
 
@@ -116,8 +116,7 @@ class Config:
 
     def resolved(self) -> "Config":
         """The same with every default that depends on another field filled in."""
-        size = SIZES[self.size]
-        filled = {name: value for name, value in vars(size).items()
+        filled = {name: value for name, value in vars(SIZES[self.size]).items()
                   if name not in ("t5", "vit") and getattr(self, name) is None}
         if self.aml is None:
             filled["aml"] = self.method == "clorae"
