@@ -110,7 +110,8 @@ def acquire(lock: IO[str]) -> None:
 
 def compile_in(folder: Path, environment: dict[str, str]) -> None:
     """Run COMPILER in a process of its own, since a compiler may hang or take all with it."""
-    child = subprocess.Popen([*COMPILER, SOURCE, folder, SOURCE.parents[1]], env={**os.environ, **environment},
+    line, env = [*COMPILER, SOURCE, folder, SOURCE.parents[1]], {**os.environ, **environment}
+    child = subprocess.Popen(line, env=env,
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                              start_new_session=True)
     try:

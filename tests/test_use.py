@@ -37,7 +37,8 @@ from fast.experts import FastExpertLinear
 from t5 import T5
 from tools import answer, check, convert, costs, export, plot, replay, routing
 from tools.answer import coloured, example_records
-from tools.page import Strip, answer_lines, draw_example, example_figure, places, token_strips
+from tools.figures import write_figure
+from tools.page import Strip, answer_lines, example_figure, places, token_strips
 from tools.plot import plot_curves, running_mean
 from tools.routing import no_gate_reason
 from vision import UMIE
@@ -447,12 +448,12 @@ def test_nothing_on_a_page_covers_another_text_or_leaves_the_page(folder, tokens
 
 def test_a_page_shows_every_box_label_and_dollar(folder):
     """Boxes are numbered in the order of the record, named ones say their role; "$5 ... $6" is no
-    formula, as long as the page is drawn by `draw_example`."""
+    formula."""
     row = row_of(*FOUND, image=str(folder / "images" / "a.png"))
     figure = example_figure(row, MEE, STRIPS, None)
     written = [name for name, _ in texts_of(figure)]
     assert {"O1\ntarget", "O2\ntarget", "O3", "attacker", "$5", "$6"} <= set(written)
-    draw_example(row, MEE, STRIPS, None, folder / "page.png")
+    write_figure(figure, folder / "page.png")
     assert size_of(folder / "page.png")[0] == 1650
     whole = row_of(Item("meet", whole_image=True, text="O0", object=0), task="med",
                    image=row.record.image)

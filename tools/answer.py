@@ -6,8 +6,7 @@ with --text or --draw with the mean gates of the task expert.
     python -m tools.answer RUN --examples ROWS.jsonl --out ANSWERS.jsonl --draw DIR    many
 
 An example becomes a record without gold, is checked as those of a corpus are, and goes the way of
-test records.  Faulty ones are named by file and line; none is answered before all are right.
-"""
+test records.  Faulty ones are named by file and line; none is answered before all are right."""
 
 import argparse
 import json
@@ -32,7 +31,8 @@ from engine.images import load_image, resolve_image
 from engine.processes import World, carry_out
 from engine.schema import RECORD_TASKS, DataError, Dataset, Problems, Record, show
 from evaluate import Job, Row, evaluate_split, items_json, load_model, run_options
-from tools.page import Strip, answer_lines, draw_example, has_image, places, token_strips
+from tools.figures import write_figure
+from tools.page import Strip, answer_lines, example_figure, has_image, places, token_strips
 from tools.routing import no_gate_reason
 from vision import ViT
 
@@ -53,36 +53,35 @@ def given_rows(args: argparse.Namespace) -> list[GivenRow]:
         if args.task == "mre" or args.head or args.tail:
             row |= {"head": args.head or "", "tail": args.tail or ""}
         return [("--text", image.parent if image else Path(), row)]
-    if path.is_dir():
-        files = sorted(path.glob("*.jsonl"))
-        if len(files) > 1:
-            raise DataError(f"{path}: expected one .jsonl file, got {len(files)}; name one of: "
-                            f"{', '.join(map(str, files))}")
-        if not files:
-            return folder_rows(path)
-        path, = files
-    lines = read_bytes(path).removesuffix(b"\n").split(b"\n")
-    return [(f"{path}:{number}", path.parent, line) for number, line in enumerate(lines, 1)]
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    if not files:
+        return folder_rows(path)
+    if len(files) > 1:
+        raise DataError(f"{path}: expected one .jsonl file, got {len(files)}; name one of: "
+                        f"{', '.join(map(str, files))}")
+    lines = read_bytes(files[0]).removesuffix(b"\n").split(b"\n")
+    return [(f"{files[0]}:{number}", files[0].parent, line) for number, line in enumerate(lines, 1)]
 
 
 def folder_rows(folder: Path) -> list[GivenRow]:
     """A row per name in the folder: NAME.txt is its text, NAME.png or the like its image."""
-    examples: dict[str, list[Path | None]] = {}  # {name: [its text, its image]}
+    examples: dict[str, dict[str, Path]] = {}  # {name: {"text": file, "image": file}}
     for file in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
-        suffix, files = file.suffix.lower(), examples.setdefault(file.stem, [None, None])
-        if files[suffix != ".txt"] or suffix not in (".txt", *IMAGE_SUFFIXES):
+        content = "text" if file.suffix.lower() == ".txt" else "image"
+        first = examples.setdefault(file.stem, {}).setdefault(content, file)
+        if first != file or file.suffix.lower() not in (".txt", *IMAGE_SUFFIXES):
             raise DataError(f"{file}: expected one .txt and at most one image ("
                             f"{' '.join(IMAGE_SUFFIXES)}) of each name, got another file; move it "
                             "away, or list the examples in a .jsonl file")
-        files[suffix != ".txt"] = file
     if not examples:
         raise DataError(f"{folder}: expected a .jsonl file, or .txt and image files, found none; "
                         "name the folder that holds them")
     rows: list[GivenRow] = []
-    for name, (text, image) in examples.items():
+    for name, files in examples.items():
+        text, image = files.get("text"), files.get("image")
         words = read_bytes(text).decode("utf-8", "surrogateescape") if text else ""
-        rows.append((str(text or image), folder,
-                     {"id": name, "text": words, "image": image and image.name}))
+        row = {"id": name, "text": words, "image": image and image.name}
+        rows.append((str(text or image), folder, row))
     return rows
 
 
@@ -114,15 +113,13 @@ def image_path(folder: Path, name: str) -> Path:
     roots = (folder, folder / "images")
     for root in roots:
         resolve_image(root, name)  # refuses names that lead elsewhere
-    return next((root / name for root in roots if (root / name).is_file()), folder / name)
+    return next(filter(Path.is_file, (root / name for root in roots)), folder / name)
 
 
 def completed(row: bytes | dict, folder: Path, name: str, args: argparse.Namespace,
               datasets: Mapping[str, Dataset]) -> dict:
     """A row as the JSON of a record: what it leaves out is filled in, words are looked up.
-
-    Raises ValueError "field: problem; what to do".
-    """
+    Raises ValueError "field: problem; what to do"."""
     try:
         row = parse_json(row) if isinstance(row, bytes) else row
     except ValueError as error:
@@ -136,15 +133,14 @@ def completed(row: bytes | dict, folder: Path, name: str, args: argparse.Namespa
     able = [key for key, dataset in datasets.items() if raw["task"] in dataset.units]
     raw = {"dataset": args.dataset or (able or [None])[0], **NO_GOLD[raw["task"]], **raw}
     if raw["dataset"] not in able:
+        choices = ", ".join(able) or "none in this corpus"
         raise DataError(f"dataset: expected one with the task {raw['task']}, got "
-                        f"{raw['dataset']!r}; use one of: "
-                        f"{', '.join(able) or 'none in this corpus'}, or another task")
+                        f"{raw['dataset']!r}; use one of: {choices}, or another task")
     if isinstance(raw.get("text"), str) and "tokens" not in raw:
         raw["tokens"] = raw.pop("text").split()
-    tokens = raw.get("tokens") if isinstance(raw.get("tokens"), list) else []
-    for end in ("head", "tail"):
-        if isinstance(raw.get(end), str):
-            raw[end] = list(find_words(list(map(str, tokens)), raw[end], end))
+    tokens = list(map(str, raw["tokens"])) if isinstance(raw.get("tokens"), list) else []
+    raw |= {end: list(find_words(tokens, raw[end], end)) for end in ("head", "tail")
+            if isinstance(raw.get(end), str)}
     if isinstance(raw["image"], str):
         path = image_path(folder, raw["image"])
         if path.is_file() or args.missing_images != "mask":
@@ -158,9 +154,7 @@ def completed(row: bytes | dict, folder: Path, name: str, args: argparse.Namespa
 
 def example_records(args: argparse.Namespace, datasets: Mapping[str, Dataset]) -> list[Record]:
     """The examples as records, checked as those of a corpus; `image` is the path of the file.
-
-    Raises DataError that names every faulty row (the first 20).
-    """
+    Raises DataError that names every faulty row (the first 20)."""
     problems, records, seen = Problems(), [], {}
     for number, (where, folder, row) in enumerate(given_rows(args), 1):
         try:
@@ -170,9 +164,8 @@ def example_records(args: argparse.Namespace, datasets: Mapping[str, Dataset]) -
             problems.add(where, field, problem)
             continue
         if problems.check_record(raw, datasets[raw["dataset"]], where, seen):
-            path = raw["image"] and str(image_path(folder, raw["image"]))
-            raw = {key: frozen(value) for key, value in raw.items()}
-            records.append(Record(**{**raw, "image": path}, source=where))
+            raw["image"] = raw["image"] and str(image_path(folder, raw["image"]))
+            records.append(Record(**frozen(raw), source=where))
     problems.raise_if_any()
     return records
 
@@ -220,17 +213,14 @@ def print_answer(row: Row, dataset: Dataset) -> None:
 
 
 def answer_json(row: Row, strips: Sequence[Strip]) -> str:
-    """An answer as one line of JSON; spans count the tokens.
-
-    "gates" is {token stream: mean gate of the task expert}, empty if no `strips` were made.
-    """
+    """An answer as one line of JSON; spans count the tokens.  "gates" is {token stream: mean gate
+    of the task expert}, empty if no `strips` were made."""
     record, answer = row.record, row.answer
-    return json.dumps({"id": record.id, "dataset": record.dataset, "task": record.task,
-                       "tokens": record.tokens, "image": record.image, "answer": answer.text,
-                       "items": items_json(row.predicted), "malformed": row.counts.malformed,
-                       "cut": answer.cut, "missing_image": answer.missing,
-                       "gates": {strip.stream: fmean(strip.gates) for strip in strips}},
-                      ensure_ascii=False)
+    line = {name: getattr(record, name) for name in ("id", "dataset", "task", "tokens", "image")}
+    line |= {"answer": answer.text, "items": items_json(row.predicted),
+             "malformed": row.counts.malformed, "cut": answer.cut, "missing_image": answer.missing,
+             "gates": {strip.stream: fmean(strip.gates) for strip in strips}}
+    return json.dumps(line, ensure_ascii=False)
 
 
 def run(args: argparse.Namespace, world: World) -> None:
@@ -252,13 +242,13 @@ def run(args: argparse.Namespace, world: World) -> None:
     if not world.main:
         return
     no_gate = no_gate_reason(config)
-    strips = [token_strips(setup, example, row, features, world.device, job.decoding)
-              if not no_gate and (args.draw or args.text is not None) else []
-              for example, row in zip(examples, rows)]
+    wanted = not no_gate and (args.draw or args.text is not None)
+    strips = [token_strips(setup, example, row, features, world.device, job.decoding) if wanted
+              else [] for example, row in zip(examples, rows)]
     lines = list(map(answer_json, rows, strips))
     if args.out:
         write_whole(args.out, "".join(line + "\n" for line in lines))
-    for number, (row, line) in enumerate(zip(rows, lines)):
+    for number, (row, strips_of_row, line) in enumerate(zip(rows, strips, lines), 1):
         dataset = datasets[row.record.dataset]
         if not args.json:
             print_answer(row, dataset)
@@ -266,8 +256,8 @@ def run(args: argparse.Namespace, world: World) -> None:
             print(line)
         if args.draw:
             name = re.sub(r"[^A-Za-z0-9.]+", "-", row.record.id)[:80]
-            path = args.draw / f"{number + 1:04d}-{name}.png" if args.examples else args.draw
-            draw_example(row, dataset, strips[number], no_gate, path)
+            path = args.draw / f"{number:04d}-{name}.png" if args.examples else args.draw
+            write_figure(example_figure(row, dataset, strips_of_row, no_gate), path)
             if not args.json:
                 print(f"picture: {path}")
 
@@ -299,17 +289,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="a picture (.png) of the image with its boxes, the text with its spans and the gates "
              "token by token; with --examples a folder for one picture each")
     args = command.parse_args(argv)
-    one, draw = args.text is not None, args.draw
-    single = [name for name in ("image", "objects", "head", "tail") if getattr(args, name)]
-    no_file = draw and (draw.suffix != ".png" or draw.is_dir())
-    for holds, problem in (
-            (one == (args.examples is not None), "give either --text or --examples"),
-            (not one and single, f"--{' --'.join(single)} would do nothing without --text"),
-            (one and not args.task, "--text needs --task mner, mre, med or meae"),
+    has_text, draw = args.text is not None, args.draw
+    idle = [name for name in ("image", "objects", "head", "tail") if getattr(args, name)]
+    misnamed = draw and (draw.suffix != ".png" or draw.is_dir() if has_text else draw.is_file())
+    for wrong, problem in (
+            (has_text == (args.examples is not None), "give either --text or --examples"),
+            (not has_text and idle, f"--{' --'.join(idle)} would do nothing without --text"),
+            (has_text and not args.task, "--text needs --task mner, mre, med or meae"),
             (args.objects and not args.image, "--objects are boxes in an image; add --image"),
-            (one and no_file, f"--draw {draw}: name a .png file"),
-            (not one and draw and draw.is_file(), f"--draw {draw}: name a folder for --examples")):
-        if holds:
+            (has_text and misnamed, f"--draw {draw}: name a .png file"),
+            (misnamed, f"--draw {draw}: name a folder for --examples")):
+        if wrong:
             command.error(problem)
     carry_out(run, args)
 

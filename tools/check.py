@@ -2,8 +2,7 @@
 
     python -m tools.check DIR [--require-images]
 
-A text that stands in a test split and in a training split is a leak, also across datasets.
-"""
+A text that stands in a test split and in a training split is a leak, also across datasets."""
 
 from itertools import combinations
 from pathlib import Path
@@ -59,7 +58,6 @@ def summary(records: list[Record], dataset: Dataset, folder: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command; it ends with exit code 2 where the corpus has a problem."""
     parser = Parser(prog="python -m tools.check", description="Validate every record of a corpus; "
                     "print counts, lengths and the texts that splits share.")
     add = parser.add_argument_group("what to check").add_argument

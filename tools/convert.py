@@ -16,8 +16,7 @@ ace2005 and swig train what m2e2 tests, with its event types and roles (--event-
 A converter writes DST/KIND; put (or link) the pictures into DST/KIND/images. Sources: Twitter-15/17
 github.com/jefferyYu/UMT; SNAP (Lu et al., ACL 2018); MNRE github.com/thecharm/MNRE; M2E2
 github.com/limanling/m2e2, its detections seebergerph/MMUTF; SWiG github.com/allenai/swig; ACE2005
-from the LDC, as OneIE (Lin et al., ACL 2020) prepares it.
-"""
+from the LDC, as OneIE (Lin et al., ACL 2020) prepares it."""
 
 import ast
 import math
@@ -25,8 +24,8 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from engine.command import Parser
 from engine.corpus import Rows, parse_json, read_bytes, write_dataset
@@ -40,11 +39,10 @@ TAGS = {"PER": "person", "LOC": "location", "ORG": "organization", "OTHER": "mis
         "MISC": "miscellaneous"}
 # The annotation schemes, not the labels of a training split: two of V1's occur in test only.
 SHARED = """/loc/loc/contain /misc/loc/held_on /misc/misc/part_of /org/loc/locate_at
-    /org/org/alternate_names /org/org/subsidiary /per/loc/place_of_birth
-    /per/loc/place_of_residence /per/misc/awarded /per/misc/nationality /per/misc/present_in
-    /per/misc/race /per/misc/religion /per/org/member_of /per/per/alternate_names
-    /per/per/charges /per/per/couple /per/per/neighbor /per/per/parent /per/per/peer
-    /per/per/siblings""".split()
+    /org/org/alternate_names /org/org/subsidiary /per/loc/place_of_birth /per/loc/place_of_residence
+    /per/misc/awarded /per/misc/nationality /per/misc/present_in /per/misc/race /per/misc/religion
+    /per/org/member_of /per/per/alternate_names /per/per/charges /per/per/couple /per/per/neighbor
+    /per/per/parent /per/per/peer /per/per/siblings""".split()
 RELATIONS = {
     "mnre_v1": [*SHARED, *"""none /loc/loc/administration_divisions /loc/loc/capital
         /misc/misc/held_on /per/loc/place_of_death /per/misc/creat /per/org/founder_of
@@ -60,15 +58,12 @@ ACE_TYPES = """Business:Declare-Bankruptcy Business:End-Org Business:Merge-Org B
     Justice:Sue Justice:Trial-Hearing Life:Be-Born Life:Die Life:Divorce Life:Injure Life:Marry
     Movement:Transport Personnel:Elect Personnel:End-Position Personnel:Nominate
     Personnel:Start-Position Transaction:Transfer-Money Transaction:Transfer-Ownership""".split()
-M2E2 = {  # eight of these types, with their roles
-    "attack": ["attacker", "instrument", "place", "target"],
-    "demonstrate": ["entity", "instrument", "place", "police"],
-    "meet": ["entity", "place"],
-    "phone write": ["entity", "instrument", "place"],
-    "arrest jail": ["agent", "instrument", "person", "place"],
-    "die": ["agent", "instrument", "place", "victim"],
-    "transport": ["agent", "artifact", "destination", "origin", "vehicle"],
-    "transfer money": ["giver", "money", "recipient"]}
+M2E2 = {event: roles.split() for event, roles in {  # eight of these types, with their roles
+    "attack": "attacker instrument place target", "demonstrate": "entity instrument place police",
+    "meet": "entity place", "phone write": "entity instrument place",
+    "arrest jail": "agent instrument person place", "die": "agent instrument place victim",
+    "transport": "agent artifact destination origin vehicle",
+    "transfer money": "giver money recipient"}.items()}
 # Two rows of ace_sr_mapping.txt that contradict the 225 others (what is carried is no agent, who
 # steers is no vehicle). Its type "Transfer|MONEY" needs no entry, as labels are lower-case words.
 ROLE_FIXES = {("carrying", "item"): "Artifact", ("steering", "agent"): "Agent"}
@@ -97,8 +92,7 @@ def expecting(what: str, where: object, line: str | None = None) -> Iterator[Non
         yield
     except DataError:
         raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, SyntaxError,
-            RecursionError, MemoryError) as error:
+    except Exception as error:
         got = repr(error) if line is None else f"{show(line)} ({error!r})"
         raise DataError(f"{where}: expected {what}, got {got}: fetch the file again") from None
 
@@ -113,11 +107,8 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def read_conll(path: Path, dataset: str) -> Rows:
-    """`IMGID:name`, then token<TAB>tag lines, then a blank line.
-
-    Chunks are read leniently: an I- tag that continues nothing starts an entity, as the scorers
-    of the field have it (Twitter-15 has hundreds of them).
-    """
+    """`IMGID:name`, then token<TAB>tag lines, then a blank line.  An I- tag that continues nothing
+    starts an entity, as the scorers of the field have it (Twitter-15 has hundreds of them)."""
     rows, inside = [], False
     for where, line in read_lines(path):
         token, tab, tag = line.rpartition("\t")
@@ -184,10 +175,10 @@ def read_ace(path: Path, dataset: str) -> Rows:
             sentence = parse_json(line.encode())
             mentions = {mention["id"]: mention for mention in sentence["entity_mentions"]}
             for argument in (a for event in sentence["event_mentions"] for a in event["arguments"]):
-                if argument["entity_id"] not in mentions:
-                    raise ValueError(f"entity_id {show(argument['entity_id'])} of an argument is "
-                                     "none of the entity_mentions")
-                argument |= {key: mentions[argument["entity_id"]][key] for key in ("start", "end")}
+                if (name := argument["entity_id"]) not in mentions:
+                    raise ValueError(f"entity_id {show(name)} of an argument is none of the "
+                                     "entity_mentions")
+                argument |= {key: mentions[name][key] for key in ("start", "end")}
             document, name = sentence["doc_id"], str(sentence["sent_id"])
             if not name.startswith(document):  # the number of the sentence in its document
                 name = f"{document}-{name}"
@@ -212,11 +203,8 @@ def read_text_only(folder: Path, sentences: dict[str, dict]) -> dict[str, list[d
 
 def read_m2e2(path: Path, dataset: str) -> Rows:
     """A sample for each line of crossmedia_coref.txt: the one event of a sentence, and a picture.
-
-    Where line and picture disagree about the event type, the arguments in the picture are dropped
-    and those in the text stay. Other events of the same sentence, which M2E2 annotates in its file
-    of text-only events, are no gold of the pair: they become "accepted".
-    """
+    Where line and picture disagree about the event type, the arguments in the picture are dropped.
+    Other events of the sentence, from M2E2's text-only file, become "accepted", not gold."""
     texts, images = (path.with_name(f"{what}_multimedia_event.json") for what in ("text", "image"))
     with expecting("M2E2's annotations", path.parent):
         sentences = {one["sentence_id"]: one for one in parse_json(read_bytes(texts))}
@@ -234,10 +222,10 @@ def read_m2e2(path: Path, dataset: str) -> Rows:
             event = text_event(mention)
             if coref == picture["event_type"]:
                 event["arguments"] += [{"role": role.lower(), "box": box} for role, box in boxes]
+            others = {"accepted": accepted[name]} if name in accepted else {}
             rows.append((where, raw_record(
                 dataset, id=f"{name}+{image}", tokens=sentence["words"], image=image,
-                objects=[box for _, box in boxes], events=[event],
-                **({"accepted": accepted[name]} if name in accepted else {}))))
+                objects=[box for _, box in boxes], events=[event], **others)))
     several = sum("accepted" in row for _, row in rows)
     print(f"{dataset}: {several} of {len(rows)} samples have other events in their sentence, which "
           f"are accepted ({len(accepted)} sentences)")
@@ -259,10 +247,8 @@ def read_mapping(path: Path) -> dict[str, tuple[str, dict[str, str]]]:
 
 def read_swig(path: Path, dataset: str) -> Rows:
     """A sample without text for each picture whose verb is mapped; the whole picture triggers.
-
     SWiG's verb template is not used as text, as it gives the verb away. Objects are the grounded
-    boxes, whatever their role; two roles may share one. [-1, -1, -1, -1] is not grounded.
-    """
+    boxes, whatever their role; two roles may share one. [-1, -1, -1, -1] is not grounded."""
     verbs, rows, flat = read_mapping(path.with_name("ace_sr_mapping.txt")), [], 0
     with expecting("SWiG's {image: {verb, height, width, bb}}", path):
         pictures = dict(parse_json(read_bytes(path)))
@@ -310,9 +296,8 @@ def shown_by(box: list, objects: list[list]) -> int | None:
 
 
 def detections(path: Path) -> dict[str, list[list]]:
-    """{image: boxes of its detections, the most confident first}.  Corners are put in order and
-    clipped at 0 (without the picture its size is unknown); boxes without area are dropped and
-    counted."""
+    """{image: boxes of its detections, the most confident first}, corners in order and clipped at 0
+    (the size of a picture is not known); boxes without area are dropped and counted."""
     if not path.exists():
         raise DataError(f"{path}: expected what YOLOv8 detects in M2E2's pictures, {{image.jpg: "
                         '[{"bbox", "class", "conf"}]}, found no file: put MMUTF\'s objects '
@@ -334,12 +319,9 @@ def reachable(rows: Rows, detected: dict[str, list[list]], limit: int) -> tuple[
 
 
 def mixed(row: dict, count: int) -> list[list]:
-    """`count` objects: the grounded boxes and distractors, in an order that tells nothing.
-
-    A distractor has the sides of a grounded box times 0.5 to 1.5, lies anywhere in the picture and
-    overlaps no grounded box with IoU >= 0.5. Tiny pictures may get fewer than `count`. The random
-    numbers are seeded with the picture's name.
-    """
+    """`count` objects, in tiny pictures fewer: the grounded boxes and distractors, in an order that
+    tells nothing. A distractor has the sides of a grounded box times 0.5 to 1.5, lies anywhere in
+    the picture and overlaps no grounded box with IoU >= 0.5. The picture's name is the seed."""
     rng, (right, bottom), objects = random.Random(row["image"]), row["size"], row["objects"][:]
     for _ in range(100 * count):
         if len(objects) >= count:
@@ -357,8 +339,7 @@ def mixed(row: dict, count: int) -> list[list]:
 
 # ---------------------------------------------------------------------------- converters
 
-@dataclass(frozen=True)
-class Published:
+class Published(NamedTuple):
     """A published dataset: the function that reads its files, and what is known about it."""
     read: Callable[[Path, str], Rows]
     units: dict[str, str]  # as in Dataset
@@ -401,8 +382,7 @@ PUBLISHED = {
 
 
 def published_file(source: Path, name: str) -> Path:
-    """The path of a file, which may have another name: MNRE-V2's dev file with a blank in it,
-    OneIE's files without "oneie"."""
+    """The path of a file; MNRE-V2's dev file may have a blank in its name, OneIE's no "oneie"."""
     names = (name.replace(".txt", " .txt"), name, name.replace(".oneie", ""))
     return next((source / other for other in names if (source / other).exists()), source / name)
 
@@ -414,20 +394,12 @@ def keep_m2e2(rows: Rows) -> None:
         lost.update(e["type"] for e in row["events"] if e["type"] not in M2E2)
         row["events"] = [event for event in row["events"] if event["type"] in M2E2]
         for event in row["events"]:
-            known, every = M2E2[event["type"]], event["arguments"]
-            lost.update(f"{a['role']} of {event['type']}" for a in every if a["role"] not in known)
-            event["arguments"] = [a for a in every if a["role"] in known]
+            name, roles, arguments = event["type"], M2E2[event["type"]], event["arguments"]
+            lost.update(f"{a['role']} of {name}" for a in arguments if a["role"] not in roles)
+            event["arguments"] = [a for a in arguments if a["role"] in roles]
     if lost:
         print("left out, as M2E2 has no such event or role:",
               ", ".join(f"{count} x {name}" for name, count in lost.most_common()))
-
-
-def labels_of(rows: Rows) -> dict:
-    """The labels of a dataset that has the event types and roles of these samples."""
-    roles = {}
-    for event in (event for _, row in rows for event in row["events"]):
-        roles.setdefault(event["type"], set()).update(a["role"] for a in event["arguments"])
-    return {"med": sorted(roles), "meae": {name: sorted(roles[name]) for name in sorted(roles)}}
 
 
 def event_rows(dataset: str, rows: Rows, folder: Path, max_objects: int,
@@ -457,7 +429,7 @@ def event_rows(dataset: str, rows: Rows, folder: Path, max_objects: int,
 
 def refuse(dataset: str, corpus: Path, max_objects: int, event_types: str) -> None:
     """DataError where the folder or the options make no sense for this dataset."""
-    other = {"m2e2": "m2e2_gold", "m2e2_gold": "m2e2"}.get(dataset)
+    other = {"m2e2": "m2e2_gold", "m2e2_gold": "m2e2"}.get(dataset, "")
     if other and (corpus / other / "dataset.json").exists():
         raise DataError(f"{corpus}: holds {other}, which would be scored together with {dataset}: "
                         "give another folder")
@@ -475,32 +447,35 @@ def convert(dataset: str, source: Path, corpus: Path, max_objects: int = 16,
     """Read the published files of a dataset in `source` and write corpus/dataset.  max_objects:
     of a picture in m2e2 and swig.  event_types: those of "m2e2" or, for ace2005 and swig, "all"."""
     refuse(dataset, corpus, max_objects, event_types)
-    known = PUBLISHED[dataset]
-    paths = {split: published_file(source, name) for split, name in known.files.items()}
-    rows = {split: known.read(path, dataset) for split, path in paths.items() if path.exists()}
+    entry = PUBLISHED[dataset]
+    paths = {split: published_file(source, name) for split, name in entry.files.items()}
+    rows = {split: entry.read(path, dataset) for split, path in paths.items() if path.exists()}
     if not rows:
-        raise DataError(f"{source}: expected at least one of {', '.join(known.files.values())}, "
+        raise DataError(f"{source}: expected at least one of {', '.join(entry.files.values())}, "
                         "found none: give the folder that holds them")
-    descriptor = {"name": dataset, "units": known.units, "labels": known.labels}
-    if event_types == "all":
-        descriptor["labels"] = labels_of(sum(rows.values(), []))
-    if known.units == MEE:
+    descriptor = {"name": dataset, "units": entry.units, "labels": entry.labels}
+    if event_types == "all":  # those of its samples
+        events = [event for _, row in sum(rows.values(), []) for event in row["events"]]
+        roles = {name: sorted({a["role"] for e in events if e["type"] == name
+                               for a in e["arguments"]})
+                 for name in sorted({event["type"] for event in events})}
+        descriptor["labels"] = {"med": list(roles), "meae": roles}
+    if entry.units == MEE:
         for split, samples in rows.items():
             rows[split], descriptor["note"] = event_rows(dataset, samples, source, max_objects,
                                                          event_types)
-    for (split, path), expected in zip(paths.items(), known.counts):
+    for (split, path), expected in zip(paths.items(), entry.counts):
         count = len(rows.get(split, ()))
         read = f"{count} records found" if split in rows else "FILE NOT FOUND, nothing written"
         wanted = f", {expected} expected" * bool(expected)
         differs = "  <-- differs" * (expected not in (None, count))
         print(f"{dataset} {split}: {read}{wanted}, from {path}{differs}")
-    if "test" not in known.files and (path := published_file(source, "test.oneie.json")).exists():
+    if "test" not in entry.files and (path := published_file(source, "test.oneie.json")).exists():
         print(f"{dataset} test: {path} left out, as M2E2 is the only test of events")
     write_dataset(corpus / dataset, descriptor, rows)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command; it ends with exit code 2 where it cannot convert."""
     parser = Parser(prog="python -m tools.convert", description="Read the published files of a "
                     "dataset, write DST/KIND, print the counts of records read and expected.")
     add = parser.add_argument_group("what to convert").add_argument

@@ -2,13 +2,11 @@
 with CKPT of its backbone at its rows' mean lengths.
 
     python -m tools.costs --size large
-    python -m tools.costs RUN
-"""
+    python -m tools.costs RUN"""
 
 import argparse
-import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -122,8 +120,7 @@ def mim_flops(model: nn.Module, lengths: Sequence[float]) -> tuple[float, float]
         if hasattr(layer, "rho"):
             R, r = layer.B_U.shape[1], layer.B_T.shape[2]
             work = 4 * R * R + 4 * R * r + 6 * r * r  # for a token, or for a channel of the output
-            once += work * len(layer.rho)
-            row += work * tokens[layer.stream]
+            once, row = once + work * len(layer.rho), row + work * tokens[layer.stream]
     return once, row
 
 
@@ -175,11 +172,11 @@ class Geometry:
         return FlopCounter(self.model(method), *self.lengths).forward / 1e9
 
 
-Costs = dict[str, dict[str, FlopCounter]]  # {method: {visual policy: cost of one row}}
+Costs = dict[str, dict[str, FlopCounter]]  # {method of COSTED: {visual policy: cost of one row}}
 
 
 def costs(geometry: Geometry) -> Costs:
-    """The costs of every method of COSTED under every visual policy."""
+    """The costs of every method under every visual policy."""
     table: Costs = {}
     for label, options in COSTED.items():
         model, table[label] = geometry.model(label.split()[0], **options), {}
@@ -214,7 +211,7 @@ def paper_notes(geometry: Geometry, table: Costs, paper: Mapping[str, tuple]) ->
     scores = t5.num_heads * (t5.num_layers * (S * S + T * T + S * T) + 2 * V * V + S * V) / 1e9
     full, ours, lora = (table[label]["train"].forward / 1e9 + means + scores
                         for label in ("full", "clorae", "lora"))
-    halved = dataclasses.replace(geometry, rank=R // 2)
+    halved = replace(geometry, rank=R // 2)
     half, pair = (halved.forward(method) + means + scores for method in ("lora", "loramoe"))
     twice = half + (lora - full) * t5.d_model / (2 * R)  # a frozen q or v has 2 D^2, its LoRA 4 D R
     lacking = {label: paper[label][0] - sum(table[label]["paper"].trainable.values()) / 1e6
@@ -240,7 +237,8 @@ def cost_report(geometry: Geometry, paper: Mapping[str, tuple]) -> str:
     ours, full = table["clorae"]["train"], table["full"]["train"]
     share = (ours.forward + ours.backward) / (full.forward + full.backward)
     once, row = mim_flops(geometry.model("clorae"), geometry.lengths)
-    lines = [
+    known = paper and geometry.lengths == PAPER_LENGTHS
+    return "\n".join([
         f"{geometry.name}, rank {geometry.rank}; one row of {S:.4g} source, {T:.4g} target, "
         f"{V:.4g} visual tokens; image features {geometry.features} wide", "",
         *cost_tables(table, paper), "",
@@ -250,10 +248,8 @@ def cost_report(geometry: Geometry, paper: Mapping[str, tuple]) -> str:
         f"clorae:train costs {100 * share:.0f} % of full, by 3 fwd "
         f"{100 * ours.forward / full.forward:.0f} %.  L_MIM comes on top, in training: "
         f"{once / 1e9:.2f} GFLOPs per micro-batch of one task, {row / 1e9:.2f} per row.  Not "
-        "counted: image tower, optimizer, norms, softmax."]
-    if paper and geometry.lengths == PAPER_LENGTHS:
-        lines += paper_notes(geometry, table, paper)
-    return "\n".join(lines)
+        "counted: image tower, optimizer, norms, softmax.",
+        *(paper_notes(geometry, table, paper) if known else ())])
 
 
 def run(args: argparse.Namespace, world: World) -> None:

@@ -5,8 +5,7 @@ the LoRA for T5, in PEFT's format, that the task's experts are under their mean 
     python -m tools.export RUN --out DIR --task mner    one task's experts as a LoRA that PEFT loads
 
 A gate, Eq. (6), depends on the token and cannot be merged: the second command fixes all gates at
-their means over the task's dev tokens, and says what that costs in F1.
-"""
+their means over the task's dev tokens, and says what that costs in F1."""
 
 import argparse
 import json
@@ -70,8 +69,8 @@ def adapter(args: argparse.Namespace) -> Export:
 
 def mean_gates(model: nn.Module, sums: Tensor) -> dict[str, tuple[float, ...]]:
     """{path: gates of a wrapped linear, averaged over the tokens of `gate_sums`}."""
-    return {path: tuple((sums_of[1:3] / sums_of[0]).tolist()) for path, sums_of in
-            zip(clorae.expert_layers(model), sums[:, 0].cpu(), strict=True)}
+    means = (sums[:, 0, 1:3] / sums[:, 0, :1]).tolist()
+    return dict(zip(clorae.expert_layers(model), map(tuple, means), strict=True))
 
 
 def fix_gates(model: nn.Module, task: int, gates: Mapping[str, Sequence[float] | None]) -> None:
@@ -131,8 +130,7 @@ def plain_lora(args: argparse.Namespace, world: World) -> Export:
     fix_gates(model, task, gates)
     texts = [replace(example, record=replace(example.record, image=None)) for example in split]
     lines += [f1("after, gates fixed", split), f1("after, without images", texts)]
-    rank = next(iter(clorae.expert_layers(model.t5).values())).config.rank
-    record = split[0].record
+    rank, record = next(iter(clorae.expert_layers(model.t5).values())).config.rank, split[0].record
     return partial(write_peft, model, SIZES[config.size].t5), [
         f"{args.folder}: LoRA of rank {rank} for {TASKS[task]} on the q and v of T5, sha256 "
         f"{folder_hash(setup.sources.t5)[:12]}", *lines,
@@ -157,7 +155,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                     usage="%(prog)s CKPT --out DIR [--task TASK] [options]")
     run_options(parser)
     add = parser.add_argument_group("output").add_argument
-    add("--out", dest="folder", type=Path, metavar="DIR", required=True, help="new or empty folder")
+    add("--out", dest="folder", type=Path, metavar="DIR", required=True,
+        help="a new or empty folder")
     add("--task", choices=RECORD_TASKS, help="whose experts become a plain LoRA")
     carry_out(run, parser.parse_args(argv))
 

@@ -3,6 +3,9 @@
 import warnings
 from pathlib import Path
 
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
 from engine.schema import UNITS
 
 DPI = 150
@@ -12,14 +15,13 @@ STYLES = {unit: {"color": colour, "marker": marker, "markersize": 4}
 
 
 def canvas(width: float, height: float, rows: int = 1, columns: int = 1,
-           **options: object) -> tuple:
+           **options: object) -> tuple[Figure, list[Axes]]:
     """(a figure of this size in inches, its rows x columns axes as a list in reading order)."""
-    from matplotlib.figure import Figure  # imported only where a picture is wanted
     figure = Figure((width, height), layout="constrained", dpi=DPI)
     return figure, figure.subplots(rows, columns, squeeze=False, **options).flatten().tolist()
 
 
-def write_figure(figure: object, path: Path, legend: object = None) -> Path:
+def write_figure(figure: Figure, path: Path, legend: Axes | None = None) -> Path:
     """Save as PNG, with a legend of one of its axes; what the font lacks becomes an empty box."""
     if legend:
         figure.legend(*legend.get_legend_handles_labels(), loc="outside right upper")

@@ -7,12 +7,18 @@ import math
 import os
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 import numpy
 import torch
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from PIL.Image import Image
 from torch import Tensor
 
 import data
@@ -21,7 +27,7 @@ from engine.features import Features
 from engine.images import load_image
 from engine.schema import TASKS, Box, Dataset, Record, iou
 from evaluate import Decoding, Row, Setup, type_of
-from tools.figures import COLOURS, DPI, write_figure
+from tools.figures import COLOURS, DPI
 from tools.routing import gates_on
 
 PAGE, SIDE, MARGIN = 11.0, 3.6, 0.35  # inches: width, side of the image, margins and gaps
@@ -32,8 +38,7 @@ ROW = PAGE - 2 * MARGIN - SCALE  # width of a row of bars
 UNIVERSAL, TASK, PLACE_COLOURS = *COLOURS[:2], COLOURS[:6]
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """A place in the text or the image, and what the answer says of it."""
     item: Item
     label: str
@@ -68,23 +73,21 @@ def where(item: Item) -> str:
 def answer_lines(row: Row) -> list[str]:
     """An answer in words: a line per item, then what could not be used, or was missing."""
     record, answer = row.record, row.answer
+    lines = [f"{type_of(item).replace(':', ', ')}: {where(item)}" for item in row.predicted]
     if record.task == "mre":
-        head, tail = (data.words(record, span) for span in (record.head, record.tail))
+        head, tail = data.words(record, record.head), data.words(record, record.tail)
         lines = [f"{head} -- {row.predicted[0].label} -- {tail}"]
-    else:
-        lines = [f"{type_of(item).replace(':', ', ')}: {where(item)}" for item in row.predicted]
-    notes = {f"unreadable in the output, {row.counts.malformed} piece(s): {answer.text!r}":
-             row.counts.malformed, "cut at the length limit": answer.cut,
-             f"answered without {record.image}, which is not there": answer.missing}
-    return [*(lines or ["nothing found"]), *(f"note: {note}" for note in notes if notes[note])]
+    notes = ((row.counts.malformed, f"unreadable in the output, {row.counts.malformed} piece(s): "
+              f"{answer.text!r}"), (answer.cut, "cut at the length limit"),
+             (answer.missing, f"answered without {record.image}, which is not there"))
+    return [*(lines or ["nothing found"]), *(f"note: {note}" for holds, note in notes if holds)]
 
 
 def has_image(record: Record) -> bool:
     return record.image is not None and Path(record.image).is_file()
 
 
-@dataclass(frozen=True)
-class Strip:
+class Strip(NamedTuple):
     """The task expert's gate at each token of one stream, mean over the layers that see it."""
     stream: str  # "memory", "visual" or "target"
     title: str
@@ -105,8 +108,8 @@ def token_strips(setup: Setup, example: Example, row: Row, features: Features,
     answer: those of a target token are those that wrote it; the prompt is one mean."""
     tokenizer, record = setup.tokenizer, example.record
     ids, answer = example.input_ids, row.answer.ids
-    batch = data.collate([dataclasses.replace(example, labels=list(answer))], features,
-                         features.width).to(device)
+    written = dataclasses.replace(example, labels=list(answer))
+    batch = data.collate([written], features, features.width).to(device)
     layers: dict[str, list[Tensor]] = {}
     for layer, gates in gates_on(setup.model, batch, decoding.precision).items():
         layers.setdefault(layer.stream, []).append(gates[0, :, 1].double())
@@ -140,7 +143,7 @@ def strip_rows(strips: Sequence[Strip]) -> list[tuple[str, list[tuple[float, str
     return rows
 
 
-def draw_strip(ax: object, title: str, bars: Sequence[tuple[float, str, float]]) -> None:
+def draw_strip(ax: Axes, title: str, bars: Sequence[tuple[float, str, float]]) -> None:
     """A bar per token: below the task expert's share, above it the universal expert's."""
     at, names, gates = zip(*bars)
     ax.bar(at, gates, 0.92, color=TASK)
@@ -176,10 +179,9 @@ def lay_out(tokens: Sequence[str], spans: Sequence[Place], width: int) -> list[l
     return lines
 
 
-def draw_text(ax: object, title: str, lines: Sequence[Sequence[Word]], spans: Sequence[Place],
+def draw_text(ax: Axes, title: str, lines: Sequence[Sequence[Word]], spans: Sequence[Place],
               below: Sequence[str]) -> None:
     """A title, the lines of `lay_out` and plain lines below; x in characters, y in lines."""
-    from matplotlib.patches import Rectangle
     ax.text(0, 0.3, title, fontsize=10, weight="bold")
     font = {"family": "monospace", "va": "center"}
     for y, line in enumerate(lines, 1):
@@ -196,10 +198,9 @@ def draw_text(ax: object, title: str, lines: Sequence[Sequence[Word]], spans: Se
         ax.text(0, LEADING * (len(lines) + 1) + y, text, fontsize=9, **font)
 
 
-def draw_image(ax: object, record: Record, answer: Sequence[Place], image: object) -> None:
+def draw_image(ax: Axes, record: Record, answer: Sequence[Place], image: Image) -> None:
     """The image with its numbered boxes and what the answer says of them, in image pixels.  Boxes
     that the answer names come first, and each label stands where it covers no earlier one."""
-    from matplotlib.patches import Rectangle
     ax.imshow(image, extent=(0, image.width, image.height, 0))
     ax.set(xticks=[], yticks=[], anchor="NW")
     ax.apply_aspect()  # now, as labels are measured below
@@ -243,20 +244,11 @@ def label_place(size: tuple[float, float], box: Box, taken: Sequence[Box],
         iou((x, y, x + w, y + h), other) for other in taken)), corners[0])
 
 
-def draw_example(row: Row, dataset: Dataset, strips: Sequence[Strip], no_gate: str | None,
-                 path: Path) -> None:
-    """Draw the page of an answer; without strips it says why there are no gates, if it is known."""
-    from matplotlib import rc_context
-    with rc_context({"text.parse_math": False}):  # a $ in a text is a $
-        write_figure(example_figure(row, dataset, strips, no_gate), path)
-
-
+@rc_context({"text.parse_math": False})  # a $ in a text is a $
 def example_figure(row: Row, dataset: Dataset, strips: Sequence[Strip],
-                   no_gate: str | None) -> object:
-    """The page of `draw_example`: everything is measured first, then set from the top down."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
+                   no_gate: str | None) -> Figure:
+    """The page of an answer: everything is measured first, then set from the top down.  no_gate
+    says why there are no strips, if it is known."""
     record, answer = row.record, places(row, dataset)
     spans = [place for place in answer if place.item.span]
     image = load_image(record.image) if has_image(record) else None
@@ -272,7 +264,7 @@ def example_figure(row: Row, dataset: Dataset, strips: Sequence[Strip],
     figure = Figure((PAGE, height), dpi=DPI)
     FigureCanvasAgg(figure)  # which can measure texts
 
-    def panel(x: float, y: float, w: float, h: float) -> object:
+    def panel(x: float, y: float, w: float, h: float) -> Axes:
         return figure.add_axes((x / PAGE, 1 - (y + h) / height, w / PAGE, h / height))
 
     if image:
@@ -286,9 +278,9 @@ def example_figure(row: Row, dataset: Dataset, strips: Sequence[Strip],
         figure.text(MARGIN / PAGE, 1 - y / height, f"no gates to draw: {no_gate}", fontsize=9)
     else:
         task = record.task if record.task in TASKS else "mee"
-        figure.legend(handles=[Patch(color=UNIVERSAL, label="universal expert"),
-                               Patch(color=TASK, label=f"task expert {task}")], ncols=2,
-                      frameon=False, fontsize=9, loc="upper right",
+        patches = [Patch(color=UNIVERSAL, label="universal expert"),
+                   Patch(color=TASK, label=f"task expert {task}")]
+        figure.legend(handles=patches, ncols=2, frameon=False, fontsize=9, loc="upper right",
                       bbox_to_anchor=(1 - MARGIN / PAGE, 1 - y / height))
     for (title, bars), foot in zip(rows, feet):
         draw_strip(panel(MARGIN + SCALE, y + 0.4, ROW, BARS), title, bars)

@@ -2,8 +2,7 @@
 classes of errors; of several the systems side by side (Fig. 4), the setting in which they differ
 (Fig. 5), and the pictures of each in a folder of its own.  Scores that still hold are kept.
 
-    python -m tools.plot RUN [RUN2 ...] --out DIR
-"""
+    python -m tools.plot RUN [RUN2 ...] --out DIR"""
 
 import argparse
 import csv
@@ -81,12 +80,12 @@ def draw_run(job: Job, folder: Path, layers: Sequence[int] | None, world: World)
     """Draw a run's routing, curves and AML weights; returns what was made, and what not and why."""
     run, lines = job.checkpoint.parent, []
     curves = folder / f"curves-{run.resolve().name}.png"
-    for name, processes, make in (
+    for name, takes_part, make in (
             ("routing", True, lambda: route(job, folder, layers, world)),
             ("curves", world.main, lambda: [plot_curves(run, curves)]),
             ("AML weights", world.main and job.config.aml, lambda: replay(job, folder)[0])):
         try:
-            lines += map(str, make()) if processes else []
+            lines += map(str, make()) if takes_part else []
         except UsageError as problem:
             lines.append(f"no {name}: {problem}")
     return lines + ["no AML weights: trained without them"] * (not job.config.aml)
@@ -135,10 +134,10 @@ def plot_sweep(results: Results, name: str, path: Path) -> Path:
 def swept(systems: Sequence[System]) -> str | None:
     """The one setting, rank or dropout, in which systems differ, if there is one."""
     for name in ("rank", "dropout"):
-        others = [dataclasses.replace(system.config, **dict.fromkeys((
-            name, "seed", "out", "save_every"))) for system in systems]
+        alike = dict.fromkeys((name, "seed", "out", "save_every"))
+        others = [dataclasses.replace(system.config, **alike) for system in systems]
         values = {getattr(system.config, name) for system in systems}
-        if len(values) == len(systems) > 1 and all(config == others[0] for config in others):
+        if len(values) == len(systems) > 1 and others.count(others[0]) == len(others):
             return name
     return None
 
@@ -174,12 +173,11 @@ def draw_systems(systems: Sequence[System], folder: Path) -> list[Path]:
     """Draw systems side by side, over the setting in which they differ, and their errors."""
     results = {system.name: {unit: f1 for unit, f1 in system.columns().items() if unit in UNITS}
                for system in systems}
-    paths = []
-    if len(systems) > 1:
-        paths.append(plot_systems(results, folder / "systems.png"))
+    paths = [plot_systems(results, folder / "systems.png")] if len(systems) > 1 else []
     if name := swept(systems):
-        paths.append(plot_sweep({getattr(system.config, name): results[system.name]
-                                 for system in systems}, name, folder / f"{name}.png"))
+        settings = [getattr(system.config, name) for system in systems]
+        paths.append(plot_sweep(dict(zip(settings, results.values())), name,
+                                folder / f"{name}.png"))
     if errors := error_counts(systems):
         paths.append(plot_errors(errors, folder / "errors.png"))
     return paths

@@ -3,8 +3,7 @@ temperatures, one change at a time; nothing is trained.
 
     python -m tools.replay RUN --out DIR
 
-DIR/aml.csv has the weight of each unit after each epoch, DIR/aml.png draws their ranges.
-"""
+DIR/aml.csv has the weight of each unit after each epoch, DIR/aml.png draws their ranges."""
 
 import argparse
 import itertools
@@ -43,12 +42,12 @@ def replayed_weights(history: Sequence[Mapping], settings: Mapping[str, Mapping]
     for past, (name, setting) in itertools.product(history, settings.items()):
         f1 = past["f1"]
         trained, w = (achievement_weights(f1, **s) for s in (settings["run"], setting))
+        whole = sum(rows[k] * w[k] for k in f1)
         for m in f1:
             level = f1[m] / (setting["margin"] * setting["reference"][m])
-            share = rows[m] * w[m] / sum(rows[k] * w[k] for k in f1)
             table.append({"setting": name, "after_epoch": past["epoch"], "unit": m, "f1": f1[m],
                           "achievement": level, "achieved": int(level >= 1), "weight": w[m],
-                          "shift": w[m] - trained[m], "share": share})
+                          "shift": w[m] - trained[m], "share": rows[m] * w[m] / whole})
     return table
 
 

@@ -3,11 +3,11 @@
     python -m tools.routing RUN --out DIR [--layers 0 1 2]
 
 DIR/routing.csv has a row for every wrapped linear and (task, dataset), DIR/routing.png the means
-by layer.  The gates, Eq. (6), are those of valid tokens while the right answer is forced.
-"""
+by layer.  The gates, Eq. (6), are those of valid tokens while the right answer is forced."""
 
 import argparse
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -39,9 +39,8 @@ def gates_on(model: nn.Module, batch: data.Batch, precision: str) -> dict[nn.Mod
     """{expert layer: its gates [B,S,2] at the tokens of its stream} of one pass in eval mode.
     A layer that meets no token, in the visual stack of a batch without images, is absent."""
     gates: dict[nn.Module, Tensor] = {}
-    hooks = [layer.register_forward_pre_hook(
-        lambda layer, inputs: gates.update({layer: layer.gates(inputs[0])}))
-        for layer in clorae.expert_layers(model).values()]
+    hooks = [layer.register_forward_pre_hook(lambda layer, inputs: gates.update(
+        {layer: layer.gates(inputs[0])})) for layer in clorae.expert_layers(model).values()]
     with torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=precision == "bf16"):
         model.eval()(batch)
     for handle in hooks:
@@ -76,7 +75,7 @@ def routing_rows(paths: Sequence[str], groups: Sequence[tuple[str, str]],
     """`gate_sums` as means: a row for each wrapped linear and (task, dataset) with tokens there."""
     rows = []
     for path, layer in zip(paths, sums.tolist(), strict=True):
-        *_, stack, _, depth, site, projection = path.split(".")  # ..., "blocks", ...
+        *_, stack, _, depth, site, projection = path.split(".")  # _ is "blocks"
         for (task, dataset), (n, *totals) in zip(groups, layer, strict=True):
             if n:
                 g1, soft, hard, square, entropy = (value / n for value in totals)
@@ -89,11 +88,10 @@ def routing_rows(paths: Sequence[str], groups: Sequence[tuple[str, str]],
 
 def layer_means(rows: Sequence[Mapping], stacks: Sequence[str]) -> dict[tuple[int, str], float]:
     """{(layer, "dataset task"): mean gate of the task expert}, each token with equal weight."""
-    means: dict[tuple[int, str], list] = {}
+    gates = defaultdict(list)
     for row in (row for row in rows if row["stack"] in stacks):
-        key = row["layer"], f"{row['dataset']} {row['task']}"
-        means.setdefault(key, []).append((row["soft"], row["n_tokens"]))
-    return {key: fmean(*zip(*pairs)) for key, pairs in means.items()}
+        gates[row["layer"], f"{row['dataset']} {row['task']}"] += [(row["soft"], row["n_tokens"])]
+    return {key: fmean(*zip(*pairs)) for key, pairs in gates.items()}
 
 
 def plot_routing(rows: Sequence[Mapping], layers: Sequence[int] | None, path: Path) -> Path:
