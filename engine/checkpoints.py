@@ -1,6 +1,6 @@
-"""What a run keeps in its folder: logs, metrics.csv and eval.jsonl, and checkpoints, folders of
-model.safetensors (what is trained), optimizer.safetensors (Adam's moments) and state.json
-(settings, progress, sha256 of all and of the run's sources), written whole or not at all."""
+"""What a run keeps in its folder: logs, metrics.csv by step and eval.jsonl by epoch, and
+checkpoints, folders of model.safetensors (what is trained), optimizer.safetensors (Adam's moments)
+and state.json (settings, progress, sha256 of all and of sources), written whole or not at all."""
 
 import hashlib
 import json
