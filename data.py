@@ -39,7 +39,6 @@ from engine.corpus import read_bytes
 from engine.schema import TASKS, UNITS, Box, DataError, Dataset, Record, Span
 
 # ---------------------------------------------------------------------------- prompts, targets
-
 RESERVED = re.compile(r"<(?=(?:spot|asoc|pad|unk|s|/s|extra_id_[0-9]+)>)")  # of special tokens
 OBJECT = re.compile(r"O([0-9]+)")
 
@@ -81,8 +80,7 @@ class Item:
     """A gold or predicted fact as metrics compare it: a label, and the place where it holds.
 
     The place is a span, a box or the whole image; a relation has none. A prediction whose place is
-    not found has none either, and never matches.
-    """
+    not found has none either, and never matches."""
     label: str                                       # entity type, relation or event type
     role: str | None = None                          # of an argument
     span: Span | None = None
@@ -102,8 +100,7 @@ def gold_items(record: Record) -> list[Item]:
     """The gold facts of a record in the order of its target.
 
     Entities and triggers are ordered by offset; arguments event by event: those in the text by
-    offset, then objects by number, then boxes that no object shows, which no target can name.
-    """
+    offset, then objects by number, then boxes that no object shows, which no target can name."""
     def located(label: str, span: Span | None, number: int | None = None, role: str | None = None,
                 box: Box | None = None, event: int = 0) -> Item:
         text = None if number is None else f"O{number}"
@@ -131,8 +128,7 @@ def target_groups(record: Record, visible: int | None = None) -> list[list[str]]
     """The target as groups (to be joined by <asoc>) of items (to be joined by <spot>).
 
     visible: number of leading tokens that the model can see (None: all); items whose span ends
-    beyond are left out. A relation is always kept, as its prompt names head and tail.
-    """
+    beyond are left out. A relation is always kept, as its prompt names head and tail."""
     if record.task == "mre":
         head, tail = (escape(words(record, span)) for span in (record.head, record.tail))
         return [[head, record.relation, tail]]
@@ -159,8 +155,7 @@ def target(record: Record) -> str:
 def split_item(item: str, labels: Iterable[str]) -> tuple[str, str] | None:
     """"label, text" -> (label, text), or None if it has no label of `labels`, or no text.
 
-    Where the comma is missing, the label is the longest one that the item begins with.
-    """
+    Where the comma is missing, the label is the longest one that the item begins with."""
     label, comma, text = item.partition(",")
     label = label.strip(" ").lower()
     if not comma:
@@ -176,8 +171,7 @@ def parse(task: str, text: str, labels: Iterable[str] | dict,
 
     labels: dataset.labels[task]. cut: the output hit the length limit, so that its last item may
     be incomplete; it is dropped and counts as malformed. mre always gives one item, "none" where no
-    relation is readable.
-    """
+    relation is readable."""
     text = re.sub(r"\s+", " ", re.sub("<pad>|</s>", " ", text), flags=re.ASCII).strip(" ")
     groups = re.split(" ?<asoc> ?", text) if task == "meae" else [text]
     groups = [re.split(" ?<spot> ?", group) for group in groups]
@@ -234,8 +228,7 @@ def predicted_items(record: Record, text: str, dataset: Dataset,
 
     The k-th entity or trigger of one text is its k-th occurrence. An argument is the occurrence
     nearest to its event's trigger, each used once for a role. triggers: {event type: first token}
-    as predicted for the same sample; where it is unknown, the first occurrence is meant.
-    """
+    as predicted for the same sample; where it is unknown, the first occurrence is meant."""
     parsed, malformed = parse(record.task, text, dataset.labels[record.task], cut)
     tokens, used, items = [canon(token) for token in record.tokens], set(), []
     for item in parsed:
@@ -255,7 +248,6 @@ def predicted_items(record: Record, text: str, dataset: Dataset,
 
 
 # ---------------------------------------------------------------------------- tokenizer
-
 SENTINEL = re.compile(r"<(?:spot|asoc|extra_id_(0|[1-9][0-9]?))>")
 STRUCTURE = ("<spot>", "<asoc>")                     # stand for <extra_id_0> and <extra_id_1>
 
@@ -264,8 +256,7 @@ class Tokenizer:
     """T5's tokenizer: sentencepiece for text, T5's sentinels <extra_id_k> for structure.
 
     path: a sentencepiece model, or a folder that holds it as spiece.model. With n pieces,
-    <extra_id_k> has the id n + 99 - k.
-    """
+    <extra_id_k> has the id n + 99 - k."""
 
     def __init__(self, path: str | os.PathLike):
         path = Path(path) / "spiece.model" if Path(path).is_dir() else Path(path)
@@ -316,7 +307,6 @@ class Tokenizer:
 
 
 # ---------------------------------------------------------------------------- examples, batches
-
 @dataclass(frozen=True)
 class Example:
     """A record as ids. unit and task: positions in UNITS and TASKS; row: position in its split."""
@@ -335,8 +325,7 @@ def encode_records(records: list[Record], datasets: dict[str, Dataset], tokenize
 
     Only text is truncated: a prefix that does not fit is a DataError. Items whose words were cut
     off are left out of the target, and so are the last items of a target that is too long; both
-    are counted and announced. Metrics compare with the record's gold, which stays whole.
-    """
+    are counted and announced. Metrics compare with the record's gold, which stays whole."""
     examples, lost = [], Counter()
     for row, record in enumerate(records):
         dataset = datasets[record.dataset]
@@ -430,8 +419,7 @@ def collate(examples: list[Example],
             feature_width: int, pad_id: int = 0) -> Batch:
     """Examples -> Batch, stably sorted by task so that each task's rows form one segment.
 
-    features(record): (features [V,F], boxes [V,5]), or None for a record without an image.
-    """
+    features(record): (features [V,F], boxes [V,5]), or None for a record without an image."""
     def padded(rows: list, value: int) -> Tensor:
         return torch.nn.utils.rnn.pad_sequence(list(map(torch.as_tensor, rows)), True, value)
 
@@ -460,8 +448,7 @@ def global_batches(examples: list[Example], seed: int, epoch: int,
                    batch_size: int) -> list[list[int]]:
     """One epoch as lists of indices into `examples`, each exactly once; the last may be short.
 
-    The order depends on seed, epoch and the number of examples alone: resuming needs no state.
-    """
+    The order depends on seed, epoch and the number of examples alone: resuming needs no state."""
     digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     order = torch.randperm(len(examples), generator=generator).tolist()
@@ -473,8 +460,7 @@ def micro_batches(indices: list[int], examples: list[Example], rows: int) -> lis
 
     The examples are sorted by length and cut so that the sum over slices of (computed tokens)^2 is
     least: then little of it is padding, and processes that get a slice each finish together. Found
-    by dynamic programming, with one slice more in each round.
-    """
+    by dynamic programming, with one slice more in each round."""
     order = sorted(indices, key=lambda i: (len(examples[i].input_ids), len(examples[i].labels), i))
     best = {0: (0, [])}                              # {n: (least sum, slices)} of the first n
     for _ in range(math.ceil(len(order) / rows)):

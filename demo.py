@@ -255,8 +255,7 @@ def object_role(event: str, glyph: str, colour: str) -> str | None:
 def make_world(dst: str | Path, seed: int = 0, scale: float = 1.0) -> dict[str, dict[str, int]]:
     """Write the demo corpus below dst; returns {dataset: {split: records}}.
 
-    The same arguments give the same bytes. `scale` is a factor on the size of every split.
-    """
+    The same arguments give the same bytes. `scale` is a factor on the size of every split."""
     counts: dict[str, dict[str, int]] = {}
     for unit, size in SIZES.items():
         folder = Path(dst) / f"demo_{unit.lower()}"
@@ -389,7 +388,6 @@ class Lessons:
 @dataclass(frozen=True)
 class Tiny:
     """How the tiny T5 and ViT are made."""
-
     pieces: int = 600  # of the tokenizer
     width: int = 128
     layers: int = 3  # in the encoder and in the decoder
@@ -446,8 +444,7 @@ def start_mimetic(model: T5) -> None:
 
     Queries equal keys, so that like attends to like; values and outputs make a near identity, so
     that what is attended to is copied; and some heads prefer neighbours. Copying appears within a
-    few hundred steps; from T5's own random start it had not appeared after 1,500.
-    """
+    few hundred steps; from T5's own random start it had not appeared after 1,500."""
     for module in model.modules():
         if isinstance(module, Attention):
             width = module.k.weight.shape[0]
@@ -513,8 +510,7 @@ def make_backbone(dst: str | Path, texts: list[str], seed: int = 0, tiny: Tiny =
     """Make dst/t5 (with spiece.model) and dst/vit in Hugging Face's layout.
 
     texts: the inputs of a corpus' training rows.  avoid: words that no lesson may have as a key,
-    which are the corpus' labels.  speed_up puts faster forms into the T5 before it is trained.
-    """
+    which are the corpus' labels.  speed_up puts faster forms into the T5 before it is trained."""
     t5, vit = Path(dst) / "t5", Path(dst) / "vit"
     make_tokenizer(texts, t5 / "spiece.model", tiny.pieces)
     lessons = Lessons(texts, set(avoid), Tokenizer(t5), random.Random(f"{seed}/lessons"))

@@ -48,7 +48,6 @@ CLIP_DEFAULTS = {"patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps":
 @dataclass
 class ViTConfig:
     """Geometry under transformers' field names, and how pictures become pixels."""
-
     model_type: str = VIT
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -139,8 +138,7 @@ class ViT(nn.Module):
     """A tower up to transformers' `last_hidden_state`; ViT(config) draws ViT's initialisation.
 
     CLIP differs in three places: no bias in the patch projection, a norm before the first layer,
-    none after the last (its post_layernorm touches only the pooled token, not used here).
-    """
+    none after the last (its post_layernorm touches only the pooled token, not used here)."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -262,8 +260,7 @@ def preprocess(image: Image.Image, size: int = 224, mean: float | Sequence[float
     """Picture -> pixels [3,size,size] float32, equal to the hub's ViTImageProcessor.
 
     The picture is squeezed into a square and never cut, since a box may lie anywhere in it; this
-    holds for CLIP towers too, whose own processor would cut out the centre.
-    """
+    holds for CLIP towers too, whose own processor would cut out the centre."""
     resized = to_rgb(image).resize((size, size), resample)
     pixels = np.asarray(resized, dtype=np.float32) / 255
     pixels = (pixels - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
@@ -274,8 +271,7 @@ def normalise_boxes(boxes: Boxes, size: Sequence[int]) -> Tensor:
     """Pixel boxes (x1, y1, x2, y2) of a picture -> [1+n,5], row 0 the picture itself.
 
     Rows are x1, y1, x2, y2, area in 0..1. Corners up to one pixel outside (annotators round) are
-    pulled in; any other box that is not inside the picture is an ImageError.
-    """
+    pulled in; any other box that is not inside the picture is an ImageError."""
     (w, h), rows = size, [(0.0, 0.0, 1.0, 1.0, 1.0)]
     for box in boxes:
         x1, y1, x2, y2 = box if len(box) == 4 else [math.nan] * 4
@@ -325,8 +321,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 class GateFusion(nn.Module):
     """h' = h + lambda FF(LN(h + CrossAttention(LN h, visual))), FF being T5's gated feed-forward.
 
-    The last projection of FF starts at zero: at first h' = h, and the pretrained T5 is intact.
-    """
+    The last projection of FF starts at zero: at first h' = h, and the pretrained T5 is intact."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
@@ -355,8 +350,7 @@ class GateFusion(nn.Module):
     def forward(self, h: Tensor, mask: Tensor, visual: Tensor, visual_mask: Tensor) -> Tensor:
         """h [B,S,D], mask [B,S], visual [B,V,D], visual_mask [B,V] -> h' [B,S,D].
 
-        A row without visual tokens is returned unchanged, bit for bit.
-        """
+        A row without visual tokens is returned unchanged, bit for bit."""
         memory, bias = prepare_memory(visual, visual_mask, compute_dtype(h))
         x = h + self.attention(self.attention_norm(h), memory, bias)
         mixed = self.feed_forward(self.feed_forward_norm(x))
@@ -373,8 +367,7 @@ class UMIE(nn.Module):
 
     A batch is a data.Batch, or anything with its input_ids, attention_mask [B,S], labels [B,T] or
     None, tasks [B], features [B,V,F], boxes [B,V,5] and visual_mask [B,V]. V may be 0.
-    `routing` (set by clorae.adapt) hands each row's task on to the expert layers.
-    """
+    `routing` (set by clorae.adapt) hands each row's task on to the expert layers."""
 
     def __init__(self, t5: T5, feature_width: int, max_objects: int = 16,
                  fusion: str = "gate") -> None:
@@ -391,8 +384,7 @@ class UMIE(nn.Module):
 
         train: all visual modules, also the linears that experts wrap in VStack; hub checkpoints
         have no visual adapter, and random frozen weights would be noise. paper: the visual
-        embedding alone, which fits the paper's counts of parameters. frozen: nothing.
-        """
+        embedding alone, which fits the paper's counts of parameters. frozen: nothing."""
         trained = {"train": ("visual_embedding.", "vstack.", "fusion."),
                    "paper": ("visual_embedding.",), "frozen": ()}[policy]
         for name, parameter in self.named_parameters():
@@ -426,8 +418,7 @@ class UMIE(nn.Module):
 
         To be called once, before training. Two leaky_relu make a negative lambda 1e-4 times as
         small, and the feed-forward then learns to want it still more negative: a gate that starts
-        there stays shut. Either sign is an equally likely draw of the initialisation.
-        """
+        there stays shut. Either sign is an equally likely draw of the initialisation."""
         inputs: list[tuple] = []  # of the fusion, which does not run where V = 0
         hook = self.fusion.register_forward_pre_hook(lambda _, args: inputs.append(args))
         self.encode(batch)
