@@ -46,7 +46,7 @@ from vision import ViT, ViTConfig  # noqa: E402
 
 # ----------------------------------------------------------------------------------- R11: records
 # A mutation takes (generator, a valid row) and returns the bytes of a line. Whether the result is
-# right is decided by valid(), a second and much simpler reading of the format in data.py's head.
+# right is decided by valid(), a second and much simpler reading of engine/schema.py's head.
 
 ROLES = {"attack": ["attacker", "place", "target"], "phone write": ["entity"]}
 DATASETS = {
@@ -338,7 +338,7 @@ PROBLEM = re.compile(r"[a-z]\w*(\[\d+\]|\.\w+)*: [^\n\0\x1b]+: [^\n\0\x1b]+")  #
 
 
 def read(folder: Path, name: str, lines: list[bytes]) -> tuple[list[Record], list[str]]:
-    """What data.py makes of the lines of one file."""
+    """What engine/corpus.py makes of the lines of one file."""
     raw, problems = DATASETS[name], Problems()
     (folder / "dev.jsonl").write_bytes(b"\n".join(lines) + b"\n")
     dataset = Dataset(raw["name"], raw["units"], raw["labels"])

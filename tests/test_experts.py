@@ -486,16 +486,13 @@ def step(model: UMIE, given: SimpleNamespace, mim: Callable) -> list[Tensor]:
 def test_a_fast_model_trains_as_the_plain_one_does(fusion, recompute):
     """The whole model, experts and L_MIM included: equal losses and gradients, to 1e-9, with
     padding in the plain form and without it in the fast one."""
-    speed_up = getattr(fast, "speed_up", None)
-    if speed_up is None:
-        pytest.skip("fast.speed_up has not come yet")
     torch.manual_seed(3)
     given, model = ragged_batch(), tiny_umie(fusion).double().train()
     for module in model.modules():
         if isinstance(module, Stack):
             module.recompute = recompute
     plain = step(model, given, PLAIN.mim)
-    assert speed_up(model, "fast") == "fast"
+    assert fast.speed_up(model, "fast") == "fast"
     for ours, truth in zip(step(model, given, FAST.mim), plain, strict=True):
         torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-9)
 

@@ -281,6 +281,26 @@ def test_dropout_acts_in_training_only_and_at_each_of_its_places():
         place.p = 0.0
 
 
+def test_attention_under_dropout_drops_weights_and_is_exact_in_its_gradients():
+    """o = sum_j w_j d_j v_j, d_j of the dropout; the same d for the written-out reference."""
+    attention, x = Attention(SMALL).double().train(), torch.randn(2, 5, 11).double()
+    bias = torch.randn(2, 3, 5, 5).double()
+    x.requires_grad_()
+    torch.manual_seed(1)
+    attention(x, x, bias).square().sum().backward()
+    torch.manual_seed(1)
+    factors = F.dropout(torch.ones_like(bias), 0.1)
+    wanted = [x, *attention.parameters()]
+    ours = [t.grad for t in wanted]
+    q, k, v = (layer(x).unflatten(-1, (3, 5)).transpose(1, 2)
+               for layer in (attention.q, attention.k, attention.v))
+    out = (factors * (q @ k.mT + bias).softmax(-1)) @ v
+    loss = attention.o(out.transpose(1, 2).flatten(2)).square().sum()
+    assert (factors == 0).any()
+    for gradient, truth in zip(ours, torch.autograd.grad(loss, wanted), strict=True):
+        assert largest_error(gradient, truth) < 1e-12
+
+
 def test_any_module_that_calls_like_a_linear_may_stand_in_for_q_k_v_o():
     class Standin(nn.Module):
         def __init__(self, base: nn.Linear) -> None:
