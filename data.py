@@ -39,7 +39,6 @@ from engine.corpus import read_bytes
 from engine.schema import TASKS, UNITS, Box, DataError, Dataset, Record, Span
 
 # ---------------------------------------------------------------------------- prompts, targets
-
 RESERVED = re.compile(r"<(?=(?:spot|asoc|pad|unk|s|/s|extra_id_[0-9]+)>)")  # of special tokens
 OBJECT = re.compile("O([0-9]+)")
 
@@ -242,7 +241,6 @@ def predicted_items(record: Record, text: str, dataset: Dataset,
 
 
 # ---------------------------------------------------------------------------- tokenizer
-
 SENTINEL = re.compile(r"<(?:spot|asoc|extra_id_(0|[1-9][0-9]?))>")
 STRUCTURE = ("<spot>", "<asoc>")                     # stand for <extra_id_0> and <extra_id_1>
 
@@ -302,7 +300,6 @@ class Tokenizer:
 
 
 # ---------------------------------------------------------------------------- examples, batches
-
 @dataclass(frozen=True)
 class Example:
     """A record as ids. unit and task: positions in UNITS and TASKS; row: position in its split."""

@@ -48,7 +48,6 @@ CLIP_DEFAULTS = {"patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps":
 @dataclass
 class ViTConfig:
     """Geometry under transformers' field names, and how pictures become pixels."""
-
     model_type: str = VIT
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -95,8 +94,7 @@ class ViTConfig:
         pictures = read_json(path) if path.is_file() else {}
         raw |= {name: pictures[name] for name in ("image_mean", "image_std", "resample")
                 if pictures.get(name) is not None}
-        family = raw.setdefault("model_type", None)  # a file that does not name one is refused
-        if family == CLIP:
+        if raw.setdefault("model_type", None) == CLIP:  # a file that does not name one is refused
             raw = CLIP_DEFAULTS | raw
         try:
             config = cls(**{k: v for k, v in raw.items() if k in cls.__dataclass_fields__})
@@ -118,8 +116,7 @@ class ViTBlock(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         D, eps = config.hidden_size, config.layer_norm_eps
-        self.heads = config.num_attention_heads
-        self.activation = ACTIVATIONS[config.hidden_act]
+        self.heads, self.activation = config.num_attention_heads, ACTIVATIONS[config.hidden_act]
         self.attention_norm = nn.LayerNorm(D, eps)
         self.q, self.k, self.v = (nn.Linear(D, D, config.qkv_bias) for _ in range(3))
         self.o = nn.Linear(D, D)
@@ -139,8 +136,7 @@ class ViT(nn.Module):
     """A tower up to transformers' `last_hidden_state`; ViT(config) draws ViT's initialisation.
 
     CLIP differs in three places: no bias in the patch projection, a norm before the first layer,
-    none after the last (its post_layernorm touches only the pooled token, not used here).
-    """
+    none after the last (its post_layernorm touches only the pooled token, not used here)."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -153,7 +149,7 @@ class ViT(nn.Module):
         self.positions = nn.Parameter(torch.empty((tokens, D) if clip else (1, tokens, D)))
         self.patches = nn.Conv2d(3, D, patch, stride=patch, bias=not clip)
         self.first_norm = nn.LayerNorm(D, config.layer_norm_eps) if clip else nn.Identity()
-        self.blocks = nn.ModuleList(ViTBlock(config) for _ in range(config.num_hidden_layers))
+        self.blocks = nn.Sequential(*(ViTBlock(config) for _ in range(config.num_hidden_layers)))
         self.final_norm = nn.Identity() if clip else nn.LayerNorm(D, config.layer_norm_eps)
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1 or name == "class_token":
@@ -168,10 +164,7 @@ class ViT(nn.Module):
                              f"{list(pixel_values.shape)}; use preprocess(image, {self.size})")
         x = self.patches(pixel_values).flatten(2).transpose(1, 2)  # [B,P,F]
         x = torch.cat((self.class_token.expand(len(x), 1, -1), x), dim=1) + self.positions
-        x = self.first_norm(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.final_norm(x)
+        return self.final_norm(self.blocks(self.first_norm(x)))
 
     @property
     def preprocessing(self) -> tuple:
@@ -197,9 +190,7 @@ class ViT(nn.Module):
         with torch.device("meta"):
             model = cls(ViTConfig.from_pretrained(folder))
         stored, family = open_weights(Path(folder)), model.config.model_type
-        prefix = PREFIXES[family]
-        if not any(key.startswith(prefix) for key in stored):
-            prefix = ""
+        prefix = PREFIXES[family] if any(k.startswith(PREFIXES[family]) for k in stored) else ""
         names = {ours: prefix + hub for ours, hub in hub_names(model).items()}
         drop = {key for key in stored if key.removeprefix(prefix).startswith(DROPS[family])}
         state = read_weights(Path(folder), stored, model, names, drop, torch.float32)
@@ -262,10 +253,8 @@ def preprocess(image: Image.Image, size: int = 224, mean: float | Sequence[float
     """Picture -> pixels [3,size,size] float32, equal to the hub's ViTImageProcessor.
 
     The picture is squeezed into a square and never cut, since a box may lie anywhere in it; this
-    holds for CLIP towers too, whose own processor would cut out the centre.
-    """
-    resized = to_rgb(image).resize((size, size), resample)
-    pixels = np.asarray(resized, dtype=np.float32) / 255
+    holds for CLIP towers too, whose own processor would cut out the centre."""
+    pixels = np.asarray(to_rgb(image).resize((size, size), resample), dtype=np.float32) / 255
     pixels = (pixels - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
@@ -274,8 +263,7 @@ def normalise_boxes(boxes: Boxes, size: Sequence[int]) -> Tensor:
     """Pixel boxes (x1, y1, x2, y2) of a picture -> [1+n,5], row 0 the picture itself.
 
     Rows are x1, y1, x2, y2, area in 0..1. Corners up to one pixel outside (annotators round) are
-    pulled in; any other box that is not inside the picture is an ImageError.
-    """
+    pulled in; any other box that is not inside the picture is an ImageError."""
     (w, h), rows = size, [(0.0, 0.0, 1.0, 1.0, 1.0)]
     for box in boxes:
         x1, y1, x2, y2 = box if len(box) == 4 else [math.nan] * 4
@@ -324,9 +312,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 class GateFusion(nn.Module):
     """h' = h + lambda FF(LN(h + CrossAttention(LN h, visual))), FF being T5's gated feed-forward.
-
-    The last projection of FF starts at zero: at first h' = h, and the pretrained T5 is intact.
-    """
+    The last projection of FF starts at zero: at first h' = h, and the pretrained T5 is intact."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
@@ -353,10 +339,8 @@ class GateFusion(nn.Module):
         return F.leaky_relu(F.leaky_relu(math.exp(0.5) * cosine))
 
     def forward(self, h: Tensor, mask: Tensor, visual: Tensor, visual_mask: Tensor) -> Tensor:
-        """h [B,S,D], mask [B,S], visual [B,V,D], visual_mask [B,V] -> h' [B,S,D].
-
-        A row without visual tokens is returned unchanged, bit for bit.
-        """
+        """h [B,S,D], mask [B,S], visual [B,V,D], visual_mask [B,V] -> h' [B,S,D]. A row without
+        visual tokens is returned unchanged, bit for bit."""
         memory, bias = prepare_memory(visual, visual_mask, compute_dtype(h))
         x = h + self.attention(self.attention_norm(h), memory, bias)
         mixed = self.feed_forward(self.feed_forward_norm(x))
@@ -373,8 +357,7 @@ class UMIE(nn.Module):
 
     A batch is a data.Batch, or anything with its input_ids, attention_mask [B,S], labels [B,T] or
     None, tasks [B], features [B,V,F], boxes [B,V,5] and visual_mask [B,V]. V may be 0.
-    `routing` (set by clorae.adapt) hands each row's task on to the expert layers.
-    """
+    `routing` (set by clorae.adapt) hands each row's task on to the expert layers."""
 
     def __init__(self, t5: T5, feature_width: int, max_objects: int = 16,
                  fusion: str = "gate") -> None:
@@ -391,8 +374,7 @@ class UMIE(nn.Module):
 
         train: all visual modules, also the linears that experts wrap in VStack; hub checkpoints
         have no visual adapter, and random frozen weights would be noise. paper: the visual
-        embedding alone, which fits the paper's counts of parameters. frozen: nothing.
-        """
+        embedding alone, which fits the paper's counts of parameters. frozen: nothing."""
         trained = {"train": ("visual_embedding.", "vstack.", "fusion."),
                    "paper": ("visual_embedding.",), "frozen": ()}[policy]
         for name, parameter in self.named_parameters():
@@ -426,9 +408,8 @@ class UMIE(nn.Module):
 
         To be called once, before training. Two leaky_relu make a negative lambda 1e-4 times as
         small, and the feed-forward then learns to want it still more negative: a gate that starts
-        there stays shut. Either sign is an equally likely draw of the initialisation.
-        """
-        inputs: list[tuple] = []  # of the fusion, which does not run where V = 0
+        there stays shut. Either sign is an equally likely draw of the initialisation."""
+        inputs = []  # of the fusion, which does not run where V = 0
         hook = self.fusion.register_forward_pre_hook(lambda _, args: inputs.append(args))
         self.encode(batch)
         hook.remove()

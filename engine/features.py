@@ -21,6 +21,7 @@ from engine.schema import Problems, Record
 from engine.weights import folder_hash
 
 Boxes = Sequence[Sequence[float]]  # of one picture, each x1, y1, x2, y2 in pixels
+Extent = Sequence[int] | None  # width and height of the upright picture, if the record has them
 Request = tuple[str, tuple, tuple[int, int] | None]  # path, boxes, size as (w, h) if known
 
 
@@ -31,8 +32,7 @@ class FeatureCache:
     under the sha256 of the file's bytes, boxes, size and preprocessing, and beside them, as
     NAME.boxes, the places [V,5] of the boxes in the picture; `tower_hash` names the tower's
     weights. Shards are only added, each renamed when whole, so processes may share a folder.
-    Token 0 is the picture, token k its box k: the tower's first token of `last_hidden_state`.
-    """
+    Token 0 is the picture, token k its box k: the tower's first token of `last_hidden_state`."""
 
     SHARD, AHEAD, CROPS = 256, 16, 64  # pictures per file and read ahead, crops per tower call
 
@@ -45,16 +45,13 @@ class FeatureCache:
         self.index: dict[str, safe_open] = {}  # tensor name -> its shard, a memory-mapped file
         self.names: dict[Request, str] = {}  # a picture's bytes are hashed once a run
 
-    def get(self, path: PathLike, boxes: Boxes,
-            size: Sequence[int] | None) -> tuple[Tensor, Tensor]:
-        """One picture -> (features [V,F], boxes [V,5]).  size: the record's [w, h], which must be
-        that of the upright picture, or None."""
+    def get(self, path: PathLike, boxes: Boxes, size: Extent) -> tuple[Tensor, Tensor]:
+        """One picture -> (features [V,F], boxes [V,5])."""
         (name,) = self.prepare([(path, boxes, size)])
         shard = self.index[name]
         return shard.get_tensor(name), shard.get_tensor(f"{name}.boxes")
 
-    def prepare(self,
-                requests: Iterable[tuple[PathLike, Boxes, Sequence[int] | None]]) -> list[str]:
+    def prepare(self, requests: Iterable[tuple[PathLike, Boxes, Extent]]) -> list[str]:
         """Compute what is not yet stored of these (path, boxes, size) -> their tensors' names."""
         requests = [(os.fspath(path), tuple(map(tuple, boxes)), size and tuple(size))
                     for path, boxes, size in requests]
@@ -144,8 +141,7 @@ class Features:
                 f"images: expected a file for each of {len(named)} records, {len(absent)} are "
                 f"missing, first {self.path(absent[0])} ({absent[0].source}); put the images "
                 "there, or pass --missing-images mask to go on without them")
-        self.missing = {self.path(record) for record in absent}
-        self.missing_rows = len(absent)
+        self.missing, self.missing_rows = set(map(self.path, absent)), len(absent)
         self.width = tower.feature_width(sources.vit)
         if len(absent) < len(named) and device.type != "meta":  # there nothing is computed
             model, folder = tower.from_pretrained(sources.vit), sources.corpus / ".features"
@@ -168,8 +164,7 @@ class Features:
             raise
 
     def path(self, record: Record) -> Path:
-        """Where a record's image lies, or would lie, looked up once.  ImageError if its name may
-        not be used."""
+        """Where a record's image would lie, looked up once; ImageError if its name is forbidden."""
         name = record.dataset, record.image
         if name not in self.paths:
             try:
