@@ -99,8 +99,7 @@ def gold_items(record: Record) -> list[Item]:
     """The gold facts of a record in the order of its target.
 
     Entities and triggers are ordered by offset; arguments event by event: those in the text by
-    offset, then objects by number, then boxes that no object shows, which no target can name.
-    """
+    offset, then objects by number, then boxes that no object shows, which no target can name."""
     def located(label: str, span: Span | None, number: int | None = None, role: str | None = None,
                 box: Box | None = None, event: int = 0) -> Item:
         text = words(record, span) if span else None if number is None else f"O{number}"

@@ -27,12 +27,10 @@ from torch import Tensor, nn
 
 from engine.files import ImageError, WeightsError, read_json, write_whole
 from engine.images import PathLike, to_rgb
+from engine.schema import Box
 from engine.weights import odd_fields, open_weights, read_weights
 from t5 import (T5, Attention, FeedForward, Linear, RMSNorm, Stack, T5Config, compute_dtype,
                 join_heads, prepare_memory, split_heads)
-
-Boxes = Sequence[Sequence[float]]  # of one picture, each x1, y1, x2, y2 in pixels
-
 
 # ------------------------------------------------------------------------------ vision transformer
 VIT, CLIP = FAMILIES = ("vit", "clip_vision_model")  # transformers' model_type
@@ -141,8 +139,9 @@ class ViT(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         clip, D, patch = config.model_type == CLIP, config.hidden_size, config.patch_size
-        self.config, self.size, self.resample = config, config.image_size, config.resample
-        self.mean, self.std = tuple(config.image_mean), tuple(config.image_std)
+        self.config, self.size = config, config.image_size
+        self.preprocessing = (config.image_size, tuple(config.image_mean), tuple(config.image_std),
+                              config.resample)  # what `preprocess` is given besides the picture
         tokens = 1 + (config.image_size // patch) ** 2
         # Shapes as in the files, which differ between the families by leading ones.
         self.class_token = nn.Parameter(torch.empty((D,) if clip else (1, 1, D)))
@@ -166,12 +165,7 @@ class ViT(nn.Module):
         x = torch.cat((self.class_token.expand(len(x), 1, -1), x), dim=1) + self.positions
         return self.final_norm(self.blocks(self.first_norm(x)))
 
-    @property
-    def preprocessing(self) -> tuple:
-        """What `preprocess` is given besides the picture: size, mean, spread, Pillow's filter."""
-        return self.size, self.mean, self.std, self.resample
-
-    def views(self, image: Image.Image, boxes: Boxes) -> tuple[Tensor, Tensor]:
+    def views(self, image: Image.Image, boxes: Sequence[Box]) -> tuple[Tensor, Tensor]:
         """A picture and n boxes in it -> pixels [1+n,3,size,size] of the picture and its crops,
         and the normalised boxes [1+n,5] of both; ImageError for a bad box."""
         normalised = normalise_boxes(boxes, image.size)
@@ -259,7 +253,7 @@ def preprocess(image: Image.Image, size: int = 224, mean: float | Sequence[float
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def normalise_boxes(boxes: Boxes, size: Sequence[int]) -> Tensor:
+def normalise_boxes(boxes: Sequence[Box], size: Sequence[int]) -> Tensor:
     """Pixel boxes (x1, y1, x2, y2) of a picture -> [1+n,5], row 0 the picture itself.
 
     Rows are x1, y1, x2, y2, area in 0..1. Corners up to one pixel outside (annotators round) are
@@ -276,7 +270,7 @@ def normalise_boxes(boxes: Boxes, size: Sequence[int]) -> Tensor:
     return torch.tensor(rows)
 
 
-def crop(image: Image.Image, box: Sequence[float]) -> Image.Image:
+def crop(image: Image.Image, box: Box) -> Image.Image:
     """All pixels that a box touches, at least one: a thinner box gives the pixel it lies in."""
     left, top = (min(max(int(x), 0), n - 1) for x, n in zip(box[:2], image.size))
     right, bottom = (min(math.ceil(x), n) for x, n in zip(box[2:], image.size))

@@ -17,10 +17,9 @@ from tqdm import tqdm
 from engine.checkpoints import Sources
 from engine.files import ImageError, UsageError, file_hash, locked, regular, write_whole
 from engine.images import PathLike, load_image, resolve_image
-from engine.schema import Problems, Record
+from engine.schema import Box, Problems, Record
 from engine.weights import folder_hash
 
-Boxes = Sequence[Sequence[float]]  # of one picture, each x1, y1, x2, y2 in pixels
 Extent = Sequence[int] | None  # width and height of the upright picture, if the record has them
 Request = tuple[str, tuple, tuple[int, int] | None]  # path, boxes, size as (w, h) if known
 
@@ -45,13 +44,13 @@ class FeatureCache:
         self.index: dict[str, safe_open] = {}  # tensor name -> its shard, a memory-mapped file
         self.names: dict[Request, str] = {}  # a picture's bytes are hashed once a run
 
-    def get(self, path: PathLike, boxes: Boxes, size: Extent) -> tuple[Tensor, Tensor]:
+    def get(self, path: PathLike, boxes: Sequence[Box], size: Extent) -> tuple[Tensor, Tensor]:
         """One picture -> (features [V,F], boxes [V,5])."""
         (name,) = self.prepare([(path, boxes, size)])
         shard = self.index[name]
         return shard.get_tensor(name), shard.get_tensor(f"{name}.boxes")
 
-    def prepare(self, requests: Iterable[tuple[PathLike, Boxes, Extent]]) -> list[str]:
+    def prepare(self, requests: Iterable[tuple[PathLike, Sequence[Box], Extent]]) -> list[str]:
         """Compute what is not yet stored of these (path, boxes, size) -> their tensors' names."""
         requests = [(os.fspath(path), tuple(map(tuple, boxes)), size and tuple(size))
                     for path, boxes, size in requests]
@@ -114,8 +113,7 @@ class FeatureCache:
             with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
                 tokens = torch.cat([self.tower(crops.to(device))[:, 0].float().cpu()
                                     for crops in torch.cat(pixels).split(self.CROPS)])
-            rows = tokens.split([len(views) for views in pixels])
-            for name, row, places in zip(names, rows, boxes):
+            for name, row, places in zip(names, tokens.split(list(map(len, pixels))), boxes):
                 features |= {name: row.clone(), f"{name}.boxes": places}
             bar.update(len(names))
         shard = hashlib.sha256("".join(sorted(features)).encode()).hexdigest()[:32]

@@ -315,7 +315,7 @@ def test_features_are_computed_again_when_anything_they_depend_on_changes(
     FeatureCache(vit, "other", tmp_path / "cache").get(path, boxes, size)
     shutil.copy(pictures[2][0], path)
     FeatureCache(vit, "h", tmp_path / "cache").get(path, boxes, size)
-    vit.mean = (0.4, 0.4, 0.4)
+    vit.preprocessing = vit.size, (0.4, 0.4, 0.4), *vit.preprocessing[2:]
     FeatureCache(vit, "h", tmp_path / "cache").get(path, boxes, size)
     assert vit.seen == 2 + 4 * 2
 
