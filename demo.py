@@ -14,7 +14,6 @@ classifying drawings. Neither is taught a label of any task.
 Letters: B batch, S source tokens, T target tokens.
 """
 
-import io
 import json
 import math
 import random
@@ -404,13 +403,12 @@ def make_tokenizer(texts: list[str], path: Path, pieces: int) -> None:
     known |= {"none", *" ".join(ASK.values()).split(), *(f"O{k}" for k in range(10))}
     # The trainer proposes a piece only if it occurs in two different words: hence the endings.
     words += [word + ending for word in sorted(known) for ending in ("", ",", ".")] * 20
-    out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(words), model_writer=out, model_type="unigram", vocab_size=pieces,
-        hard_vocab_limit=False, character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
-        num_threads=1, minloglevel=2)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(out.getvalue())
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(words), model_writer=file, model_type="unigram",
+            vocab_size=pieces, hard_vocab_limit=False, character_coverage=1.0, pad_id=0, eos_id=1,
+            unk_id=2, bos_id=-1, num_threads=1, minloglevel=2)
 
 
 def train(loss_of: Callable[[float], Tensor], parameters: list[torch.nn.Parameter],
