@@ -77,8 +77,8 @@ def prompt(record: Record, dataset: Dataset) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Item:
-    """A gold or predicted fact as metrics compare it: a label, and the place where it holds: a
-    span, a box or the whole image. A relation has none. A prediction whose place is not found has
+    """A gold or predicted fact as metrics compare it: a label, and the span, the box or the whole
+    image where it holds. A relation has no such place; a prediction whose place is not found has
     none either, and never matches."""
     label: str                                       # entity type, relation or event type
     role: str | None = None                          # of an argument
