@@ -47,7 +47,6 @@ VARIANCE_FLOOR = 0.1  # bounds L_MIM from below by ln(0.1) / 2
 @dataclass(frozen=True)
 class ExpertConfig:
     """How the experts are built; stored in every checkpoint."""
-
     method: str = "clorae"  # one of METHODS; "full" trains everything and wraps nothing
     rank: int = 128  # R of the universal expert; a task expert has floor(R / N)
     alpha: float | None = None  # numerator of the scale in Eq. (8); None: 2 R, a scale of 2
@@ -96,8 +95,7 @@ class Routing:
         """Announce a batch: tasks [B], and the masks [B,S] (True at real tokens) of the streams.
 
         L_MIM needs the masks.  Raises ValueError for a task that has no expert; tasks on a GPU are
-        not checked, since the host would have to wait for them.
-        """
+        not checked, since the host would have to wait for them."""
         if tasks.device.type == "cpu":
             self.check(tasks.tolist())
         self.tasks = self.batch_tasks = tasks
@@ -137,8 +135,7 @@ def product(*factors: Tensor) -> Tensor:
     """product(B, A, x): B A x_j for each token x_j of x, -> [rows,S,D_out].
 
     The last factor is x [rows,S,D_in]; the others are matrices [D_out,D_in], or [rows,D_out,D_in]
-    where each row has its own.  The cheap product A x comes first; matrices take the type of x.
-    """
+    where each row has its own.  The cheap product A x comes first; matrices take the type of x."""
     *matrices, x = factors
     for W in reversed(matrices):
         x = x @ W.mT.to(x.dtype)  # tokens are the rows of x, so W x_j is row j of x W^T
@@ -154,9 +151,7 @@ class ExpertLinear(nn.Module):
     """A frozen linear with low-rank experts beside it: y = W_0 x + s h.
 
     base: the linear, with W_0.  stream: the tokens that the layer sees, "memory", "target" or
-    "visual"; routing.masks[stream] tells which are real.  Experts are fp32, whatever base is.
-    """
-
+    "visual"; routing.masks[stream] tells which are real.  Experts are fp32, whatever base is."""
     fixed_gates: tuple[float, float] | None = None  # (g1, g2) in place of Eq. (6); see `gates`
     keeps_outputs = False  # set by keep_outputs(model), cleared when the outputs are taken
     outputs: tuple | None = None  # for L_MIM, of the last forward pass: (U, D)
@@ -205,8 +200,7 @@ class ExpertLinear(nn.Module):
         """x [B,S,D_in] -> h [B,S,D_out], what the experts of the layer's method add.
 
         A new method needs a name in METHODS, its parameters in __init__ and its h here; if it has
-        task experts, also in fast/experts.py, for other forms than --impl plain.
-        """
+        task experts, also in fast/experts.py, for other forms than --impl plain."""
         if self.config.method == "lora":
             return product(self.B_U, self.A_U, self.dropped(x))  # Eq. (2): h = B A x
         if self.config.method == "tlora":
@@ -238,8 +232,7 @@ class ExpertLinear(nn.Module):
         """x [...,D_in] -> gates [...,2] >= 0 that sum to 1, in x's type; None without a router.
 
         LoRAMoE's gates weigh its E experts: [...,E].  C-LoRAE's gates may be fixed to the same two
-        numbers for every token; only then can the layer be merged into one matrix.
-        """
+        numbers for every token; only then can the layer be merged into one matrix."""
         if self.fixed_gates is not None and self.config.method == "clorae":
             return torch.stack([x.new_full(x.shape[:-1], g) for g in self.fixed_gates], dim=-1)
         if not hasattr(self, "W_g"):
@@ -274,8 +267,7 @@ class ExpertLinear(nn.Module):
         gates: the weight of each expert, the universal one first, or None where the layer has no
         router.  -> A [k,D_in] = [A_U ; A_n] and B [D_out,k] = [g1 B_U, g2 B_n], k = R + r.  Raises
         ValueError without gates where there is a router, as no single matrix equals a layer that
-        weighs each token anew; and for gates where there is only one expert.
-        """
+        weighs each token anew; and for gates where there is only one expert."""
         if hasattr(self, "W_g") and gates is None:
             raise ValueError("merge: expected fixed gates, got a live gate router, which "
                              "weighs each token anew; pass mean gates to merge approximately")
@@ -312,7 +304,6 @@ class ExpertLinear(nn.Module):
 
 
 # ------------------------------------------------------------------------------------ whole models
-
 def adapt(model: nn.Module, method: str = "clorae", rank: int = 128,
           tasks: Sequence[str] = ("mner", "mre", "mee"), **options: object) -> nn.Module:
     """Freeze `model` and wrap its q and v linears with experts, in place; returns `model`.
@@ -320,8 +311,7 @@ def adapt(model: nn.Module, method: str = "clorae", rank: int = 128,
     options: the remaining fields of ExpertConfig.  `model.routing` becomes the Routing that the
     layers share (for method "full" nothing is wrapped, everything is trainable and routing is
     None).  At the start every output equals the frozen model's bit for bit.  Raises ValueError if
-    nothing matches or the model is adapted already.
-    """
+    nothing matches or the model is adapted already."""
     config = ExpertConfig(method=method, rank=rank, **options)
     if any(isinstance(module, ExpertLinear) for module in model.modules()):
         raise ValueError("adapt: expected a model without experts, got one that has them already")
@@ -371,8 +361,7 @@ def expert_layers(model: nn.Module) -> dict[str, ExpertLinear]:
 def keep_outputs(model: nn.Module) -> None:
     """Let each layer keep the outputs of its experts in the next forward pass.
 
-    To be called before each forward pass whose loss has L_MIM; expert_outputs then takes them.
-    """
+    To be called before each forward pass whose loss has L_MIM; expert_outputs then takes them."""
     for layer in expert_layers(model).values():
         layer.keeps_outputs, layer.outputs = True, None
 
@@ -382,8 +371,7 @@ def take_outputs(model: nn.Module) -> list[tuple[ExpertLinear, tuple]]:
 
     The layers forget them and keep no more, so that a block which the backward pass computes a
     second time (--checkpoint-activations) leaves nothing behind.  Raises ValueError if the mask of
-    a layer's stream is unknown.
-    """
+    a layer's stream is unknown."""
     taken = []
     for layer in expert_layers(model).values():
         if layer.outputs is not None:

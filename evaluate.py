@@ -44,7 +44,6 @@ from t5 import T5, Stack, T5Config
 from vision import UMIE, ViT
 
 # --------------------------------------------------------------------- counting, matching, scoring
-
 IOU_MATCH = 0.5  # M2E2: an object argument is right from this overlap on
 
 ENTITY = "entity (type, first token, last token), multiset per tweet"
@@ -296,7 +295,6 @@ def count_accepted(row: Row) -> Counts:
 
 
 # ------------------------------------------------------------------------------------- the table
-
 RATES = {"F1": ("", "f1"), "P": ("", "precision"), "R": ("", "recall"),
          "F1 UMIE": ("~umie", "rounded_f1"), "accuracy": ("", "accuracy")}  # (mark, rate)
 COUNTED = ("tp", "pred", "gold", "wrong_type", "boundary", "missed", "spurious", "malformed",
@@ -356,7 +354,6 @@ def type_table(scores: Scores) -> str:
 
 
 # ----------------------------------------------------------------------- the model and its answers
-
 @dataclass
 class Setup:
     """A model with everything that turns records into its input and its output into records."""
@@ -568,7 +565,6 @@ class Job:
 
 
 # ----------------------------------------------------------------------------------- the command
-
 def run(args: argparse.Namespace, world: World) -> None:
     """Score one checkpoint and print its table, or compare several."""
     jobs = [Job(folder, args) for folder in args.checkpoint]

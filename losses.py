@@ -46,8 +46,7 @@ def token_cross_entropy(hidden: Tensor, labels: Tensor, head: Callable[[Tensor],
     divided by the target tokens of the global batch: with all weights 1, the mean over tokens.
 
     The logits are the largest tensor of a step.  So the head takes at most `piece` tokens at a
-    time, and where there are more, the backward pass computes the logits again.
-    """
+    time, and where there are more, the backward pass computes the logits again."""
     if real is None:  # on a GPU the host must wait for the result
         real = (labels.flatten() != IGNORE).nonzero()[:, 0]
     states, targets = hidden.flatten(0, 1)[real], labels.flatten()[real]
@@ -74,8 +73,7 @@ def achievement_weights(f1: Mapping[str, float], reference: Mapping[str, float],
     Eq. (9): v_m = max(0, 1 - s_m / (margin p_m))^gamma, and w = M softmax(v / temperature) over the
     M units of this run, so that the mean weight is 1.  For a unit above margin * p_m the printed
     Eq. (9) rises again or becomes NaN; the maximum with 0 keeps it at the least weight.  ValueError
-    for a unit without a positive reference.
-    """
+    for a unit without a positive reference."""
     for unit in f1:
         if not reference.get(unit, 0) > 0:
             raise ValueError(f"AML: expected a positive reference F1 for unit {unit}, got "
@@ -97,8 +95,7 @@ def mutual_information(outputs: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]],
     L_l is -log p(U | D) for a Gaussian with mean D and variance sigma^2, without its constants: the
     mean over channels, then over the real tokens of a row, then over rows.  U and D are divided by
     the row's RMS of U.  The teacher U gets no gradient.  As B counts the global batch, the values
-    of micro-batches and ranks are to be added.
-    """
+    of micro-batches and ranks are to be added."""
     total = torch.zeros(())
     for U, D, mask, variance in outputs:
         U, D = U.detach().to(variance.dtype), D.to(variance.dtype)

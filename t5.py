@@ -35,7 +35,6 @@ NEVER = -1e9  # a score that loses against any real one
 @dataclass
 class T5Config:
     """Geometry under Hugging Face's field names, and two facts about the output head."""
-
     vocab_size: int
     d_model: int
     d_kv: int
@@ -78,8 +77,7 @@ class T5Config:
         """The configuration in `raw`, a parsed config.json at `path`; WeightsError if not a T5's.
 
         tie_head is read off the weights, as transformers 5 writes tie_word_embeddings = true even
-        beside a separate lm_head. That key only stands in for an absent scale_decoder_outputs.
-        """
+        beside a separate lm_head. That key only stands in for an absent scale_decoder_outputs."""
         fields = {name: raw[name] for name in cls.__dataclass_fields__ if raw.get(name) is not None}
         scale = raw.get("scale_decoder_outputs")
         if scale is None:
@@ -101,8 +99,7 @@ def relative_buckets(distance: Tensor, bidirectional: bool, buckets: int, furthe
 
     Near distances have a bucket each; further ones share buckets that widen logarithmically up to
     `furthest`. Bidirectional: the upper half of the buckets is for keys to the right of the query.
-    Otherwise keys to the right, which a decoder masks anyway, count as distance 0.
-    """
+    Otherwise keys to the right, which a decoder masks anyway, count as distance 0."""
     first = torch.zeros_like(distance)  # the bucket of distance 0 on this side
     if bidirectional:
         buckets //= 2
@@ -128,8 +125,7 @@ def mask_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """mask [B,M] -> [B,1,1,M]: 0 at real keys, the lowest finite value at padding.
 
     Finite, so that a row without any real key gives numbers. The storage is padded because the
-    memory-efficient SDPA kernel copies a bias whose strides are not multiples of 8.
-    """
+    memory-efficient SDPA kernel copies a bias whose strides are not multiples of 8."""
     M = mask.shape[1]
     mask = F.pad(mask, (0, -M % 8))
     bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
@@ -141,8 +137,7 @@ def prepare_memory(memory: Tensor, mask: Tensor | None,
     """memory [B,M,D] and its mask [B,M] (None: all real) -> the memory with zeros at padding, and
     the bias [B,1,1,M] (or None) that hides padding from attention.
 
-    Where the memory is 0, so is v = W x in every layer: attention to a row of padding gives 0.
-    """
+    Where the memory is 0, so is v = W x in every layer: attention to a row of padding gives 0."""
     if mask is None:
         return memory, None
     return memory.masked_fill(~mask[..., None], 0.0), mask_bias(mask, dtype)
@@ -279,8 +274,7 @@ class Stack(nn.Module):
         """hidden [B,S,D], mask [B,S], in a decoder memory [B,M,D] and memory_mask [B,M] ->
         [B,S,D], of no meaning at padding. A mask of None: all tokens are real.
 
-        A decoder makes no use of its mask: its padding comes last, where no real token sees it.
-        """
+        A decoder makes no use of its mask: its padding comes last, where no real token sees it."""
         dtype, memory_bias = compute_dtype(hidden), None
         if self.decoder:
             mask = None
@@ -300,8 +294,7 @@ class CachedDecoder:
 
     Each block has a cache of the keys and values of the tokens so far: a call projects one token,
     appends its key and value to the cache, and attends to all of it. The keys and values of the
-    memory are computed once for a request. Its beams, rows that follow each other, share them.
-    """
+    memory are computed once for a request. Its beams, rows that follow each other, share them."""
 
     shrinks_at = 1.0  # finished requests leave when the share of unfinished ones falls to this
 
@@ -359,8 +352,7 @@ class Search:
     taken and its best running beam, if it ended now, would get none. Greedy: when its beam ends.
 
     tokens [B,beams,steps] and score [B,beams], the summed log-probability: of the running beams;
-    best and best_score, the mean one: of those that have ended; done [B].
-    """
+    best and best_score, the mean one: of those that have ended; done [B]."""
 
     def __init__(self, B: int, beams: int, steps: int, config: T5Config,
                  device: torch.device) -> None:
@@ -406,7 +398,6 @@ class Search:
 # ------------------------------------------------------------ model
 class T5(nn.Module):
     """Embedding, encoder, decoder, head; T5(config) is initialised as Mesh TensorFlow does."""
-
     decoder_class = CachedDecoder  # what generate decodes with
 
     def __init__(self, config: T5Config) -> None:
@@ -440,8 +431,7 @@ class T5(nn.Module):
         """ids [B,T], memory [B,M,D], its mask [B,M] (None: all real) -> [B,T,D] before the head.
 
         mask [B,T]: the real tokens of the target, whose padding comes last. The result at these is
-        the same without it; a stack of fast/ computes no others.
-        """
+        the same without it; a stack of fast/ computes no others."""
         memory_mask = None if memory_mask is None else memory_mask.bool()
         return self.decoder(self.shared(decoder_input_ids), mask, memory, memory_mask)
 
@@ -469,8 +459,7 @@ class T5(nn.Module):
 
         The ids have no start token, and padding after the end token. `banned_ids`, and ids past
         T5's vocabulary, are never produced. Requests that are done leave the batch: whenever the
-        rows that are computed change, on_rows(index [rows]) is told the request of each.
-        """
+        rows that are computed change, on_rows(index [rows]) is told the request of each."""
         if self.training or max_new_tokens < 1 or num_beams < 1:
             raise ValueError("generate needs model.eval(), at least one token and one beam; got "
                              f"training={self.training}, {max_new_tokens=}, {num_beams=}")

@@ -49,10 +49,11 @@ from engine.processes import World, exit_codes
 from engine.schema import UNITS
 from engine.settings import SIZES, Config, parse_arguments
 from engine.weights import find_weights
-from fast import cuda, mim
-from fast.experts import RANK_SPACE
+from fast import cuda
+from fast.experts import RANK_SPACE, mutual_information
 from fast.graphs import Graphs
 from vision import UMIE, ViT
+
 
 class Trainer:
     """Takes optimizer steps, each on one global batch that all processes share."""
@@ -116,7 +117,7 @@ class Trainer:
     def mutual_information(self, B: Tensor) -> Tensor:
         """L_MIM, Eq. (5), a scalar, of the last forward pass.  B: rows of the global batch."""
         if self.form != "plain":
-            return mim.mutual_information(self.model, B)
+            return mutual_information(self.model, B)
         outputs = clorae.expert_outputs(self.model)
         return losses.mutual_information(outputs, B, len(clorae.expert_layers(self.model)))
 

@@ -32,7 +32,6 @@ class FeatureCache:
     NAME.boxes, the places [V,5] of the boxes in the picture; `tower_hash` names the tower's
     weights. Shards are only added, each renamed when whole, so processes may share a folder.
     Token 0 is the picture, token k its box k: the tower's first token of `last_hidden_state`."""
-
     SHARD, AHEAD, CROPS = 256, 16, 64  # pictures per file and read ahead, crops per tower call
 
     def __init__(self, tower: nn.Module, tower_hash: str, folder: PathLike) -> None:

@@ -3,8 +3,9 @@
 `speed_up(model)` puts them in. They replace classes of t5.py and clorae.py by subclasses
 that hold the same parameters under the same names and compute the same, but for rounding:
 padding.py   stacks of T5 that compute real tokens alone, in training on a CPU
+dropout.py   dropout by random words on a CPU
 decoder.py   decoding with weights packed and joined, on a GPU also by CUDA graphs
-experts.py   expert layers in rank space, and mim.py the loss L_MIM of these
+experts.py   expert layers in rank space, and L_MIM from their codes
 cuda.py      expert layers on the kernels of clorae.cu, compiled on first use
 graphs.py    CUDA graphs of any computation, such as a training step
 A leaf that replaces classes says so in FORMS, {chapter class: its class}. This folder imports t5
@@ -14,7 +15,7 @@ and clorae; only evaluate, train and tools import it.
 import torch
 from torch import nn
 
-from fast import cuda, decoder, experts, padding
+from fast import cuda, decoder, dropout, experts, padding
 
 
 def form_on(device: torch.device, impl: str = "auto") -> str:
@@ -32,7 +33,7 @@ def speed_up(model: nn.Module, impl: str = "auto") -> str:
     form = form_on(next(model.parameters()).device, impl)
     if form != "plain":
         layers = cuda.FORMS if form == "cuda" else experts.FORMS
-        table = {**padding.FORMS, **decoder.FORMS, **layers}
+        table = {**dropout.FORMS, **padding.FORMS, **decoder.FORMS, **layers}
         for module in model.modules():
             module.__class__ = table.get(type(module), type(module))
     return form

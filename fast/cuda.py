@@ -30,7 +30,6 @@ from clorae import ExpertLinear, expert_layers
 from fast.experts import RANK_SPACE, FastExpertLinear, Runs, spread, token_runs
 
 # ---------------------------------------------------------------------------------------- building
-
 SOURCE = Path(__file__).with_name("clorae.cu")
 COMPILER = (sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv[3]); "
             "from fast.cuda import compile_extension; compile_extension(*sys.argv[1:3])")
@@ -77,8 +76,7 @@ def build(folder: Path, environment: dict[str, str]) -> Path:
 
     One process builds, in a fresh folder that it renames; the others wait for its lock, which
     the system releases when its holder ends, however it ends.  Raises RuntimeError with the last
-    lines of the compiler, or TimeoutError after BUILD_SECONDS.
-    """
+    lines of the compiler, or TimeoutError after BUILD_SECONDS."""
     library = folder / "clorae_kernels.so"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_suffix(".lock"), "w") as lock:
@@ -134,10 +132,8 @@ def compile_extension(source: str, folder: str) -> None:
 
 
 # -------------------------------------------------------------------- which task a token belongs to
-
 class Table(NamedTuple):
     """The runs of T tokens as kernels read them, in int32 and on their device."""
-
     segments: Tensor  # [n,3]: task, first token and the one after the last, of runs 1 .. n
     tasks: Tensor  # [T]: of each token
 
@@ -163,7 +159,6 @@ def table_of_rows(tasks: Tensor, S: int, N: int) -> Table:
 
 
 # --------------------------------------------------------------------------------------- operators
-
 def cuda_queue(x: Tensor) -> int:
     """Handle of the CUDA stream on which work for x is queued."""
     return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
@@ -203,8 +198,7 @@ def experts(x: Tensor, dropped: Tensor | None, weight: Tensor | None, gates: Ten
 
     T: all tokens of the batch; W: k rounded up (clorae.cu).  Arguments: see `expert_linear`; x
     [T,D_in]; weight: W_0, or None for the experts' part of y alone; gates [T,2], then g is empty;
-    the parameters are here for their gradients alone; segments and tasks: see `Table`.
-    """
+    the parameters are here for their gradients alone; segments and tasks: see `Table`."""
     arguments = (x, dropped, weight, gates, packs, parameters, segments, tasks, scale)
     (y, z, g), (A, Bt), (A_U, A_T) = new_outputs(*arguments), packs, parameters[:2]
     library, queue, live = KERNELS[x.device.type], cuda_queue(x), gates is None
@@ -228,8 +222,7 @@ def experts_backward(dy: Tensor, dz: Tensor | None, x: Tensor, dropped: Tensor |
                      live: bool) -> list[Tensor]:
     """Gradients of x, of dropped (empty without it) and of gates, and in fp32 of A and Bt.
 
-    dy [T,D_out]; dz [T,W]: what has come in for z, from L_MIM.
-    """
+    dy [T,D_out]; dz [T,W]: what has come in for z, from L_MIM."""
     library, queue, dy = KERNELS[x.device.type], cuda_queue(x), dy.contiguous()
     codes, weighted, dgates = torch.empty_like(z), torch.empty_like(z), torch.empty_like(gates)
     dz = None if dz is None else dz.contiguous()
@@ -313,8 +306,7 @@ def expert_linear(x: Tensor, base: nn.Linear, parameters: Sequence[Tensor], tabl
     x [T,D_in]; parameters in fp32: A_U, A_T, B_U, B_T, W_g, absent ones without rows ([0,D_in],
     [1,0,D_in], [D_out,0], [1,D_out,0], [0,D_in]); table of the T tokens; dropped: x under dropout,
     for the experts alone; gates [T,2]: weights in place of the router's (without either h = U + D);
-    packs: `pack`'s answer, where the parameters do not change between calls.
-    """
+    packs: `pack`'s answer, where the parameters do not change between calls."""
     if len(table.tasks) != len(x):
         raise ValueError(f"expert_linear: expected a table of {len(x)} tokens, got one of "
                          f"{len(table.tasks)}; make it from the runs of these tokens")
@@ -338,12 +330,10 @@ def expert_linear(x: Tensor, base: nn.Linear, parameters: Sequence[Tensor], tabl
 
 
 # --------------------------------------------------------------------------------------- the layer
-
 class CudaExpertLinear(FastExpertLinear):
     """FastExpertLinear on the kernels of clorae.cu, where they can do this layer's work.
 
-    For L_MIM it keeps the tasks [T] of the tokens in place of their runs: see fast/mim.py.
-    """
+    For L_MIM it keeps the tasks [T] of the tokens in place of their runs: see fast/experts.py."""
 
     tasks_stay = False  # see keep_tasks_on_gpu
 

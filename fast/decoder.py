@@ -36,8 +36,7 @@ class Packed:
     """x -> x [W_1; W_2; ...]^T, or x [W_1, W_2, ...]^T for dim 1, from a copy of the weights.
 
     For few rows F.linear reads a weight at less than half of a CPU's memory speed; the blocks in
-    which oneDNN arranges the copy are read at most of it, and larger products at more of it.
-    """
+    which oneDNN arranges the copy are read at most of it, and larger products at more of it."""
 
     def __init__(self, weights: Sequence[Tensor], dtype: torch.dtype, dim: int = 0) -> None:
         weights = [w.detach().to(dtype) for w in weights if w.numel()]
@@ -55,8 +54,7 @@ def remembered(owner: Tensor, weights: Sequence[Tensor], dtype: torch.dtype, mak
 
     A write through another view of the storage, such as an optimizer's flat vector, is not seen:
     T5.train() therefore calls `forget`. Weights made in inference mode do not count their writes,
-    so nothing is cached for them.
-    """
+    so nothing is cached for them."""
     if any(w.is_inference() for w in weights):
         return make()
     key = dtype, *((w.data_ptr(), w._version) for w in weights)
@@ -85,8 +83,7 @@ class JoinedProduct:
     [W_0, *down], those of `up` (none: the layer is W_0 x), and the function between. All matrices
     that read x are stacked into one product. If a layer has no `parts`, or they are None, the
     layers are called one by one; so are plain linears on a GPU, where the copies would gain little
-    for their memory.
-    """
+    for their memory."""
 
     def __init__(self, layers: Sequence[nn.Module], dtype: torch.dtype) -> None:
         self.layers, self.down = layers, None
@@ -121,9 +118,7 @@ class JoinedDecoder(t5.CachedDecoder):
 
     On a GPU a step may be captured as a CUDA graph. A graph knows no numbers of its own, so the
     token's place is a tensor and attention reads a fixed width, which doubles when the tokens have
-    filled it; then, and when rows have left, another graph is captured.
-    """
-
+    filled it; then, and when rows have left, another graph is captured."""
     WIDTH = 32  # of the first graph
 
     def __init__(self, model: "FastT5", memory: Tensor, mask: Tensor, beams: int,
@@ -153,8 +148,7 @@ class JoinedDecoder(t5.CachedDecoder):
         """tokens [rows,1], number `place` [1] of their rows -> logits [rows,C].
 
         bias [1,H,1,width] over the first tokens; where `place` is None, these are the tokens so
-        far, and the given one is the last. Otherwise the bias hides those to come.
-        """
+        far, and the given one is the last. Otherwise the bias hides those to come."""
         x = self.model.shared(token)
         for i in range(len(self.products)):
             x = self.block(i, x, bias, place)
@@ -225,7 +219,6 @@ def joined(block: t5.Block, dtype: torch.dtype) -> dict[str, JoinedProduct]:
 
 class FastT5(t5.T5):
     """t5.T5 that decodes with joined products."""
-
     decoder_class = JoinedDecoder
     graphs = False  # whether CUDA graphs decode
     graph: Any = None  # the last of them

@@ -10,25 +10,25 @@ Letters as in clorae.py; t tokens, k = R + r ranks.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from clorae import ExpertLinear, Routing, wide
+from clorae import ExpertLinear, Routing, expert_layers, take_outputs, variance, wide
+from fast.dropout import dropout_factors
 
+RMS_FLOOR = 1e-3  # as in losses.py
 RANK_SPACE = ("clorae", "lora", "tlora")  # methods of one universal and one task expert at most
 
 Runs = list[tuple[int, int]]  # the task, and the number of tokens, of each run
 
 
 # -------------------------------------------------------------------------- which tokens make a run
-
 def row_runs(routing: Routing, rows: int) -> list[tuple[int, slice]]:
     """Runs of rows of one task, as (task, rows); a batch sorted by task has one run per task.
 
-    On a GPU the host reads the tasks, once a batch, and checks them then.
-    """
+    On a GPU the host reads the tasks, once a batch, and checks them then."""
     key = "rows", rows
     if key not in routing.derived:
         tasks = routing.tasks_of(rows).tolist()
@@ -65,8 +65,7 @@ def gate_shares(routing: Routing, rows: int, widths: tuple[int, int], scale: flo
     """[rows,2,R + N r]: gates @ shares is s g of each rank of all experts, for rows of one token.
 
     The scale stands where g1 counts, at the universal expert's ranks, and where g2 does, at those
-    of the row's own task; elsewhere 0.
-    """
+    of the row's own task; elsewhere 0."""
     key = "shares", rows, *widths, scale, like.dtype, like.device
     if key not in routing.derived:
         (R, r), N = widths, len(routing.names)
@@ -86,12 +85,10 @@ def spread(codes: Tensor, tasks: Tensor, N: int) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------- the layer
-
 class FastExpertLinear(ExpertLinear):
     """ExpertLinear in rank space.  It also takes the real tokens of a batch alone, [t,D_in].
 
-    For L_MIM it keeps (runs, z_U [t,R], z_D [t,r]) in place of U and D: see fast/mim.py.
-    """
+    For L_MIM it keeps (runs, z_U [t,R], z_D [t,r]) in place of U and D."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B,S,D_in], or real tokens [t,D_in] -> y in that shape."""
@@ -106,8 +103,7 @@ class FastExpertLinear(ExpertLinear):
         """y [t,D_out] = W_0 x, and x [t,D_in] in its type -> y + s h.
 
         Products with the universal expert take all tokens at once, those with the task experts one
-        run at a time.
-        """
+        run at a time."""
         tasks, sizes = zip(*runs)
         gates = self.gates(x)
         s1, s2 = ((self.scale, self.scale) if gates is None
@@ -127,8 +123,7 @@ class FastExpertLinear(ExpertLinear):
         W_0 x + up between(down x), with [W_0, *down], up and the function between.
 
         The experts of all tasks take part, so that rows of different tasks share a product.  None:
-        forward is to be called.
-        """
+        forward is to be called."""
         if self.config.method not in RANK_SPACE or self.base.bias is not None:
             return None
         A_U, A_T, B_U, B_T, W_g = self.factors()
@@ -146,6 +141,13 @@ class FastExpertLinear(ExpertLinear):
             gates = z.new_tensor(fixed or (1, 1)).expand(len(z), 1, 2)
         return z * (gates @ shares)
 
+    def dropped(self, x: Tensor) -> Tensor:
+        """x under dropout, in training."""
+        p = self.config.dropout
+        if not self.training or p == 0 or x.device.type != "cpu":
+            return super().dropped(x)
+        return x * dropout_factors(x, p)
+
     def factors(self) -> list[Tensor]:
         """A_U, A_T, B_U, B_T and W_g; absent ones have no rows, and under fixed gates W_g is."""
         d_out, d_in = self.base.weight.shape
@@ -157,6 +159,78 @@ class FastExpertLinear(ExpertLinear):
             given.pop("W_g", None)
         return [given[name] if name in given else like.new_empty(shape)
                 for name, shape in shapes.items()]
+
+
+# ------------------------------------------------------------------------------ L_MIM from codes
+#
+# losses.mutual_information needs U and D; here second moments of the codes take their place, of all
+# the L layers that see one stream of tokens at once.
+def mutual_information(model: nn.Module, B: int | Tensor) -> Tensor:
+    """L_MIM of what the layers have kept since clorae.keep_outputs, a scalar; they forget it.
+
+    B: rows of the global batch.  The mean is over all wrapped linears of the model, also those that
+    saw no token.  Additive over micro-batches and ranks."""
+    taken, total = take_outputs(model), torch.zeros(())
+    for stream in ("memory", "target", "visual"):
+        members = [(layer, *kept) for layer, kept in taken if layer.stream == stream]
+        if members:
+            distance, b, sigma2 = stream_moments(members, B)
+            with torch.autocast(sigma2.device.type, enabled=False):  # fp32 island
+                bound = (distance / sigma2 + b * sigma2.log()).sum()
+            total = total + bound / (2 * sigma2.shape[-1])  # Eq. (5)
+    return total / len(expert_layers(model))
+
+
+def stream_moments(members: Sequence[tuple[ExpertLinear, Runs | Tensor, Tensor, Tensor]],
+                   B: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What Eq. (5) needs of the L layers of one stream; the teacher U has no gradient.
+
+    -> distance [L,D_out], sum_t a_t (D_tc - U_tc)^2 of each output channel c over the real tokens
+    t; sum_t b_t, a scalar; and sigma^2 [L,D_out].
+    members: each layer with the runs of its tokens, or their tasks [t], and the codes z_U [t,R] and
+    z_D [t,r] of all tokens of the stream's mask [rows,S], or of the real ones.
+    J_i are the real tokens of sample i.  Each counts b_t = 1 / (B |J_i|), and a_t = b_t / rms_i^2,
+    with rms_i the RMS of U over the sample's tokens and channels."""
+    layers, (runs, *_), z_U, z_D = zip(*members)
+    mask = layers[0].routing.masks[layers[0].stream]
+    z_U, z_D = torch.stack(z_U), torch.stack(z_D)  # [L,t,R], [L,t,r]
+    B_U = torch.stack([layer.B_U for layer in layers]).detach()  # [L,D_out,R]
+    B_D = torch.stack([layer.B_T for layer in layers], dim=1)  # [N,L,D_out,r]
+    if isinstance(runs, Tensor):  # all tasks' experts as one
+        z_D = spread(z_D, runs, len(B_D))
+        B_D, sizes = torch.cat(B_D.unbind(), dim=-1)[None], (len(runs),)
+    else:
+        tasks, sizes = zip(*runs)
+        B_D = torch.stack([B_D[n] for n in tasks])  # a list as an index would stall a GPU
+    sigma2 = variance(torch.stack([layer.rho for layer in layers]))  # [L,D_out]
+    with torch.autocast(mask.device.type, enabled=False):  # fp32 island
+        share = mask / mask.sum(dim=1, keepdim=True).clamp(min=1).to(sigma2.dtype)  # 1 / |J_i|
+        real = mask.flatten() if z_U.shape[1] < mask.numel() else None  # z lacks the padding
+        z_U, z_D = wide(z_U), wide(z_D)
+        energy = ((z_U @ (B_U.mT @ B_U)) * z_U).sum(dim=2)  # [L,t] |U_t|^2, no U formed
+        if real is not None:
+            energy = energy.new_zeros(len(layers), len(real)).masked_scatter(real, energy)
+        power = (energy.unflatten(1, mask.shape) * share).sum(dim=-1) / B_U.shape[1]  # [L,rows]
+        rms = (power.clamp(min=0).sqrt() + RMS_FLOOR)[..., None]  # [L,rows,1]
+        a = (share / B / rms.square()).flatten(1)  # [L,rows S]
+        a = (a if real is None else a[:, real])[..., None]  # [L,t,1]
+        distance = squared_distance(z_U, z_D, B_U, B_D, a, sizes)
+        return distance, share.sum() / B, sigma2
+
+
+def squared_distance(z_U: Tensor, z_D: Tensor, B_U: Tensor, B_D: Tensor, a: Tensor,
+                     sizes: Sequence[int]) -> Tensor:
+    """sum_t a_t (D_tc - U_tc)^2 of each channel c -> [L,D_out], without forming U or D.
+
+    z_U [L,t,R], z_D [L,t,r], both at least fp32; B_U [L,D_out,R], B_D [n,L,D_out,r] of the n runs
+    of tokens that `sizes` counts; a [L,t,1].  With z = [z_U, z_D] and S = sum_t a_t z_t^T z_t the
+    sums are the diagonal of C S C^T for C = [-B_U, B_D], taken apart into three blocks of S."""
+    a_U, a_D = a * z_U, a * z_D
+    distance = ((B_U @ (a_U.mT @ z_U)) * B_U).sum(dim=-1)  # the block of U, of all tasks
+    for B_n, z_n, a_U_n, a_D_n in zip(B_D, *(z.split(sizes, dim=1) for z in (z_D, a_U, a_D))):
+        student, mixed = B_n @ (a_D_n.mT @ z_n), B_U @ (a_U_n.mT @ z_n)  # [L,D_out,r]
+        distance = distance + ((student - 2 * mixed) * B_n).sum(dim=-1)
+    return distance
 
 
 FORMS = {ExpertLinear: FastExpertLinear}

@@ -14,8 +14,7 @@ from torch import Tensor
 def captured(work: Callable[[], Tensor], pool: Any) -> tuple[Any, Tensor]:
     """A CUDA graph of what work() does, and the tensor that holds its result after each replay.
 
-    Nothing is computed yet. pool: the memory that other graphs have used, or None.
-    """
+    Nothing is computed yet. pool: the memory that other graphs have used, or None."""
     graph = torch.cuda.CUDAGraph()
     # Only this thread's calls count: another one may be NCCL's.
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
@@ -25,7 +24,6 @@ def captured(work: Callable[[], Tensor], pool: Any) -> tuple[Any, Tensor]:
 
 class Graphs:
     """Micro-batches as CUDA graphs: one for each shape that comes a second time, up to MOST."""
-
     MOST = 64
 
     def __init__(self, compute: Callable[[Any, Tensor], Tensor], device: torch.device) -> None:

@@ -21,8 +21,7 @@ class Padding:
     """Takes the padding of a mask [B,S] out of a batch and puts it in again.
 
     Packed tokens are [t,D]. Where nothing is to be taken out (the mask is None or has no padding,
-    or lies on a GPU) they are rows, [B,S,D], and only heads are split and joined.
-    """
+    or lies on a GPU) they are rows, [B,S,D], and only heads are split and joined."""
 
     def __init__(self, mask: Tensor | None) -> None:
         """mask [B,S], True at real tokens; None: all are real."""
@@ -53,7 +52,6 @@ class Padding:
 class Source(NamedTuple):
     """What an attention reads: packed tokens, the padding that they lack, and the bias on the
     scores, broadcastable to [B,H,Q,M]; None: 0."""
-
     tokens: Tensor
     bias: Tensor | None
     padding: Padding

@@ -35,7 +35,8 @@ import fast
 import losses
 from engine.corpus import load_corpus, load_datasets
 from engine.settings import SIZES
-from fast import cuda, mim
+from fast import cuda
+from fast.experts import mutual_information
 from fast.graphs import Graphs
 from t5 import T5, Linear, T5Config
 from tools.costs import GEOMETRY, FlopCounter
@@ -128,7 +129,7 @@ def layer(size: str, repeats: int) -> None:
             if with_mim:
                 clorae.keep_outputs(module)
             y = module(x)
-            extra = [mim.mutual_information(module, 16)] if with_mim else []
+            extra = [mutual_information(module, 16)] if with_mim else []
             torch.autograd.backward([y, *extra], [dy, *map(torch.ones_like, extra)])
 
         floor = 1 + 3 * (R + R // 3 + 1) / D
@@ -195,7 +196,7 @@ def our_steps(size: str, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
             ce = losses.token_cross_entropy(model.hidden(b), b.labels, model.t5.head, real=b.real)
         loss = ce.sum() / b.labels.numel()
         if with_mim:
-            loss = loss + 0.01 * mim.mutual_information(model, 8)
+            loss = loss + 0.01 * mutual_information(model, 8)
         loss.backward()
         return loss.detach()
 

@@ -27,7 +27,8 @@ from engine.files import UsageError, save_csv
 from engine.schema import Record
 from engine.settings import Config
 from evaluate import Decoding
-from fast import mim, speed_up
+from fast import speed_up
+from fast.experts import mutual_information
 from t5 import T5, T5Config
 from tools import costs, replay, routing
 from tools.costs import (COSTED, GEOMETRY, PAPER_COSTS, PAPER_LENGTHS, VISUAL_POLICIES, Costs,
@@ -67,7 +68,7 @@ def watched(model: UMIE, S: int, T: int, V: int) -> tuple[int, int]:
         with forward:
             loss = model(batch).sum()
             if model.training:
-                loss = loss + mim.mutual_information(model, 1)
+                loss = loss + mutual_information(model, 1)
         with backward:
             loss.backward()
     return forward.get_total_flops(), backward.get_total_flops()

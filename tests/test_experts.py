@@ -22,7 +22,6 @@ from torch.nn import functional as F
 import clorae
 import fast.cuda
 import fast.experts
-import fast.mim
 import losses
 from clorae import ExpertConfig, ExpertLinear, Routing
 from fast.experts import FastExpertLinear
@@ -65,7 +64,7 @@ class Form:
         if self.kind is ExpertLinear:
             count = len(clorae.expert_layers(model))
             return losses.mutual_information(clorae.expert_outputs(model), B, count)
-        return fast.mim.mutual_information(model, B)
+        return fast.experts.mutual_information(model, B)
 
 
 PLAIN = Form("plain", ExpertLinear)
@@ -275,8 +274,8 @@ def test_gradients_in_rank_space_pass_a_float64_gradcheck():
         (layer, (runs, z_U, z_D)), = clorae.take_outputs(m)
         twin = SimpleNamespace(routing=m.routing, stream="memory", B_U=m.B_U,
                                **dict(zip(students, values)))
-        seen = fast.mim.stream_moments([(twin, runs, z_U, z_D)], 5)
-        return (seen.distance / seen.variance + seen.b * seen.variance.log()).sum()
+        distance, b, sigma2 = fast.experts.stream_moments([(twin, runs, z_U, z_D)], 5)
+        return (distance / sigma2 + b * sigma2.log()).sum()
 
     assert torch.autograd.gradcheck(outputs, (x, *(getattr(m, name) for name in names)))
     assert torch.autograd.gradcheck(loss, tuple(getattr(m, name) for name in students))

@@ -11,13 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from test_t5 import FORMS, GOLDEN, SMALL, brief, largest_error, lively, small_batch
-from test_vision import make_batch, make_umie
 from torch import Tensor, nn
 
 import t5
 from fast import decoder, padding, speed_up
+from fast.dropout import WordDropout
 from t5 import T5, T5Config
+from test_t5 import FORMS, GOLDEN, SMALL, brief, largest_error, lively, small_batch
+from test_vision import make_batch, make_umie
 from vision import UMIE
 
 
@@ -55,7 +56,7 @@ def test_speed_up_changes_classes_and_nothing_else():
         assert all(isinstance(m, c) for m, c in zip(model.modules(), classes, strict=True))
     assert model.t5.encoder.recompute and model.fusion.attention.dropout.p == 0.7
     changed = {type(module) for module in model.modules()}
-    assert not changed & {t5.Stack, T5}
+    assert not changed & {nn.Dropout, t5.Stack, T5}
 
 
 # ------------------------------------------------------------------ training
@@ -161,6 +162,27 @@ def test_frozen_weights_give_the_logits_and_input_gradients_of_the_plain_form(co
 
 
 # ------------------------------------------------------------------ dropout
+@pytest.mark.parametrize("p", [0.1, 0.3, 0.9])
+def test_dropout_keeps_the_rate_and_the_mean_and_treats_every_element_for_itself(p):
+    """x -> x / (1 - p) with probability 1 - p, else 0; an odd number of elements."""
+    torch.manual_seed(0)
+    words, x = WordDropout(p), torch.full((301, 997), 2.0, requires_grad=True)
+    y = words(x)
+    y.sum().backward()
+    kept = (y != 0).double()
+    assert torch.equal(y, torch.where(y != 0, 2.0 / (1 - p), 0.0)) and torch.equal(y, 2.0 * x.grad)
+    noise = (p * (1 - p)) ** 0.5  # of one element
+    assert abs(kept.mean() - (1 - p)) < 4 * noise / kept.numel() ** 0.5
+    assert abs(kept.mean(0) - (1 - p)).max() < 5 * noise / 301 ** 0.5
+    assert abs(kept.mean(1) - (1 - p)).max() < 5 * noise / 997 ** 0.5
+    z = ((kept - (1 - p)) / noise).flatten()
+    for lag in (1, 2, 3, 4, 997):  # four neighbours share a random word, a row follows a row
+        assert abs((z[lag:] * z[:-lag]).mean()) < 5 / z.numel() ** 0.5
+    torch.manual_seed(0)
+    assert torch.equal(words(x), y) and not torch.equal(words(x), y)
+    assert words.eval()(x) is x and words(x[:0]).shape == (0, 997)
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_dropout_acts_at_each_of_its_places_in_training_only(training):
     model = both(lively(replace(SMALL, dropout_rate=0.0)))[1].train(training)

@@ -22,8 +22,8 @@ import evaluate
 import losses
 import train
 from conftest import ROOT, run, sums
-from engine.checkpoints import (Checkpoints, Progress, find_checkpoint, load_trainables,
-                                read_state, stored_config, write_checkpoint, write_state)
+from engine.checkpoints import (Checkpoints, Progress, find_checkpoint, load_trainables, read_state,
+                                stored_config, write_checkpoint, write_state)
 from engine.corpus import hold_out, load_corpus, load_datasets, read_splits
 from engine.files import UsageError, file_hash
 from engine.parameters import FlatParameters
@@ -32,7 +32,8 @@ from engine.schema import SPLITS, UNITS, Dataset, Record
 from engine.settings import VIT, Launch, old_spelling, parse_arguments
 from engine.weights import find_weights
 from evaluate import Setup, build, load_model
-from fast import mim, speed_up
+from fast import speed_up
+from fast.experts import mutual_information
 from t5 import T5, T5Config
 from vision import UMIE
 
@@ -584,7 +585,7 @@ def test_base_geometry_takes_a_step_and_decodes_on_a_cpu(capsys):
     clorae.keep_outputs(model)
     started = time.perf_counter()
     ce = losses.token_cross_entropy(model.train().hidden(batch), batch.labels, model.t5.head)
-    loss = ce.sum() / batch.labels.numel() + 0.01 * mim.mutual_information(model, 6)
+    loss = ce.sum() / batch.labels.numel() + 0.01 * mutual_information(model, 6)
     loss.backward()
     flat.optimizer.step()
     stepped = time.perf_counter()

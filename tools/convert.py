@@ -33,7 +33,6 @@ from engine.processes import exit_codes
 from engine.schema import SIZE, SPLITS, DataError, box_within, iou, nearest, show
 
 # ---------------------------------------------------------------------------- published files
-
 # The fourth type is OTHER in Twitter-15 and MISC in Twitter-17.
 TAGS = {"PER": "person", "LOC": "location", "ORG": "organization", "OTHER": "miscellaneous",
         "MISC": "miscellaneous"}
@@ -275,7 +274,6 @@ def read_swig(path: Path, dataset: str) -> Rows:
 
 
 # ---------------------------------------------------------------------------- objects of pictures
-
 def unique(values: list) -> list:
     """The values without repetitions, which need not be hashable."""
     return [value for i, value in enumerate(values) if value not in values[:i]]
@@ -338,7 +336,6 @@ def mixed(row: dict, count: int) -> list[list]:
 
 
 # ---------------------------------------------------------------------------- converters
-
 class Published(NamedTuple):
     """A published dataset: the function that reads its files, and what is known about it."""
     read: Callable[[Path, str], Rows]

@@ -112,8 +112,8 @@ class FlopCounter:
 
 
 def mim_flops(model: nn.Module, lengths: Sequence[float]) -> tuple[float, float]:
-    """FLOPs that L_MIM, Eq. (5), in rank space (fast/mim.py) adds to a training step, forward and
-    backward: once for all rows of one task, and for each row of these (source, target, visual)."""
+    """FLOPs that L_MIM, Eq. (5), in rank space adds to a training step, forward and backward: once
+    for all rows of one task, and for each row of these (source, target, visual) tokens."""
     tokens = dict(zip(("memory", "target", "visual"), lengths))
     once = row = 0.0
     for layer in clorae.expert_layers(model).values():
