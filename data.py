@@ -40,7 +40,7 @@ from engine.schema import TASKS, UNITS, Box, DataError, Dataset, Record, Span
 
 # ---------------------------------------------------------------------------- prompts, targets
 RESERVED = re.compile(r"<(?=(?:spot|asoc|pad|unk|s|/s|extra_id_[0-9]+)>)")  # of special tokens
-OBJECT = re.compile(r"O([0-9]+)")
+OBJECT = re.compile("O([0-9]+)")
 
 
 def escape(text: str, filler: bool = False) -> str:
@@ -77,10 +77,9 @@ def prompt(record: Record, dataset: Dataset) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Item:
-    """A gold or predicted fact as metrics compare it: a label, and the place where it holds.
-
-    The place is a span, a box or the whole image; a relation has none. A prediction whose place is
-    not found has none either, and never matches."""
+    """A gold or predicted fact as metrics compare it: a label, and the span, the box or the whole
+    image where it holds. A relation has no such place; a prediction whose place is not found has
+    none either, and never matches."""
     label: str                                       # entity type, relation or event type
     role: str | None = None                          # of an argument
     span: Span | None = None
@@ -93,7 +92,7 @@ class Item:
 
 def sorted_events(record: Record) -> list[dict]:
     """The gold events of a record in the order of their triggers, then those without trigger."""
-    return sorted(record.events, key=lambda e: (e["trigger"] is None, e["trigger"] or ()))
+    return sorted(record.events, key=lambda event: event["trigger"] or (math.inf,))
 
 
 def gold_items(record: Record) -> list[Item]:
@@ -103,20 +102,17 @@ def gold_items(record: Record) -> list[Item]:
     offset, then objects by number, then boxes that no object shows, which no target can name."""
     def located(label: str, span: Span | None, number: int | None = None, role: str | None = None,
                 box: Box | None = None, event: int = 0) -> Item:
-        text = None if number is None else f"O{number}"
-        if span:
-            text = words(record, span)
+        text = words(record, span) if span else None if number is None else f"O{number}"
         return Item(label, role, span, box, number == 0, text, number, event)
 
     def order(argument: dict) -> tuple:
-        span, number = argument.get("span"), argument.get("object")
-        return span is None, span or (), number is None, number or 0
+        return argument.get("span") or (math.inf,), argument.get("object") or math.inf
 
     if record.task == "mre":
         return [Item(record.relation)]
     if record.task == "mner":
-        return [located(label, (start, end)) for start, end, label in sorted(
-            (e["start"], e["end"], e["type"]) for e in record.entities)]
+        places = sorted((e["start"], e["end"], e["type"]) for e in record.entities)
+        return [located(label, (start, end)) for start, end, label in places]
     events = sorted_events(record)
     if record.task == "med":
         return [located(e["type"], e["trigger"], None if e["trigger"] else 0) for e in events]
@@ -153,9 +149,8 @@ def target(record: Record) -> str:
 
 
 def split_item(item: str, labels: Iterable[str]) -> tuple[str, str] | None:
-    """"label, text" -> (label, text), or None if it has no label of `labels`, or no text.
-
-    Where the comma is missing, the label is the longest one that the item begins with."""
+    """"label, text" -> (label, text), or None if it has no label of `labels`, or no text. Where the
+    comma is missing, the label is the longest one that the item begins with."""
     label, comma, text = item.partition(",")
     label = label.strip(" ").lower()
     if not comma:
@@ -165,12 +160,11 @@ def split_item(item: str, labels: Iterable[str]) -> tuple[str, str] | None:
     return (label, text) if label in labels and text else None
 
 
-def parse(task: str, text: str, labels: Iterable[str] | dict,
-          cut: bool = False) -> tuple[list[Item], int]:
+def parse(task: str, text: str, labels: list | dict, cut: bool = False) -> tuple[list[Item], int]:
     """Read a model's output leniently -> (items without spans and boxes, number of malformed ones).
 
-    labels: dataset.labels[task]. cut: the output hit the length limit, so that its last item may
-    be incomplete; it is dropped and counts as malformed. mre always gives one item, "none" where no
+    labels: dataset.labels[task]. cut: the output hit the length limit: its last item may be
+    incomplete, is dropped and counts as malformed. mre always gives one item, "none" where no
     relation is readable."""
     text = re.sub(r"\s+", " ", re.sub("<pad>|</s>", " ", text), flags=re.ASCII).strip(" ")
     groups = re.split(" ?<asoc> ?", text) if task == "meae" else [text]
@@ -191,11 +185,9 @@ def parse(task: str, text: str, labels: Iterable[str] | dict,
             event_type = group.pop(0).lower()
             allowed = labels.get(event_type, ())
             malformed += event_type not in labels and not group
-        for pair in (split_item(item, allowed) for item in group):
-            if pair is None:
-                malformed += 1
-                continue
-            label, filler = pair
+        pairs = [split_item(item, allowed) for item in group]
+        malformed += pairs.count(None)
+        for label, filler in filter(None, pairs):
             match = OBJECT.fullmatch(filler) if task != "mner" else None
             number = int(match[1][:9]) if match else None    # more digits are beyond any list too
             items.append(Item(event_type or label, label if event_type else None, object=number,
@@ -354,11 +346,8 @@ def encode_source(record: Record, dataset: Dataset, tokenizer: Tokenizer,
     if (least := len(tokenizer.encode(prefix))) >= limit:
         raise DataError(f"{record.source}: the {record.task} instruction of {record.dataset} takes "
                         f"{least} ids, which leaves no room for text in {limit}: raise the limit")
-
-    def length(count: int) -> int:
-        return len(tokenizer.encode(prefix + escape(" ".join(record.tokens[:count]))))
-
-    whole = bisect_right(range(1, len(record.tokens)), limit, key=length)
+    whole = bisect_right(range(1, len(record.tokens)), limit, key=lambda count: len(
+        tokenizer.encode(prefix + escape(" ".join(record.tokens[:count])))))
     return ids[:limit - 1] + [tokenizer.eos_id], whole
 
 
@@ -399,17 +388,15 @@ class Batch:
         """The batch padded to one of few shapes, so that few CUDA graphs serve all batches.
 
         B becomes a multiple of 4 (by rows that are all padding), S and T of 16, V of 6 but at most
-        most_visual. `real` lists all labels, so that its length depends on nothing but the shape.
-        """
+        most_visual. `real` lists all labels, so its length depends on nothing but the shape."""
         (B, S), T, V = self.input_ids.shape, self.labels.shape[1], self.features.shape[1]
-        extra = {"B": -B % 4, "S": -S % 16, "T": -T % 16, "V": min(-V % 6, most_visual - V)}
+        extra = {"B": -B % 4, "S": -S % 16, "T": -T % 16, "V": min(-V % 6, most_visual - V), "F": 0}
         padding = {"labels": -100, "tasks": int(self.tasks.max()), "rows": -1}  # of others 0
+        shapes = {"input_ids": "BS", "attention_mask": "BS", "labels": "BT", "tasks": "B",
+                  "units": "B", "features": "BVF", "boxes": "BVF", "visual_mask": "BV", "rows": "B"}
         widened = {}
-        for name, letters in {
-                "input_ids": "BS", "attention_mask": "BS", "labels": "BT", "tasks": "B",
-                "units": "B", "features": "BVF", "boxes": "BVF", "visual_mask": "BV",
-                "rows": "B"}.items():
-            sizes = [n for letter in reversed(letters) for n in (0, extra.get(letter, 0))]
+        for name, letters in shapes.items():
+            sizes = [n for letter in reversed(letters) for n in (0, extra[letter])]
             widened[name] = F.pad(getattr(self, name), sizes, value=padding.get(name, 0))
         return Batch(**widened, real=torch.arange(widened["labels"].numel()))
 
@@ -418,7 +405,6 @@ def collate(examples: list[Example],
             features: Callable[[Record], tuple[Tensor, Tensor] | None],
             feature_width: int, pad_id: int = 0) -> Batch:
     """Examples -> Batch, stably sorted by task so that each task's rows form one segment.
-
     features(record): (features [V,F], boxes [V,5]), or None for a record without an image."""
     def padded(rows: list, value: int) -> Tensor:
         return torch.nn.utils.rnn.pad_sequence(list(map(torch.as_tensor, rows)), True, value)
@@ -428,27 +414,20 @@ def collate(examples: list[Example],
 
     examples = sorted(examples, key=lambda example: example.task)
     nothing = torch.zeros(0, feature_width), torch.zeros(0, 5)
-    visual = [features(example.record) or nothing for example in examples]
-    ids, tokens = [e.input_ids for e in examples], [rows for rows, _ in visual]
-    labels = padded([e.labels for e in examples], -100)
+    tokens, boxes = zip(*(features(example.record) or nothing for example in examples))
+    ids = [example.input_ids for example in examples]
+    labels = padded([example.labels for example in examples], -100)
+    tasks, units, rows = torch.tensor([(e.task, e.unit, e.row) for e in examples]).T.contiguous()
     return Batch(
-        input_ids=padded(ids, pad_id),
-        attention_mask=mask(ids),
-        labels=labels,
-        tasks=torch.tensor([e.task for e in examples]),
-        units=torch.tensor([e.unit for e in examples]),
-        features=padded(tokens, 0),
-        boxes=padded([boxes for _, boxes in visual], 0),
-        visual_mask=mask(tokens),
-        rows=torch.tensor([e.row for e in examples]),
-        real=(labels.flatten() != -100).nonzero()[:, 0])
+        input_ids=padded(ids, pad_id), attention_mask=mask(ids), labels=labels, tasks=tasks,
+        units=units, features=padded(tokens, 0), boxes=padded(boxes, 0), visual_mask=mask(tokens),
+        rows=rows, real=(labels.flatten() != -100).nonzero()[:, 0])
 
 
 def global_batches(examples: list[Example], seed: int, epoch: int,
                    batch_size: int) -> list[list[int]]:
-    """One epoch as lists of indices into `examples`, each exactly once; the last may be short.
-
-    The order depends on seed, epoch and the number of examples alone: resuming needs no state."""
+    """One epoch as lists of indices into `examples`, each exactly once; the last may be short. The
+    order depends on seed, epoch and the number of examples alone: resuming needs no state."""
     digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     order = torch.randperm(len(examples), generator=generator).tolist()

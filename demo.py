@@ -14,7 +14,6 @@ classifying drawings. Neither is taught a label of any task.
 Letters: B batch, S source tokens, T target tokens.
 """
 
-import io
 import json
 import math
 import random
@@ -33,7 +32,7 @@ from tqdm import tqdm
 from data import Tokenizer
 from engine.command import Parser
 from t5 import T5, Attention, T5Config
-from vision import ViT, ViTConfig, crop, preprocess
+from vision import ViT, ViTConfig
 
 # What makes the world hard, as probabilities.
 AMBIGUOUS = 0.8  # a text holds something that only the picture decides
@@ -78,8 +77,8 @@ TRIGGERS = {"attack": ("struck", "bombed"), "demonstrate": ("protested", "marche
             "meet": ("met", "hosted"), "transport": ("drove", "boarded")}
 VAGUE_TRIGGERS = ("joined", "faced", "moved", "took")
 
-
-# Each glyph: (shape, colour or None for the thing's own, points in its box scaled to 0..1).
+# Each glyph: (shape, colour or None for the thing's own, points in its box scaled to 0..1). A tree
+# never means anything.
 INK, WOOD, STEEL, WHITE = (40, 40, 40), (100, 65, 45), (150, 150, 160), (255, 255, 255)
 GLYPHS = {
     "figure": (("ellipse", None, (.3, 0, .7, .35)),
@@ -93,8 +92,7 @@ GLYPHS = {
     "blade": (("polygon", STEEL, (.9, 0, 1, .1, .4, .75, .25, .6)),
               ("polygon", None, (.15, .5, .5, .85, .4, .95, .05, .6)),
               ("polygon", None, (.3, .7, .1, 1, 0, .9, .2, .6))),
-    "tree": (("rectangle", WOOD, (.42, .6, .58, 1)), ("ellipse", None, (.1, 0, .9, .68))),
-}  # a tree never means anything
+    "tree": (("rectangle", WOOD, (.42, .6, .58, 1)), ("ellipse", None, (.1, 0, .9, .68)))}
 
 
 def draw_scene(things: list[tuple[str, str]], rng: random.Random) -> tuple[Image.Image, list]:
@@ -127,13 +125,12 @@ class Writer:
 
     def word(self, most: int) -> str:
         """A made-up name of two syllables, or up to `most`; no two splits share a name."""
-        while True:
-            syllables = [self.rng.choice("bdfgklmnprstvz") + self.rng.choice("aeiou")
-                         for _ in range(self.rng.choice((2, 2, 2, most)))]
-            word = "".join(syllables).capitalize() + self.rng.choice(("", "", "n", "r"))
-            slot = zlib.crc32(word.encode()) % 10
-            if self.split == ("dev" if slot == 0 else "test" if slot < 3 else "train"):
-                return word
+        syllables = [self.rng.choice("bdfgklmnprstvz") + self.rng.choice("aeiou")
+                     for _ in range(self.rng.choice((2, 2, 2, most)))]
+        word = "".join(syllables).capitalize() + self.rng.choice(("", "", "n", "r"))
+        slot = zlib.crc32(word.encode()) % 10
+        fits = self.split == ("dev" if slot == 0 else "test" if slot < 3 else "train")
+        return word if fits else self.word(most)
 
     def chance(self, probability: float) -> bool:
         """True as often as the probability says."""
@@ -156,8 +153,7 @@ class Writer:
         """Glyphs in the given colour or in random ones, and clutter, in random order."""
         things = [(glyph, colour or self.rng.choice(list(COLOURS))) for glyph in glyphs]
         things += [("tree", self.rng.choice(list(COLOURS)))
-                   for _ in range(min(2, MAX_OBJECTS - len(glyphs)))
-                   if self.chance(CLUTTER)]
+                   for _ in range(min(2, MAX_OBJECTS - len(glyphs))) if self.chance(CLUTTER)]
         self.rng.shuffle(things)
         return things
 
@@ -204,9 +200,8 @@ class Writer:
             glyphs = [] if self.chance(BLANK) else ["figure", MET.get(relation, "figure")]
             shown = self.things(glyphs, "red" if relation == "couple" else
                                 "blue" if relation == "peer" and self.unit == "V1" else None)
-        gold = {"head": spans[0], "tail": spans[2 if other else 1],
-                "relation": "none" if none else relation}
-        return [self.record("mre", shown) | gold]
+        return [self.record("mre", shown) | {"head": spans[0], "tail": spans[2 if other else 1],
+                                             "relation": "none" if none else relation}]
 
     def mee(self) -> list[dict]:
         """A pair of text and picture with one event or none, as a med and a meae record."""
@@ -253,10 +248,9 @@ def object_role(event: str, glyph: str, colour: str) -> str | None:
 
 
 def make_world(dst: str | Path, seed: int = 0, scale: float = 1.0) -> dict[str, dict[str, int]]:
-    """Write the demo corpus below dst; returns {dataset: {split: records}}.
-
-    The same arguments give the same bytes. `scale` is a factor on the size of every split."""
-    counts: dict[str, dict[str, int]] = {}
+    """Write the demo corpus below dst; returns {dataset: {split: records}}. The same arguments give
+    the same bytes. `scale` is a factor on the size of every split."""
+    counts = {}
     for unit, size in SIZES.items():
         folder = Path(dst) / f"demo_{unit.lower()}"
         (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -276,17 +270,15 @@ ASK = {"copy": "Copy", "pairs": "Please extract the following", "nested": "Pleas
 
 
 class Lessons:
-    """Endless text-to-text examples, pairs (input, answer), on the words of given texts and on
-    made-up ones.
-
-    No lesson knows a task or a label: the keys to look for are random words, listed in the input.
-    """
+    """Endless text-to-text examples, pairs (input, answer), on words of given texts and made-up
+    ones. No lesson knows a task or a label: the keys to look for are random words, listed in the
+    input."""
 
     def __init__(self, texts: list[str], avoid: set[str], tokenizer: Tokenizer,
                  rng: random.Random) -> None:
         self.texts, self.tokenizer, self.rng = texts, tokenizer, rng
         self.avoid = {*avoid, "and"}  # "and" separates
-        counts = Counter(word for text in texts for word in text.split() if word.isalpha())
+        counts = Counter(filter(str.isalpha, " ".join(texts).split()))
         self.lower = [w for w in counts if w.islower() and counts[w] > 1]
         names = [w for w in counts if w.istitle()]
         self.heads = sorted({w[:2] for w in names})
@@ -404,20 +396,19 @@ class Tiny:
 
 def make_tokenizer(texts: list[str], path: Path, pieces: int) -> None:
     """Train a sentencepiece unigram model with T5's special ids: pad 0, eos 1, unk 2, no bos."""
-    counts = Counter(word for text in texts for word in text.split())
+    counts = Counter(" ".join(texts).split())
     # Square roots, so that prompts do not crowd out the pieces that rare names are made of.
     words = [word for word, count in counts.items() for _ in range(math.isqrt(count))]
     known = {word.strip(".,:;") for word, count in counts.items() if count >= 20}
     known |= {"none", *" ".join(ASK.values()).split(), *(f"O{k}" for k in range(10))}
     # The trainer proposes a piece only if it occurs in two different words: hence the endings.
     words += [word + ending for word in sorted(known) for ending in ("", ",", ".")] * 20
-    out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(words), model_writer=out, model_type="unigram", vocab_size=pieces,
-        hard_vocab_limit=False, character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
-        num_threads=1, minloglevel=2)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(out.getvalue())
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(words), model_writer=file, model_type="unigram",
+            vocab_size=pieces, hard_vocab_limit=False, character_coverage=1.0, pad_id=0, eos_id=1,
+            unk_id=2, bos_id=-1, num_threads=1, minloglevel=2)
 
 
 def train(loss_of: Callable[[float], Tensor], parameters: list[torch.nn.Parameter],
@@ -425,17 +416,17 @@ def train(loss_of: Callable[[float], Tensor], parameters: list[torch.nn.Paramete
     """Adam on loss_of(progress in 0..1): a short warmup, then half a cosine of the rate to zero."""
     optimizer = torch.optim.Adam(parameters, rate, betas=(.9, .98), fused=True)
     mean, warmup = None, max(1, min(50, steps // 10))
-    with tqdm(range(steps), desc=title, unit="step") as bar:
-        for step in bar:
-            factor = min(1.0, (step + 1) / warmup) * (.5 + .5 * math.cos(math.pi * step / steps))
-            optimizer.param_groups[0]["lr"] = rate * factor
-            loss = loss_of(step / steps)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            mean = loss.item() if mean is None else .98 * mean + .02 * loss.item()
-            bar.set_postfix_str(f"loss {mean:.3f}", refresh=False)
+    bar = tqdm(range(steps), desc=title, unit="step")
+    for step in bar:
+        factor = min(1.0, (step + 1) / warmup) * (.5 + .5 * math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = rate * factor
+        loss = loss_of(step / steps)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        mean = loss.item() if mean is None else .98 * mean + .02 * loss.item()
+        bar.set_postfix_str(f"loss {mean:.3f}", refresh=False)
 
 
 @torch.no_grad()
@@ -457,15 +448,13 @@ def start_mimetic(model: T5) -> None:
     model.decoder.relative_bias.weight[[1, 2], [0, 1]] += 7.0
 
 
-def make_t5(lessons: Lessons, tiny: Tiny, seed: int,
-            speed_up: Callable[[T5], object] = lambda model: None) -> T5:
+def make_t5(lessons: Lessons, tiny: Tiny, seed: int, speed_up: Callable[[T5], object]) -> T5:
     """A tiny T5 with v1.1's feed-forward and a tied head, trained on the lessons."""
     torch.manual_seed(seed)
-    config = T5Config(
+    model = T5(T5Config(
         vocab_size=lessons.tokenizer.vocab_size + 100, d_model=tiny.width, num_heads=tiny.heads,
         d_kv=tiny.width // tiny.heads, d_ff=tiny.inner, num_layers=tiny.layers,
-        dropout_rate=0.0, feed_forward_proj="gated-gelu")
-    model = T5(config).train()
+        dropout_rate=0.0, feed_forward_proj="gated-gelu")).train()
     start_mimetic(model)
     speed_up(model)
 
@@ -491,16 +480,14 @@ def make_vit(tiny: Tiny, seed: int) -> ViT:
         pixels, truth = [], []
         while len(pixels) < tiny.vit_batch:
             things = rng.choices(classes, k=rng.randint(0, MAX_OBJECTS))
-            image, boxes = draw_scene(things, rng)
-            pixels += [preprocess(view, size=model.size)
-                       for view in (image, *(crop(image, box) for box in boxes))]
+            pixels += model.views(*draw_scene(things, rng))[0]
             truth += [[float(label in seen) for label in classes]
                       for seen in (things, *([thing] for thing in things))]
         logits = head(model(torch.stack(pixels))[:, 0])
         return torch.nn.functional.binary_cross_entropy_with_logits(logits, torch.tensor(truth))
 
-    train(loss_of, [*model.parameters(), *head.parameters()], tiny.vit_steps, tiny.vit_rate,
-          "tiny ViT")
+    parameters = [*model.parameters(), *head.parameters()]
+    train(loss_of, parameters, tiny.vit_steps, tiny.vit_rate, "tiny ViT")
     return model.eval()
 
 

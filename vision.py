@@ -27,12 +27,10 @@ from torch import Tensor, nn
 
 from engine.files import ImageError, WeightsError, read_json, write_whole
 from engine.images import PathLike, to_rgb
+from engine.schema import Box
 from engine.weights import odd_fields, open_weights, read_weights
 from t5 import (T5, Attention, FeedForward, Linear, RMSNorm, Stack, T5Config, compute_dtype,
                 join_heads, prepare_memory, split_heads)
-
-Boxes = Sequence[Sequence[float]]  # of one picture, each x1, y1, x2, y2 in pixels
-
 
 # ------------------------------------------------------------------------------ vision transformer
 VIT, CLIP = FAMILIES = ("vit", "clip_vision_model")  # transformers' model_type
@@ -94,8 +92,7 @@ class ViTConfig:
         pictures = read_json(path) if path.is_file() else {}
         raw |= {name: pictures[name] for name in ("image_mean", "image_std", "resample")
                 if pictures.get(name) is not None}
-        family = raw.setdefault("model_type", None)  # a file that does not name one is refused
-        if family == CLIP:
+        if raw.setdefault("model_type", None) == CLIP:  # a file that does not name one is refused
             raw = CLIP_DEFAULTS | raw
         try:
             config = cls(**{k: v for k, v in raw.items() if k in cls.__dataclass_fields__})
@@ -117,8 +114,7 @@ class ViTBlock(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         D, eps = config.hidden_size, config.layer_norm_eps
-        self.heads = config.num_attention_heads
-        self.activation = ACTIVATIONS[config.hidden_act]
+        self.heads, self.activation = config.num_attention_heads, ACTIVATIONS[config.hidden_act]
         self.attention_norm = nn.LayerNorm(D, eps)
         self.q, self.k, self.v = (nn.Linear(D, D, config.qkv_bias) for _ in range(3))
         self.o = nn.Linear(D, D)
@@ -143,15 +139,16 @@ class ViT(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         clip, D, patch = config.model_type == CLIP, config.hidden_size, config.patch_size
-        self.config, self.size, self.resample = config, config.image_size, config.resample
-        self.mean, self.std = tuple(config.image_mean), tuple(config.image_std)
+        self.config, self.size = config, config.image_size
+        self.preprocessing = (config.image_size, tuple(config.image_mean), tuple(config.image_std),
+                              config.resample)  # what `preprocess` is given besides the picture
         tokens = 1 + (config.image_size // patch) ** 2
         # Shapes as in the files, which differ between the families by leading ones.
         self.class_token = nn.Parameter(torch.empty((D,) if clip else (1, 1, D)))
         self.positions = nn.Parameter(torch.empty((tokens, D) if clip else (1, tokens, D)))
         self.patches = nn.Conv2d(3, D, patch, stride=patch, bias=not clip)
         self.first_norm = nn.LayerNorm(D, config.layer_norm_eps) if clip else nn.Identity()
-        self.blocks = nn.ModuleList(ViTBlock(config) for _ in range(config.num_hidden_layers))
+        self.blocks = nn.Sequential(*(ViTBlock(config) for _ in range(config.num_hidden_layers)))
         self.final_norm = nn.Identity() if clip else nn.LayerNorm(D, config.layer_norm_eps)
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1 or name == "class_token":
@@ -166,17 +163,9 @@ class ViT(nn.Module):
                              f"{list(pixel_values.shape)}; use preprocess(image, {self.size})")
         x = self.patches(pixel_values).flatten(2).transpose(1, 2)  # [B,P,F]
         x = torch.cat((self.class_token.expand(len(x), 1, -1), x), dim=1) + self.positions
-        x = self.first_norm(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.final_norm(x)
+        return self.final_norm(self.blocks(self.first_norm(x)))
 
-    @property
-    def preprocessing(self) -> tuple:
-        """What `preprocess` is given besides the picture: size, mean, spread, Pillow's filter."""
-        return self.size, self.mean, self.std, self.resample
-
-    def views(self, image: Image.Image, boxes: Boxes) -> tuple[Tensor, Tensor]:
+    def views(self, image: Image.Image, boxes: Sequence[Box]) -> tuple[Tensor, Tensor]:
         """A picture and n boxes in it -> pixels [1+n,3,size,size] of the picture and its crops,
         and the normalised boxes [1+n,5] of both; ImageError for a bad box."""
         normalised = normalise_boxes(boxes, image.size)
@@ -195,9 +184,7 @@ class ViT(nn.Module):
         with torch.device("meta"):
             model = cls(ViTConfig.from_pretrained(folder))
         stored, family = open_weights(Path(folder)), model.config.model_type
-        prefix = PREFIXES[family]
-        if not any(key.startswith(prefix) for key in stored):
-            prefix = ""
+        prefix = PREFIXES[family] if any(k.startswith(PREFIXES[family]) for k in stored) else ""
         names = {ours: prefix + hub for ours, hub in hub_names(model).items()}
         drop = {key for key in stored if key.removeprefix(prefix).startswith(DROPS[family])}
         state = read_weights(Path(folder), stored, model, names, drop, torch.float32)
@@ -261,13 +248,12 @@ def preprocess(image: Image.Image, size: int = 224, mean: float | Sequence[float
 
     The picture is squeezed into a square and never cut, since a box may lie anywhere in it; this
     holds for CLIP towers too, whose own processor would cut out the centre."""
-    resized = to_rgb(image).resize((size, size), resample)
-    pixels = np.asarray(resized, dtype=np.float32) / 255
+    pixels = np.asarray(to_rgb(image).resize((size, size), resample), dtype=np.float32) / 255
     pixels = (pixels - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def normalise_boxes(boxes: Boxes, size: Sequence[int]) -> Tensor:
+def normalise_boxes(boxes: Sequence[Box], size: Sequence[int]) -> Tensor:
     """Pixel boxes (x1, y1, x2, y2) of a picture -> [1+n,5], row 0 the picture itself.
 
     Rows are x1, y1, x2, y2, area in 0..1. Corners up to one pixel outside (annotators round) are
@@ -284,7 +270,7 @@ def normalise_boxes(boxes: Boxes, size: Sequence[int]) -> Tensor:
     return torch.tensor(rows)
 
 
-def crop(image: Image.Image, box: Sequence[float]) -> Image.Image:
+def crop(image: Image.Image, box: Box) -> Image.Image:
     """All pixels that a box touches, at least one: a thinner box gives the pixel it lies in."""
     left, top = (min(max(int(x), 0), n - 1) for x, n in zip(box[:2], image.size))
     right, bottom = (min(math.ceil(x), n) for x, n in zip(box[2:], image.size))
@@ -320,7 +306,6 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 class GateFusion(nn.Module):
     """h' = h + lambda FF(LN(h + CrossAttention(LN h, visual))), FF being T5's gated feed-forward.
-
     The last projection of FF starts at zero: at first h' = h, and the pretrained T5 is intact."""
 
     def __init__(self, config: T5Config) -> None:
@@ -348,9 +333,8 @@ class GateFusion(nn.Module):
         return F.leaky_relu(F.leaky_relu(math.exp(0.5) * cosine))
 
     def forward(self, h: Tensor, mask: Tensor, visual: Tensor, visual_mask: Tensor) -> Tensor:
-        """h [B,S,D], mask [B,S], visual [B,V,D], visual_mask [B,V] -> h' [B,S,D].
-
-        A row without visual tokens is returned unchanged, bit for bit."""
+        """h [B,S,D], mask [B,S], visual [B,V,D], visual_mask [B,V] -> h' [B,S,D]. A row without
+        visual tokens is returned unchanged, bit for bit."""
         memory, bias = prepare_memory(visual, visual_mask, compute_dtype(h))
         x = h + self.attention(self.attention_norm(h), memory, bias)
         mixed = self.feed_forward(self.feed_forward_norm(x))
@@ -419,7 +403,7 @@ class UMIE(nn.Module):
         To be called once, before training. Two leaky_relu make a negative lambda 1e-4 times as
         small, and the feed-forward then learns to want it still more negative: a gate that starts
         there stays shut. Either sign is an equally likely draw of the initialisation."""
-        inputs: list[tuple] = []  # of the fusion, which does not run where V = 0
+        inputs = []  # of the fusion, which does not run where V = 0
         hook = self.fusion.register_forward_pre_hook(lambda _, args: inputs.append(args))
         self.encode(batch)
         hook.remove()

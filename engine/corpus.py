@@ -92,9 +92,8 @@ def load_corpus(corpus: str | os.PathLike, split: str,
     names, lines in file order. A dataset may lack a split; a split that no dataset has, an unknown
     name and any faulty line raise DataError."""
     wanted = set(units or UNITS)
-    if unknown := {split} - set(SPLITS) | wanted - set(UNITS):
-        name = min(unknown)
-        raise DataError(f'"{name}" is no split or unit: ' + nearest(name, SPLITS + UNITS))
+    if names := sorted({split} - set(SPLITS) | wanted - set(UNITS)):
+        raise DataError(f'"{names[0]}" is no split or unit: {nearest(names[0], SPLITS + UNITS)}')
     datasets, problems = load_datasets(corpus), Problems()
     folders = folders_with(Path(corpus), split, datasets, wanted)
     if not folders:

@@ -17,10 +17,10 @@ from tqdm import tqdm
 from engine.checkpoints import Sources
 from engine.files import ImageError, UsageError, file_hash, locked, regular, write_whole
 from engine.images import PathLike, load_image, resolve_image
-from engine.schema import Problems, Record
+from engine.schema import Box, Problems, Record
 from engine.weights import folder_hash
 
-Boxes = Sequence[Sequence[float]]  # of one picture, each x1, y1, x2, y2 in pixels
+Extent = Sequence[int] | None  # width and height of the upright picture, if the record has them
 Request = tuple[str, tuple, tuple[int, int] | None]  # path, boxes, size as (w, h) if known
 
 
@@ -43,16 +43,13 @@ class FeatureCache:
         self.index: dict[str, safe_open] = {}  # tensor name -> its shard, a memory-mapped file
         self.names: dict[Request, str] = {}  # a picture's bytes are hashed once a run
 
-    def get(self, path: PathLike, boxes: Boxes,
-            size: Sequence[int] | None) -> tuple[Tensor, Tensor]:
-        """One picture -> (features [V,F], boxes [V,5]).  size: the record's [w, h], which must be
-        that of the upright picture, or None."""
+    def get(self, path: PathLike, boxes: Sequence[Box], size: Extent) -> tuple[Tensor, Tensor]:
+        """One picture -> (features [V,F], boxes [V,5])."""
         (name,) = self.prepare([(path, boxes, size)])
         shard = self.index[name]
         return shard.get_tensor(name), shard.get_tensor(f"{name}.boxes")
 
-    def prepare(self,
-                requests: Iterable[tuple[PathLike, Boxes, Sequence[int] | None]]) -> list[str]:
+    def prepare(self, requests: Iterable[tuple[PathLike, Sequence[Box], Extent]]) -> list[str]:
         """Compute what is not yet stored of these (path, boxes, size) -> their tensors' names."""
         requests = [(os.fspath(path), tuple(map(tuple, boxes)), size and tuple(size))
                     for path, boxes, size in requests]
@@ -115,8 +112,7 @@ class FeatureCache:
             with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
                 tokens = torch.cat([self.tower(crops.to(device))[:, 0].float().cpu()
                                     for crops in torch.cat(pixels).split(self.CROPS)])
-            rows = tokens.split([len(views) for views in pixels])
-            for name, row, places in zip(names, rows, boxes):
+            for name, row, places in zip(names, tokens.split(list(map(len, pixels))), boxes):
                 features |= {name: row.clone(), f"{name}.boxes": places}
             bar.update(len(names))
         shard = hashlib.sha256("".join(sorted(features)).encode()).hexdigest()[:32]
@@ -142,8 +138,7 @@ class Features:
                 f"images: expected a file for each of {len(named)} records, {len(absent)} are "
                 f"missing, first {self.path(absent[0])} ({absent[0].source}); put the images "
                 "there, or pass --missing-images mask to go on without them")
-        self.missing = {self.path(record) for record in absent}
-        self.missing_rows = len(absent)
+        self.missing, self.missing_rows = set(map(self.path, absent)), len(absent)
         self.width = tower.feature_width(sources.vit)
         if len(absent) < len(named) and device.type != "meta":  # there nothing is computed
             model, folder = tower.from_pretrained(sources.vit), sources.corpus / ".features"
@@ -166,8 +161,7 @@ class Features:
             raise
 
     def path(self, record: Record) -> Path:
-        """Where a record's image lies, or would lie, looked up once.  ImageError if its name may
-        not be used."""
+        """Where a record's image would lie, looked up once; ImageError if its name is forbidden."""
         name = record.dataset, record.image
         if name not in self.paths:
             try:

@@ -198,12 +198,6 @@ SIZE = Must(lambda v: v is None or are_numbers(v, (int,), 2) and min(v) > 0,
             "is neither null nor [width, height] in pixels: correct it")
 
 
-def span_within(length: float) -> Must:
-    """[start, end) in a text of `length` tokens."""
-    return Must(lambda v: are_numbers(v, (int,), 2) and 0 <= v[0] < v[1] <= length,
-                f"is no span 0 <= start < end <= {length} (tokens): correct the offsets")
-
-
 def box_within(right: float = math.inf, bottom: float = math.inf) -> Must:
     """[x1, y1, x2, y2] in a picture, without bounds where its size is unknown."""
     return Must(lambda v: are_numbers(v, (int, float), 4) and 0 <= v[0] < v[2] <= right
@@ -220,7 +214,9 @@ class RecordRules:
         self.tokens, self.objects = get(raw, "tokens"), get(raw, "objects")
         self.has_image = get(raw, "image", "unknown") is not None  # a missing key: one problem
         self.has_accepted = isinstance(raw, dict) and "accepted" in raw
-        self.span = span_within(len(self.tokens) if isinstance(self.tokens, list) else math.inf)
+        length = len(self.tokens) if isinstance(self.tokens, list) else math.inf
+        self.span = Must(lambda v: are_numbers(v, (int,), 2) and 0 <= v[0] < v[1] <= length,
+                         f"is no span 0 <= start < end <= {length} (tokens): correct the offsets")
         self.box = box_within(*(size if size is not None and SIZE.holds(size) else ()))
 
     def record(self) -> Rule:
@@ -231,13 +227,11 @@ class RecordRules:
         gold = {"mner": {"entities": [self.entity]}, "med": events, "meae": events,
                 "mre": {"head": self.span, "tail": self.span, "relation": one_of(self.labels)}}
         needs_text = self.task in ("mner", "mre") or not self.has_image
-        return {"id": STRING,
-                "dataset": one_of([self.dataset.name]),
+        return {"id": STRING, "dataset": one_of([self.dataset.name]),
                 "task": one_of(self.dataset.labels),
                 "tokens": Must(lambda v: v != [] or not needs_text, "is no text: only med and meae "
                                "records with an image may lack it", [TOKEN]),
-                "image": IMAGE_NAME, "size": SIZE,
-                "objects": self.in_image([self.box]),
+                "image": IMAGE_NAME, "size": SIZE, "objects": self.in_image([self.box]),
                 **(gold[self.task] if self.labels else {})}
 
     def in_image(self, rule: Rule) -> Rule:

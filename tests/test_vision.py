@@ -127,7 +127,7 @@ def test_a_tower_made_here_is_saved_in_the_hubs_layout(tmp_path: Path) -> None:
     vit.save_pretrained(tmp_path)
     again = ViT.from_pretrained(tmp_path)
     assert torch.equal(vit(pixels), again(pixels)) and vit(pixels).shape == (2, 10, 12)
-    assert (again.size, again.mean, again.resample) == (16, (0.1, 0.2, 0.3), 3)
+    assert again.preprocessing == (16, (0.1, 0.2, 0.3), (0.5, 0.5, 0.5), 3)
     theirs = load_file(GOLDEN / "vit" / "model.safetensors").keys()
     assert load_file(tmp_path / "model.safetensors").keys() < theirs  # layers 0, 1; no q, k, v bias
 
@@ -315,7 +315,7 @@ def test_features_are_computed_again_when_anything_they_depend_on_changes(
     FeatureCache(vit, "other", tmp_path / "cache").get(path, boxes, size)
     shutil.copy(pictures[2][0], path)
     FeatureCache(vit, "h", tmp_path / "cache").get(path, boxes, size)
-    vit.mean = (0.4, 0.4, 0.4)
+    vit.preprocessing = vit.size, (0.4, 0.4, 0.4), *vit.preprocessing[2:]
     FeatureCache(vit, "h", tmp_path / "cache").get(path, boxes, size)
     assert vit.seen == 2 + 4 * 2
 
