@@ -32,17 +32,16 @@ from safetensors.torch import load_file, save_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from engine.schema import DataError, Dataset, Problems, Record, iou
-from engine.corpus import load_corpus, load_datasets, read_split
-from engine.features import Features
-from engine.files import ImageError, UsageError, WeightsError
+import data
+import evaluate
 from engine.checkpoints import Sources, find_checkpoint
+from engine.corpus import load_corpus, load_datasets, read_split
+from engine.features import FeatureCache, Features
+from engine.files import ImageError, UsageError, WeightsError
 from engine.images import load_image
-import data  # noqa: E402
-import evaluate  # noqa: E402
-from t5 import T5, T5Config  # noqa: E402
-from engine.features import FeatureCache
-from vision import ViT, ViTConfig  # noqa: E402
+from engine.schema import DataError, Dataset, Problems, Record, iou
+from t5 import T5, T5Config
+from vision import ViT, ViTConfig
 
 # ----------------------------------------------------------------------------------- R11: records
 # A mutation takes (generator, a valid row) and returns the bytes of a line. Whether the result is
