@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from clorae import ExpertLinear, Routing, expert_layers, take_outputs, variance, wide
-from fast.dropout import word_dropout
+from fast.dropout import dropout_factors
 
 RMS_FLOOR = 1e-3  # as in losses.py
 RANK_SPACE = ("clorae", "lora", "tlora")  # methods of one universal and one task expert at most
@@ -146,7 +146,7 @@ class FastExpertLinear(ExpertLinear):
         p = self.config.dropout
         if not self.training or p == 0 or x.device.type != "cpu":
             return super().dropped(x)
-        return word_dropout(x, p)
+        return x * dropout_factors(x, p)
 
     def factors(self) -> list[Tensor]:
         """A_U, A_T, B_U, B_T and W_g; absent ones have no rows, and under fixed gates W_g is."""
