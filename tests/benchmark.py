@@ -129,7 +129,7 @@ def layer(size: str, repeats: int) -> None:
             if with_mim:
                 clorae.keep_outputs(module)
             y = module(x)
-            extra = [mim_of(module, 16, 1)] if with_mim else []
+            extra = [mutual_information(module, 16)] if with_mim else []
             torch.autograd.backward([y, *extra], [dy, *map(torch.ones_like, extra)])
 
         floor = 1 + 3 * (R + R // 3 + 1) / D
@@ -143,12 +143,6 @@ def ours(size: str) -> UMIE:
     model = clorae.adapt(UMIE(T5(geometry(size)), 768), "clorae", SIZES[size].rank)
     fast.speed_up(model)
     return model
-
-
-def mim_of(model: nn.Module, B: int, count: int) -> Tensor:
-    """L_MIM of B rows, from what the fast layers of a model have kept: the mean over count layers,
-    also over those that saw no token."""
-    return mutual_information(model, B) * (len(clorae.expert_layers(model)) / count)
 
 
 def peer(size: str, lora: bool) -> nn.Module:
@@ -192,7 +186,7 @@ def our_steps(size: str, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """Forward and backward of a training step, dropout on, with and without L_MIM; on a GPU also as
     a CUDA graph."""
     model, host, device = ours(size), batch(8), torch.get_default_device()
-    autocast, count = in_type(model, dtype), len(clorae.expert_layers(model))
+    autocast = in_type(model, dtype)
     there = host.to(device)
 
     def mine(with_mim: bool, b: data.Batch = there) -> Tensor:
@@ -202,7 +196,7 @@ def our_steps(size: str, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
             ce = losses.token_cross_entropy(model.hidden(b), b.labels, model.t5.head, real=b.real)
         loss = ce.sum() / b.labels.numel()
         if with_mim:
-            loss = loss + 0.01 * mim_of(model, 8, count)
+            loss = loss + 0.01 * mutual_information(model, 8)
         loss.backward()
         return loss.detach()
 
