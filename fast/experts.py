@@ -103,7 +103,7 @@ class FastExpertLinear(ExpertLinear):
         """y [t,D_out] = W_0 x, and x [t,D_in] in its type -> y + s h.
 
         Products with the universal expert take all tokens at once, those with the task experts one
-        run at a time."""
+        run at a time.  y is changed in place, which keeps the heap of a training step small."""
         tasks, sizes = zip(*runs)
         gates = self.gates(x)
         s1, s2 = ((self.scale, self.scale) if gates is None
@@ -111,11 +111,11 @@ class FastExpertLinear(ExpertLinear):
         x = self.dropped(x)
         A_T, B_T = self.A_T.to(x.dtype), self.B_T.to(x.dtype)
         z_D = torch.cat([x_n @ A_T[n].T for n, x_n in zip(tasks, x.split(sizes))])
-        y = y + torch.cat([z_n @ B_T[n].T for n, z_n in zip(tasks, (s2 * z_D).split(sizes))])
+        y.add_(torch.cat([z_n @ B_T[n].T for n, z_n in zip(tasks, (s2 * z_D).split(sizes))]))
         if self.config.has_universal:
             z_U = x @ self.A_U.to(x.dtype).T
             self.remember(runs, z_U.detach(), z_D)
-            y = torch.addmm(y, s1 * z_U, self.B_U.to(x.dtype).T)
+            y.addmm_(s1 * z_U, self.B_U.to(x.dtype).T)
         return y
 
     def parts(self) -> tuple[list[Tensor], list[Tensor], Callable[[Tensor], Tensor]] | None:
