@@ -51,7 +51,7 @@ WORD = re.compile(rf"""
     | ['’](?i:s|m|d|re|ve|ll)(?!\w)
     | {IN_WORD}(?:{IN_WORD}|[.'’](?=[\w-])|(?<=\d)[,:](?=\d))*  # words, 3.5, 10:30, O'Brien, A&M
     | \S""", re.VERBOSE)
-ENDING = re.compile(r"(?i)(?<=\w)(?=(?:n['’]t|['’](?:s|m|d|re|ve|ll))(?!\w))")
+ENDING = re.compile(r"(?i)(?<=\S)(?=(?:n['’]t|['’](?:s|m|d|re|ve|ll))(?!\w))")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 GivenRow = tuple[str, Path, bytes | dict]  # where it stands, the folder of its image, the row
 

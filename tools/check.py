@@ -47,9 +47,9 @@ def check(corpus: Path, require_images: bool, t5: Path | None = None) -> None:
                 if record.image and not (images / record.image).is_file():
                     problems.add(record.source, "image", f'"{record.image}" is not in {images}: '
                                  "put it there or write null")
-    print("\n".join(shared_texts(texts)) or "no text stands in two splits")
     if not tokenizer:
         print("characters that a tokenizer lacks were not counted: give a T5 by --t5 DIR")
+    print("\n".join(shared_texts(texts)) or "no text stands in two splits")
     problems.raise_if_any()
 
 
