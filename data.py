@@ -221,9 +221,9 @@ def predicted_items(record: Record, text: str, dataset: Dataset,
     """What parse() returns for a model's output, with the spans and boxes of its items, and the
     words of a span as the record has them.
 
-    The k-th entity or trigger of one label and text is the k-th occurrence of the text. One word
-    may trigger events of several types; an entity of another type is an occurrence that no item
-    has yet, if there is one. An argument is the occurrence nearest to its event's trigger, each
+    The k-th entity or trigger of one label and text is the k-th occurrence of the text; the same
+    word may trigger events of other types too, while an entity of another type is an occurrence
+    that no item has yet, if there is one. An argument is the occurrence nearest to its event's trigger, each
     used once for a role. triggers: {event type: first token} as predicted for the same sample;
     where it is unknown, the first occurrence is meant. written: Tokenizer.written, as tokens are
     compared with what that tokenizer has decoded."""
@@ -242,8 +242,9 @@ def predicted_items(record: Record, text: str, dataset: Dataset,
                       if (item.event, item.label, item.role, span) not in used]
             nearest = min(unused, key=lambda span: (span in taken, abs(span[0] - trigger)),
                           default=None)
-            used.add((item.event, item.label, item.role, nearest))
-            item = replace(item, span=nearest, text=words(record, nearest) if nearest else item.text)
+            if nearest:
+                used.add((item.event, item.label, item.role, nearest))
+                item = replace(item, span=nearest, text=words(record, nearest))
         items.append(item)
     return items, malformed
 

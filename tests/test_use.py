@@ -276,8 +276,8 @@ TYPED = {
         "The U.S. army , Dr. A. Lee vs. O'Brien at 9:30 p.m.",
     "3.5% of $1,000, pro-Russia A&M w/o... :-) Rome,Oslo":
         "3.5 % of $ 1,000 , pro-Russia A&M w/o ... :-) Rome , Oslo",
-    "caf\u0065\u0301\u2019s \u0928\u092e\u0938\u094d\u0924\u0947 \U0001f468\u200d\U0001f469 \u2764\ufe0f\u2026":
-        "caf\u0065\u0301 \u2019s \u0928\u092e\u0938\u094d\u0924\u0947 \U0001f468\u200d\U0001f469 \u2764\ufe0f \u2026",
+    "cafe\u0301\u2019s \u0939\u093f \U0001f468\u200d\U0001f469 \u2764\ufe0f\u2026":
+        "cafe\u0301 \u2019s \u0939\u093f \U0001f468\u200d\U0001f469 \u2764\ufe0f \u2026",
     "Lelin lives in Gegen .": "Lelin lives in Gegen .", "": ""}
 
 

@@ -40,8 +40,8 @@ from vision import ViT
 
 NO_GOLD = {"mner": {"entities": []}, "mre": {"relation": "none"}, "med": {"events": []},
            "meae": {"events": []}}
-SHORT = """Adm Apr Aug Ave Bros Capt Co Col Corp Dec Dr Feb Fr Ft Gen Gov Inc Jan Jr Lt Ltd Mr Mrs Ms
-    Mt No Nov Oct Prof Rep Rev Sen Sept Sgt Sr St vs"""
+SHORT = """Adm Apr Aug Ave Bros Capt Co Col Corp Dec Dr Feb Fr Ft Gen Gov Inc Jan Jr Lt Ltd Mr Mrs
+    Ms Mt No Nov Oct Prof Rep Rev Sen Sept Sgt Sr St vs"""
 IN_WORD = r"""[^\s.,:;!?"'‘’“”«»()\[\]{}…—#$€£%*|]"""
 WORD = re.compile(rf"""
       https?://\S*[^\s.,:;!?"'’”)\]…] | @\w+                   # addresses, users

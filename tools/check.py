@@ -3,7 +3,8 @@
     python -m tools.check DIR [--require-images] [--t5 DIR]
 
 A text that stands in a test split and in a training split is a leak, also across datasets.  With
-the folder of a T5, its tokenizer tells what it cuts or lacks, and how far answers can get."""
+a T5's folder: which texts are too long for it or hold characters that it lacks, and the F1 of
+perfect answers."""
 
 from itertools import combinations
 from pathlib import Path
@@ -67,7 +68,7 @@ def summary(records: list[Record], dataset: Dataset, folder: Path) -> str:
 def perfect_answers(records: list[Record], dataset: Dataset, split: str,
                     tokenizer: Tokenizer) -> None:
     """Print what training will announce of these records, at its default lengths, and the F1 of
-    their targets as the tokenizer writes them, which no answer can exceed."""
+    their targets as the tokenizer writes them."""
     datasets = {dataset.name: dataset}
     examples = encode_records(records, datasets, tokenizer)
     answers = [Answer(tokenizer.decode(example.labels)) for example in examples]
@@ -83,8 +84,8 @@ def main(argv: list[str] | None = None) -> None:
     add("dir", type=Path, metavar="DIR", help="corpus folder")
     add("--require-images", action="store_true",
         help="a missing picture is an error instead of a count")
-    add("--t5", type=Path, metavar="DIR", help="folder of a T5: say what its tokenizer (spiece.model"
-        ") cuts or lacks, and the F1 of perfect answers")
+    add("--t5", type=Path, metavar="DIR",
+        help="folder of a T5: print what its spiece.model cuts or lacks, and F1 of perfect answers")
     args = parser.parse_args(argv)
     with exit_codes():
         check(args.dir, args.require_images, args.t5)
