@@ -221,12 +221,12 @@ def predicted_items(record: Record, text: str, dataset: Dataset,
     """What parse() returns for a model's output, with the spans and boxes of its items, and the
     words of a span as the record has them.
 
-    The k-th entity or trigger of one label and text is the k-th occurrence of the text; the same
-    word may trigger events of other types too, while an entity of another type is an occurrence
-    that no item has yet, if there is one. An argument is the occurrence nearest to its event's trigger, each
-    used once for a role. triggers: {event type: first token} as predicted for the same sample;
-    where it is unknown, the first occurrence is meant. written: Tokenizer.written, as tokens are
-    compared with what that tokenizer has decoded."""
+    The k-th entity or trigger of one label and text is the k-th occurrence of the text. The same
+    word may trigger events of other types too; an entity of another type is an occurrence that no
+    item has yet, if there is one. An argument is the occurrence nearest to its event's trigger,
+    each used once for a role. triggers: {event type: first token} as predicted for the same
+    sample; where it is unknown, the first occurrence is meant. written: Tokenizer.written, as
+    tokens are compared with what that tokenizer has decoded."""
     parsed, malformed = parse(record.task, text, dataset.labels[record.task], cut)
     tokens, used, items = [], set(), []
     for item in parsed:
