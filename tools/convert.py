@@ -118,7 +118,7 @@ def read_conll(path: Path, dataset: str) -> Rows:
             name, inside = line.removeprefix("IMGID:"), True
             copies[name] += 1
             numbered = (f"{name}-{n}" if n > 1 else name for n in itertools.count(copies[name]))
-            ids.add(new := next(name for name in numbered if name not in ids))
+            ids.add(new := next(one for one in numbered if one not in ids))
             rows.append((where, raw_record(dataset, id=new, task="mner", image=f"{name}.jpg",
                                            entities=[])))
         elif not line:
