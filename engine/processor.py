@@ -1,54 +1,46 @@
 """How pictures become pixels, by the files of a vision tower's folder."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from engine.files import WeightsError, read_json
 from engine.settings import say_once
 
-# Of an image processor; transformers 5 nests one in processor_config.json where it saves a CLIP.
+# Both hold an image processor; transformers 5 nests it in the second where it saves a whole CLIP.
 FILES = ("preprocessor_config.json", "processor_config.json")
-TAKEN = ("image_mean", "image_std", "resample")
+TAKEN = ("image_mean", "image_std", "resample")  # what vision.preprocess is given
 SIGNS = {*TAKEN, "size", "crop_size", "rescale_factor", "image_processor_type"}
-STEPS = ("do_resize", "do_rescale", "do_normalize")  # always taken; CHOICES: as the folder says or
-CHOICES = (*STEPS, "do_center_crop", "do_convert_rgb")  # as a line says
+STEPS = ("do_resize", "do_rescale", "do_normalize")  # what it always does
 
 
 def picture_settings(folder: Path, size: int) -> dict:
     """{name: value} of TAKEN, as far as a folder says them, whose tower sees size x size pixels.
-    WeightsError for a step that is not taken here, and for two files that differ."""
+    WeightsError for a step that is not taken here, and for two processors that differ."""
     taken: dict = {}
-    for path, processor in processors(folder):
-        check_steps(path, processor, size)
-        for name in TAKEN:
-            value = processor.get(name)
-            if value is not None and taken.setdefault(name, value) != value:
-                raise WeightsError(f"{path}: expected one {name} in {' and '.join(FILES)}, got "
-                                   f"{taken[name]} and {value}; keep that of the tower's training")
-    if lacking := [name for name in TAKEN if name not in taken]:
-        say_once(f"note: {folder}: {', '.join(lacking)} stand neither in {' nor in '.join(FILES)}: "
-                 "the defaults of the tower's family are taken")
+    for path in (folder / name for name in FILES if (folder / name).is_file()):
+        raw = read_json(path)
+        for processor in (raw, *raw.values()):
+            if not isinstance(processor, dict) or not SIGNS & processor.keys():
+                continue
+            check_steps(path, processor, size)
+            for name in TAKEN:
+                value = processor.get(name)
+                if value is not None and taken.setdefault(name, value) != value:
+                    raise WeightsError(f"{path}: expected one {name} in {' and '.join(FILES)}, got "
+                                       f"{taken[name]} and {value}; keep the tower's own")
+    if lacking := ", ".join(name for name in TAKEN if name not in taken):
+        say_once(f"note: {folder}: no {lacking} in {' or '.join(FILES)}; the defaults of the "
+                 "tower's family are taken")
     return taken
 
 
-def processors(folder: Path) -> Iterator[tuple[Path, dict]]:
-    """The image processors in a folder's files, each with its file: at the top or one level deep."""
-    for path in (folder / name for name in FILES if (folder / name).is_file()):
-        raw = read_json(path)
-        if not isinstance(nested := raw.get("image_processor", {}), dict):
-            raise WeightsError(f"{path}: expected image_processor as an object, got {nested!r}; "
-                               "fetch the file anew")
-        inner = [value for value in raw.values() if isinstance(value, dict)]
-        yield from ((path, processor) for processor in (raw, *inner) if SIGNS & processor.keys())
-
-
 def check_steps(path: Path, processor: dict, size: int) -> None:
-    """WeightsError if a processor does anything else than vision.preprocess, but for cutting: a line
-    says that pictures are squeezed."""
+    """WeightsError if a processor does other than vision.preprocess.  One that cuts pictures to
+    `size` is let pass, with a line that says that they are squeezed."""
+    free = ("do_center_crop", "do_convert_rgb")  # steps that may be on or off; others are off
     off = [name for name, value in processor.items() if name.startswith("do_") and value is not None
-           and (not value if name in STEPS else value and name not in CHOICES)]
+           and name not in free and bool(value) != (name in STEPS)]
     factor = processor.get("rescale_factor")
-    if factor is not None and not (isinstance(factor, (int, float)) and abs(255 * factor - 1) < .001):
+    if factor is not None and not (isinstance(factor, (int, float)) and abs(255 * factor - 1) < .01):
         off.append("rescale_factor")
     cuts = processor.get("do_center_crop")
     given = (cuts is not False and processor.get("crop_size")) or processor.get("size") or size

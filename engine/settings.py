@@ -35,20 +35,17 @@ def old_spelling(impl: str) -> str:
 
 @cache
 def slow_bf16() -> float | None:
-    """How many times longer than in fp32 a product takes in bf16 on this CPU; None below twice.
-
-    Measured in some 10 ms (without instructions for bf16 in 100), by one thread and as the least of
-    five: what else runs here shall not decide.  With these instructions it is 0.3 to 1, without
-    them 3 to 60."""
-    threads, least = torch.get_num_threads(), {}
+    """How many times as long as in fp32 a product takes in bf16 on this CPU; None if not twice.
+    With instructions for bf16 it is 0.3 to 1, without them 3 to 60.  One thread measures in some
+    10 ms, and the least of six counts: what else runs here shall not decide."""
+    threads, seconds = torch.get_num_threads(), []
     torch.set_num_threads(1)
     for dtype in (torch.float32, torch.bfloat16):
         x, w = (torch.ones(n, 768, dtype=dtype, device="cpu") for n in (128, 768))
-        times = [timeit(lambda: torch.nn.functional.linear(x, w), number=1) for _ in range(6)]
-        least[dtype] = min(times[1:])  # the first one prepares
+        seconds.append(min(timeit(lambda: torch.nn.functional.linear(x, w), number=1)
+                           for _ in range(6)))
     torch.set_num_threads(threads)
-    factor = least[torch.bfloat16] / least[torch.float32]
-    return factor if factor > 2 else None
+    return factor if (factor := seconds[1] / seconds[0]) > 2 else None
 
 
 def computed_in(precision: str) -> str:
