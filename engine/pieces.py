@@ -61,8 +61,9 @@ def pieces_of(model: dict, ids: dict[str, int]) -> bytes:
     if (model["type"] != "Unigram" or model.get("byte_fallback") or added
             or [ids.get(name) for name in SENTINELS] != [*range(count, count + 100)]
             or [*names[count:]] not in ([], SENTINELS) or any(not abs(x) < 1e9 for x in scores)):
-        raise ValueError(f"type {model['type']}, byte_fallback {model.get('byte_fallback')}, "
-                         f"{count} pieces, {added[:4]} added to them, {len(names) - count} others")
+        raise ValueError(f"a model of type {model['type']}, byte_fallback "
+                         f"{model.get('byte_fallback')}, with {count} pieces, {added[:4]} added "
+                         f"among them, and {len(names) - count} behind them")
     return b"".join(field(1, field(1, name.encode()) + field(2, float(score)) + field(
         3, types.get(name, NORMAL))) for name, score in zip(names[:count], scores))
 
@@ -78,5 +79,5 @@ def charsmap_of(normalizer: dict | None, splitter: dict) -> bytes:
     names = [step["type"] for step in tables + marks]
     if (names not in (["Precompiled", "Metaspace"], ["Metaspace"])
             or "never" in marks[0].values() or marks[0].get("add_prefix_space") is False):
-        raise ValueError(f"normalizer {tables}"[:100] + f" and pre_tokenizer {marks}"[:100])
+        raise ValueError(f"normalizer and pre_tokenizer of {names}, {marks}"[:300])
     return base64.b64decode(tables[0]["precompiled_charsmap"], validate=True) if tables else b""

@@ -29,7 +29,7 @@ from engine.files import UsageError, file_hash
 from engine.parameters import FlatParameters
 from engine.processes import World
 from engine.schema import SPLITS, UNITS, Dataset, Record
-from engine.settings import VIT, Launch, old_spelling, parse_arguments
+from engine.settings import VIT, Launch, computed_in, parse_arguments, say_once, slow_bf16
 from engine.weights import find_weights
 from evaluate import Setup, build, load_model
 from fast import speed_up
@@ -152,7 +152,7 @@ def test_a_run_of_f1199df_loads_scores_and_resumes(small, tmp_path, monkeypatch,
 
 def test_the_old_name_of_an_implementation_is_read_as_the_new_one(finished, tmp_path, capsys):
     """--impl reference, given or standing in an old run's settings, is fast; it is said once."""
-    old_spelling.cache_clear()
+    say_once.cache_clear()
     assert parse_arguments(["--impl", "reference"])[0].impl == "fast"
     shutil.copytree(find_checkpoint(finished["out"]), tmp_path / "step-1")
     state = read_state(tmp_path / "step-1")
