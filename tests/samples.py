@@ -129,7 +129,8 @@ def tokenizer_json(spiece: Path) -> dict:
     vocab = [[pieces.id_to_piece(i), pieces.get_score(i)] for i in range(pieces.get_piece_size())]
     vocab += [[f"<extra_id_{k}>", 0.0] for k in reversed(range(100))]
     special = [i for i in range(len(vocab)) if i < 3 or vocab[i][0].startswith("<extra_id_")]
-    marks = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}
+    marks = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always",
+             "split": True}
     ends = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}]
     second = [{"Sequence": {"id": "B", "type_id": 0}}, ends[1]]
     return {
@@ -138,7 +139,8 @@ def tokenizer_json(spiece: Path) -> dict:
                           "rstrip": False, "normalized": False, "special": True} for i in special],
         "normalizer": charsmap and {"type": "Precompiled", "precompiled_charsmap":
                                     base64.b64encode(charsmap).decode()} or None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, marks]},
+        "pre_tokenizer": {"type": "Sequence",
+                          "pretokenizers": [{"type": "WhitespaceSplit"}, marks]},
         "post_processor": {
             "type": "TemplateProcessing", "single": ends, "pair": ends + second,
             "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}}},
