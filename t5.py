@@ -89,14 +89,9 @@ class T5Config:
             raise WeightsError(f"{path}: expected the config of a T5; model_type is "
                                f"{raw.get('model_type')!r}, missing are {missing}; give a T5")
         try:
-            config = cls(**fields | {"tie_head": tie_head, "scale_logits": scale})
+            return cls(**fields | {"tie_head": tie_head, "scale_logits": scale})
         except WeightsError as error:
             raise WeightsError(f"{path}: {error}") from None
-        if config.gated and not tie_head and scale:
-            say_once(f"note: {path}: scale_decoder_outputs is true for a T5 with gated-gelu and a "
-                     "head of its own, as transformers 5.0.0 writes it by mistake; logits are "
-                     "scaled as it says: set it to false if this is a T5 v1.1 or flan")
-        return config
 
 
 # ------------------------------------------------------------ positions, masks, types
@@ -517,6 +512,10 @@ class T5(nn.Module):
                   and torch.equal(*(stored[k].get_tensor(k).float() for k in (key, shared)))}
         tied = HEAD == shared or HEAD in copies or HEAD not in stored
         config = T5Config.from_hf(raw, folder / "config.json", tied)
+        if config.gated and config.scale_logits and not tied:
+            say_once(f"note: {folder}/config.json: scale_decoder_outputs is true for a gated T5 "
+                     "with a head of its own, a mistake of transformers 5.0.0; logits are scaled "
+                     "as it says: set it to false if this is a T5 v1.1 or flan")
         with torch.device("meta"):
             model = cls(config)
         names = hf_names(config) | {"shared.weight": shared}

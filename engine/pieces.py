@@ -1,8 +1,8 @@
 """T5's tokenizer from tokenizer.json, which transformers 5 writes in place of spiece.model.
 
-It holds what matters of a sentencepiece model: pieces, their scores, and the table by which text is
-normalised. The model is rebuilt in protobuf's encoding, by hand; numbers of fields and types are
-those of sentencepiece_model.proto. Tokens added behind T5's own are text, as with spiece.model."""
+It holds a sentencepiece model's pieces, their scores and the table by which text is normalised. The
+model is rebuilt in protobuf's encoding, with the numbers of fields of sentencepiece_model.proto.
+Tokens added behind T5's own are text, as beside a spiece.model."""
 
 import base64
 import struct
@@ -42,7 +42,7 @@ def rebuilt(path: Path) -> bytes:
     try:
         charsmap = charsmap_of(raw["normalizer"], raw["pre_tokenizer"])
         pieces = pieces_of(raw["model"], {one["content"]: one["id"] for one in raw["added_tokens"]})
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as cause:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as cause:
         raise WeightsError(f"{path}: expected a T5's tokenizer, as transformers 5 saves it, "
                            f"got {type(cause).__name__}: {cause}; copy spiece.model here from the "
                            "T5 that this one was made from") from None
@@ -61,9 +61,8 @@ def pieces_of(model: dict, ids: dict[str, int]) -> bytes:
     if (model["type"] != "Unigram" or model.get("byte_fallback") or added
             or [ids.get(name) for name in SENTINELS] != [*range(count, count + 100)]
             or [*names[count:]] not in ([], SENTINELS) or any(not abs(x) < 1e9 for x in scores)):
-        raise ValueError(f"a model of type {model['type']}, byte_fallback "
-                         f"{model.get('byte_fallback')}, with {count} pieces, {added[:4]} added "
-                         f"among them, and {len(names) - count} behind them")
+        raise ValueError(f"{model['type']}, byte_fallback {model.get('byte_fallback')}, {count} "
+                         f"pieces, of which {added[:4]} are added, {len(names) - count} behind")
     return b"".join(field(1, field(1, name.encode()) + field(2, float(score)) + field(
         3, types.get(name, NORMAL))) for name, score in zip(names[:count], scores))
 

@@ -40,17 +40,17 @@ def check_steps(path: Path, processor: dict, size: int) -> None:
     off = [name for name, value in processor.items() if name.startswith("do_") and value is not None
            and name not in free and bool(value) != (name in STEPS)]
     factor = processor.get("rescale_factor")
-    if factor is not None and not (isinstance(factor, (int, float)) and abs(255 * factor - 1) < .01):
+    if factor is not None and not (type(factor) in (int, float) and abs(255 * factor - 1) < .01):
         off.append("rescale_factor")
-    cuts = processor.get("do_center_crop")
-    given = (cuts is not False and processor.get("crop_size")) or processor.get("size") or size
+    cut = processor.get("do_center_crop") is not False and processor.get("crop_size")
+    given = cut or processor.get("size") or size
     edges = given if isinstance(given, dict) else {"height": given}
-    known = edges.keys() <= {"height", "width", "shortest_edge"}
-    if off or not known or any(edge != size for edge in edges.values()):
+    sides = ("height", "width", "shortest_edge")
+    if off or any(name not in sides or edge != size for name, edge in edges.items()):
         got = ", ".join([f"size {given}", *(f"{name} {processor[name]}" for name in off)])
         raise WeightsError(f"{path}: expected size {size} as in config.json, do_resize, do_rescale "
                            f"by 1/255, do_normalize and no other step, got {got}; take the files "
                            "of one checkpoint, or another tower")
-    if cuts or "shortest_edge" in edges:
+    if cut or processor.get("do_center_crop") or "shortest_edge" in edges:
         say_once(f"note: {path}: cuts out the centre of a picture; here all of it is squeezed to "
                  f"{size} x {size} pixels, as an object may lie anywhere")

@@ -135,9 +135,9 @@ class Config:
     out: str | None = option(None, "run folder; default: runs/DATA-SIZE-METHOD", metavar="DIR")
     save_every: int = option(200, "optimizer steps between checkpoints", int)
     seed: int = option(0, "seed of initialisation, order and dropout", int)
-    precision: str | None = option(None, "computation; default: bf16 on CUDA, fp32 elsewhere (and "
-                                   "for bf16 on a CPU that is slow in it; fp16 overflows in T5: "
-                                   "t5.compute_dtype refuses it)",
+    precision: str | None = option(None, "computation; default: bf16 on CUDA, fp32 elsewhere, and "
+                                   "instead of bf16 on a CPU that is slow in it (fp16 overflows in "
+                                   "T5: t5.compute_dtype refuses it)",
                                    choices=("fp32", "bf16"))
     impl: str = option("auto", "expert layers as the paper writes them ('plain'), in rank space "
                        "('fast') or on clorae.cu ('cuda'); 'auto': the fastest that works",

@@ -246,6 +246,9 @@ def test_a_processor_that_would_cut_the_picture_is_said_once(tmp_path: Path, cap
     assert ViT.from_pretrained(folder).preprocessing == TOLD and ViT.from_pretrained(folder)
     said = capsys.readouterr().err
     assert said.count("note: ") == 1 and "preprocessor_config.json: cuts out the centre" in said
+    say_once.cache_clear()
+    put(folder, {"preprocessor_config.json": {"size": 36, "crop_size": 32}})
+    assert ViT.from_pretrained(folder) and "cuts out the centre" in capsys.readouterr().err
     put(folder, {"preprocessor_config.json": CLIP_PROCESSOR | {
         "size": {"height": 32, "width": 32}, "do_center_crop": False}})
     assert ViT.from_pretrained(folder) and capsys.readouterr().err == ""

@@ -132,7 +132,7 @@ def plain_lora(args: argparse.Namespace, world: World) -> Export:
     texts = [replace(example, record=replace(example.record, image=None)) for example in split]
     lines += [f1("after, gates fixed", split), f1("after, without images", texts)]
     rank, record = next(iter(clorae.expert_layers(model.t5).values())).config.rank, split[0].record
-    hub = SIZES[config.size].t5 if config.t5 is None else None  # not where --t5 was given
+    hub = None if config.t5 else SIZES[config.size].t5  # --t5, then or now, may name another
     base = hub or str(setup.sources.t5.resolve())
     return partial(write_peft, model, base), [
         f"{args.folder}: LoRA of rank {rank} for {TASKS[task]} on the q and v of {base}, sha256 "
