@@ -44,9 +44,9 @@ def check_steps(path: Path, processor: dict, size: int) -> None:
         off.append("rescale_factor")
     cut = processor.get("do_center_crop") is not False and processor.get("crop_size")
     given = cut or processor.get("size") or size
-    edges = given if isinstance(given, dict) else {"height": given}
-    sides = ("height", "width", "shortest_edge")
-    if off or any(name not in sides or edge != size for name, edge in edges.items()):
+    edges = given if isinstance(given, dict) else {"height": given, "width": given}
+    forms = {"height": size, "width": size}, {"shortest_edge": size}
+    if off or edges not in forms:
         got = ", ".join([f"size {given}", *(f"{name} {processor[name]}" for name in off)])
         raise WeightsError(f"{path}: expected size {size} as in config.json, do_resize, do_rescale "
                            f"by 1/255, do_normalize and no other step, got {got}; take the files "

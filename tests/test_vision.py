@@ -208,6 +208,7 @@ def test_two_files_that_differ_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name, value", [
     ("crop_size", {"height": 999, "width": 999}), ("crop_size", {"height": 32, "width": 24}),
     ("crop_size", 24), ("crop_size", {"longest_edge": 32}), ("crop_size", [32, 32]),
+    ("crop_size", {"width": 32}), ("crop_size", {"height": 32, "width": 32, "depth": 3}),
     ("do_resize", False), ("do_rescale", False), ("do_normalize", False), ("do_normalize", 0),
     ("do_pad", True), ("do_flip_channel_order", True), ("rescale_factor", 1 / 127.5),
     ("rescale_factor", 1.0), ("rescale_factor", 0), ("rescale_factor", "1/255"),
