@@ -242,14 +242,15 @@ def test_the_processor_of_another_checkpoint_is_an_error(tmp_path: Path, size: o
 def test_a_processor_that_would_cut_the_picture_is_said_once(tmp_path: Path, capsys) -> None:
     """Pictures are squeezed, as objects may lie anywhere; DeiT and CLIP cut out the centre."""
     folder = put(checkpoint(tmp_path / "c", "clip_vision"), {
-        "preprocessor_config.json": CLIP_PROCESSOR | {"size": 36, "crop_size": 32}})
+        "preprocessor_config.json": CLIP_PROCESSOR | {"size": 36, "crop_size": 32},
+        "processor_config.json": {"image_processor": CLIP_PROCESSOR}})
     say_once.cache_clear()
     assert ViT.from_pretrained(folder).preprocessing == TOLD and ViT.from_pretrained(folder)
     said = capsys.readouterr().err
-    assert said.count("note: ") == 1 and "preprocessor_config.json: cuts out the centre" in said
+    assert said.count("note: ") == 1 and f"{folder}: its processor cuts out" in said
     say_once.cache_clear()
     put(folder, {"preprocessor_config.json": {"size": 36, "crop_size": 32}})
-    assert ViT.from_pretrained(folder) and "cuts out the centre" in capsys.readouterr().err
+    assert ViT.from_pretrained(folder) and "cuts out" in capsys.readouterr().err
     put(folder, {"preprocessor_config.json": CLIP_PROCESSOR | {
         "size": {"height": 32, "width": 32}, "do_center_crop": False}})
     assert ViT.from_pretrained(folder) and capsys.readouterr().err == ""
