@@ -52,5 +52,5 @@ def check_steps(path: Path, processor: dict, size: int) -> None:
                            f"by 1/255, do_normalize and no other step, got {got}; take the files "
                            "of one checkpoint, or another tower")
     if cut or processor.get("do_center_crop") or "shortest_edge" in edges:
-        say_once(f"note: {path.parent}: its processor cuts out the centre of a picture; here all of "
-                 f"it is squeezed to {size} x {size} pixels, as an object may lie anywhere")
+        say_once(f"note: {path.parent}: its processor cuts out the centre of a picture; here it is "
+                 f"squeezed to {size} x {size} pixels as a whole, as an object may lie anywhere")
