@@ -42,7 +42,7 @@ from engine.checkpoints import (Checkpoints, Logs, Progress, Sources, find_check
 from engine.corpus import (corpus_hash, corpus_of, hold_out, load_corpus, load_datasets,
                            read_splits, unit_rows)
 from engine.features import Features
-from engine.files import Stopped, UsageError, claim, locked, whole, write_whole
+from engine.files import Stopped, UsageError, claim, locked_if_writable, whole, write_whole
 from engine.parameters import FlatParameters
 from engine.plan import describe, finished, plan
 from engine.processes import World, exit_codes
@@ -167,8 +167,9 @@ def unit_sums(totals: Tensor, ce: Tensor, batch: data.Batch) -> Tensor:
 class Run:
     """One training run: its model, data, progress and files."""
 
-    def __init__(self, config: Config, sources: Sources, world: World, dry: bool = False):
-        """dry: the model has names and shapes but no weights (--dry-run)."""
+    def __init__(self, config: Config, sources: Sources, world: World, dry: bool = False,
+                 cache: str | None = None):
+        """dry: the model has names and shapes but no weights (--dry-run).  cache: see Features."""
         self.config, self.world, self.out = config, world, Path(config.out)
         device = torch.device("meta") if dry else world.device
         self.setup = evaluate.build(config, sources, device)
@@ -177,7 +178,7 @@ class Run:
         self.experts = clorae.expert_layers(self.model)
         self.trained = clorae.parameter_split(self.model)
         self.form = fast.form_on(world.device, config.impl)
-        self.rows = Rows(config, sources, self.setup, device, world)
+        self.rows = Rows(config, sources, self.setup, device, world, cache)
         self.reference = references(config, self.rows.units)
         self.progress = Progress(weights=dict.fromkeys(self.rows.units, 1.0))
         if config.graphs:
@@ -290,13 +291,13 @@ class Rows:
     """The data that a run is trained and scored on: records, examples, image features, batches."""
 
     def __init__(self, config: Config, sources: Sources, setup: evaluate.Setup,
-                 device: torch.device, world: World):
+                 device: torch.device, world: World, cache: str | None = None):
         """device: where features are computed; none are on "meta".  UsageError without rows."""
         self.config, datasets = config, setup.datasets
         self.records = read_splits(sources.corpus, datasets, config.units)
         self.held_out = hold_out(self.records, datasets, config.hold_out)  # to be printed
         self.features = Features(sources, sum(self.records.values(), []), config.missing_images,
-                                 config.max_objects, device, ViT)
+                                 config.max_objects, device, ViT, cache)
         self.splits = {split: data.encode_records(records, datasets, setup.tokenizer,
                                                   config.max_source, config.max_target, world.print)
                        for split, records in self.records.items()}
@@ -346,7 +347,8 @@ def check_graphs(config: Config, device: torch.device, form: str) -> None:
 
 def prepare(config: Config) -> Sources:
     """Find, make or download corpus and backbone.  UsageError names every model not to be had."""
-    with locked(Path("weights/.lock")):
+    with locked_if_writable(Path("weights/.lock"), "processes that start together may make the "
+                            "same files and fail: let `--dry-run` make them first"):
         corpus = corpus_of(config)
         if config.data is None and not corpus.exists():
             whole(corpus, demo.make_world)
@@ -403,7 +405,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     lock = claim(Path(config.out)) if world.main else None
     sources = prepare(config)
     world.join()
-    run = Run(config, sources, world)
+    run = Run(config, sources, world, cache=launch.cache)
     if world.main:
         run.checkpoints.check_room()
     start = run.checkpoints.resume(launch)

@@ -144,6 +144,9 @@ class Config:
     uses_mim = property(lambda self: self.method == "clorae" and self.mim and self.beta > 0)
 
 
+CACHE = "folder for image features; default: .features in the corpus where that can be written " \
+        "to, else clorae in your cache folder (XDG_CACHE_HOME)"
+
 # The option groups of --help: each begins with the field named here.
 GROUPS = {"size": "what to train", "data": "data", "t5": "model", "epochs": "optimisation",
           "aml": "losses", "out": "run"}
@@ -158,6 +161,7 @@ class Launch:
                                       "batches, equal but for rounding", bool, action="store_true")
     timeout: float = option(300.0, "seconds that the processes wait for one that does not answer",
                             float)
+    cache: str | None = option(None, CACHE, metavar="DIR")
     dry_run: bool = option(False, "find, make or fetch corpus and backbone, print files, "
                            "parameters, rows, steps and memory, and stop: no weight is loaded, "
                            "nothing is written to --out", bool, action="store_true")
@@ -194,6 +198,7 @@ def run_options(result: Parser, several: bool = False, required: bool = True) ->
     for flag, name in (("t5", "T5"), ("vit", "ViT"), ("init", "full run below the experts")):
         add(f"--{flag}", metavar="DIR", help=f"folder of the {name} that CKPT was trained on, "
             "where it is no longer at its place; sha256 must agree")
+    add("--cache", metavar="DIR", help=CACHE)
     add("--units", nargs="+", choices=UNITS, metavar="UNIT",
         help=f"only these columns ({' '.join(UNITS)}); default: all in the corpus")
     add("--missing-images", choices=("error", "mask"),

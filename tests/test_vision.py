@@ -209,13 +209,9 @@ def test_animated_and_lossy_formats_give_their_first_picture(tmp_path: Path) -> 
 
 
 def test_plain_names_are_resolved(tmp_path: Path) -> None:
-    """Subfolders, blanks, dots and other scripts are fine; links inside and a linked root too."""
-    (tmp_path / "img" / "sub").mkdir(parents=True)
-    (tmp_path / "img" / "inner").symlink_to("sub")
-    (tmp_path / "root").symlink_to("img")
+    """Subfolders, blanks, dots and other scripts are fine; the path is not that of a link's end."""
     for name in ("a.jpg", "sub/a.jpg", "VOA.2016 (1).jpg", "\u00fc\u4e2d.png", "..a.jpg", "a..jpg"):
-        assert resolve_image(tmp_path / "root", name) == (tmp_path / "img" / name).resolve()
-    assert resolve_image(tmp_path / "img", "inner/a.jpg") == (tmp_path / "img/sub/a.jpg").resolve()
+        assert resolve_image(tmp_path / "img", name) == tmp_path / "img" / name
 
 
 # ------------------------------------------------------------------------------ visual tokens
