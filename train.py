@@ -25,6 +25,7 @@ import re
 import signal
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -42,7 +43,7 @@ from engine.checkpoints import (Checkpoints, Logs, Progress, Sources, find_check
 from engine.corpus import (corpus_hash, corpus_of, hold_out, load_corpus, load_datasets,
                            read_splits, unit_rows)
 from engine.features import Features
-from engine.files import Stopped, UsageError, claim, locked_if_writable, whole, write_whole
+from engine.files import Stopped, UsageError, claim, locked, whole, write_whole
 from engine.parameters import FlatParameters
 from engine.plan import describe, finished, plan
 from engine.processes import World, exit_codes
@@ -347,8 +348,9 @@ def check_graphs(config: Config, device: torch.device, form: str) -> None:
 
 def prepare(config: Config) -> Sources:
     """Find, make or download corpus and backbone.  UsageError names every model not to be had."""
-    with locked_if_writable(Path("weights/.lock"), "processes that start together may make the "
-                            "same files and fail: let `--dry-run` make them first"):
+    given = config.data and config.t5 and config.vit  # then nothing is made here
+    with nullcontext() if given else locked(Path("weights/.lock"), "processes that start together "
+                                            "may make the same: let `--dry-run` do it first"):
         corpus = corpus_of(config)
         if config.data is None and not corpus.exists():
             whole(corpus, demo.make_world)

@@ -29,19 +29,17 @@ class FeatureCache:
     """Features [V,F] of pictures and their boxes, computed once by a frozen tower and kept on disk.
 
     FOLDER/<tower_hash>/<shard>.safetensors holds, for each picture and its boxes, their features
-    under the sha256 of the file's bytes, boxes, size, preprocessing and Pillow's version, and beside
-    them, as NAME.boxes, the places [V,5] of the boxes in the picture; `tower_hash` names the tower's
-    weights. Shards are only added, each renamed when whole, so processes may share a folder. All
-    `folders` and those of `read` are read; written to is the first of `folders` that can be.
+    under the sha256 of the file's bytes, boxes, size, preprocessing and Pillow's version, and
+    beside them, as NAME.boxes, the places [V,5] of the boxes in the picture; `tower_hash` names the
+    tower's weights. Shards are only added, each renamed when whole, so processes may share a
+    folder. All `folders` are read; the first that can be is written to.
     Token 0 is the picture, token k its box k: the tower's first token of `last_hidden_state`."""
     SHARD, AHEAD, CROPS = 256, 16, 64  # pictures per file and read ahead, crops per tower call
 
-    def __init__(self, tower: nn.Module, tower_hash: str, *folders: PathLike,
-                 read: Sequence[PathLike] = ()) -> None:
+    def __init__(self, tower: nn.Module, tower_hash: str, *folders: PathLike) -> None:
         """tower: as vision.ViT, called on pixels, with `views` and `preprocessing`; ready to
         compute, on its device."""
         self.tower, self.folders = tower, [Path(folder) / tower_hash for folder in folders]
-        self.readable = [*self.folders, *(Path(folder) / tower_hash for folder in read)]
         self.shards: set[Path] = set()  # that are in the index
         self.index: dict[str, safe_open] = {}  # tensor name -> its shard, a memory-mapped file
         self.names: dict[Request, str] = {}  # a picture's bytes are hashed once a run
@@ -61,11 +59,11 @@ class FeatureCache:
             self.scan()  # on disk from an earlier run, for which nothing need be written
         if not wanted.keys() <= self.index.keys():
             folder, lock = self.open_folder()
-            with lock:
+            with lock:  # four pictures at most are in memory at once
                 self.scan()  # computed meanwhile by the process that held the lock
                 missing = [item for item in wanted.items() if item[0] not in self.index]
                 with tqdm(total=len(missing), desc="image features", unit="image",
-                          disable=len(missing) < 2) as bar, ThreadPoolExecutor() as pool:
+                          disable=len(missing) < 2) as bar, ThreadPoolExecutor(4) as pool:
                     for start in range(0, len(missing), self.SHARD):
                         self.store(folder, missing[start:start + self.SHARD], pool, bar)
         return [self.names[request] for request in requests]
@@ -77,8 +75,7 @@ class FeatureCache:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=folder).close()
-                lock = locked(folder.parent / ".lock", "processes that start together compute the "
-                              "same image features, which costs time only")
+                lock = locked(folder.parent / ".lock", "processes may compute the same features")
             except OSError as cause:
                 refusals.append(f"{folder.parent} ({cause.strerror})")
                 continue
@@ -105,7 +102,7 @@ class FeatureCache:
 
     def scan(self) -> None:
         """Map the shards that are new in the folders; only their headers are read."""
-        shards = {path for folder in self.readable for path in folder.glob("*.safetensors")
+        shards = {path for folder in self.folders for path in folder.glob("*.safetensors")
                   if os.access(path, os.R_OK)}
         for path in sorted(shards - self.shards):
             try:
@@ -166,9 +163,8 @@ class Features:
         self.width = tower.feature_width(sources.vit)
         if len(absent) < len(named) and device.type != "meta":  # there nothing is computed
             model, beside = tower.from_pretrained(sources.vit), sources.corpus / ".features"
-            folders = [cache] if cache else [beside, *user_cache()]
-            self.cache = FeatureCache(model.to(device).eval(), folder_hash(sources.vit), *folders,
-                                      read=[beside])
+            folders = [cache] * bool(cache) + [beside, *user_cache()]
+            self.cache = FeatureCache(model.to(device).eval(), folder_hash(sources.vit), *folders)
             self.compute([r for r in named if self.path(r) not in self.missing])
 
     def compute(self, records: Sequence[Record]) -> None:

@@ -11,7 +11,6 @@ import shutil
 import stat
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any, TextIO
@@ -50,7 +49,7 @@ def note(text: str) -> None:
 def locked(path: Path, risk: str, wait: bool = True) -> TextIO:
     """Lock a file against all other processes of this machine until what is returned is closed, as
     a `with` block does, or its holder ends.  BlockingIOError if it is taken and `wait` is False.
-    Where the file system has no locks a note names the risk, and nothing is locked."""
+    Where a file system has no locks, none is taken, and a note names the risk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         file = open(path, "a")
@@ -65,21 +64,11 @@ def locked(path: Path, risk: str, wait: bool = True) -> TextIO:
     return file
 
 
-def locked_if_writable(path: Path, risk: str) -> AbstractContextManager:
-    """The same where this user may write; elsewhere there is nothing that a lock would protect."""
-    try:
-        return locked(path, risk)
-    except OSError as cause:
-        if cause.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
-            raise
-        return nullcontext()
-
-
 def claim(out: Path) -> TextIO:
     """Lock a run folder until the file returned is closed; UsageError: not writable, or in use."""
     try:
-        return locked(out / ".lock", "a second run that is given this --out would go unnoticed, and "
-                      "both would write to it: start one at a time", wait=False)
+        return locked(out / ".lock", "a second run that writes to this --out would go unnoticed: "
+                      "start one at a time", wait=False)
     except BlockingIOError:
         raise UsageError(f"--out {out}: expected a run folder that no other process writes to, got "
                          "one in use; wait for that run, end it, or use another --out") from None
@@ -106,7 +95,7 @@ def sync(path: Path) -> None:
 def write_whole(path: Path, content: bytes | str) -> None:
     """Write a file that is never seen half written, and the folders that lead to it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")  # two machines
+    aside = path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
     try:
         aside.write_bytes(content.encode() if isinstance(content, str) else content)
         sync(aside)

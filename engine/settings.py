@@ -1,28 +1,25 @@
 """The settings of a run, and the command line that sets them."""
 
 import argparse
-import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass, replace
-from functools import cache
 from pathlib import Path
 
 import torch
 
 from engine.command import Parser
-from engine.files import UsageError
+from engine.files import UsageError, note
 from engine.schema import TASKS, UNITS
 
 VIT = "google/vit-base-patch16-224-in21k"
 IMPLS = ("auto", "plain", "fast", "cuda")  # --impl: forms of the expert layers
+CACHE = "folder for image features; default: .features in the corpus, else in your cache folder"
 
 
-@cache
 def old_spelling(impl: str) -> str:
     """A value of --impl, as it is spelt now: "reference" is "fast", which is said once."""
-    if impl == "reference" and os.environ.get("RANK", "0") == "0":
-        print("note: --impl reference is now called fast", file=sys.stderr, flush=True)
+    if impl == "reference":
+        note("--impl reference is now called fast")
     return "fast" if impl == "reference" else impl
 
 
@@ -143,9 +140,6 @@ class Config:
     # Whether L_MIM, Eq. (5), takes part in the loss.
     uses_mim = property(lambda self: self.method == "clorae" and self.mim and self.beta > 0)
 
-
-CACHE = "folder for image features; default: .features in the corpus where that can be written " \
-        "to, else clorae in your cache folder (XDG_CACHE_HOME)"
 
 # The option groups of --help: each begins with the field named here.
 GROUPS = {"size": "what to train", "data": "data", "t5": "model", "epochs": "optimisation",

@@ -25,7 +25,7 @@ from conftest import ROOT, run, sums
 from engine.checkpoints import (Checkpoints, Progress, find_checkpoint, load_trainables, read_state,
                                 stored_config, write_checkpoint, write_state)
 from engine.corpus import hold_out, load_corpus, load_datasets, read_splits
-from engine.files import UsageError, file_hash
+from engine.files import UsageError, file_hash, note
 from engine.parameters import FlatParameters
 from engine.processes import World
 from engine.schema import SPLITS, UNITS, Dataset, Record
@@ -152,7 +152,7 @@ def test_a_run_of_f1199df_loads_scores_and_resumes(small, tmp_path, monkeypatch,
 
 def test_the_old_name_of_an_implementation_is_read_as_the_new_one(finished, tmp_path, capsys):
     """--impl reference, given or standing in an old run's settings, is fast; it is said once."""
-    old_spelling.cache_clear()
+    note.cache_clear()
     assert parse_arguments(["--impl", "reference"])[0].impl == "fast"
     shutil.copytree(find_checkpoint(finished["out"]), tmp_path / "step-1")
     state = read_state(tmp_path / "step-1")
