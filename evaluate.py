@@ -536,6 +536,7 @@ class Job:
         self.changes["units"] = args.units  # None: all of them, whatever was trained on
         self.config = stored_config(self.checkpoint, **self.changes)
         self.decoding = Decoding.of(self.config, args.batch_size, args.beams)
+        self.cache = args.cache
         out = getattr(args, "out", None) or folder / f"predictions-{args.split}.jsonl"
         if out.is_dir():
             raise UsageError(f"--out {out}: expected a file, got a folder; name a file in it")
@@ -558,7 +559,8 @@ class Job:
 
     def features(self, setup: Setup, examples: Sequence[Example], world: World) -> Features:
         return Features(setup.sources, [example.record for example in examples],
-                        self.config.missing_images, self.config.max_objects, world.device, ViT)
+                        self.config.missing_images, self.config.max_objects, world.device, ViT,
+                        self.cache)
 
     def score(self, world: World) -> tuple[Scores, dict[str, Dataset]]:
         """Decode, score and write both files; returns the scores and {name: dataset}."""

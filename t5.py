@@ -24,8 +24,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from engine.files import WeightsError, read_json, write_whole
-from engine.settings import say_once
+from engine.files import WeightsError, note, read_json, write_whole
 from engine.weights import odd_fields, open_weights, read_weights
 
 FIRST_UNUSED_ID = 32100  # where T5's vocabulary ends; hub files add untrained rows behind it
@@ -513,7 +512,7 @@ class T5(nn.Module):
         tied = HEAD == shared or HEAD in copies or HEAD not in stored
         config = T5Config.from_hf(raw, folder / "config.json", tied)
         if config.gated and config.scale_logits and not tied:
-            say_once(f"note: {folder}/config.json: scale_decoder_outputs is true for a gated T5 "
+            note(f"{folder}/config.json: scale_decoder_outputs is true for a gated T5 "
                      "with a head of its own, a mistake of transformers 5.0.0; logits are scaled "
                      "as it says: set it to false if this is a T5 v1.1 or flan")
         with torch.device("meta"):

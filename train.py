@@ -25,6 +25,7 @@ import re
 import signal
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -167,8 +168,9 @@ def unit_sums(totals: Tensor, ce: Tensor, batch: data.Batch) -> Tensor:
 class Run:
     """One training run: its model, data, progress and files."""
 
-    def __init__(self, config: Config, sources: Sources, world: World, dry: bool = False):
-        """dry: the model has names and shapes but no weights (--dry-run)."""
+    def __init__(self, config: Config, sources: Sources, world: World, dry: bool = False,
+                 cache: str | None = None):
+        """dry: the model has names and shapes but no weights (--dry-run).  cache: see Features."""
         self.config, self.world, self.out = config, world, Path(config.out)
         device = torch.device("meta") if dry else world.device
         self.setup = evaluate.build(config, sources, device)
@@ -177,7 +179,7 @@ class Run:
         self.experts = clorae.expert_layers(self.model)
         self.trained = clorae.parameter_split(self.model)
         self.form = fast.form_on(world.device, config.impl)
-        self.rows = Rows(config, sources, self.setup, device, world)
+        self.rows = Rows(config, sources, self.setup, device, world, cache)
         self.reference = references(config, self.rows.units)
         self.progress = Progress(weights=dict.fromkeys(self.rows.units, 1.0))
         if config.graphs:
@@ -290,13 +292,13 @@ class Rows:
     """The data that a run is trained and scored on: records, examples, image features, batches."""
 
     def __init__(self, config: Config, sources: Sources, setup: evaluate.Setup,
-                 device: torch.device, world: World):
+                 device: torch.device, world: World, cache: str | None = None):
         """device: where features are computed; none are on "meta".  UsageError without rows."""
         self.config, datasets = config, setup.datasets
         self.records = read_splits(sources.corpus, datasets, config.units)
         self.held_out = hold_out(self.records, datasets, config.hold_out)  # to be printed
         self.features = Features(sources, sum(self.records.values(), []), config.missing_images,
-                                 config.max_objects, device, ViT)
+                                 config.max_objects, device, ViT, cache)
         self.splits = {split: data.encode_records(records, datasets, setup.tokenizer,
                                                   config.max_source, config.max_target, world.print)
                        for split, records in self.records.items()}
@@ -346,7 +348,9 @@ def check_graphs(config: Config, device: torch.device, form: str) -> None:
 
 def prepare(config: Config) -> Sources:
     """Find, make or download corpus and backbone.  UsageError names every model not to be had."""
-    with locked(Path("weights/.lock")):
+    given = config.data and config.t5 and config.vit  # then nothing is made here
+    with nullcontext() if given else locked(Path("weights/.lock"), "processes that start together "
+                                            "may make the same: let `--dry-run` do it first"):
         corpus = corpus_of(config)
         if config.data is None and not corpus.exists():
             whole(corpus, demo.make_world)
@@ -403,7 +407,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     lock = claim(Path(config.out)) if world.main else None
     sources = prepare(config)
     world.join()
-    run = Run(config, sources, world)
+    run = Run(config, sources, world, cache=launch.cache)
     if world.main:
         run.checkpoints.check_room()
     start = run.checkpoints.resume(launch)

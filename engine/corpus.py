@@ -159,7 +159,8 @@ def corpus_hash(corpus: Path) -> str:
 def split_digest(corpus: Path, split: str) -> str:
     """sha256 over the files of a split and the names of all images below the corpus, in hex."""
     files = sorted([*corpus.glob("*/dataset.json"), *corpus.glob(f"*/{split}.jsonl")])
-    images = sorted(str(path.relative_to(corpus)) for path in corpus.glob("*/images/**/*"))
+    paths = {*corpus.glob("*/images/**/*"), *corpus.glob("*/images/*/**/*")}  # ** enters no link
+    images = sorted(str(path.relative_to(corpus)) for path in paths)
     names = "\n".join(images).encode(errors="surrogateescape")
     return hashlib.sha256(b"".join(path.read_bytes() for path in files) + names).hexdigest()
 

@@ -3,11 +3,13 @@
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+import PIL
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -15,30 +17,29 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine.checkpoints import Sources
-from engine.files import ImageError, UsageError, file_hash, locked, regular, write_whole
-from engine.images import PathLike, load_image, resolve_image
+from engine.files import ImageError, UsageError, file_hash, locked, note, regular, write_whole
+from engine.images import Extent, PathLike, look, resolve_image
 from engine.schema import Box, Problems, Record
 from engine.weights import folder_hash
 
-Extent = Sequence[int] | None  # width and height of the upright picture, if the record has them
 Request = tuple[str, tuple, tuple[int, int] | None]  # path, boxes, size as (w, h) if known
 
 
 class FeatureCache:
     """Features [V,F] of pictures and their boxes, computed once by a frozen tower and kept on disk.
 
-    `folder`/<tower_hash>/<shard>.safetensors holds, for each picture and its boxes, their features
-    under the sha256 of the file's bytes, boxes, size and preprocessing, and beside them, as
-    NAME.boxes, the places [V,5] of the boxes in the picture; `tower_hash` names the tower's
-    weights. Shards are only added, each renamed when whole, so processes may share a folder.
+    FOLDER/<tower_hash>/<shard>.safetensors holds, for each picture and its boxes, their features
+    under the sha256 of the file's bytes, boxes, size, preprocessing and Pillow's version, and
+    beside them, as NAME.boxes, the places [V,5] of the boxes in the picture; `tower_hash` names the
+    tower's weights. Shards are only added, each renamed when whole, so processes may share a
+    folder. All `folders` are read; the first that can be is written to.
     Token 0 is the picture, token k its box k: the tower's first token of `last_hidden_state`."""
     SHARD, AHEAD, CROPS = 256, 16, 64  # pictures per file and read ahead, crops per tower call
 
-    def __init__(self, tower: nn.Module, tower_hash: str, folder: PathLike) -> None:
+    def __init__(self, tower: nn.Module, tower_hash: str, *folders: PathLike) -> None:
         """tower: as vision.ViT, called on pixels, with `views` and `preprocessing`; ready to
         compute, on its device."""
-        self.tower, self.folder = tower, Path(folder) / tower_hash
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.tower, self.folders = tower, [Path(folder) / tower_hash for folder in folders]
         self.shards: set[Path] = set()  # that are in the index
         self.index: dict[str, safe_open] = {}  # tensor name -> its shard, a memory-mapped file
         self.names: dict[Request, str] = {}  # a picture's bytes are hashed once a run
@@ -55,14 +56,34 @@ class FeatureCache:
                     for path, boxes, size in requests]
         wanted = {self.name(request): request for request in requests}
         if not wanted.keys() <= self.index.keys():
-            self.scan()  # on disk from an earlier run or another process
-        missing = [item for item in wanted.items() if item[0] not in self.index]
-        if missing:
-            with tqdm(total=len(missing), desc="image features", unit="image",
-                      disable=len(missing) < 2) as bar, ThreadPoolExecutor() as pool:
-                for start in range(0, len(missing), self.SHARD):
-                    self.store(missing[start:start + self.SHARD], pool, bar)
+            self.scan()  # on disk from an earlier run, for which nothing need be written
+        if not wanted.keys() <= self.index.keys():
+            folder, lock = self.open_folder()
+            with lock:  # four pictures at most are in memory at once
+                self.scan()  # computed meanwhile by the process that held the lock
+                missing = [item for item in wanted.items() if item[0] not in self.index]
+                with tqdm(total=len(missing), desc="image features", unit="image",
+                          disable=len(missing) < 2) as bar, ThreadPoolExecutor(4) as pool:
+                    for start in range(0, len(missing), self.SHARD):
+                        self.store(folder, missing[start:start + self.SHARD], pool, bar)
         return [self.names[request] for request in requests]
+
+    def open_folder(self) -> tuple[Path, TextIO]:
+        """The first folder that can be written to, and its lock; UsageError if there is none."""
+        refusals = []
+        for folder in self.folders:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()
+                lock = locked(folder.parent / ".lock", "processes may compute the same features")
+            except OSError as cause:
+                refusals.append(f"{folder.parent} ({cause.strerror})")
+                continue
+            if refusals:
+                note(f"image features are kept in {folder.parent}, not in {', '.join(refusals)}")
+            return folder, lock
+        raise UsageError("image features: expected a folder that can be written to, got "
+                         f"{', '.join(refusals)}; name another one with --cache DIR")
 
     def name(self, request: Request) -> str:
         """The name of a request's tensor: the hash of all that its features depend on."""
@@ -74,13 +95,16 @@ class FeatureCache:
                 raise ImageError(f"{path}: expected a picture, got: {error}; add the file or "
                                  "correct the record") from error
             layout = "and boxes"  # names what a shard holds; another layout needs another name
-            key = json.dumps([content, boxes, size, *self.tower.preprocessing, layout])
+            key = json.dumps([content, boxes, size, *self.tower.preprocessing, layout,
+                              f"Pillow {PIL.__version__}"])  # 13 resizes tall pictures otherwise
             self.names[request] = hashlib.sha256(key.encode()).hexdigest()
         return self.names[request]
 
     def scan(self) -> None:
-        """Map the shards that are new in the folder; only their headers are read."""
-        for path in sorted(set(self.folder.glob("*.safetensors")) - self.shards):
+        """Map the shards that are new in the folders; only their headers are read."""
+        shards = {path for folder in self.folders for path in folder.glob("*.safetensors")
+                  if os.access(path, os.R_OK)}
+        for path in sorted(shards - self.shards):
             try:
                 shard = safe_open(path, "pt")
             except (SafetensorError, OSError) as error:
@@ -89,25 +113,14 @@ class FeatureCache:
             self.index |= dict.fromkeys(shard.keys(), shard)
             self.shards.add(path)
 
-    def pixels(self, request: Request) -> tuple[Tensor, Tensor]:
-        """Read a picture -> it and its crops as pixels [V,3,size,size], their places [V,5]."""
-        path, boxes, size = request
-        image = load_image(path)
-        if size and image.size != size:
-            raise ImageError(f"{path}: expected {size[0]} x {size[1]} pixels as in the record, got "
-                             f"{image.width} x {image.height} (upright); correct the record")
-        try:
-            return self.tower.views(image, boxes)
-        except ImageError as error:
-            raise ImageError(f"{path}: {error}") from None
-
     @torch.no_grad()
-    def store(self, items: list[tuple[str, Request]], pool: ThreadPoolExecutor, bar: tqdm) -> None:
-        """Compute one shard and add it to the folder."""
+    def store(self, folder: Path, items: list[tuple[str, Request]], pool: ThreadPoolExecutor,
+              bar: tqdm) -> None:
+        """Compute one shard and add it to a folder."""
         features, device = {}, next(self.tower.parameters()).device
         for start in range(0, len(items), self.AHEAD):
             names, requests = zip(*items[start:start + self.AHEAD])
-            pixels, boxes = zip(*pool.map(self.pixels, requests))
+            pixels, boxes = zip(*pool.map(lambda r: look(*r, self.tower.views), requests))
             # In full float32: features of a GPU and of a CPU may share a folder.
             with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
                 tokens = torch.cat([self.tower(crops.to(device))[:, 0].float().cpu()
@@ -116,8 +129,15 @@ class FeatureCache:
                 features |= {name: row.clone(), f"{name}.boxes": places}
             bar.update(len(names))
         shard = hashlib.sha256("".join(sorted(features)).encode()).hexdigest()[:32]
-        write_whole(self.folder / f"{shard}.safetensors", save(features))
+        write_whole(folder / f"{shard}.safetensors", save(features))
         self.scan()
+
+
+def user_cache() -> list[Path]:
+    """The folder for image features in this user's cache folder; [] without a home."""
+    given = os.environ.get("XDG_CACHE_HOME", "")  # a relative one is to be ignored
+    home = os.path.expanduser("~/.cache")
+    return [Path(root, "clorae", "features") for root in (given, home) if os.path.isabs(root)][:1]
 
 
 class Features:
@@ -126,9 +146,10 @@ class Features:
     its rows are counted and have no visual tokens."""
 
     def __init__(self, sources: Sources, records: Sequence[Record], missing_images: str,
-                 max_objects: int, device: torch.device, tower: Any):
+                 max_objects: int, device: torch.device, tower: Any, cache: PathLike | None = None):
         """Compute what is not on disk yet, of at most `max_objects` objects an image.  tower: the
-        class of image towers (vision.ViT), whose weights lie in sources.vit."""
+        class of image towers (vision.ViT), whose weights lie in sources.vit.  cache: where new
+        features go; default: .features in the corpus, else in the user's cache folder."""
         self.corpus, self.max_objects = sources.corpus, max_objects
         self.paths: dict[tuple[str, str], Path] = {}
         named = [record for record in records if record.image is not None]
@@ -141,10 +162,10 @@ class Features:
         self.missing, self.missing_rows = set(map(self.path, absent)), len(absent)
         self.width = tower.feature_width(sources.vit)
         if len(absent) < len(named) and device.type != "meta":  # there nothing is computed
-            model, folder = tower.from_pretrained(sources.vit), sources.corpus / ".features"
-            with locked(folder / ".lock"):
-                self.cache = FeatureCache(model.to(device).eval(), folder_hash(sources.vit), folder)
-                self.compute([r for r in named if self.path(r) not in self.missing])
+            model, beside = tower.from_pretrained(sources.vit), sources.corpus / ".features"
+            folders = [cache] * bool(cache) + [beside, *user_cache()]
+            self.cache = FeatureCache(model.to(device).eval(), folder_hash(sources.vit), *folders)
+            self.compute([r for r in named if self.path(r) not in self.missing])
 
     def compute(self, records: Sequence[Record]) -> None:
         """Compute the features of these records' images; DataError names all that cannot be."""
@@ -154,7 +175,7 @@ class Features:
             problems = Problems()
             for record in records:
                 try:
-                    self.cache.pixels(self.key(record))
+                    look(*self.key(record), self.cache.tower.views)
                 except ImageError as problem:
                     problems.add(record.source, "image", str(problem))
             problems.raise_if_any()

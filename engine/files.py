@@ -9,9 +9,13 @@ import json
 import os
 import shutil
 import stat
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TextIO
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EBADF, errno.EOPNOTSUPP)  # says flock where none are
 
 
 class UsageError(ValueError):
@@ -35,19 +39,36 @@ class Stopped(Exception):
     """A signal ended the run in good order; the argument is its number."""
 
 
-def locked(path: Path, wait: bool = True) -> TextIO:
+@cache
+def note(text: str) -> None:
+    """Say something once, beside a command's output; of several processes only rank 0 does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def locked(path: Path, risk: str, wait: bool = True) -> TextIO:
     """Lock a file against all other processes of this machine until what is returned is closed, as
-    a `with` block does, or its holder ends.  BlockingIOError if it is taken and `wait` is False."""
+    a `with` block does, or its holder ends.  BlockingIOError if it is taken and `wait` is False.
+    Where a file system has no locks, none is taken, and a note names the risk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "w")
-    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    try:
+        file = open(path, "a")
+    except PermissionError:  # another user's, whom a lock for reading keeps out as well
+        file = open(path)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as cause:
+        if cause.errno not in NO_LOCKS:
+            raise
+        note(f"{path}: expected a file system with locks, got {cause.strerror}; {risk}")
     return file
 
 
 def claim(out: Path) -> TextIO:
     """Lock a run folder until the file returned is closed; UsageError: not writable, or in use."""
     try:
-        return locked(out / ".lock", wait=False)
+        return locked(out / ".lock", "a second run that writes to this --out would go unnoticed: "
+                      "start one at a time", wait=False)
     except BlockingIOError:
         raise UsageError(f"--out {out}: expected a run folder that no other process writes to, got "
                          "one in use; wait for that run, end it, or use another --out") from None
@@ -74,7 +95,7 @@ def sync(path: Path) -> None:
 def write_whole(path: Path, content: bytes | str) -> None:
     """Write a file that is never seen half written, and the folders that lead to it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
     try:
         aside.write_bytes(content.encode() if isinstance(content, str) else content)
         sync(aside)

@@ -8,8 +8,7 @@ import base64
 import struct
 from pathlib import Path
 
-from engine.files import WeightsError, read_json
-from engine.settings import say_once
+from engine.files import WeightsError, note, read_json
 
 NORMAL, UNKNOWN, CONTROL = 1, 2, 3  # types of pieces
 SENTINELS = [f"<extra_id_{k}>" for k in reversed(range(100))]
@@ -47,7 +46,7 @@ def rebuilt(path: Path) -> bytes:
                            f"got {type(cause).__name__}: {cause}; copy spiece.model here from the "
                            "T5 that this one was made from") from None
     if not charsmap:
-        say_once(f"note: {path}: its normalizer is null, as transformers 5.0.0 leaves it: no "
+        note(f"{path}: its normalizer is null, as transformers 5.0.0 leaves it: no "
                  "character is normalised; if the T5 was trained with a spiece.model, copy it here")
     return pieces + field(3, field(2, charsmap))
 

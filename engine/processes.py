@@ -111,9 +111,10 @@ def verdict(problem: BaseException) -> tuple[int, str]:
             return 128 + problem.args[0], ""
         case OSError() if problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return DiskFull.exit_code, f"error: {problem}; make room, run it again"
-        case PermissionError() | IsADirectoryError() | NotADirectoryError():
-            return 2, (f"error: {problem.filename}: expected a place that can be written to, got "
-                       f"{problem.strerror}; name another one")
+        case OSError() if problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR,
+                                            errno.ENOTDIR):
+            return 2, (f"error: {problem.filename}: expected a place that this user may read and "
+                       f"write, got {problem.strerror}; name another one, or change its rights")
     return 1, "".join(traceback.format_exception(problem))
 
 

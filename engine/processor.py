@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from engine.files import WeightsError, read_json
-from engine.settings import say_once
+from engine.files import WeightsError, note, read_json
 
 # Both hold an image processor; transformers 5 nests it in the second where it saves a whole CLIP.
 FILES = ("preprocessor_config.json", "processor_config.json")
@@ -28,7 +27,7 @@ def picture_settings(folder: Path, size: int) -> dict:
                     raise WeightsError(f"{path}: expected one {name} in {' and '.join(FILES)}, got "
                                        f"{taken[name]} and {value}; keep the tower's own")
     if lacking := ", ".join(name for name in TAKEN if name not in taken):
-        say_once(f"note: {folder}: no {lacking} in {' or '.join(FILES)}; the defaults of the "
+        note(f"{folder}: no {lacking} in {' or '.join(FILES)}; the defaults of the "
                  "tower's family are taken")
     return taken
 
@@ -52,5 +51,5 @@ def check_steps(path: Path, processor: dict, size: int) -> None:
                            f"by 1/255, do_normalize and no other step, got {got}; take the files "
                            "of one checkpoint, or another tower")
     if cut or processor.get("do_center_crop") or "shortest_edge" in edges:
-        say_once(f"note: {path.parent}: its processor cuts out the centre of a picture; here it is "
+        note(f"{path.parent}: its processor cuts out the centre of a picture; here it is "
                  f"squeezed to {size} x {size} pixels as a whole, as an object may lie anywhere")

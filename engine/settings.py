@@ -1,8 +1,6 @@
 """The settings of a run, and the command line that sets them."""
 
 import argparse
-import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from functools import cache
@@ -12,24 +10,18 @@ from timeit import timeit
 import torch
 
 from engine.command import Parser
-from engine.files import UsageError
+from engine.files import UsageError, note
 from engine.schema import TASKS, UNITS
 
 VIT = "google/vit-base-patch16-224-in21k"
 IMPLS = ("auto", "plain", "fast", "cuda")  # --impl: forms of the expert layers
-
-
-@cache
-def say_once(text: str) -> None:
-    """Print a line to stderr, from rank 0 alone, and only the first time that it is to be said."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
+CACHE = "folder for image features; default: .features in the corpus, else in your cache folder"
 
 
 def old_spelling(impl: str) -> str:
     """A value of --impl, as it is spelt now: "reference" is "fast", which is said once."""
     if impl == "reference":
-        say_once("note: --impl reference is now called fast")
+        note("--impl reference is now called fast")
     return "fast" if impl == "reference" else impl
 
 
@@ -52,7 +44,7 @@ def computed_in(precision: str) -> str:
     """The precision in which this machine computes what should be in `precision`: fp32 for bf16
     where there is no GPU and bf16 is slow, which is said once."""
     if precision == "bf16" and not torch.cuda.is_available() and (factor := slow_bf16()):
-        say_once(f"note: bf16 takes {factor:.0f} times as long as fp32 on this CPU (measured), so "
+        note(f"bf16 takes {factor:.0f} times as long as fp32 on this CPU (measured), so "
                  "fp32 is computed in place of it")
         return "fp32"
     return precision
@@ -191,6 +183,7 @@ class Launch:
                                       "batches, equal but for rounding", bool, action="store_true")
     timeout: float = option(300.0, "seconds that the processes wait for one that does not answer",
                             float)
+    cache: str | None = option(None, CACHE, metavar="DIR")
     dry_run: bool = option(False, "find, make or fetch corpus and backbone, print files, "
                            "parameters, rows, steps and memory, and stop: no weight is loaded, "
                            "nothing is written to --out", bool, action="store_true")
@@ -228,6 +221,7 @@ def run_options(result: Parser, several: bool = False, required: bool = True) ->
     for flag, name in (("t5", "T5"), ("vit", "ViT"), ("init", "full run below the experts")):
         add(f"--{flag}", metavar="DIR", help=f"folder of the {name} that CKPT was trained on, "
             "where it is no longer at its place; sha256 must agree")
+    add("--cache", metavar="DIR", help=CACHE)
     add("--units", nargs="+", choices=UNITS, metavar="UNIT",
         help=f"only these columns ({' '.join(UNITS)}); default: all in the corpus")
     add("--missing-images", choices=("error", "mask"),

@@ -39,7 +39,7 @@ from engine.checkpoints import Sources, find_checkpoint
 from engine.corpus import load_corpus, load_datasets, read_split
 from engine.features import FeatureCache, Features
 from engine.files import ImageError, UsageError, WeightsError
-from engine.images import load_image
+from engine.images import MAX_PIXELS, load_image
 from engine.schema import DataError, Dataset, Problems, Record, iou
 from t5 import T5, T5Config
 from vision import ViT, ViTConfig
@@ -428,10 +428,13 @@ def broken_pictures() -> dict[str, bytes]:
         "fits.jpg": b"SIMPLE  =" + b"T".rjust(21) + bytes(2850), "psd.jpg": b"8BPS\0\1" + bytes(99),
         "eps.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "xpm.png": b"/* XPM */",
         "bomb13.png": png(13_000, 13_000, None), "bomb20.png": png(20_000, 20_000, None),
-        "above32.png": png(8000, 4001, None), "claim.png": png(50_000, 50_000),
+        "above.png": png(8000, MAX_PIXELS // 8000 + 1, None), "claim.png": png(50_000, 50_000),
         "claim.jpg": sized(jpeg, 65_500, 65_500), "large.jpg": sized(jpeg, 6000, 6000),
         "screen.gif": gif((65_535, 65_535), (1, 1)), "frame.gif": gif((9, 9), (65_535, 65_535)),
         "canvas.webp": b"RIFF\x1a\0\0\0WEBPVP8X\n\0\0\0\0\0\0\0" + b"\xff\x3f\0" * 2,
+        "below.png": png(11_000, 11_000), "below.jpg": sized(jpeg, 11_000, 11_000),
+        "below.gif": gif((11_000, 11_000), (11_000, 11_000)),
+        "below.webp": b"RIFF\x1a\0\0\0WEBPVP8X\n\0\0\0\0\0\0\0" + b"\xff\x2a\0" * 2,
         "chunk.webp": b"RIFF\xff\xff\xff\xffWEBPVP8 ", "no rows.png": png(40, 40),
         "zero.png": png(0, 9), "flat.png": png(9, 0), "zero.gif": gif((0, 0), (0, 0)),
         "zero.jpg": sized(jpeg, 0, 40), "short.png": png(40, 40, zlib.compress(bytes(9))),
@@ -547,10 +550,10 @@ REFUSED_NAMES = [
     "\u4e2d" * 90, 7, ["a.jpg"], {}]
 LINKS = {"link_out": "/etc", "link_file.jpg": "../images_x/a.jpg", "link_twin": "../images_x",
          "link_up": "..", "link_far": "sub/../../images_x", "link_chain": "link_out"}
-LED_OUT = ["link_out/passwd", "link_file.jpg", "link_twin/a.jpg", "link_up/train.jsonl", "link_up",
-           "link_far/a.jpg", "link_chain/passwd", "link_out"]
+NO_PICTURES = ["link_out/passwd", "link_up/train.jsonl", "link_up", "link_chain/passwd", "link_out"]
 KEPT_NAMES = ["a.jpg", "sub/a.jpg", "VOA.2016 (1).jpg", "\u00fc\u4e2d\u6587.png", "..a.jpg", "-rf",
-              "a..jpg", "a'b\".jpg", "sub/sub/b c.jpg", "a~.jpg", "a" * 200, "link_in/a.jpg"]
+              "a..jpg", "a'b\".jpg", "sub/sub/b c.jpg", "a~.jpg", "a" * 200, "link_in/a.jpg",
+              "link_file.jpg", "link_twin/a.jpg", "link_far/a.jpg"]  # links of the keeper's
 
 
 def write_names(corpus: Path, names: list) -> Path:
@@ -625,17 +628,18 @@ def r13() -> str:
 
 
 def r14() -> str:
-    """No name leads out of the images' folder; each is refused with file and line."""
+    """No name leads out of the images' folder, and what links lead to is read as a picture or not
+    at all; each is refused with file and line."""
     with tempfile.TemporaryDirectory() as root:
         corpus = make_corpus(Path(root), KEPT_NAMES)
         found = features(corpus, "error")
         assert all(found(record) for record in load_corpus(corpus, "train"))
-        for name in REFUSED_NAMES + LED_OUT:
+        for name in REFUSED_NAMES + NO_PICTURES:
             path = write_names(corpus, ["a.jpg", name])
             for policy in ("error", "mask"):
                 said = complaint(lambda: features(corpus, policy), DataError, ImageError)
                 assert f"{path}:2: image" in said, (name, said)
-    return (f"{len(REFUSED_NAMES + LED_OUT)} names refused with file and line, "
+    return (f"{len(REFUSED_NAMES + NO_PICTURES)} names refused with file and line, "
             f"{len(KEPT_NAMES)} odd ones read")
 
 

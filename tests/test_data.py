@@ -16,9 +16,8 @@ from samples import (BOXES, KOBANI, NEWS, PAIRS, ROLES, STRIKE, TWEETS, assert_r
 
 import data
 from data import Item
-from engine.files import WeightsError
+from engine.files import WeightsError, note
 from engine.schema import DataError, Dataset, Record
-from engine.settings import say_once
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizer"
 CASES = json.loads((GOLDEN / "cases.json").read_text(encoding="utf-8"))["cases"]
@@ -136,7 +135,7 @@ def test_a_tokenizer_json_without_normaliser_is_read_as_it_stands_and_said(
     """What transformers 5.0.0 wrote: its ids are those of a tokenizer that normalises nothing."""
     folder, raw = saved
     (folder / "tokenizer.json").write_text(json.dumps(raw | {"normalizer": None}))
-    say_once.cache_clear()
+    note.cache_clear()
     plain = data.Tokenizer(folder)
     said = capsys.readouterr().err
     assert said.startswith(f"note: {folder}/tokenizer.json") and "copy it here" in said

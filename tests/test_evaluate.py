@@ -31,10 +31,10 @@ import evaluate
 from data import Item
 from engine.checkpoints import find_checkpoint, read_state
 from engine.compare import System, difference, system_names
-from engine.corpus import load_corpus, load_datasets, write_dataset
+from engine.corpus import load_corpus, load_datasets, read_splits, write_dataset
 from engine.files import file_hash
 from engine.processes import World
-from engine.schema import RECORD_TASKS, SPLITS, UNITS, DataError, Dataset, Record
+from engine.schema import RECORD_TASKS, UNITS, DataError, Dataset, Record
 from engine.settings import Config
 from evaluate import Answer, Counts, Decoding
 from tools import answer
@@ -1132,10 +1132,10 @@ def test_gold_scored_against_itself_reaches_the_ceilings_on_the_published_files(
                 ("twitter2015", "test"): 99.65, ("twitter2017", "train"): 99.79,
                 ("twitter2017", "dev"): 99.77, ("twitter2017", "test"): 99.56}
     for kind in ("twitter2015", "twitter2017", "mnre_v1", "mnre_v2", "m2e2_gold"):
-        convert(kind, real / kind.removesuffix("_gold"), tmp_path)
+        if (real / kind.removesuffix("_gold")).is_dir():  # any may be missing
+            convert(kind, real / kind.removesuffix("_gold"), tmp_path)
     datasets, found, tokenizer = load_datasets(tmp_path), {}, data.Tokenizer(SPIECE)
-    for split in SPLITS:
-        records = load_corpus(tmp_path, split)
+    for split, records in read_splits(tmp_path, datasets, None).items():
         said = [Answer(tokenizer.decode(tokenizer.encode(data.target(r)))) for r in records]
         scores = evaluate.total(evaluate.score_rows(records, said, datasets, tokenizer.written))
         found |= {(name, split): counts for name, counts in scores.items()}
@@ -1145,6 +1145,7 @@ def test_gold_scored_against_itself_reaches_the_ceilings_on_the_published_files(
             assert round(counts.f1, 2) == ceilings[dataset, split], (name, split)
         elif name.startswith(("V1", "V2", "MED", "MEAE/object")):
             assert counts.f1 == 100.0, (name, split)
-    assert found["MEAE/text", "test"].f1 > 98
-    assert found["MED~once", "test"].gold == 192  # sentences, each with one event
-    assert found["MEAE~once", "test"].gold == 307 + 741 - 7  # two images disagree with their text
+    if "m2e2_gold" in datasets:
+        assert found["MEAE/text", "test"].f1 > 98
+        assert found["MED~once", "test"].gold == 192  # sentences, each with one event
+        assert found["MEAE~once", "test"].gold == 307 + 741 - 7  # two images disagree with theirs

@@ -71,7 +71,8 @@ def test_missing_images_are_refused_or_masked_and_counted() -> None:
 
 
 def test_no_name_leads_out_of_the_folder_of_images() -> None:
-    """R14: traversal, absolute, links out, the prefix twin and their like, with file and line."""
+    """R14: traversal, absolute and their like, with file and line; links as their keeper set them,
+    and only to pictures."""
     print(hostile.r14())
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import t5
-from engine.settings import say_once
+from engine.files import note
 from engine.weights import open_weights
 from t5 import T5, Attention, Stack, T5Config, WeightsError
 
@@ -578,7 +578,7 @@ def test_an_embedding_that_is_not_certain_is_refused(saved):
 
 def test_a_gated_t5_that_scales_before_a_head_of_its_own_is_said_once(saved, capsys):
     """What transformers 5.0.0 writes for a flan, by mistake and for good; it is done as it says."""
-    say_once.cache_clear()
+    note.cache_clear()
     T5.from_pretrained(saved)
     assert capsys.readouterr().err == ""
     edit_config(saved, scale_decoder_outputs=True)

@@ -27,11 +27,11 @@ from engine import settings
 from engine.checkpoints import (Checkpoints, Progress, find_checkpoint, load_trainables, read_state,
                                 stored_config, write_checkpoint, write_state)
 from engine.corpus import hold_out, load_corpus, load_datasets, read_splits
-from engine.files import UsageError, file_hash
+from engine.files import UsageError, file_hash, note
 from engine.parameters import FlatParameters
 from engine.processes import World
 from engine.schema import SPLITS, UNITS, Dataset, Record
-from engine.settings import VIT, Launch, computed_in, parse_arguments, say_once
+from engine.settings import VIT, Launch, computed_in, parse_arguments
 from engine.weights import find_weights
 from evaluate import Setup, build, load_model
 from fast import speed_up
@@ -154,7 +154,7 @@ def test_a_run_of_f1199df_loads_scores_and_resumes(small, tmp_path, monkeypatch,
 
 def test_the_old_name_of_an_implementation_is_read_as_the_new_one(finished, tmp_path, capsys):
     """--impl reference, given or standing in an old run's settings, is fast; it is said once."""
-    say_once.cache_clear()
+    note.cache_clear()
     assert parse_arguments(["--impl", "reference"])[0].impl == "fast"
     shutil.copytree(find_checkpoint(finished["out"]), tmp_path / "step-1")
     state = read_state(tmp_path / "step-1")
@@ -563,7 +563,7 @@ def test_every_method_fusion_and_precision_trains_and_prints_its_table(command, 
 def slow_cpu(monkeypatch):
     """A CPU without instructions for bf16, as far as its measurement says."""
     monkeypatch.setattr(settings, "slow_bf16", lambda: 56.5)
-    say_once.cache_clear()
+    note.cache_clear()
 
 
 SAID = "note: bf16 takes 56 times as long as fp32 on this CPU (measured), so fp32 is computed"

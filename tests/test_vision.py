@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import PIL
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,9 +22,8 @@ from safetensors.torch import load_file, save_file
 
 import vision
 from engine.features import FeatureCache
-from engine.files import ImageError
+from engine.files import ImageError, note
 from engine.images import load_image, resolve_image
-from engine.settings import say_once
 from t5 import T5, T5Config, WeightsError
 from vision import UMIE, GateFusion, ViT, ViTConfig, normalise_boxes, preprocess
 
@@ -186,7 +186,7 @@ def test_a_folder_that_says_no_mean_gets_the_familys_and_a_line_says_so(
         tmp_path: Path, files: dict, capsys) -> None:
     """Once a process, as every folder is read several times."""
     folder = put(checkpoint(tmp_path / "c", "clip_vision"), files)
-    say_once.cache_clear()
+    note.cache_clear()
     assert ViT.from_pretrained(folder).preprocessing == CLIPS
     assert ViT.feature_width(folder) == 48
     said = capsys.readouterr().err
@@ -244,11 +244,11 @@ def test_a_processor_that_would_cut_the_picture_is_said_once(tmp_path: Path, cap
     folder = put(checkpoint(tmp_path / "c", "clip_vision"), {
         "preprocessor_config.json": CLIP_PROCESSOR | {"size": 36, "crop_size": 32},
         "processor_config.json": {"image_processor": CLIP_PROCESSOR}})
-    say_once.cache_clear()
+    note.cache_clear()
     assert ViT.from_pretrained(folder).preprocessing == TOLD and ViT.from_pretrained(folder)
     said = capsys.readouterr().err
     assert said.count("note: ") == 1 and f"{folder}: its processor cuts out" in said
-    say_once.cache_clear()
+    note.cache_clear()
     put(folder, {"preprocessor_config.json": {"size": 36, "crop_size": 32}})
     assert ViT.from_pretrained(folder) and "cuts out" in capsys.readouterr().err
     put(folder, {"preprocessor_config.json": CLIP_PROCESSOR | {
@@ -268,11 +268,15 @@ def test_pictures_of_another_size_are_refused() -> None:
 @pytest.mark.parametrize("file", ["0.png", "palette.png", "cmyk.jpg", "exif_rotated.jpg",
                                   "one_pixel.png"])
 def test_pixels_agree_with_the_hubs_processor(file: str) -> None:
-    """ViTImageProcessor, PIL backend, within 1e-4: RGB, palette, CMYK, EXIF-rotated, one pixel."""
+    """ViTImageProcessor, PIL backend, within 1e-4: RGB, palette, CMYK, EXIF-rotated, one pixel.
+    The pixels are those of Pillow 13, which made columns the first to be resampled in pictures that
+    shrink more in height: before, these two differ by a level of 255, which is 2 / 255 here."""
     expected = load_file(GOLDEN / "image" / "expected.safetensors")[file.split(".")[0]]
     pixels = preprocess(load_image(GOLDEN / "image" / file))
     assert pixels.shape == (3, 224, 224) and pixels.dtype == torch.float32
-    torch.testing.assert_close(pixels[:, 5::16, 3::16], expected, atol=1e-4, rtol=0)
+    rows_first = int(PIL.__version__.split(".")[0]) < 13 and file in ("palette.png", "cmyk.jpg")
+    torch.testing.assert_close(pixels[:, 5::16, 3::16], expected, rtol=0,
+                               atol=1e-4 + rows_first * 2 / 255)
 
 
 def test_the_pictures_rotation_is_undone_first(tmp_path: Path) -> None:
@@ -322,13 +326,9 @@ def test_animated_and_lossy_formats_give_their_first_picture(tmp_path: Path) -> 
 
 
 def test_plain_names_are_resolved(tmp_path: Path) -> None:
-    """Subfolders, blanks, dots and other scripts are fine; links inside and a linked root too."""
-    (tmp_path / "img" / "sub").mkdir(parents=True)
-    (tmp_path / "img" / "inner").symlink_to("sub")
-    (tmp_path / "root").symlink_to("img")
+    """Subfolders, blanks, dots and other scripts are fine; the path is not that of a link's end."""
     for name in ("a.jpg", "sub/a.jpg", "VOA.2016 (1).jpg", "\u00fc\u4e2d.png", "..a.jpg", "a..jpg"):
-        assert resolve_image(tmp_path / "root", name) == (tmp_path / "img" / name).resolve()
-    assert resolve_image(tmp_path / "img", "inner/a.jpg") == (tmp_path / "img/sub/a.jpg").resolve()
+        assert resolve_image(tmp_path / "img", name) == tmp_path / "img" / name
 
 
 # ------------------------------------------------------------------------------ visual tokens
@@ -433,14 +433,19 @@ def test_features_are_computed_again_when_anything_they_depend_on_changes(
     assert vit.seen == 2 + 4 * 2
 
 
-def test_features_of_earlier_versions_are_still_found(tmp_path: Path) -> None:
-    """The names of tensors, hashed from content, boxes, size and preprocessing, never change."""
+def test_features_are_found_again_but_under_another_pillow(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The names of tensors, hashed from content, boxes, size, preprocessing and Pillow's version,
+    whose resampling has changed, never change otherwise."""
+    monkeypatch.setattr(PIL, "__version__", "13.0.0")
     (tmp_path / "picture").write_bytes(b"any bytes")
     cache, path = FeatureCache(ViT(TINY), "h", tmp_path / "cache"), str(tmp_path / "picture")
     assert cache.name((path, ((0, 0, 4, 4.5),), (8, 9))) == (
-        "0a9958a0cb1698ebe2d95acae3a374e2085a2105f2129d994227d64dd97d4dc0")
-    assert cache.name((path, (), None)) == (
-        "d4f1e40c6bd8001b42601f081cf57fe37f86338c8264348b418413a0d3131f7a")
+        "720269f80069a1cd89760cc2a42d8c8fbbbe5c2b41592a2bd5ab9b54b33fc6fc")
+    name = cache.name((path, (), None))
+    assert name == "d5afe2d6ce2e7291594f7bda715e4bf410291927651cf7e70602e3c5cadddeca"
+    monkeypatch.setattr(PIL, "__version__", "12.3.0")
+    assert FeatureCache(ViT(TINY), "h", tmp_path / "cache").name((path, (), None)) != name
 
 
 def test_many_pictures_are_spread_over_shards(

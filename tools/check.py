@@ -6,15 +6,19 @@ A text that stands in a test split and in a training split is a leak, also acros
 a T5's folder: which texts are too long for it or hold characters that it lacks, and the F1 of
 perfect answers."""
 
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 
 from data import Tokenizer, encode_records, gold_items, prompt, target
 from engine.command import Parser
 from engine.corpus import load_datasets, read_split, texts_of
+from engine.files import ImageError
+from engine.images import look, resolve_image
 from engine.processes import exit_codes
 from engine.schema import SPLITS, Dataset, Problems, Record
 from evaluate import Answer, score_rows, total
+from vision import normalise_boxes
 
 
 def shared_texts(texts: dict[tuple[str, str], set[str]]) -> list[str]:
@@ -27,9 +31,10 @@ def shared_texts(texts: dict[tuple[str, str], set[str]]) -> list[str]:
 
 def check(corpus: Path, require_images: bool, t5: Path | None = None) -> None:
     """Validate every split of every dataset; print what it holds, and what two splits share.
-    DataError names all problems; with require_images each picture that is not there is one.
-    t5: a folder with spiece.model, see `perfect_answers`."""
-    problems, texts, tokenizer = Problems(), {}, t5 and Tokenizer(t5)
+    DataError names all problems; with require_images each picture that is not there, or that
+    training could not open, is one.  t5: a T5's folder, see `perfect_answers`."""
+    problems, texts, judge = Problems(), {}, cache(fault)  # records may share a picture
+    tokenizer = t5 and Tokenizer(t5)
     for name, dataset in load_datasets(corpus).items():
         images = corpus / name / "images"
         splits = [s for s in SPLITS if (corpus / name / f"{s}.jsonl").exists()]
@@ -45,19 +50,29 @@ def check(corpus: Path, require_images: bool, t5: Path | None = None) -> None:
             if tokenizer:
                 perfect_answers(records, dataset, split, tokenizer)
             for record in records if require_images else ():
-                if record.image and not (images / record.image).is_file():
-                    problems.add(record.source, "image", f'"{record.image}" is not in {images}: '
-                                 "put it there or write null")
+                path = record.image and resolve_image(images, record.image)
+                if path and (problem := judge(path, record.objects, record.size)):
+                    problems.add(record.source, "image", problem)
     if not tokenizer:
         print("characters that a tokenizer lacks were not counted: give a T5 by --t5 DIR")
     print("\n".join(shared_texts(texts)) or "no text stands in two splits")
     problems.raise_if_any()
 
 
+def fault(path: Path, boxes: tuple, size: tuple | None) -> str | None:
+    """What keeps training from opening a picture with these boxes; None if nothing does."""
+    if not path.exists():
+        return f"{path} is not there: put it there or write null"
+    try:
+        look(path, boxes, size, lambda image, boxes: normalise_boxes(boxes, image.size))
+    except ImageError as problem:
+        return str(problem)
+
+
 def summary(records: list[Record], dataset: Dataset, folder: Path) -> str:
     """The counts of one task's records in one split; folder: where their images are."""
     images = {record.image for record in records if record.image}
-    missing = sum(not (folder / image).is_file() for image in images)
+    missing = sum(not resolve_image(folder, image).exists() for image in images)
     prompts = max((len("".join(prompt(r, dataset)).split()) for r in records), default=0)
     targets = max((len(target(r).split()) for r in records), default=0)
     return (f"{len(records)} records, {sum(len(gold_items(r)) for r in records)} gold items, "
@@ -83,9 +98,10 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument_group("what to check").add_argument
     add("dir", type=Path, metavar="DIR", help="corpus folder")
     add("--require-images", action="store_true",
-        help="a missing picture is an error instead of a count")
+        help="open every picture as training does; one that is missing or cannot be read is an "
+             "error instead of a count")
     add("--t5", type=Path, metavar="DIR",
-        help="folder of a T5: print what its spiece.model cuts or lacks, and F1 of perfect answers")
+        help="folder of a T5: print what its tokenizer cuts or lacks, and F1 of perfect answers")
     args = parser.parse_args(argv)
     with exit_codes():
         check(args.dir, args.require_images, args.t5)
