@@ -37,8 +37,7 @@ import demo
 import evaluate
 import fast
 import losses
-from engine.checkpoints import (Checkpoints, Logs, Progress, Sources, find_checkpoint,
-                                load_trainables)
+from engine.checkpoints import Checkpoints, Logs, Progress, Sources, find_checkpoint
 from engine.corpus import (corpus_hash, corpus_of, hold_out, load_corpus, load_datasets,
                            read_splits, unit_rows)
 from engine.features import Features
@@ -197,6 +196,13 @@ class Run:
             {"reference": {u: self.reference[u] for u in self.rows.units}, **self.origin})
         self.logs = Logs(self.out) if world.main else None
 
+    def essence(self) -> dict[str, object]:
+        """What must be equal in all processes: settings and content of files, not their places."""
+        values = {**vars(self.config), **self.origin, "reference": self.reference,
+                  "rows without their image": self.rows.features.missing_rows}
+        return {name: value for name, value in values.items()
+                if name not in ("out", "data", "t5", "vit", "init", "aml_reference")}
+
     @torch.no_grad()
     def open_gate(self) -> None:
         """UMIE.open_gate, judged by as many rows of epoch 0 with an image as a micro-batch has."""
@@ -274,8 +280,7 @@ class Run:
 
     def test(self) -> str:
         """The table of the test split with the best checkpoint; also written to the run folder."""
-        best = find_checkpoint(self.out)
-        load_trainables(self.model, best)
+        best = self.checkpoints.load_best()
         with self.world.interruptible():
             rows = self.evaluate("test")
         text = evaluate.table(evaluate.total(rows), self.setup.datasets)
@@ -397,15 +402,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             sources = prepare(config)
             world.print(*plan(Run(config, sources, world, dry=True), sources, launch, losses.PIECE))
         return
-    if table := finished(config, launch):
+    if table := max(world.share(finished(config, launch) or "")):  # on any of the nodes
         return world.print(f"{config.out} is finished; its table again (--resume none starts "
                            "over):", table)
-    lock = claim(Path(config.out)) if world.main else None
-    sources = prepare(config)
+    lock, sources = world.together(
+        lambda: (claim(Path(config.out)) if world.main else None, prepare(config)))
     world.join()
-    run = Run(config, sources, world)
-    if world.main:
-        run.checkpoints.check_room()
+    run = world.together(lambda: Run(config, sources, world))
+    world.agree(run.essence())
     start = run.checkpoints.resume(launch)
     if run.logs:
         run.logs.restore(run.progress.step, run.progress.history)

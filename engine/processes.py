@@ -2,21 +2,26 @@
 
 import argparse
 import errno
+import json
 import os
 import re
 import signal
+import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from engine.files import DiskFull, ImageError, Stopped, UsageError, WeightsError
 from engine.schema import DataError
+
+T = TypeVar("T")
 
 
 class World:
@@ -27,6 +32,9 @@ class World:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.main, self.timeout = self.rank == 0, timeout
         self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # by torchrun
+        self.node = f"node {os.environ.get('GROUP_RANK', 0)} ({socket.gethostname()})"
+        self.store: dist.Store | None = None  # holds what processes say to each other
+        self.shared = 0  # how often they have
         self.signal = 0  # the one that asked this process to stop
         self.repeatable = False  # an interruptible block runs: nothing is lost if it ends now
         self.last_met = time.monotonic()  # when all processes last took part in something
@@ -39,15 +47,57 @@ class World:
             self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
 
+    def meet(self) -> dist.Store:
+        """The store of this start's processes.  Each restart by torchrun (2.13) has its own prefix:
+        their common store holds addresses of processes that are gone."""
+        if self.store is None:
+            store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=self.timeout)))
+            self.store = dist.PrefixStore(f"start {self.restarts}", store)
+        return self.store
+
     def join(self) -> None:
-        """Meet the other processes, once everything slow is prepared.  Each restart by torchrun
-        (2.13) has its own prefix: their common store holds addresses of processes that are gone."""
+        """Connect the processes for sums and copies, once everything slow is prepared."""
         if self.size > 1 and not dist.is_initialized():
-            wait = timedelta(seconds=self.timeout)
-            store, _, _ = next(dist.rendezvous("env://", timeout=wait))
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=wait,
-                                    store=dist.PrefixStore(f"start {self.restarts}", store),
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
+                                    timeout=timedelta(seconds=self.timeout), store=self.meet(),
                                     rank=self.rank, world_size=self.size)
+
+    def share(self, value: Any, last: bool = False) -> list[Any]:
+        """The values of all processes, by rank: small ones that JSON can hold.  last: this process
+        is about to end and waits for nobody's value."""
+        if self.size == 1:
+            return [value]
+        store, self.shared = self.meet(), self.shared + 1
+        names = [f"shared {self.shared} by {rank}" for rank in range(self.size)]
+        store.set(names[self.rank], json.dumps(value))
+        values = [] if last else list(map(json.loads, store.multi_get(names)))
+        store.set(f"{names[self.rank]}, read", "")
+        if self.main and not last:  # it may hold the store, and end before the others have read
+            store.wait([f"{name}, read" for name in names])
+        self.last_met = time.monotonic()
+        return values
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Return work().  If it fails on one node, as where a file is missing, the processes of all
+        nodes end, and say so, instead of waiting for it."""
+        try:
+            result = work()
+        except Exception as problem:
+            self.share(f"{self.node}: {problem}", last=True)
+            raise
+        for problem in filter(None, self.share(None)):
+            raise UsageError(problem)
+        return result
+
+    def agree(self, values: dict[str, Any]) -> None:
+        """UsageError unless all processes have the same {what it is: its value}."""
+        first, *others = self.share([self.node, values])
+        for node, theirs in others:
+            for name, value in first[1].items():
+                if theirs[name] != value:
+                    raise UsageError(
+                        f"{name}: expected the same on every node, got {value} on {first[0]} and "
+                        f"{theirs[name]} on {node}; start all nodes by one line, with equal files")
 
     def leave(self) -> None:
         """Part from the other processes at the end of a command."""
@@ -58,6 +108,13 @@ class World:
         """Sum a tensor over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
+        self.last_met = time.monotonic()
+        return tensor
+
+    def copy(self, tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
+        """Fill a tensor with that of process `source`, in place and to the bit."""
+        if self.size > 1:
+            dist.broadcast(tensor, source)
         self.last_met = time.monotonic()
         return tensor
 
