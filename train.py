@@ -410,6 +410,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     world.join()
     run = world.together(lambda: Run(config, sources, world))
     world.agree(run.essence())
+    world.together(lambda: world.main and run.checkpoints.check_room())
     start = run.checkpoints.resume(launch)
     if run.logs:
         run.logs.restore(run.progress.step, run.progress.history)

@@ -109,7 +109,8 @@ def find_checkpoint(path: Path) -> Path:
         got = "no checkpoint in it" if path.exists() else "nothing there"
         pickled = pickles(path.parent if path.is_file() else path)
         raise UsageError(f"{path}: expected a run folder or a checkpoint folder, found {got}; "
-                         f"{pickled}train first, or name a folder below runs/")
+                         f"{pickled}train first, name a folder below runs/, or copy it from the node "
+                         "that has it")
     return best
 
 
@@ -286,7 +287,6 @@ class Checkpoints:
         the line that says so.  "auto" takes the newest of all nodes.  "none" empties the run folder
         first, but not when torchrun restarts."""
         world, anew = self.world, launch.resume == "none" and not self.world.restarts
-        world.together(lambda: self.check_room() if world.main else None)
         self.clean(anew)
         if anew:
             return "start: from the beginning (--resume none)"

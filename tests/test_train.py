@@ -8,7 +8,6 @@ import resource
 import shutil
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -325,8 +324,7 @@ def test_starting_over_deletes_what_a_run_writes_and_nothing_else(tmp_path):
         (tmp_path / name).mkdir()
     for name in ("metrics.csv", "table.txt", "scores-test.json", "notes.txt", ".lock"):
         (tmp_path / name).write_text("")
-    world = SimpleNamespace(main=True, restarts=0)
-    checkpoints = Checkpoints(tmp_path, world, None, None, Progress(), {}, {})
+    checkpoints = Checkpoints(tmp_path, World(), None, None, Progress(), {}, {})
     assert "from the beginning" in checkpoints.resume(Launch(resume="none"))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
 
