@@ -37,7 +37,7 @@ import demo
 import evaluate
 import fast
 import losses
-from engine.checkpoints import Checkpoints, Logs, Progress, Sources, find_checkpoint
+from engine.checkpoints import Checkpoints, Logs, Progress, Sources, find_checkpoint, standing
 from engine.corpus import (corpus_hash, corpus_of, hold_out, load_corpus, load_datasets,
                            read_splits, unit_rows)
 from engine.features import Features
@@ -195,13 +195,6 @@ class Run:
             self.out, world, self.model, self.flat, self.progress, mathematics,
             {"reference": {u: self.reference[u] for u in self.rows.units}, **self.origin})
         self.logs = Logs(self.out) if world.main else None
-
-    def essence(self) -> dict[str, object]:
-        """What must be equal in all processes: settings and content of files, not their places."""
-        values = {**vars(self.config), **self.origin, "reference": self.reference,
-                  "rows without their image": self.rows.features.missing_rows}
-        return {name: value for name, value in values.items()
-                if name not in ("out", "data", "t5", "vit", "init", "aml_reference")}
 
     @torch.no_grad()
     def open_gate(self) -> None:
@@ -402,14 +395,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             sources = prepare(config)
             world.print(*plan(Run(config, sources, world, dry=True), sources, launch, losses.PIECE))
         return
-    if table := max(world.share(finished(config, launch) or "")):  # on any of the nodes
+    if world.size > 1:  # the node that holds this run's newest checkpoint goes on with it
+        world.lead(standing(Path(config.out), launch.resume))
+    if table := max(world.share(finished(config, launch) or "")):
         return world.print(f"{config.out} is finished; its table again (--resume none starts "
                            "over):", table)
     lock, sources = world.together(
         lambda: (claim(Path(config.out)) if world.main else None, prepare(config)))
     world.join()
     run = world.together(lambda: Run(config, sources, world))
-    world.agree(run.essence())
+    places = dict.fromkeys(("out", "data", "t5", "vit", "init", "aml_reference"))  # may differ
+    world.agree({**vars(config), **run.origin, **places, "p_m": run.reference,
+                 "rows without their image": run.rows.features.missing_rows})
     world.together(lambda: world.main and run.checkpoints.check_room())
     start = run.checkpoints.resume(launch)
     if run.logs:

@@ -109,9 +109,17 @@ def find_checkpoint(path: Path) -> Path:
         got = "no checkpoint in it" if path.exists() else "nothing there"
         pickled = pickles(path.parent if path.is_file() else path)
         raise UsageError(f"{path}: expected a run folder or a checkpoint folder, found {got}; "
-                         f"{pickled}train first, name a folder below runs/, or copy it from the node "
-                         "that has it")
+                         f"{pickled}train first, name a folder below runs/, or copy it from the "
+                         "node that has it")
     return best
+
+
+def standing(out: Path, resume: str) -> list[int]:
+    """How far the checkpoint is that this node could go on from; [] or [0]: it has none."""
+    if resume not in ("auto", "none"):
+        return [int((Path(resume) / "state.json").exists())]
+    state = (newest := newest_checkpoint(out)) and read_state(newest)
+    return [state["step"], state["epoch"]] if state else []
 
 
 def load_trainables(model: torch.nn.Module, checkpoint: Path) -> None:
@@ -219,8 +227,8 @@ class Logs:
 
 
 class Checkpoints:
-    """The checkpoints of one run.  All processes save and resume together; rank 0 alone writes and
-    reads, so that its node alone needs the run folder, and hands on what it has read."""
+    """The checkpoints of one run.  All processes save and resume together; the main one alone reads
+    and writes, so that its node alone needs the run folder."""
 
     def __init__(self, out: Path, world: World, model: torch.nn.Module,
                  flat: FlatParameters | None, progress: Progress, config: Mapping, fixed: Mapping):
@@ -284,76 +292,39 @@ class Checkpoints:
 
     def resume(self, launch: Launch) -> str:
         """Load the checkpoint that --resume asks for, if there is one, on every process; returns
-        the line that says so.  "auto" takes the newest of all nodes.  "none" empties the run folder
-        first, but not when torchrun restarts."""
+        the line that says so.  "none" empties the run folder first, on every node, but not when
+        torchrun restarts."""
         world, anew = self.world, launch.resume == "none" and not self.world.restarts
-        self.clean(anew)
+        for name in RUN_FILES + LEFT_BY_KILLS[:2] if anew else LEFT_BY_KILLS * world.main:
+            for old in self.out.glob(name):  # another process may be deleting the same
+                shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(True)
+        world.share(None)  # all have deleted what they found
         if anew:
             return "start: from the beginning (--resume none)"
-        offers = world.share(world.together(lambda: self.offer(launch)))
-        newest = max(filter(None, offers), key=lambda offer: offer["stands"], default=None)
-        if newest is None:
+        folder, state = world.share(world.together(lambda: self.to_resume(launch)))[world.leader]
+        if folder is None:
             return f"start: from the beginning, no checkpoint in {self.out}"
-        holder, folder, state = offers.index(newest), Path(newest["folder"]), newest["state"]
-        where = f"{folder} of {newest['node']}" if holder else str(folder)
-        self.check_same(state, where, launch.allow_world_change)
-        if holder:  # torchrun has given rank 0 to another node than before
-            self.bring(holder, folder)
-        moments = world.together(lambda: self.load(folder, state))
-        for tensor in (self.flat.values, *moments):
-            world.copy(tensor)
-        vars(self.progress).update(world.share(vars(self.progress))[0])
-        return f"start: resumed {where} at step {state['step']}, epoch {state['epoch'] + 1}"
+        self.check_same(state, folder, launch.allow_world_change)
+        world.hand_out(self.flat.values, *world.together(lambda: self.load(Path(folder), state)))
+        vars(self.progress).update(world.share(vars(self.progress))[world.leader])
+        return f"start: resumed {folder} at step {state['step']}, epoch {state['epoch'] + 1}"
 
-    def clean(self, anew: bool) -> None:
-        """Remove what kills have left and, if the run begins anew, what it has written: on rank 0's
-        node, then on those that have written it before, if they have folders of their own."""
-        for turn in range(1 + anew):
-            for name in (*LEFT_BY_KILLS, *RUN_FILES * anew) if self.world.main or turn else ():
-                for old in self.out.glob(name):
-                    if old.is_dir():
-                        shutil.rmtree(old, ignore_errors=True)
-                    else:
-                        old.unlink(missing_ok=True)
-            self.world.share(None)
-
-    def offer(self, launch: Launch) -> dict | None:
-        """A checkpoint to go on from on this node, and how far it is.  One that is named is read by
-        rank 0 alone."""
+    def to_resume(self, launch: Launch) -> tuple[str | None, dict | None]:
+        """Path and state of the checkpoint to go on from, on the main process, else None."""
         auto = launch.resume in ("auto", "none")
-        if not auto and not self.world.main:
-            return None
-        folder = newest_checkpoint(self.out) if auto else Path(launch.resume)
-        state = folder and read_state(folder)
-        return state and {"folder": str(folder), "node": self.world.node, "state": state,
-                          "stands": [state["step"], state["epoch"]]}
-
-    def bring(self, holder: int, folder: Path) -> None:
-        """Copy a checkpoint, the best one and the log from another node to rank 0's run folder; a
-        kill leaves a broken copy, which is passed over and made again."""
-        here = self.world.rank == holder
-        best = f"best-{read_state(folder)['best_step']:08d}" if here else ""
-        sizes = self.world.share({str(path.relative_to(self.out)): path.stat().st_size for path in (
-            *self.out.glob(f"{folder.name}/*"), *self.out.glob(f"{best}/*"),
-            *self.out.glob("metrics.csv"))} if here else None)[holder]
-        for name, size in sizes.items():
-            content = torch.from_file(str(self.out / name), size=size, dtype=torch.uint8) if here \
-                else torch.zeros(size, dtype=torch.uint8)
-            content = self.world.copy(content.to(self.world.device), holder)
-            if self.world.main:
-                write_whole(self.out / name, content.cpu().numpy().tobytes())
+        folder = self.world.main and (newest_checkpoint(self.out) if auto else Path(launch.resume))
+        return (str(folder), read_state(folder)) if folder else (None, None)
 
     def load(self, folder: Path, state: dict) -> list[torch.Tensor]:
-        """Rank 0 reads a checkpoint; the others prepare for it.  Returns Adam's moments."""
+        """The main process reads a checkpoint, the others prepare for it -> Adam's moments."""
         vars(self.progress).update({name: state[name] for name in vars(self.progress)})
-        if not self.world.main:
-            return self.flat.load_moments(None, state["step"])
-        load_trainables(self.model, folder)
-        if folder.resolve().parent == self.out.resolve():
-            self.newest = self.out / folder.name
-        else:
-            self.bring_best(folder.resolve().parent)
-        return self.flat.load_moments(folder, state["step"])
+        if self.world.main:
+            load_trainables(self.model, folder)
+            if folder.resolve().parent == self.out.resolve():
+                self.newest = self.out / folder.name
+            else:
+                self.bring_best(folder.resolve().parent)
+        return self.flat.load_moments(folder if self.world.main else None, state["step"])
 
     def bring_best(self, run: Path) -> None:
         """Copy the best checkpoint from the run folder that is resumed; without one, forget it."""
@@ -364,15 +335,12 @@ class Checkpoints:
             whole(self.out / best.name, lambda aside: shutil.copytree(best, aside))
 
     def load_best(self) -> Path | None:
-        """Load the best checkpoint on every process; returns its folder, on rank 0 alone."""
-        def read() -> Path:
-            best = find_checkpoint(self.out)
+        """Load the best checkpoint on every process; returns its folder, on the main one alone."""
+        best = self.world.together(lambda: find_checkpoint(self.out) if self.world.main else None)
+        if best:
             load_trainables(self.model, best)
-            return best
-
-        best = self.world.together(lambda: read() if self.world.main else None)
-        self.world.copy(self.flat.values)
-        self.model.train()  # drops packed copies of the weights before
+        self.world.hand_out(self.flat.values)
+        self.model.train()  # drops copies of the weights before, which decoding has packed
         return best
 
     def check_same(self, state: dict, folder: str, any_world: bool) -> None:

@@ -12,8 +12,7 @@ from typing import Any, NoReturn
 
 
 def escape(problem: UnicodeError) -> tuple[str, int]:
-    """Characters that a terminal or a log cannot hold, as JSON escapes them: a line of JSON that is
-    printed remains one."""
+    """Characters that a stream cannot hold, as JSON escapes them: a line of it remains JSON."""
     return json.dumps(problem.object[problem.start:problem.end])[1:-1], problem.end
 
 
@@ -29,16 +28,14 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**{"allow_abbrev": False, **options})
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        """As argparse does.  From then on the command escapes what its output cannot encode, be it
-        a tweet, a path or the help; words that are no text are refused, as no file could hold or
-        safetensors open them."""
+        """As argparse; from now on what the output cannot encode, a tweet, a path, is escaped, and
+        words that are no text, which safetensors could not open, are refused."""
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="escape")
         for word in sys.argv[1:] if args is None else args:
             if re.search("[\ud800-\udfff]", word):
-                self.error(f"expected text, in UTF-8, got {word!r}; rename the file, or set "
-                           "LC_ALL=C.UTF-8 if the terminal writes UTF-8")
+                self.error(f"expected UTF-8, got {word!r}; rename the file, or set LC_ALL=C.UTF-8")
         return super().parse_args(args, namespace)
 
     def add_argument(self, *names: object, **settings: object) -> argparse.Action:

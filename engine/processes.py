@@ -13,15 +13,13 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from engine.files import DiskFull, ImageError, Stopped, UsageError, WeightsError
 from engine.schema import DataError
-
-T = TypeVar("T")
 
 
 class World:
@@ -30,11 +28,10 @@ class World:
     def __init__(self, timeout: float = 300.0) -> None:
         """timeout: seconds that the processes wait for one that does not answer."""
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.main, self.timeout = self.rank == 0, timeout
+        self.leader, self.main, self.timeout = 0, self.rank == 0, timeout  # see `lead`
         self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # by torchrun
         self.node = f"node {os.environ.get('GROUP_RANK', 0)} ({socket.gethostname()})"
-        self.store: dist.Store | None = None  # holds what processes say to each other
-        self.shared = 0  # how often they have
+        self.shared = 0  # how often the processes have shared something
         self.signal = 0  # the one that asked this process to stop
         self.repeatable = False  # an interruptible block runs: nothing is lost if it ends now
         self.last_met = time.monotonic()  # when all processes last took part in something
@@ -46,40 +43,41 @@ class World:
                                  f"got a process {local + 1}; start fewer")
             self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
-
-    def meet(self) -> dist.Store:
-        """The store of this start's processes.  Each restart by torchrun (2.13) has its own prefix:
-        their common store holds addresses of processes that are gone."""
-        if self.store is None:
-            store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=self.timeout)))
+        if self.size > 1:  # torchrun (2.13) keeps one store, with what was said before a restart
+            store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
             self.store = dist.PrefixStore(f"start {self.restarts}", store)
-        return self.store
 
     def join(self) -> None:
         """Connect the processes for sums and copies, once everything slow is prepared."""
         if self.size > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
-                                    timeout=timedelta(seconds=self.timeout), store=self.meet(),
+                                    timeout=timedelta(seconds=self.timeout), store=self.store,
                                     rank=self.rank, world_size=self.size)
 
     def share(self, value: Any, last: bool = False) -> list[Any]:
-        """The values of all processes, by rank: small ones that JSON can hold.  last: this process
-        is about to end and waits for nobody's value."""
+        """The values of all processes, by rank, as JSON.  last: this one ends, and waits for no
+        other."""
         if self.size == 1:
             return [value]
-        store, self.shared = self.meet(), self.shared + 1
-        names = [f"shared {self.shared} by {rank}" for rank in range(self.size)]
-        store.set(names[self.rank], json.dumps(value))
-        values = [] if last else list(map(json.loads, store.multi_get(names)))
-        store.set(f"{names[self.rank]}, read", "")
-        if self.main and not last:  # it may hold the store, and end before the others have read
-            store.wait([f"{name}, read" for name in names])
-        self.last_met = time.monotonic()
+        self.shared += 1
+        given, read = ([f"{word} {self.shared} {rank}" for rank in range(self.size)]
+                       for word in ("given", "read"))
+        self.store.set(given[self.rank], json.dumps(value))
+        values = [] if last else list(map(json.loads, self.store.multi_get(given)))
+        self.store.set(read[self.rank], "")
+        if self.rank == 0 and not last:
+            self.store.wait(read)  # this process may hold the store, and end now
         return values
 
-    def together(self, work: Callable[[], T]) -> T:
-        """Return work().  If it fails on one node, as where a file is missing, the processes of all
-        nodes end, and say so, instead of waiting for it."""
+    def lead(self, standing: list[int]) -> None:
+        """Let the first process of the highest standing be the main one, which alone reads and
+        writes the run folder and prints, instead of rank 0."""
+        standings = self.share(standing)
+        self.leader = standings.index(max(standings))
+        self.main = self.rank == self.leader
+
+    def together(self, work: Callable[[], Any]) -> Any:
+        """work(); where it fails on one node, as a file is missing, all end and name the node."""
         try:
             result = work()
         except Exception as problem:
@@ -91,13 +89,12 @@ class World:
 
     def agree(self, values: dict[str, Any]) -> None:
         """UsageError unless all processes have the same {what it is: its value}."""
-        first, *others = self.share([self.node, values])
-        for node, theirs in others:
-            for name, value in first[1].items():
-                if theirs[name] != value:
-                    raise UsageError(
-                        f"{name}: expected the same on every node, got {value} on {first[0]} and "
-                        f"{theirs[name]} on {node}; start all nodes by one line, with equal files")
+        (node, ours), *others = self.share([self.node, values])
+        for other, theirs in others:
+            for name in (name for name in ours if ours[name] != theirs[name]):
+                raise UsageError(f"{name}: expected the same on every node, got {ours[name]} on "
+                                 f"{node} and {theirs[name]} on {other}; start all nodes by one "
+                                 "line, with equal files")
 
     def leave(self) -> None:
         """Part from the other processes at the end of a command."""
@@ -111,15 +108,14 @@ class World:
         self.last_met = time.monotonic()
         return tensor
 
-    def copy(self, tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
-        """Fill a tensor with that of process `source`, in place and to the bit."""
-        if self.size > 1:
-            dist.broadcast(tensor, source)
+    def hand_out(self, *tensors: torch.Tensor) -> None:
+        """Fill tensors with those of the main process, in place and to the bit."""
+        for tensor in tensors if self.size > 1 else ():
+            dist.broadcast(tensor, self.leader)
         self.last_met = time.monotonic()
-        return tensor
 
     def print(self, *lines: str) -> None:
-        """Print lines, on rank 0 alone."""
+        """Print lines, on the main process alone."""
         if self.main:
             print(*lines, sep="\n", flush=True)
 

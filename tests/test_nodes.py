@@ -63,6 +63,12 @@ class Nodes:
         job = self.start(nodes, command, dies_at)
         return job.wait(), job.text
 
+    def refusal(self, nodes: str, command: Callable[[], None]) -> str:
+        """What is said where both end with an error, the second perhaps by torchrun's signal."""
+        codes, text = self.run(nodes, command)
+        assert codes[0] == 2 and codes[1] in (2, -signal.SIGTERM) and "Traceback" not in text, text
+        return text
+
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
@@ -73,57 +79,79 @@ training = partial(train.main, FLAGS)
 
 @pytest.fixture(scope="module")
 def nodes(small, tmp_path_factory) -> Nodes:
-    """After a run on nodes a and b that is killed in step 6 and ended with b as rank 0."""
+    """After a run on nodes a and b that was killed in step 6, and ended after rank 0 had moved to
+    b, where a checkpoint of step 2 lay."""
     nodes = Nodes(tmp_path_factory.mktemp("nodes"), small)
     nodes.first = nodes.run("ab", training, dies_at=6)
-    nodes.left = names(nodes["a"] / "run"), names(nodes["b"])
+    assert "run" not in names(nodes["b"])
+    shutil.copytree(nodes["a"] / "run" / "step-00000002", nodes["b"] / "run" / "step-00000002")
     nodes.second = nodes.run("ba", training)
     return nodes
 
 
-def test_rank_0_may_move_to_another_node_and_the_run_ends_with_the_same_bytes(nodes):
-    """Its newest and best checkpoint and its log come along; nobody else writes a run folder."""
+def test_the_node_with_the_newest_checkpoint_goes_on_wherever_rank_0_is(nodes):
+    """The run ends with the bytes of one that has a folder for both and was not killed."""
     assert nodes.first[0] == [-signal.SIGKILL] * 2, nodes.first[1]
-    at_a, at_b = nodes.left
-    assert {"step-00000004", "best-00000004"} < set(at_a) and "run" not in at_b
     assert nodes.second[0] == [0, 0], nodes.second[1]
-    assert re.search(r"resumed run/step-00000004 of node 1 \(\S+\) at step 4", nodes.second[1])
-    assert names(nodes["a"] / "run") == at_a
-    assert nodes.run("ss", training)[0] == [0, 0]  # one folder for both, and no kill
-    assert sums(nodes["b"] / "run") == sums(nodes["s"] / "run")
+    assert "start: resumed run/step-00000004 at step 4" in nodes.second[1]
+    assert names(nodes["b"] / "run") == ["step-00000002"]
+    assert nodes.run("ss", training)[0] == [0, 0]
+    assert sums(nodes["a"] / "run") == sums(nodes["s"] / "run")
+
+
+def test_a_checkpoint_that_is_named_is_read_where_it_is(nodes):
+    """--resume PATH: the best one comes along into the new run folder of that node."""
+    flags = [*FLAGS[:-1], "new", "--resume", "run/step-00000008"]
+    codes, text = nodes.run("ca", partial(train.main, flags))
+    assert codes == [0, 0] and "start: resumed run/step-00000008 at step 8" in text
+    assert not (nodes["c"] / "new").exists()
+    for name in ("table.txt", "best-00000004/model.safetensors"):
+        assert (nodes["a"] / "new" / name).read_bytes() == (nodes["a"] / "run" / name).read_bytes()
+    text = nodes.refusal("ca", partial(train.main, [*flags[:-1], "run/step-00000009"]))
+    assert "run/step-00000009: expected a checkpoint" in text
+
+
+def test_starting_over_empties_the_run_folders_of_all_nodes(nodes):
+    """Else an old checkpoint on one would be taken for the newest of the new run."""
+    for node in "gh":
+        shutil.copytree(nodes["a"] / "run", nodes[node] / "run")
+    codes, _ = nodes.run("gh", partial(train.main, [*FLAGS, "--resume", "none"]), dies_at=4)
+    assert codes == [-signal.SIGKILL] * 2
+    assert names(nodes["h"] / "run") == [".lock"]
+    assert names(nodes["g"] / "run") == [".lock", "metrics.csv", "step-00000002"]
 
 
 def test_a_finished_run_is_reprinted_wherever_its_table_is(nodes):
     codes, text = nodes.run("ab", training)
     assert codes == [0, 0] and "run is finished" in text
-    assert (nodes["b"] / "run" / "table.txt").read_text() in text
+    assert (nodes["a"] / "run" / "table.txt").read_text() in text
+    codes, text = nodes.run("ca", training)
+    assert codes == [0, 0] and "run is finished" in text
 
 
 def test_nodes_without_the_checkpoint_or_with_another_are_named_before_anything_slow(nodes):
-    """evaluate.py on all: c has no run, d another checkpoint than b."""
+    """evaluate.py on all: c has no run, d another checkpoint than a."""
     score = partial(evaluate.main, ["run", "--out", "predictions.jsonl"])
-    shutil.copytree(nodes["b"] / "run" / "step-00000006", nodes["d"] / "run" / "step-00000006")
-    for other, said in (("c", r"node 1 \(\S+\): run: expected a run folder .*copy it from the node"),
+    shutil.copytree(nodes["a"] / "run" / "step-00000006", nodes["d"] / "run" / "step-00000006")
+    for other, said in (("c", r"node 1 \(\S+\): run: expected a run folder .*copy it from"),
                         ("d", r"run, checkpoint: expected the same on every node, got \w{64} on "
                               r"node 0 \(\S+\) and \w{64} on node 1")):
-        codes, text = nodes.run("b" + other, score)
-        assert codes[0] == 2 and 0 not in codes and re.search(f"^error: {said}", text, re.M), text
-        assert "Traceback" not in text and not (nodes["b"] / "predictions.jsonl").exists()
-    assert nodes.run("bb", score)[0] == [0, 0]
+        text = nodes.refusal("a" + other, score)
+        assert re.search(f"^error: {said}", text, re.M) and "decoding" not in text, text
+    assert nodes.run("aa", score)[0] == [0, 0]
 
 
 def test_a_file_that_one_node_lacks_or_has_otherwise_ends_all_with_its_name(nodes, small, tmp_path):
     (nodes["e"] / "t5").unlink()
-    codes, text = nodes.run("ce", training)
-    assert codes[0] == 2 and 0 not in codes and re.search(r"error: node 1 \(\S+\): --t5: t5: expected", text), text
+    text = nodes.refusal("ce", training)
+    assert re.search(r"^error: node 1 \(\S+\): --t5: t5: expected", text, re.M), text
     (nodes["f"] / "data").unlink()
     (nodes["f"] / "data").mkdir()
     for dataset in Path(small["data"]).iterdir():
         if dataset.name != "demo_t15":
             (nodes["f"] / "data" / dataset.name).symlink_to(dataset)
-    codes, text = nodes.run("cf", training)
-    assert codes[0] == 2 and 0 not in codes
-    assert re.search(r"error: corpus_sha256: expected the same on every node, got \w+ on", text)
+    text = nodes.refusal("cf", training)
+    assert re.search(r"^error: corpus_sha256: expected the same on every node, got", text, re.M)
 
 
 def agents(nodes: Nodes, order: str, *words: str, processes: int = 1) -> list[subprocess.Popen]:
@@ -157,10 +185,10 @@ def test_two_agents_of_torchrun_go_on_after_one_node_was_killed_and_score_alike(
         os.kill(pid, signal.SIGKILL)
     assert job[0].wait(60) == 1 and job[1].wait(60) < 0
     assert "another process has ended" in (nodes["a"] / "log").read_text()
-    assert "of node 1 (" in both("ba", *words)
+    assert "start: resumed run/step-0000000" in both("ba", *words)
     both("ss", *words)
-    assert sums(nodes["b"] / "run") == sums(nodes["s"] / "run")
+    assert sums(nodes["a"] / "run") == sums(nodes["s"] / "run") and "run" not in names(nodes["b"])
     assert "run is finished" in both("ab", *words)
-    shutil.copytree(nodes["b"] / "run", nodes["c"] / "run")
-    table = (nodes["b"] / "run" / "table.txt").read_text()
-    assert table in both("bc", "evaluate.py", "run", "--units", "T17", "V1")
+    shutil.copytree(nodes["a"] / "run", nodes["c"] / "run")
+    table = (nodes["a"] / "run" / "table.txt").read_text()
+    assert table in both("ca", "evaluate.py", "run", "--units", "T17", "V1")

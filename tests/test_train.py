@@ -1,12 +1,15 @@
 """train.py as a specification: one loss for any processes, exact resume, checkpoints, errors."""
 
 import dataclasses
+import io
 import json
 import math
 import re
 import resource
 import shutil
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ import clorae
 import data
 import evaluate
 import losses
+import tools.answer
 import train
 from conftest import ROOT, run, sums
 from engine.checkpoints import (Checkpoints, Progress, find_checkpoint, load_trainables, read_state,
@@ -195,6 +199,38 @@ def test_evaluate_reproduces_the_table_alone_and_under_torchrun(finished, tmp_pa
         assert (finished["out"] / "table.txt").read_text().strip() in done.stdout
         texts.append(target.read_bytes())
     assert texts[0] == texts[1] == (finished["out"] / "predictions-test.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_what_a_terminal_cannot_encode_is_escaped_and_json_remains_json(finished, encoding,
+                                                                        monkeypatch):
+    """Tweets and paths with emoji, in an answer and in errors."""
+    def said(main: Callable, *words: str) -> str:
+        for name in ("stdout", "stderr"):
+            stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+            monkeypatch.setattr(sys, name, stream)
+        try:
+            main(words)
+        except SystemExit as end:
+            assert end.code == 2
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        return (sys.stdout.buffer.getvalue() or sys.stderr.buffer.getvalue()).decode(encoding)
+
+    line = said(tools.answer.main, str(finished["out"]), "--text", "Zoë lives in Gegen 😀", "--task",
+                "mner", "--dataset", "demo_t17", "--json")
+    assert json.loads(line)["tokens"] == ["Zoë", "lives", "in", "Gegen", "😀"]
+    for words in (["läuf😀"], ["run", "--läuf😀"]):
+        answer = said(evaluate.main, *words)
+        assert answer.startswith("error: ") and "uf" in answer
+        assert ("\\ud83d\\ude00" in answer) == (encoding != "utf-8")
+
+
+def test_words_that_are_no_text_are_refused_before_anything_is_computed(capsys):
+    """A file name in Latin-1 in a UTF-8 terminal, which safetensors could write but never open."""
+    with pytest.raises(SystemExit):
+        train.main(["--out", "M\udcfcller"])
+    assert "expected UTF-8, got 'M\\udcfcller'; rename" in capsys.readouterr().err
 
 
 def test_a_checkpoint_reproduces_logits_on_a_fresh_backbone_bit_for_bit(finished, tmp_path):
