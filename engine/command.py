@@ -3,11 +3,11 @@
 import argparse
 import codecs
 import difflib
-import io
 import json
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 
@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
         """As argparse; from now on what the output cannot encode, a tweet, a path, is escaped, and
         words that are no text, which safetensors could not open, are refused."""
         for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):
+            with suppress(AttributeError, OSError):  # not a file of this process
                 stream.reconfigure(errors="escape")
         for word in sys.argv[1:] if args is None else args:
             if re.search("[\ud800-\udfff]", word):
