@@ -43,9 +43,13 @@ class World:
                                  f"got a process {local + 1}; start fewer")
             self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
-        if self.size > 1:  # torchrun (2.13) keeps one store, with what was said before a restart
+        if self.size > 1:
             store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
-            self.store = dist.PrefixStore(f"start {self.restarts}", store)
+            # torchrun (2.13) keeps its store, with what was said before a restart, unless it is told
+            # to share none; each node counts only the restarts that began with it
+            kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            self.store = dist.PrefixStore(f"start {self.restarts * kept}", store)
+            self.restarts = max(self.share(self.restarts))
 
     def join(self) -> None:
         """Connect the processes for sums and copies, once everything slow is prepared."""
@@ -184,7 +188,7 @@ def exit_codes() -> Iterator[None]:
         code, message = verdict(problem)
         rank, alone = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", 1)) == 1
         gone = not alone and isinstance(problem, RuntimeError) and re.search(
-            r".*(gloo|NCCL|by peer|[Tt]imed out).*", str(problem))
+            r".*(gloo|NCCL|by peer|[Tt]ime(d |)out|recv|Broken pipe).*", str(problem))
         if gone:
             message = f"rank {rank}: another process has ended or does not answer: {gone[0]}"
         if not alone and message and (rank != "0" or gone):
