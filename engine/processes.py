@@ -45,11 +45,10 @@ class World:
             torch.cuda.set_device(self.device)
         if self.size > 1:
             store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
-            # torchrun (2.13) keeps its store, with what was said before a restart, unless it is told
-            # to share none; each node counts only the restarts that began with it
+            # A store that torchrun (2.13) shares holds what was said before a restart, too.
             kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
             self.store = dist.PrefixStore(f"start {self.restarts * kept}", store)
-            self.restarts = max(self.share(self.restarts))
+            self.restarts = max(self.share(self.restarts))  # each node counts only its own
 
     def join(self) -> None:
         """Connect the processes for sums and copies, once everything slow is prepared."""
@@ -59,8 +58,7 @@ class World:
                                     rank=self.rank, world_size=self.size)
 
     def share(self, value: Any, last: bool = False) -> list[Any]:
-        """The values of all processes, by rank, as JSON.  last: this one ends, and waits for no
-        other."""
+        """All processes' values by rank, in JSON.  last: this one ends, and waits for none."""
         if self.size == 1:
             return [value]
         self.shared += 1

@@ -217,8 +217,8 @@ def test_what_a_terminal_cannot_encode_is_escaped_and_json_remains_json(finished
             stream.flush()
         return (sys.stdout.buffer.getvalue() or sys.stderr.buffer.getvalue()).decode(encoding)
 
-    line = said(tools.answer.main, str(finished["out"]), "--text", "Zoë lives in Gegen 😀", "--task",
-                "mner", "--dataset", "demo_t17", "--json")
+    line = said(tools.answer.main, str(finished["out"]), "--text", "Zoë lives in Gegen 😀",
+                "--task", "mner", "--dataset", "demo_t17", "--json")
     assert json.loads(line)["tokens"] == ["Zoë", "lives", "in", "Gegen", "😀"]
     for words in (["läuf😀"], ["run", "--läuf😀"]):
         answer = said(evaluate.main, *words)
