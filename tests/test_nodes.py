@@ -43,7 +43,7 @@ class Nodes:
     def start(self, nodes: str, command: Callable[[], None], dies_at: int = 0) -> Job:
         """A command with a process on each of the nodes named; the first has rank 0.  dies_at: the
         step in which both are killed."""
-        steps = []
+        steps, folders = [], [self[node] for node in nodes]
 
         def step() -> None:
             steps.append(1)
@@ -52,7 +52,7 @@ class Nodes:
 
         def enter(rank: int, mark: Mark) -> None:
             sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # not those of pytest
-            os.chdir(self[nodes[rank]])
+            os.chdir(folders[rank])
             os.environ.update(GROUP_RANK=str(rank), LOCAL_RANK="0")
             telling(rank, mark)
             before(train.Trainer, "train_step", step)
