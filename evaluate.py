@@ -577,7 +577,10 @@ class Job:
 # ----------------------------------------------------------------------------------- the command
 def run(args: argparse.Namespace, world: World) -> None:
     """Score one checkpoint and print its table, or compare several."""
-    jobs = [Job(folder, args) for folder in args.checkpoint]
+    jobs = world.together(lambda: [Job(folder, args) for folder in args.checkpoint])
+    if world.size > 1:  # nodes may have folders of their own
+        world.agree({f"{job.folder}, {name}": job.made_from[name] for job in jobs
+                     for name in ("checkpoint", "data")})
     if len(jobs) > 1 or args.csv:
         return compare(jobs, args.csv, world)
     job, = jobs

@@ -38,8 +38,7 @@ import demo
 import evaluate
 import fast
 import losses
-from engine.checkpoints import (Checkpoints, Logs, Progress, Sources, find_checkpoint,
-                                load_trainables)
+from engine.checkpoints import Checkpoints, Logs, Progress, Sources, find_checkpoint, standing
 from engine.corpus import (corpus_hash, corpus_of, hold_out, load_corpus, load_datasets,
                            read_splits, unit_rows)
 from engine.features import Features
@@ -276,8 +275,7 @@ class Run:
 
     def test(self) -> str:
         """The table of the test split with the best checkpoint; also written to the run folder."""
-        best = find_checkpoint(self.out)
-        load_trainables(self.model, best)
+        best = self.checkpoints.load_best()
         with self.world.interruptible():
             rows = self.evaluate("test")
         text = evaluate.table(evaluate.total(rows), self.setup.datasets)
@@ -401,15 +399,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             sources = prepare(config)
             world.print(*plan(Run(config, sources, world, dry=True), sources, launch, losses.PIECE))
         return
-    if table := finished(config, launch):
+    if world.size > 1:  # the node that holds this run's newest checkpoint goes on with it
+        world.lead(standing(Path(config.out), launch.resume))
+    if table := max(world.share(finished(config, launch) or "")):
         return world.print(f"{config.out} is finished; its table again (--resume none starts "
                            "over):", table)
-    lock = claim(Path(config.out)) if world.main else None
-    sources = prepare(config)
+    lock, sources = world.together(
+        lambda: (claim(Path(config.out)) if world.main else None, prepare(config)))
     world.join()
-    run = Run(config, sources, world, cache=launch.cache)
-    if world.main:
-        run.checkpoints.check_room()
+    run = world.together(lambda: Run(config, sources, world, cache=launch.cache))
+    places = dict.fromkeys(("out", "data", "t5", "vit", "init", "aml_reference"))  # may differ
+    world.agree({**vars(config), **run.origin, **places, "p_m": run.reference,
+                 "rows without their image": run.rows.features.missing_rows})
+    world.together(lambda: world.main and run.checkpoints.check_room())
     start = run.checkpoints.resume(launch)
     if run.logs:
         run.logs.restore(run.progress.step, run.progress.history)

@@ -110,8 +110,17 @@ def find_checkpoint(path: Path) -> Path:
         got = "no checkpoint in it" if path.exists() else "nothing there"
         pickled = pickles(path.parent if path.is_file() else path)
         raise UsageError(f"{path}: expected a run folder or a checkpoint folder, found {got}; "
-                         f"{pickled}train first, or name a folder below runs/")
+                         f"{pickled}train first, name a folder below runs/, or copy it from the "
+                         "node that has it")
     return best
+
+
+def standing(out: Path, resume: str) -> list[int]:
+    """How far the checkpoint is that this node could go on from; [] or [0]: it has none."""
+    if resume not in ("auto", "none"):
+        return [int((Path(resume) / "state.json").exists())]
+    state = (newest := newest_checkpoint(out)) and read_state(newest)
+    return [state["step"], state["epoch"]] if state else []
 
 
 def load_trainables(model: torch.nn.Module, checkpoint: Path) -> None:
@@ -219,7 +228,8 @@ class Logs:
 
 
 class Checkpoints:
-    """The checkpoints of one run.  All processes save and resume together; rank 0 alone writes."""
+    """The checkpoints of one run.  All processes save and resume together; the main one alone reads
+    and writes, so that its node alone needs the run folder."""
 
     def __init__(self, out: Path, world: World, model: torch.nn.Module,
                  flat: FlatParameters | None, progress: Progress, config: Mapping, fixed: Mapping):
@@ -282,39 +292,59 @@ class Checkpoints:
                            "room, or choose an --out on another disk")
 
     def resume(self, launch: Launch) -> str:
-        """Load the checkpoint that --resume asks for, if there is one; returns the line that says
-        so.  "none" empties the run folder first, but not when torchrun restarts."""
-        anew = launch.resume == "none" and not self.world.restarts
-        for name in (*LEFT_BY_KILLS, *RUN_FILES * anew) if self.world.main else ():
-            for old in self.out.glob(name):
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
+        """Load the checkpoint that --resume asks for, if there is one, on every process; returns
+        the line that says so.  "none" empties the run folder first, on every node, but not when
+        torchrun restarts."""
+        world, anew = self.world, launch.resume == "none" and not self.world.restarts
+        for name in RUN_FILES + LEFT_BY_KILLS[:2] if anew else LEFT_BY_KILLS * world.main:
+            for old in self.out.glob(name):  # another process may be deleting the same
+                shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(True)
+        world.share(None)  # all have deleted what they found
         if anew:
             return "start: from the beginning (--resume none)"
-        auto = launch.resume in ("auto", "none")
-        folder = newest_checkpoint(self.out) if auto else Path(launch.resume)
+        folder, state = world.share(world.together(lambda: self.to_resume(launch)))[world.leader]
         if folder is None:
             return f"start: from the beginning, no checkpoint in {self.out}"
-        state = read_state(folder)
         self.check_same(state, folder, launch.allow_world_change)
-        load_trainables(self.model, folder)
-        self.flat.load_moments(folder, state["step"])
-        vars(self.progress).update({name: state[name] for name in vars(self.progress)})
-        if folder.resolve().parent == self.out.resolve():
-            self.newest = self.out / folder.name
-        else:
-            self.bring_best(folder.resolve().parent)
+        world.hand_out(self.flat.values, *world.together(lambda: self.load(Path(folder), state)))
+        vars(self.progress).update(world.share(vars(self.progress))[world.leader])
         return f"start: resumed {folder} at step {state['step']}, epoch {state['epoch'] + 1}"
+
+    def to_resume(self, launch: Launch) -> tuple[str | None, dict | None]:
+        """Path and state of the checkpoint to go on from, on the main process, else None."""
+        auto = launch.resume in ("auto", "none")
+        folder = self.world.main and (newest_checkpoint(self.out) if auto else Path(launch.resume))
+        return (str(folder), read_state(folder)) if folder else (None, None)
+
+    def load(self, folder: Path, state: dict) -> list[torch.Tensor]:
+        """The main process reads a checkpoint, the others prepare for it -> Adam's moments."""
+        vars(self.progress).update({name: state[name] for name in vars(self.progress)})
+        if self.world.main:
+            load_trainables(self.model, folder)
+            if folder.resolve().parent == self.out.resolve():
+                self.newest = self.out / folder.name
+            else:
+                self.bring_best(folder.resolve().parent)
+        return self.flat.load_moments(folder if self.world.main else None, state["step"])
 
     def bring_best(self, run: Path) -> None:
         """Copy the best checkpoint from the run folder that is resumed; without one, forget it."""
         best = run / f"best-{self.progress.best_step:08d}"
         if not best.is_dir():
             self.progress.best_sum, self.progress.best_step = -1.0, 0
-        elif self.world.main and not (self.out / best.name).exists():
+        elif not (self.out / best.name).exists():
             whole(self.out / best.name, lambda aside: shutil.copytree(best, aside))
-        self.world.sum(torch.zeros(1).to(self.world.device))  # nobody looks before it is there
 
-    def check_same(self, state: dict, folder: Path, any_world: bool) -> None:
+    def load_best(self) -> Path | None:
+        """Load the best checkpoint on every process; returns its folder, on the main one alone."""
+        best = self.world.together(lambda: find_checkpoint(self.out) if self.world.main else None)
+        if best:
+            load_trainables(self.model, best)
+        self.world.hand_out(self.flat.values)
+        self.model.train()  # drops copies of the weights before, which decoding has packed
+        return best
+
+    def check_same(self, state: dict, folder: str, any_world: bool) -> None:
         """UsageError unless settings (those it lacks: defaults), references and weights agree."""
         mine = json.loads(json.dumps(self.state()))
         fixed = [*mine["config"], "reference", *(name for name in mine if name.endswith("_sha256"))]

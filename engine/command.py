@@ -1,10 +1,22 @@
 """How every command declares its options, answers mistakes, and says where it has moved."""
 
 import argparse
+import codecs
 import difflib
+import json
+import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
+
+
+def escape(problem: UnicodeError) -> tuple[str, int]:
+    """Characters that a stream cannot hold, as JSON escapes them: a line of it remains JSON."""
+    return json.dumps(problem.object[problem.start:problem.end])[1:-1], problem.end
+
+
+codecs.register_error("escape", escape)
 
 
 class Parser(argparse.ArgumentParser):
@@ -14,6 +26,17 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: object):
         self.flags: list[str] = []  # all that are declared
         super().__init__(**{"allow_abbrev": False, **options})
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """As argparse; from now on what the output cannot encode, a tweet, a path, is escaped, and
+        words that are no text, which safetensors could not open, are refused."""
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(AttributeError, OSError):  # not a file of this process
+                stream.reconfigure(errors="escape")
+        for word in sys.argv[1:] if args is None else args:
+            if re.search("[\ud800-\udfff]", word):
+                self.error(f"expected UTF-8, got {word!r}; rename the file, or set LC_ALL=C.UTF-8")
+        return super().parse_args(args, namespace)
 
     def add_argument(self, *names: object, **settings: object) -> argparse.Action:
         return self.noted(super().add_argument(*names, **settings))

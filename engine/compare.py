@@ -57,9 +57,10 @@ def compare(jobs: Sequence[Any], csv: Path | None, world: World) -> None:
 
 
 def refresh(jobs: Sequence[Any], world: World) -> None:
-    """Score the jobs whose stored scores, if there are any, are not of this very checkpoint, split,
-    data and decoding.  All processes look before any of them writes."""
-    for job, fresh in [(job, still_true(job.scores, job.made_from)) for job in jobs]:
+    """Score the jobs whose stored scores, if the main process has any, are not of this very
+    checkpoint, split, data and decoding."""
+    known = world.share([still_true(job.scores, job.made_from) for job in jobs])[world.leader]
+    for job, fresh in zip(jobs, known):
         world.print(f"{job.checkpoint}: " + (f"scores of {job.scores}" if fresh else "decoding"))
         if not fresh:
             job.score(world)

@@ -51,13 +51,17 @@ class FlatParameters:
                        for name, view in self.views(flat.cpu()).items()},
                       folder / f"{file}.safetensors")
 
-    def load_moments(self, folder: Path, step: int) -> None:
-        """Restore Adam's moments as they were after `step` steps."""
-        saved = load_file(folder / "optimizer.safetensors", device=str(self.values.device))
+    def load_moments(self, folder: Path | None, step: int) -> list[Tensor]:
+        """Restore Adam's moments as they were after `step` steps, and return them.  Without a
+        folder they are zero: another process has read them and fills them in."""
+        saved = folder and load_file(folder / "optimizer.safetensors",
+                                     device=str(self.values.device))
         vectors = [group["params"][0] for group in self.optimizer.param_groups]
         for vector in vectors:
             self.optimizer.state[vector]["step"] = torch.tensor(float(step), device=vector.device)
         for moment in MOMENTS:
-            flat = torch.cat([saved[f"{moment}.{name}"].flatten() for name in self.shapes])
+            flat = torch.cat([saved[f"{moment}.{name}"].flatten() for name in self.shapes]
+                             if saved else [torch.zeros_like(self.values)])
             for vector, values in zip(vectors, flat.split(list(map(len, vectors)))):
                 self.optimizer.state[vector][moment] = values.clone()
+        return [self.optimizer.state[vector][moment] for vector in vectors for moment in MOMENTS]

@@ -2,15 +2,18 @@
 
 import argparse
 import errno
+import json
 import os
 import re
 import signal
+import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,8 +28,10 @@ class World:
     def __init__(self, timeout: float = 300.0) -> None:
         """timeout: seconds that the processes wait for one that does not answer."""
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.main, self.timeout = self.rank == 0, timeout
+        self.leader, self.main, self.timeout = 0, self.rank == 0, timeout  # see `lead`
         self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # by torchrun
+        self.node = f"node {os.environ.get('GROUP_RANK', 0)} ({socket.gethostname()})"
+        self.shared = 0  # how often the processes have shared something
         self.signal = 0  # the one that asked this process to stop
         self.repeatable = False  # an interruptible block runs: nothing is lost if it ends now
         self.last_met = time.monotonic()  # when all processes last took part in something
@@ -38,16 +43,60 @@ class World:
                                  f"got a process {local + 1}; start fewer")
             self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
+        if self.size > 1:
+            store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+            # A store that torchrun (2.13) shares holds what was said before a restart, too.
+            kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            self.store = dist.PrefixStore(f"start {self.restarts * kept}", store)
+            self.restarts = max(self.share(self.restarts))  # each node counts only its own
 
     def join(self) -> None:
-        """Meet the other processes, once everything slow is prepared.  Each restart by torchrun
-        (2.13) has its own prefix: their common store holds addresses of processes that are gone."""
+        """Connect the processes for sums and copies, once everything slow is prepared."""
         if self.size > 1 and not dist.is_initialized():
-            wait = timedelta(seconds=self.timeout)
-            store, _, _ = next(dist.rendezvous("env://", timeout=wait))
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=wait,
-                                    store=dist.PrefixStore(f"start {self.restarts}", store),
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
+                                    timeout=timedelta(seconds=self.timeout), store=self.store,
                                     rank=self.rank, world_size=self.size)
+
+    def share(self, value: Any, last: bool = False) -> list[Any]:
+        """All processes' values by rank, in JSON.  last: this one ends, and waits for none."""
+        if self.size == 1:
+            return [value]
+        self.shared += 1
+        given, read = ([f"{word} {self.shared} {rank}" for rank in range(self.size)]
+                       for word in ("given", "read"))
+        self.store.set(given[self.rank], json.dumps(value))
+        values = [] if last else list(map(json.loads, self.store.multi_get(given)))
+        self.store.set(read[self.rank], "")
+        if self.rank == 0 and not last:
+            self.store.wait(read)  # this process may hold the store, and end now
+        return values
+
+    def lead(self, standing: list[int]) -> None:
+        """Let the first process of the highest standing be the main one, which alone reads and
+        writes the run folder and prints, instead of rank 0."""
+        standings = self.share(standing)
+        self.leader = standings.index(max(standings))
+        self.main = self.rank == self.leader
+
+    def together(self, work: Callable[[], Any]) -> Any:
+        """work(); where it fails on one node, as a file is missing, all end and name the node."""
+        try:
+            result = work()
+        except Exception as problem:
+            self.share(f"{self.node}: {problem}", last=True)
+            raise
+        for problem in filter(None, self.share(None)):
+            raise UsageError(problem)
+        return result
+
+    def agree(self, values: dict[str, Any]) -> None:
+        """UsageError unless all processes have the same {what it is: its value}."""
+        (node, ours), *others = self.share([self.node, values])
+        for other, theirs in others:
+            for name in (name for name in ours if ours[name] != theirs[name]):
+                raise UsageError(f"{name}: expected the same on every node, got {ours[name]} on "
+                                 f"{node} and {theirs[name]} on {other}; start all nodes by one "
+                                 "line, with equal files")
 
     def leave(self) -> None:
         """Part from the other processes at the end of a command."""
@@ -61,8 +110,14 @@ class World:
         self.last_met = time.monotonic()
         return tensor
 
+    def hand_out(self, *tensors: torch.Tensor) -> None:
+        """Fill tensors with those of the main process, in place and to the bit."""
+        for tensor in tensors if self.size > 1 else ():
+            dist.broadcast(tensor, self.leader)
+        self.last_met = time.monotonic()
+
     def print(self, *lines: str) -> None:
-        """Print lines, on rank 0 alone."""
+        """Print lines, on the main process alone."""
         if self.main:
             print(*lines, sep="\n", flush=True)
 
@@ -132,7 +187,7 @@ def exit_codes() -> Iterator[None]:
         code, message = verdict(problem)
         rank, alone = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", 1)) == 1
         gone = not alone and isinstance(problem, RuntimeError) and re.search(
-            r".*(gloo|NCCL|by peer|[Tt]imed out).*", str(problem))
+            r".*(gloo|NCCL|by peer|[Tt]ime(d |)out|recv|Broken pipe).*", str(problem))
         if gone:
             message = f"rank {rank}: another process has ended or does not answer: {gone[0]}"
         if not alone and message and (rank != "0" or gone):

@@ -1,15 +1,17 @@
 """train.py as a specification: one loss for any processes, exact resume, checkpoints, errors."""
 
 import dataclasses
+import io
 import itertools
 import json
 import math
 import re
 import resource
 import shutil
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ import clorae
 import data
 import evaluate
 import losses
+import tools.answer
 import train
 from conftest import ROOT, run, sums
 from engine import settings
@@ -200,6 +203,38 @@ def test_evaluate_reproduces_the_table_alone_and_under_torchrun(finished, tmp_pa
     assert texts[0] == texts[1] == (finished["out"] / "predictions-test.jsonl").read_bytes()
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_what_a_terminal_cannot_encode_is_escaped_and_json_remains_json(finished, encoding,
+                                                                        monkeypatch):
+    """Tweets and paths with emoji, in an answer and in errors."""
+    def said(main: Callable, *words: str) -> str:
+        for name in ("stdout", "stderr"):
+            stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+            monkeypatch.setattr(sys, name, stream)
+        try:
+            main(words)
+        except SystemExit as end:
+            assert end.code == 2
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        return (sys.stdout.buffer.getvalue() or sys.stderr.buffer.getvalue()).decode(encoding)
+
+    line = said(tools.answer.main, str(finished["out"]), "--text", "Zoë lives in Gegen 😀",
+                "--task", "mner", "--dataset", "demo_t17", "--json")
+    assert json.loads(line)["tokens"] == ["Zoë", "lives", "in", "Gegen", "😀"]
+    for words in (["läuf😀"], ["run", "--läuf😀"]):
+        answer = said(evaluate.main, *words)
+        assert answer.startswith("error: ") and "uf" in answer
+        assert ("\\ud83d\\ude00" in answer) == (encoding != "utf-8")
+
+
+def test_words_that_are_no_text_are_refused_before_anything_is_computed(capsys):
+    """A file name in Latin-1 in a UTF-8 terminal, which safetensors could write but never open."""
+    with pytest.raises(SystemExit):
+        train.main(["--out", "M\udcfcller"])
+    assert "expected UTF-8, got 'M\\udcfcller'; rename" in capsys.readouterr().err
+
+
 def test_a_checkpoint_reproduces_logits_on_a_fresh_backbone_bit_for_bit(finished, tmp_path):
     """Experts, gate, MIM and visual adapter are all that a checkpoint holds."""
     folder, device = find_checkpoint(finished["out"]), torch.device("cpu")
@@ -327,8 +362,7 @@ def test_starting_over_deletes_what_a_run_writes_and_nothing_else(tmp_path):
         (tmp_path / name).mkdir()
     for name in ("metrics.csv", "table.txt", "scores-test.json", "notes.txt", ".lock"):
         (tmp_path / name).write_text("")
-    world = SimpleNamespace(main=True, restarts=0)
-    checkpoints = Checkpoints(tmp_path, world, None, None, Progress(), {}, {})
+    checkpoints = Checkpoints(tmp_path, World(), None, None, Progress(), {}, {})
     assert "from the beginning" in checkpoints.resume(Launch(resume="none"))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
 
