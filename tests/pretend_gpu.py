@@ -11,9 +11,10 @@ Not seen here: the kernels of torch for GPUs, memory, streams, speed.
 """
 
 import ctypes
+import functools
 import importlib.util
+import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -294,13 +295,23 @@ def pretend(emulator: str | None = None) -> PretendedGPU:
     return PretendedGPU()
 
 
-if __name__ == "__main__":
-    script, sys.argv = sys.argv[1], sys.argv[1:]
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+def perform(words: list[str], emulator: str | None) -> None:
+    """Run a script with its words on the pretended GPU; tell what the host waited for."""
     try:
-        with pretend(os.environ.get("PRETEND_EMULATOR")):
-            runpy.run_path(script, run_name="__main__")
+        with pretend(emulator):
+            conftest.play(words)
     finally:
         for place, times in waits.most_common():
             print(f"the host waited {times} times: {place}", file=sys.stderr)
         print(f"{Graph.captured} graphs, {Graph.replayed} replays", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    import conftest
+    if sys.argv[1:] != ["-"]:
+        perform(sys.argv[1:], os.environ.get("PRETEND_EMULATOR"))
+    for line in sys.stdin if sys.argv[1:] == ["-"] else ():  # each script in a fork of this process
+        words, emulator = json.loads(line)
+        done = conftest.run(["", *words], play=functools.partial(perform, emulator=emulator))
+        print(json.dumps([done.returncode, done.stdout, done.stderr]), flush=True)
