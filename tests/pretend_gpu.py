@@ -1,5 +1,7 @@
 """Run a script on a GPU that is none: python tests/pretend_gpu.py train.py --steps 2 ...
 (clorae.cu takes part if PRETEND_EMULATOR names it as conftest.emulator_library compiles it.)
+For `-` as the script, lines of [[script, words ...], emulator or null] are read from standard input
+and each is answered with [exit code, output, errors].
 
 Tensors that the script puts on "cuda" say that they are there, and the CPU computes with them.  So
 what is written for GPUs runs on any machine: the branches that a CPU does not take, types under
@@ -311,7 +313,9 @@ if __name__ == "__main__":
     import conftest
     if sys.argv[1:] != ["-"]:
         perform(sys.argv[1:], os.environ.get("PRETEND_EMULATOR"))
-    for line in sys.stdin if sys.argv[1:] == ["-"] else ():  # each script in a fork of this process
+        sys.exit()
+    import torch._dynamo  # a second's work that torch.optim would do in every fork
+    for line in sys.stdin:
         words, emulator = json.loads(line)
         done = conftest.run(["", *words], play=functools.partial(perform, emulator=emulator))
         print(json.dumps([done.returncode, done.stdout, done.stderr]), flush=True)
