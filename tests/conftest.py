@@ -119,6 +119,7 @@ def run(line: list[str], processes: int = 1,
     It is run in forks of this process, which has imported everything: half of the time of a short
     command is the importing of torch.
     """
+    import torch._dynamo  # a second's work that torch.optim would do in every fork
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

@@ -314,7 +314,6 @@ if __name__ == "__main__":
     if sys.argv[1:] != ["-"]:
         perform(sys.argv[1:], os.environ.get("PRETEND_EMULATOR"))
         sys.exit()
-    import torch._dynamo  # a second's work that torch.optim would do in every fork
     for line in sys.stdin:
         words, emulator = json.loads(line)
         done = conftest.run(["", *words], play=functools.partial(perform, emulator=emulator))
