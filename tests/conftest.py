@@ -77,8 +77,8 @@ def emulator_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if compiler is None:
         pytest.skip("no g++ on this machine: the emulator cannot be compiled")
     line = [compiler, "-std=c++20", "-O1", "-fno-strict-aliasing", "-fPIC", "-shared",
-            "-DCLORAE_EMULATOR", "-U_FORTIFY_SOURCE", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-I", ROOT / "tests",
-            *(f"-isystem{path}" for path in cpp_extension.include_paths()),
+            "-DCLORAE_EMULATOR", "-U_FORTIFY_SOURCE", "-Wall", "-Werror", "-Wno-unknown-pragmas",
+            "-I", ROOT / "tests", *(f"-isystem{path}" for path in cpp_extension.include_paths()),
             "-x", "c++", ROOT / "fast" / "clorae.cu", "-o", library,
             *(f"-L{path}" for path in cpp_extension.library_paths()), "-ltorch", "-ltorch_cpu"]
     done = subprocess.run(line, capture_output=True, text=True)
