@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from engine.files import WeightsError, note, read_json, write_whole
-from engine.weights import odd_fields, open_weights, read_weights
+from engine.weights import Unfilled, odd_fields, open_weights, read_weights
 
 FIRST_UNUSED_ID = 32100  # where T5's vocabulary ends; hub files add untrained rows behind it
 POLL = {"cpu": 1, "cuda": 8}  # steps between two looks for finished requests: a look stalls a GPU
@@ -515,7 +515,7 @@ class T5(nn.Module):
             note(f"{folder}/config.json: scale_decoder_outputs is true for a gated T5 "
                      "with a head of its own, a mistake of transformers 5.0.0; logits are scaled "
                      "as it says: set it to false if this is a T5 v1.1 or flan")
-        with torch.device("meta"):
+        with torch.device("meta"), Unfilled():
             model = cls(config)
         names = hf_names(config) | {"shared.weight": shared}
         state = read_weights(folder, stored, model, names, {*copies, UNUSED}, dtype)
@@ -571,7 +571,7 @@ def embedding_key(stored: Collection[str], raw: dict) -> str:
 
 def hf_names(config: T5Config) -> dict[str, str]:
     """Name of every parameter of T5(config) -> its key in Hugging Face's files."""
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         names = {name: name for name in T5(config).state_dict()}
     for ours, theirs in names.items():
         for word, hub in HF_WORDS.items():

@@ -2,12 +2,14 @@
 
 import hashlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from engine.files import UsageError, WeightsError, file_hash, read_json
 from engine.pieces import tokenizer_file
@@ -133,6 +135,15 @@ def pickles(folder: Path) -> str:
     names = ", ".join(sorted(p.name for p in folder.glob("*") if p.suffix in PICKLES))
     return names and (f"{names} is never read, as a pickle can run code: have it converted to "
                       "safetensors where it comes from; ")
+
+
+class Unfilled(TorchFunctionMode):
+    """Models that are built in it, on the meta device, draw no normal numbers: torch would load its
+    compiler to draw them for nothing, which takes a second."""
+
+    def __torch_function__(self, func: Callable, types: object, args: tuple = (),
+                           kwargs: dict | None = None) -> object:
+        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **(kwargs or {}))
 
 
 def read_weights(folder: Path, stored: dict[str, safe_open], model: nn.Module,

@@ -4,12 +4,14 @@ import os
 import runpy
 import shutil
 import signal
+import socket
 import string
 import subprocess
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -74,9 +76,9 @@ def emulator_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compiler, library = shutil.which("g++"), tmp_path_factory.mktemp("emulator") / "emulated.so"
     if compiler is None:
         pytest.skip("no g++ on this machine: the emulator cannot be compiled")
-    line = [compiler, "-std=c++20", "-O2", "-fno-strict-aliasing", "-fPIC", "-shared",
-            "-DCLORAE_EMULATOR", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-I", ROOT / "tests",
-            *(f"-isystem{path}" for path in cpp_extension.include_paths()),
+    line = [compiler, "-std=c++20", "-O1", "-fno-strict-aliasing", "-fPIC", "-shared",
+            "-DCLORAE_EMULATOR", "-U_FORTIFY_SOURCE", "-Wall", "-Werror", "-Wno-unknown-pragmas",
+            "-I", ROOT / "tests", *(f"-isystem{path}" for path in cpp_extension.include_paths()),
             "-x", "c++", ROOT / "fast" / "clorae.cu", "-o", library,
             *(f"-L{path}" for path in cpp_extension.library_paths()), "-ltorch", "-ltorch_cpu"]
     done = subprocess.run(line, capture_output=True, text=True)
@@ -86,12 +88,10 @@ def emulator_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def command(small: dict[str, str]) -> Callable[..., list[str]]:
-    """command(out, *flags, processes=1): the line that trains on the small world."""
-    def line(out: Path, *flags: object, processes: int = 1, script: str = "train.py") -> list[str]:
-        launch = ["-m", "torch.distributed.run", "--standalone",
-                  f"--nproc_per_node={processes}"] if processes > 1 else []
+    """command(out, *flags): the line that trains on the small world."""
+    def line(out: Path, *flags: object, script: str = "train.py") -> list[str]:
         files = [word for name, folder in small.items() for word in (f"--{name}", folder)]
-        return [sys.executable, *launch, str(ROOT / script), *files, "--max-target", "24",
+        return [sys.executable, str(ROOT / script), *files, "--max-target", "24",
                 "--rank", "6", "--batch", "12", "--micro-batch", "4", "--out", str(out),
                 *map(str, flags)]
     return line
@@ -101,35 +101,52 @@ def command(small: dict[str, str]) -> Callable[..., list[str]]:
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def run(line: list[str]) -> subprocess.CompletedProcess:
-    """Run a command to its end; its output is text.
+def play(words: list[str]) -> None:
+    """Run a script, or `-m` and a module, with its words as the interpreter would."""
+    if words[0] == "-m":
+        sys.modules.pop(words[1], None)
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")
 
-    A script of ours is run in a fork of this process, which has imported everything: half of the
-    time of a short command is the importing of torch.
+
+def run(line: list[str], processes: int = 1,
+        play: Callable[[list[str]], None] = play) -> subprocess.CompletedProcess:
+    """Run a command to its end, in one process or in the world of several; its output is text.
+
+    It is run in forks of this process, which has imported everything: half of the time of a short
+    command is the importing of torch.
     """
-    if line[1] == "-m":
-        return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=300,
-                              env=ENVIRONMENT)
+    import torch._dynamo  # a second's work that torch.optim would do in every fork
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    worlds = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} for rank in range(processes)]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        pid = os.fork()
-        if pid == 0:
-            forked(line[1:], out.fileno(), err.fileno())
-        status = os.waitpid(pid, 0)[1]
+        pids = []
+        for world in worlds:
+            pids.append(os.fork())
+            if pids[-1] == 0:
+                forked(partial(play, line[1:]), world, out.fileno(), err.fileno())
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
         said = [file.seek(0) or file.read() for file in (out, err)]
-    return subprocess.CompletedProcess(line, os.waitstatus_to_exitcode(status), *said)
+    return subprocess.CompletedProcess(line, next(filter(None, codes), 0), *said)
 
 
-def forked(words: list[str], out: int, err: int) -> NoReturn:
-    """The life of a forked process: a script with its words, as the interpreter would run it."""
+def forked(play: Callable[[], None], world: dict[str, str], out: int, err: int) -> NoReturn:
+    """The life of a forked process, with files for its output."""
     code = 1
     try:
         signal.alarm(300)
         os.chdir(ROOT)
-        os.environ.update(ENVIRONMENT)
+        os.environ.update(ENVIRONMENT | world)
         os.dup2(out, 1)
         os.dup2(err, 2)
-        sys.argv, sys.stdout, sys.stderr = words, open(1, "w"), open(2, "w")
-        runpy.run_path(words[0], run_name="__main__")
+        sys.stdout, sys.stderr = open(1, "w"), open(2, "w")
+        play()
         code = 0
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)

@@ -10,8 +10,11 @@
 
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
+#include <climits>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -48,17 +51,19 @@ struct Copy {
 };
 
 struct Fiber {
-    ucontext_t context;
+    jmp_buf at;  // where the thread goes on
     std::vector<char> stack = std::vector<char>(STACK);
-    bool done = false;
+    bool begun = false, done = false;
     int barriers = 0;
     std::vector<std::vector<Copy>> groups;  // oldest first; the last one is still open
 };
 
 inline std::vector<Fiber> fibers;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline std::function<void()> body;
 inline int current, threads;
+inline std::vector<int> arrived;  // threads that have come to each barrier of the block
+inline int passed_by_leavers;     // the fewest barriers of a thread that has left
 inline dim3 block, grid;
 inline bool reversed;
 inline unsigned char* shared;
@@ -69,45 +74,67 @@ inline void require(bool fact, const char* rule) {
     std::abort();
 }
 
-inline void take_turns() { swapcontext(&fibers[current].context, &scheduler); }
+// The scheduler and the threads jump between their stacks: swapcontext would ask the system for the
+// mask of signals at every turn.
+inline void take_turns() {
+    if (_setjmp(fibers[current].at) == 0) _longjmp(scheduler, 1);
+}
 
 // Goes on when all threads have come to the barrier that this thread has come to.
 inline void barrier() {
-    const int mine = ++fibers[current].barriers;
-    for (int other = 0; other < threads;) {
-        if (fibers[other].barriers >= mine) { ++other; continue; }
-        require(!fibers[other].done, "waits at a barrier for a thread that has left");
+    const size_t mine = fibers[current].barriers++;
+    if (arrived.size() <= mine) arrived.push_back(0);
+    ++arrived[mine];
+    while (arrived[mine] < threads) {
+        require(passed_by_leavers > static_cast<int>(mine),
+                "waits at a barrier for a thread that has left");
         take_turns();
     }
 }
 
 inline void start() {
-    body();
-    fibers[current].done = true;
-    take_turns();
+    while (true) {  // one block after another
+        body();
+        fibers[current].done = true;
+        passed_by_leavers = std::min(passed_by_leavers, fibers[current].barriers);
+        take_turns();
+    }
 }
 
-inline void run_block() {
+// A stack of its own for a thread that begins for the first time.
+inline void begin(Fiber& fiber) {
+    fiber.begun = true;
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = fiber.stack.data();
+    context.uc_stack.ss_size = STACK;
+    context.uc_link = nullptr;
+    makecontext(&context, start, 0);
+    setcontext(&context);
+}
+
+inline void go_on(Fiber& fiber) {
+    if (_setjmp(scheduler) == 0) fiber.begun ? _longjmp(fiber.at, 1) : begin(fiber);
+}
+
+inline void run_block(int used) {
     static std::vector<uint64_t> memory((SHARED + 2 * GUARD) / 8);
-    std::memset(memory.data(), 0xff, memory.size() * 8);  // NaN in every floating-point type
     shared = reinterpret_cast<unsigned char*>(
         (reinterpret_cast<uintptr_t>(memory.data()) + 127) / 128 * 128);
+    std::memset(shared, 0xff, used + GUARD / 2);  // NaN in every floating-point type
+    arrived.clear();
+    passed_by_leavers = INT_MAX;
     for (Fiber& fiber : fibers) {
         fiber.done = false;
         fiber.barriers = 0;
         fiber.groups.assign(1, {});
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.data();
-        fiber.context.uc_stack.ss_size = STACK;
-        fiber.context.uc_link = &scheduler;
-        makecontext(&fiber.context, start, 0);
     }
     for (bool alive = true; alive;) {
         alive = false;
         for (int i = 0; i < threads; ++i) {
             current = reversed ? threads - 1 - i : i;
             if (fibers[current].done) continue;
-            swapcontext(&scheduler, &fibers[current].context);
+            go_on(fibers[current]);
             alive = true;
         }
     }
@@ -150,7 +177,7 @@ const char* launch(void (*kernel)(Parameters...), dim3 grid, int threads, int sh
     for (unsigned y = 0; y < grid.y; ++y)
         for (unsigned x = 0; x < grid.x; ++x) {
             emulator::block = dim3(x, y);
-            emulator::run_block();
+            emulator::run_block(shared);
             for (size_t i = 0; i < emulator::GUARD / 2; ++i)
                 emulator::require(emulator::shared[shared + i] == 0xff,
                                   "the block wrote past the end of its shared memory");

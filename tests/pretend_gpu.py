@@ -1,5 +1,7 @@
 """Run a script on a GPU that is none: python tests/pretend_gpu.py train.py --steps 2 ...
 (clorae.cu takes part if PRETEND_EMULATOR names it as conftest.emulator_library compiles it.)
+For `-` as the script, lines of [[script, words ...], emulator or null] are read from standard input
+and each is answered with [exit code, output, errors].
 
 Tensors that the script puts on "cuda" say that they are there, and the CPU computes with them.  So
 what is written for GPUs runs on any machine: the branches that a CPU does not take, types under
@@ -11,9 +13,10 @@ Not seen here: the kernels of torch for GPUs, memory, streams, speed.
 """
 
 import ctypes
+import functools
 import importlib.util
+import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -294,13 +297,24 @@ def pretend(emulator: str | None = None) -> PretendedGPU:
     return PretendedGPU()
 
 
-if __name__ == "__main__":
-    script, sys.argv = sys.argv[1], sys.argv[1:]
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+def perform(words: list[str], emulator: str | None) -> None:
+    """Run a script with its words on the pretended GPU; tell what the host waited for."""
     try:
-        with pretend(os.environ.get("PRETEND_EMULATOR")):
-            runpy.run_path(script, run_name="__main__")
+        with pretend(emulator):
+            conftest.play(words)
     finally:
         for place, times in waits.most_common():
             print(f"the host waited {times} times: {place}", file=sys.stderr)
         print(f"{Graph.captured} graphs, {Graph.replayed} replays", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    import conftest
+    if sys.argv[1:] != ["-"]:
+        perform(sys.argv[1:], os.environ.get("PRETEND_EMULATOR"))
+        sys.exit()
+    for line in sys.stdin:
+        words, emulator = json.loads(line)
+        done = conftest.run(["", *words], play=functools.partial(perform, emulator=emulator))
+        print(json.dumps([done.returncode, done.stdout, done.stderr]), flush=True)

@@ -204,10 +204,12 @@ def telling(rank: int, mark: Mark) -> None:
 
 
 def in_place(rank: int, mark: Mark) -> None:
-    """The control: checkpoints written where they are read, as many programs do."""
+    """The control: checkpoints written where they are read, as many programs do; tells of a folder
+    begun (b)."""
     def write(folder: Path, flat: FlatParameters, state: dict) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
+        mark("b")
         flat.save(folder)
         write_state(folder, state, {f.name: file_hash(f) for f in folder.iterdir()})
     engine.checkpoints.write_checkpoint = write
@@ -334,7 +336,7 @@ def control(lab: Lab, kills: int) -> int:
     while done < kills:
         out = lab.out()
         job = lab.start(out, fault=in_place)
-        job.until("w", lab.random.randint(1, 4))
+        job.until("b", lab.random.randint(1, 4))
         time.sleep(lab.random.uniform(0, lab.window / 2))
         job.send(signal.SIGKILL)
         job.wait()

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run
 from samples import MEAE, MNER, MRE, STRIKE, assert_reads_back, changed, write_corpus
 
 import data
@@ -703,8 +703,7 @@ def test_a_faulty_corpus_and_a_wrong_call_end_with_2(tmp_path: Path) -> None:
 
 def typed(*words: object) -> subprocess.CompletedProcess:
     """Python with these words, as somebody types them."""
-    return subprocess.run([sys.executable, *map(str, words)], text=True, capture_output=True,
-                          cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return run([sys.executable, *map(str, words)])
 
 
 @pytest.mark.parametrize("tool", ["convert", "check"])

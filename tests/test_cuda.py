@@ -481,9 +481,13 @@ def test_of_several_processes_one_builds_and_all_get_the_library(tmp_path, monke
 
 
 def test_nothing_is_compiled_at_import_and_the_cpu_never_asks():
-    """KERNELS knows the CPU alone until a CUDA tensor comes; --impl cuda refuses there."""
-    line = "import fast.cuda, torch; assert fast.cuda.KERNELS == {'cpu': None}; " \
-           "assert not fast.cuda.available(torch.device('cpu'))"
+    """KERNELS knows the CPU alone until a CUDA tensor comes; --impl cuda refuses there.  Nor does
+    an answer in words load torch's compiler, to fill weights that are read, or matplotlib."""
+    line = "import fast.cuda, sys, tools.answer, torch; from t5 import T5; " \
+           "T5.from_pretrained('tests/golden/t5_v1'); " \
+           "assert fast.cuda.KERNELS == {'cpu': None}; " \
+           "assert not fast.cuda.available(torch.device('cpu')); " \
+           "assert not {'torch._dynamo', 'matplotlib'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", line], check=True, cwd=ROOT)
     with pytest.raises(ValueError, match="--impl cuda: expected a CUDA device"):
         fast.cuda.available(torch.device("cpu"), forced=True)

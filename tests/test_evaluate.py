@@ -822,7 +822,7 @@ def test_texts_and_counts_are_the_same_for_two_processes_as_for_one(
     """A real model and a real process group: byte-equal predictions on both ranks and alone."""
     rows = decode(tiny_model(tokenizer.vocab_size + 128), tokenizer, Decoding(2, max_new_tokens=9))
     evaluate.save_predictions(tmp_path / "alone.jsonl", rows)
-    mp.spawn(decode_in_process, args=(2, str(tmp_path)), nprocs=2)
+    mp.start_processes(decode_in_process, args=(2, str(tmp_path)), nprocs=2, start_method="fork")
     alone, *shared = [(tmp_path / f"{name}.jsonl").read_bytes() for name in ("alone", 0, 1)]
     assert alone == shared[0] == shared[1]
     assert any(row.answer.text for row in rows)

@@ -1,9 +1,10 @@
 """What runs on a GPU as a specification, on a GPU that is pretended (tests/pretend_gpu.py)."""
 
+import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,19 +17,23 @@ from test_train import assert_same_step, first_step
 
 @pytest.fixture(scope="module")
 def on_gpu(tmp_path_factory: pytest.TempPathFactory,
-           emulator_library: Path) -> Callable[..., subprocess.CompletedProcess]:
+           emulator_library: Path) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
     """on_gpu(line, kernels=True): run a command of ours on the pretended GPU."""
-    there = {"PRETEND_GUARD": str(build_guard(tmp_path_factory.mktemp("gpu")))}
+    guard = build_guard(tmp_path_factory.mktemp("gpu"))
+    machine = subprocess.Popen(  # which forks for each command, since torch is slow to import
+        [sys.executable, str(ROOT / "tests/pretend_gpu.py"), "-"], cwd=ROOT, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        env={**ENVIRONMENT, "PRETEND_GUARD": str(guard)})
 
     def command(line: list[str], kernels: bool = True) -> subprocess.CompletedProcess:
-        python, *words = line
-        more = {**there, "PRETEND_EMULATOR": str(emulator_library)} if kernels else there
-        done = subprocess.run([python, str(ROOT / "tests/pretend_gpu.py"), *words], cwd=ROOT,
-                              capture_output=True, text=True, timeout=300,
-                              env={**ENVIRONMENT, **more})
+        request = line[1:], str(emulator_library) if kernels else None
+        print(json.dumps(request), file=machine.stdin, flush=True)
+        done = subprocess.CompletedProcess(line, *json.loads(machine.stdout.readline()))
         assert done.returncode == 0, done.stderr
         return done
-    return command
+    yield command
+    machine.stdin.close()
+    machine.wait(60)
 
 
 @pytest.mark.parametrize("kernels", [True, False], ids=["clorae.cu", "PyTorch"])

@@ -2,11 +2,13 @@
 
 import warnings
 from pathlib import Path
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from engine.schema import UNITS
+
+if TYPE_CHECKING:  # matplotlib takes a third of a second: it is loaded when a picture is drawn
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 DPI = 150
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
@@ -15,13 +17,14 @@ STYLES = {unit: {"color": colour, "marker": marker, "markersize": 4}
 
 
 def canvas(width: float, height: float, rows: int = 1, columns: int = 1,
-           **options: object) -> tuple[Figure, list[Axes]]:
+           **options: object) -> "tuple[Figure, list[Axes]]":
     """(a figure of this size in inches, its rows x columns axes as a list in reading order)."""
+    from matplotlib.figure import Figure
     figure = Figure((width, height), layout="constrained", dpi=DPI)
     return figure, figure.subplots(rows, columns, squeeze=False, **options).flatten().tolist()
 
 
-def write_figure(figure: Figure, path: Path, legend: Axes | None = None) -> Path:
+def write_figure(figure: "Figure", path: Path, legend: "Axes | None" = None) -> Path:
     """Save as PNG, with a legend of one of its axes; what the font lacks becomes an empty box."""
     if legend:
         figure.legend(*legend.get_legend_handles_labels(), loc="outside right upper")

@@ -9,15 +9,10 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy
 import torch
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch, Rectangle
 from PIL.Image import Image
 from torch import Tensor
 
@@ -29,6 +24,10 @@ from engine.schema import TASKS, Box, Dataset, Record, iou
 from evaluate import Decoding, Row, Setup, type_of
 from tools.figures import COLOURS, DPI
 from tools.routing import gates_on
+
+if TYPE_CHECKING:  # loaded when a page is drawn: most answers are only printed
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PAGE, SIDE, MARGIN = 11.0, 3.6, 0.35  # inches: width, side of the image, margins and gaps
 CHAR, LINE = 13 / DPI, 0.21  # of matplotlib's monospaced font at 10 points, hinted at 150 DPI
@@ -143,7 +142,7 @@ def strip_rows(strips: Sequence[Strip]) -> list[tuple[str, list[tuple[float, str
     return rows
 
 
-def draw_strip(ax: Axes, title: str, bars: Sequence[tuple[float, str, float]]) -> None:
+def draw_strip(ax: "Axes", title: str, bars: Sequence[tuple[float, str, float]]) -> None:
     """A bar per token: below the task expert's share, above it the universal expert's."""
     at, names, gates = zip(*bars)
     ax.bar(at, gates, 0.92, color=TASK)
@@ -179,9 +178,10 @@ def lay_out(tokens: Sequence[str], spans: Sequence[Place], width: int) -> list[l
     return lines
 
 
-def draw_text(ax: Axes, title: str, lines: Sequence[Sequence[Word]], spans: Sequence[Place],
+def draw_text(ax: "Axes", title: str, lines: Sequence[Sequence[Word]], spans: Sequence[Place],
               below: Sequence[str]) -> None:
     """A title, the lines of `lay_out` and plain lines below; x in characters, y in lines."""
+    from matplotlib.patches import Rectangle
     ax.text(0, 0.3, title, fontsize=10, weight="bold")
     font = {"family": "monospace", "va": "center"}
     for y, line in enumerate(lines, 1):
@@ -198,9 +198,10 @@ def draw_text(ax: Axes, title: str, lines: Sequence[Sequence[Word]], spans: Sequ
         ax.text(0, LEADING * (len(lines) + 1) + y, text, fontsize=9, **font)
 
 
-def draw_image(ax: Axes, record: Record, answer: Sequence[Place], image: Image) -> None:
+def draw_image(ax: "Axes", record: Record, answer: Sequence[Place], image: Image) -> None:
     """The image with its numbered boxes and what the answer says of them, in image pixels.  Boxes
     that the answer names come first, and each label stands where it covers no earlier one."""
+    from matplotlib.patches import Rectangle
     ax.imshow(image, extent=(0, image.width, image.height, 0))
     ax.set(xticks=[], yticks=[], anchor="NW")
     ax.apply_aspect()  # now, as labels are measured below
@@ -244,11 +245,14 @@ def label_place(size: tuple[float, float], box: Box, taken: Sequence[Box],
         iou((x, y, x + w, y + h), other) for other in taken)), corners[0])
 
 
-@rc_context({"text.parse_math": False})  # a $ in a text is a $
 def example_figure(row: Row, dataset: Dataset, strips: Sequence[Strip],
-                   no_gate: str | None) -> Figure:
+                   no_gate: str | None) -> "Figure":
     """The page of an answer: everything is measured first, then set from the top down.  no_gate
     says why there are no strips, if it is known."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
     record, answer = row.record, places(row, dataset)
     spans = [place for place in answer if place.item.span]
     image = load_image(record.image) if has_image(record) else None
@@ -261,28 +265,29 @@ def example_figure(row: Row, dataset: Dataset, strips: Sequence[Strip],
     rows = strip_rows(strips)
     feet = [0.1 + 0.068 * max(len(name) for _, name, _ in bars) for _, bars in rows]
     height = MARGIN + tall + 0.5 + sum(0.4 + BARS + foot for foot in feet)
-    figure = Figure((PAGE, height), dpi=DPI)
-    FigureCanvasAgg(figure)  # which can measure texts
+    with rc_context({"text.parse_math": False}):  # a $ in a text is a $
+        figure = Figure((PAGE, height), dpi=DPI)
+        FigureCanvasAgg(figure)  # which can measure texts
 
-    def panel(x: float, y: float, w: float, h: float) -> Axes:
-        return figure.add_axes((x / PAGE, 1 - (y + h) / height, w / PAGE, h / height))
+        def panel(x: float, y: float, w: float, h: float) -> "Axes":
+            return figure.add_axes((x / PAGE, 1 - (y + h) / height, w / PAGE, h / height))
 
-    if image:
-        draw_image(panel(MARGIN, MARGIN, SIDE, SIDE), record, answer, image)
-    text = panel(left, MARGIN, width * CHAR, tall)
-    text.set(xlim=(0, width), ylim=(tall / LINE, 0))
-    text.axis("off")
-    draw_text(text, f"{record.task} by the labels of {dataset.name}", lines, spans, below)
-    y = MARGIN + tall + 0.2
-    if no_gate:
-        figure.text(MARGIN / PAGE, 1 - y / height, f"no gates to draw: {no_gate}", fontsize=9)
-    else:
-        task = record.task if record.task in TASKS else "mee"
-        patches = [Patch(color=UNIVERSAL, label="universal expert"),
-                   Patch(color=TASK, label=f"task expert {task}")]
-        figure.legend(handles=patches, ncols=2, frameon=False, fontsize=9, loc="upper right",
-                      bbox_to_anchor=(1 - MARGIN / PAGE, 1 - y / height))
-    for (title, bars), foot in zip(rows, feet):
-        draw_strip(panel(MARGIN + SCALE, y + 0.4, ROW, BARS), title, bars)
-        y += 0.4 + BARS + foot
-    return figure
+        if image:
+            draw_image(panel(MARGIN, MARGIN, SIDE, SIDE), record, answer, image)
+        text = panel(left, MARGIN, width * CHAR, tall)
+        text.set(xlim=(0, width), ylim=(tall / LINE, 0))
+        text.axis("off")
+        draw_text(text, f"{record.task} by the labels of {dataset.name}", lines, spans, below)
+        y = MARGIN + tall + 0.2
+        if no_gate:
+            figure.text(MARGIN / PAGE, 1 - y / height, f"no gates to draw: {no_gate}", fontsize=9)
+        else:
+            task = record.task if record.task in TASKS else "mee"
+            patches = [Patch(color=UNIVERSAL, label="universal expert"),
+                       Patch(color=TASK, label=f"task expert {task}")]
+            figure.legend(handles=patches, ncols=2, frameon=False, fontsize=9, loc="upper right",
+                          bbox_to_anchor=(1 - MARGIN / PAGE, 1 - y / height))
+        for (title, bars), foot in zip(rows, feet):
+            draw_strip(panel(MARGIN + SCALE, y + 0.4, ROW, BARS), title, bars)
+            y += 0.4 + BARS + foot
+        return figure
