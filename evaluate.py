@@ -38,9 +38,9 @@ from engine.features import Features
 from engine.files import UsageError, WeightsError, read_json, write_whole
 from engine.processes import World, carry_out
 from engine.schema import TASKS, UNIT_TASK, UNITS, Dataset, Record, iou
-from engine.settings import Config, run_options
+from engine.settings import Config, computed_in, run_options
 from engine.weights import open_weights
-from t5 import T5, Stack, T5Config
+from t5 import HEAD, T5, Stack, T5Config, embedding_key
 from vision import UMIE, ViT
 
 # --------------------------------------------------------------------- counting, matching, scoring
@@ -59,6 +59,8 @@ RULES = {
                "O1, O2 ... for objects, relation labels with none; a gold string is found once it "
                "is predicted at all, an unreadable relation is no prediction, and P, R, F1 are "
                "rounded to 4 digits",
+    "places": "the k-th item of one label and text is the text's k-th occurrence, words as the "
+              "tokenizer writes them; an argument is the occurrence nearest to its trigger",
     "accuracy": "relations answered right, none included, an unreadable answer read as none",
     "wrong type": "a gold and a predicted item at one place (equal spans, boxes at IoU >= "
                   f"{IOU_MATCH}, or the given pair) whose types or roles differ",
@@ -212,16 +214,19 @@ class Row:
 
 
 def score_rows(records: Sequence[Record], answers: Sequence[Answer],
-               datasets: Mapping[str, Dataset]) -> list[Row]:
+               datasets: Mapping[str, Dataset],
+               written: Callable[[str], str] = data.canon) -> list[Row]:
     """Parse and score one answer per record -> one row each, in their order.  The string of an
     argument is mapped to its occurrence nearest to the trigger that the same run predicted for the
-    same sentence-image pair, never to the gold trigger: triggers come first."""
+    same sentence-image pair, never to the gold trigger: triggers come first.  written: that of the
+    tokenizer which decoded the answers, see data.predicted_items."""
     rows, triggers = {}, defaultdict(dict)  # pair: {event type: start of its first trigger}
     given = enumerate(zip(records, answers, strict=True))
     for i, (record, answer) in sorted(given, key=lambda entry: entry[1][0].task == "meae"):
         dataset, task, gold = datasets[record.dataset], record.task, data.gold_items(record)
         starts = triggers[record.dataset, record.id.rsplit("/", 1)[0]]  # ids: PAIR/med, PAIR/meae
-        items, malformed = data.predicted_items(record, answer.text, dataset, starts, answer.cut)
+        items, malformed = data.predicted_items(record, answer.text, dataset, starts, answer.cut,
+                                                written)
         for item in items if task == "med" else ():
             if item.span:
                 starts.setdefault(item.label, item.span[0])
@@ -369,16 +374,18 @@ def build(config: Config, sources: Sources, device: torch.device) -> Setup:
     run's precision.  On the device "meta" it has names, shapes and types, and no weight is read."""
     meta, half = device.type == "meta", config.precision == "bf16" and config.method != "full"
     dtype = torch.bfloat16 if half else torch.float32
-    if meta:  # a head that is stored counts as untied
-        tied = "lm_head.weight" not in open_weights(sources.t5)
+    if meta:  # a head that is stored beside the embedding counts as untied
+        raw, stored = read_json(sources.t5 / "config.json"), open_weights(sources.t5)
+        tied = HEAD not in stored or embedding_key(stored, raw) == HEAD
         with device:
-            shape = T5Config.from_hf(read_json(sources.t5 / "config.json"), sources.t5, tied)
-            t5 = T5(shape).to(dtype)
+            t5 = T5(T5Config.from_hf(raw, sources.t5, tied)).to(dtype)
     else:
         t5 = T5.from_pretrained(sources.t5, dtype=dtype)
+        if half and computed_in("bf16") == "fp32":
+            t5 = t5.float()  # the numbers that were trained on, in a type that this CPU computes
     tokenizer, ids = data.Tokenizer(sources.t5), t5.config.vocab_size
     if tokenizer.spot_id >= ids:
-        raise WeightsError(f"{sources.t5}: expected a spiece.model of at most {ids - 100} pieces "
+        raise WeightsError(f"{sources.t5}: expected a tokenizer of at most {ids - 100} pieces "
                            f"for a T5 of {ids} ids, got {tokenizer.vocab_size} pieces; use the "
                            "files of one checkpoint")
     torch.manual_seed(config.seed)
@@ -421,7 +428,7 @@ class Decoding:
 
     @classmethod
     def of(cls, config: Config, batch_size: int = 32, beams: int = 1) -> "Decoding":
-        return cls(batch_size, beams, config.max_target, config.precision)
+        return cls(batch_size, beams, config.max_target, computed_in(config.precision))
 
 
 def deal(lengths: Sequence[int], batch_size: int, rank: int, world: int) -> list[list[int]]:
@@ -460,7 +467,8 @@ def evaluate_split(setup: Setup, examples: Sequence[Example], features: Features
         cut = tokenizer.eos_id not in ids
         ids = ids if cut else ids[:ids.index(tokenizer.eos_id) + 1]
         texts.append(Answer(tokenizer.decode(ids), cut, bool(missing), tuple(ids)))
-    return score_rows([example.record for example in examples], texts, setup.datasets)
+    return score_rows([example.record for example in examples], texts, setup.datasets,
+                      tokenizer.written)
 
 
 def save_predictions(path: Path, rows: Sequence[Row]) -> None:

@@ -1,19 +1,24 @@
 """data.py as a specification: prompts, the target grammar, tokens, batches."""
 
+import base64
 import itertools
 import json
+import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from samples import (BOXES, KOBANI, NEWS, PAIRS, ROLES, STRIKE, TWEETS, assert_reads_back, event,
-                     news, pair, tweet)
+                     facts, news, pair, tokenizer_json, tweet)
 
 import data
 from data import Item
+from engine.files import WeightsError
 from engine.schema import DataError, Dataset, Record
+from engine.settings import say_once
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizer"
 CASES = json.loads((GOLDEN / "cases.json").read_text(encoding="utf-8"))["cases"]
@@ -22,6 +27,7 @@ CASES = json.loads((GOLDEN / "cases.json").read_text(encoding="utf-8"))["cases"]
 @pytest.fixture(scope="module")
 def tokenizer() -> data.Tokenizer:
     return data.Tokenizer(GOLDEN)
+
 
 
 # ---------------------------------------------------------------------------- tokenizer
@@ -77,6 +83,132 @@ def test_a_tokenizer_that_cannot_be_read_says_which_file(tmp_path: Path) -> None
     (tmp_path / "spiece.model").write_bytes(b"not a model")
     with pytest.raises(DataError, match="spiece.model: expected a sentencepiece model"):
         data.Tokenizer(tmp_path / "spiece.model")
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, dict]:
+    """A folder as transformers 5 saves a T5's tokenizer, without spiece.model, and its content."""
+    raw = tokenizer_json(GOLDEN / "spiece.model")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    return tmp_path, raw
+
+
+def test_a_tokenizer_json_gives_the_ids_and_texts_of_its_spiece_model(
+        saved: tuple[Path, dict], tokenizer: data.Tokenizer) -> None:
+    """Pieces, scores, types and normaliser are the same, so every text has the same ids."""
+    rebuilt = data.Tokenizer(saved[0])
+    for case in CASES:
+        assert rebuilt.encode(case["text"]) == case["ids"] == case["hf_ids"]
+        assert rebuilt.decode(case["ids"]) == tokenizer.decode(case["ids"])
+    for start in range(32, 0x3000, 16):              # what the normaliser maps, joins and drops
+        text = "".join(map(chr, range(start, start + 16)))
+        assert rebuilt.encode(text) == tokenizer.encode(text), text
+    assert rebuilt.undecodable(2128) == tokenizer.undecodable(2128)
+    for i in range(tokenizer.vocab_size):
+        assert rebuilt.pieces.get_score(i) == tokenizer.pieces.get_score(i)
+        assert rebuilt.pieces.id_to_piece(i) == tokenizer.pieces.id_to_piece(i)
+    assert (rebuilt.pad_id, rebuilt.eos_id, rebuilt.spot_id) == (0, 1, 2099)
+
+
+def test_other_layouts_of_a_tokenizer_json_are_read_too(saved: tuple[Path, dict],
+                                                        tokenizer: data.Tokenizer) -> None:
+    """Of transformers 4: sentinels that are only added, steps that sentencepiece takes anyway."""
+    folder, raw = saved
+    raw["model"]["vocab"] = raw["model"]["vocab"][:2000]
+    raw["normalizer"] = {"type": "Sequence", "normalizers": [
+        raw["normalizer"], {"type": "Strip", "strip_left": False, "strip_right": True},
+        {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "\u2581"}]}
+    raw["pre_tokenizer"] = {"type": "Metaspace", "replacement": "\u2581", "add_prefix_space": True}
+    raw["added_tokens"].append({"id": 2100, "content": "<event>"})
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    for case in CASES:
+        assert data.Tokenizer(folder).encode(case["text"]) == case["ids"]
+
+
+def test_a_spiece_model_is_read_before_a_tokenizer_json(saved: tuple[Path, dict]) -> None:
+    (saved[0] / "spiece.model").write_bytes((GOLDEN / "spiece.model").read_bytes())
+    (saved[0] / "tokenizer.json").write_text("{")
+    assert data.Tokenizer(saved[0]).vocab_size == 2000
+
+
+def test_a_tokenizer_json_without_normaliser_is_read_as_it_stands_and_said(
+        saved: tuple[Path, dict], tokenizer: data.Tokenizer, capsys) -> None:
+    """What transformers 5.0.0 wrote: its ids are those of a tokenizer that normalises nothing."""
+    folder, raw = saved
+    (folder / "tokenizer.json").write_text(json.dumps(raw | {"normalizer": None}))
+    say_once.cache_clear()
+    plain = data.Tokenizer(folder)
+    said = capsys.readouterr().err
+    assert said.startswith(f"note: {folder}/tokenizer.json") and "copy it here" in said
+    assert plain.encode("a text") == tokenizer.encode("a text")
+    wide = "\uff41"                                   # a full-width a
+    assert tokenizer.encode(wide) == tokenizer.encode("a") != plain.encode(wide)
+    assert plain.pieces.unk_id() in plain.encode(wide)
+
+
+def swapped(raw: dict) -> dict:
+    tokens = [token | {"id": 4099 - token["id"]} if token["id"] >= 2000 else token
+              for token in raw["added_tokens"]]
+    return raw | {"added_tokens": tokens}
+
+
+WRONG = {                                            # what is no T5's: {name: change of the file}
+    "BPE": lambda raw: raw | {"model": raw["model"] | {"type": "BPE"}},
+    "bytes": lambda raw: raw | {"model": raw["model"] | {"byte_fallback": True}},
+    "no model": lambda raw: {name: value for name, value in raw.items() if name != "model"},
+    "no pieces": lambda raw: raw | {"model": raw["model"] | {"vocab": []}},
+    "scores": lambda raw: raw | {"model": raw["model"] | {"vocab": [
+        [piece, math.nan] for piece, _ in raw["model"]["vocab"]]}},
+    "a huge score": lambda raw: raw | {"model": raw["model"] | {"vocab": [
+        [piece, 10 ** 400] for piece, _ in raw["model"]["vocab"]]}},
+    "words for pieces": lambda raw: raw | {"model": raw["model"] | {"vocab": "abc"}},
+    "half a surrogate": lambda raw: raw | {"model": raw["model"] | {"vocab": [
+        ["\ud800" + piece, score] for piece, score in raw["model"]["vocab"]]}},
+    "few sentinels": lambda raw: raw | {"added_tokens": raw["added_tokens"][:50]},
+    "sentinels upwards": swapped,
+    "a piece that is added": lambda raw: raw | {"added_tokens": [
+        *raw["added_tokens"], {"id": 77, "content": raw["model"]["vocab"][77][0]}]},
+    "lower case": lambda raw: raw | {"normalizer": {"type": "Sequence", "normalizers": [
+        raw["normalizer"], {"type": "Lowercase"}]}},
+    "another normaliser": lambda raw: raw | {"normalizer": {"type": "NFKC"}},
+    "no base64": lambda raw: raw | {"normalizer": {"type": "Precompiled",
+                                                   "precompiled_charsmap": "!"}},
+    "no first blank": lambda raw: raw | {"pre_tokenizer": {"type": "Metaspace",
+                                                           "prepend_scheme": "never"}},
+    "no splitter": lambda raw: raw | {"pre_tokenizer": None}}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_tokenizer_json_of_anything_else_is_refused_in_four_parts(saved: tuple[Path, dict],
+                                                                    case: str) -> None:
+    folder, raw = saved
+    (folder / "tokenizer.json").write_text(json.dumps(WRONG[case](raw)))
+    with pytest.raises(WeightsError, match="tokenizer.json: expected a T5's tokenizer.*"
+                                           "got .*; copy spiece.model here"):
+        data.Tokenizer(folder)
+
+
+def test_a_damaged_tokenizer_json_is_refused_or_still_a_tokenizer(saved: tuple[Path, dict]) -> None:
+    """Pieces twice or empty, a table of noise: sentencepiece itself refuses them or copes."""
+    folder, raw = saved
+    refused, rng = 0, random.Random(0)
+    for case in range(40):
+        vocab, table = list(raw["model"]["vocab"]), bytearray(base64.b64decode(
+            raw["normalizer"]["precompiled_charsmap"]))
+        vocab[rng.randrange(3, 2000)] = [rng.choice(["", "a", "\0", "\u2581the"]), rng.random()]
+        if case % 2:
+            table[rng.randrange(8 if case % 4 == 1 else len(table))] ^= 1 << rng.randrange(8)
+            table = table[:rng.choice([len(table), 5, len(table) // 2])]
+        text = base64.b64encode(table).decode()
+        broken = raw | {"model": raw["model"] | {"vocab": vocab},
+                        "normalizer": {"type": "Precompiled", "precompiled_charsmap": text}}
+        (folder / "tokenizer.json").write_text(json.dumps(broken))
+        try:
+            data.Tokenizer(folder).encode("a b")
+        except (DataError, WeightsError) as error:
+            assert "tokenizer.json" in str(error)
+            refused += 1
+    assert refused > 10
 
 
 # ---------------------------------------------------------------------------- prompts
@@ -156,6 +288,20 @@ def test_only_what_reads_as_structure_is_escaped(raw: str, escaped: str | None) 
 def test_a_filler_that_reads_as_an_object_is_escaped(raw: str, escaped: str) -> None:
     assert data.escape(raw, filler=True) == escaped
     assert data.unescape(escaped) == raw
+
+
+@pytest.mark.parametrize("raw, escaped", [
+    ("O\u2082", "%4F2"), ("\uff2f\uff11", "%4F1"), ("\u200bO2\ufeff", "%4F2"),    # O2 to T5
+    ("O\u200b2", "O\u200b2"), ("CO\u2082", "CO\u2082"),                          # O 2, CO2
+    ("\uff053C", "%253C"), ("\uff1cspot>", "%3Cspot>"), ("<spot\ufe65", "%3Cspot>"),
+    ("5\uff05 \u2026 \uff1c3", "5\uff05 \u2026 \uff1c3")])                       # nothing to escape
+def test_a_text_is_escaped_as_the_tokenizer_will_have_it(
+        raw: str, escaped: str, lean: data.Tokenizer) -> None:
+    """Structure that only the tokenizer's normaliser makes; other texts stay as they are."""
+    assert data.escape(raw, filler=True) == escaped
+    said = lean.decode(lean.encode(f"attack, {escaped}"))
+    [item], malformed = data.predicted_items(news("med", raw), said, NEWS, written=lean.written)
+    assert (item.text, item.span, item.object, malformed) == (raw, (0, len(raw.split())), None, 0)
 
 
 # ---------------------------------------------------------------------------- parsing
@@ -245,7 +391,8 @@ def test_the_last_item_of_a_cut_output_is_dropped_and_counted() -> None:
 NASTY = ["<spot>", "<asoc>", "none", "O1", "O0", "O12x", "%3C", "%25", "%4F1", "%", ",", "</s>",
          "<pad>", "<unk>", "<s>", "<extra_id_0>", "<extra_id_123>", "person,", "attack", "<", ">",
          "spot>", "\u00a0", "\u200b", "\ufe0f", "\u2028", "\U0001f602", "e\u0301", "\u2026", "a",
-         "Bob", "%2", "5%20", "&amp;", "attacker,x", "\x1c", "\uff05\uff12\uff15"]
+         "Bob", "%2", "5%20", "&amp;", "attacker,x", "\x1c", "\uff05\uff12\uff15", "O\u2082",
+         "\uff1cspot\uff1e", "\uff053C", "\ufeff", "\ufffd", "\u2581", "\u2047", "{", "~"]
 
 
 def random_record(task: str, rng: random.Random) -> Record:
@@ -283,6 +430,26 @@ def test_reading_what_was_written_is_the_identity(task: str, dataset: Dataset) -
         assert_reads_back(random_record(task, rng), dataset)
 
 
+@pytest.mark.parametrize("task, dataset", [("mner", TWEETS), ("med", NEWS), ("meae", NEWS)])
+def test_a_target_that_went_through_the_tokenizer_is_read_back_and_has_its_places(
+        task: str, dataset: Dataset, lean: data.Tokenizer) -> None:
+    """On the same words, some of which have no piece, or are blanks to T5 and then no item. The
+    first of items that are alike always has a place."""
+    rng = random.Random(8)
+    for _ in range(400):
+        record = random_record(task, rng)
+        said = lean.decode(lean.encode(data.target(record)))
+        found, malformed = data.predicted_items(record, said, dataset, written=lean.written)
+        gold = [item for item in data.gold_items(record) if item.text is not None]
+        empty = [item for item in gold if not lean.written(item.text)]
+        kept = [item for item in gold if item not in empty]
+        assert malformed == len(empty), said
+        read, _ = data.parse(task, said, dataset.labels[task])
+        assert facts(read, str) == facts(kept, lean.written), said
+        first = {fact: item for fact, item in reversed(list(zip(facts(read, str), found)))}
+        assert all(item.span or item.object is not None for item in first.values()), said
+
+
 def test_targets_survive_the_tokenizer_where_it_knows_every_character(
         tokenizer: data.Tokenizer) -> None:
     for record, dataset in ((news("meae", STRIKE, KOBANI), NEWS), (tweet("Bob", ("person", 0, 1)),
@@ -309,11 +476,15 @@ def spans(record: Record, text: str, dataset: Dataset, **more: object) -> list:
 
 
 def test_the_kth_item_with_one_text_is_its_kth_occurrence() -> None:
-    """Worked examples N5 and N11; the type plays no part in it."""
+    """Worked examples N5 and N11, and what a second type does."""
     record = tweet("Bob saw Bob and Ann")
-    assert spans(record, "person, Bob <spot> location, Bob <spot> person, Bob", TWEETS) == [
+    assert spans(record, "person, Bob <spot> person, Bob <spot> person, Bob", TWEETS) == [
         (0, 1), (2, 3), None]
+    assert spans(record, "person, Bob <spot> location, Bob <spot> person, Bob", TWEETS) == [
+        (0, 1), (2, 3), (2, 3)]
     assert spans(record, "person, Ann <spot> person, Bob", TWEETS) == [(4, 5), (0, 1)]
+    triggers = "attack, Bob <spot> phone write, Bob <spot> attack, Bob <spot> attack, Bob"
+    assert spans(news("med", "Bob saw Bob"), triggers, NEWS) == [(0, 1), (0, 1), (2, 3), None]
 
 
 def test_a_text_that_is_not_there_is_an_item_without_place() -> None:
@@ -323,12 +494,48 @@ def test_a_text_that_is_not_there_is_an_item_without_place() -> None:
         assert (item.span, item.text, malformed) == (None, text, 0)
 
 
-def test_texts_are_compared_in_canonical_form() -> None:
-    """NFKC, no zero-width characters, single spaces: what sentencepiece does to a text."""
-    record = tweet("wow \u2026 caf\u0065\u0301 \ufe0f \uff21\u200bB end")
-    assert spans(record, "person, wow ...", TWEETS) == [(0, 2)]
-    assert spans(record, "person, caf\u00e9 AB", TWEETS) == [(2, 5)]
-    assert data.canon(" a\u00a0\u00a0b\ufe0f ") == "a b"
+def test_texts_are_compared_in_canonical_form(lean: data.Tokenizer) -> None:
+    """NFKC, single spaces: what sentencepiece does to a text; items have the words of the text."""
+    record = tweet("wow \u2026 ca\ufb00e \u200b \uff21\u200bB end")
+    for written in (data.canon, lean.written):
+        assert spans(record, "person, wow ...", TWEETS, written=written) == [(0, 2)]
+        [item], _ = data.predicted_items(record, "person, caffe A B", TWEETS, written=written)
+        assert (item.span, item.text) == ((2, 5), "ca\ufb00e \u200b \uff21\u200bB")
+    assert data.canon(" a\u00a0\u00a0b e\u0301\ufeff ") == "a b \u00e9"
+
+
+def test_without_a_tokenizer_texts_are_normalised_as_sentencepiece_does(
+        tokenizer: data.Tokenizer) -> None:
+    """On every character of the basic plane above ASCII, but for four (one is newer than some
+    Unicode tables; T5 itself makes a blank of U+200D and keeps U+061C)."""
+    pieces, others = tokenizer.pieces, []
+    for ch in map(chr, (*range(0xa0, 0xd800), *range(0xe000, 0x10000))):
+        text = f"a{ch}b"
+        if data.canon(text) != pieces.normalize(text).replace("\u2581", " ").strip(" "):
+            others.append(ch)
+    assert "".join(others) in ("\u0344\u200d\ua7f1\uff5e", "\u0344\u200d\uff5e")
+
+
+@pytest.mark.parametrize("text, written", [
+    ("Bob", "Bob"), ("A~n", "A \u2047 n"), ("{}Ann{}", "\u2047 Ann \u2047"),
+    ("\u0410\u043d", "\u2047"), ("New\u200bYork\ufeff", "New York"), ("\u200b", ""),
+    ("O\u2082", "O2"), ("What\u2047", "What??"),
+    ("<spot>", "<spot>"), ("a<b", "a \u2047 b"), ("</s>", "</s>"), ("%3C", "%3C")])
+def test_words_as_the_tokenizer_writes_them(text: str, written: str, lean: data.Tokenizer) -> None:
+    """What decoding gives back of a text: blanks, compatible characters, a mark for unknown ones;
+    what is escaped on the way in is not lost."""
+    assert lean.written(text) == written
+
+
+@pytest.mark.parametrize("text, said, places", [
+    ("Luis Bu\u00f1uel met A\u00f1a", "person, Luis Bu \u2047 uel", [(0, 2)]),
+    ("A\u03b1 A\u03b2", "person, A \u2047 <spot> person, A \u2047", [(0, 1), (1, 2)]),
+    ("A ~ n A~n", "person, A \u2047 n <spot> person, A \u2047 n", [(0, 3), (3, 4)]),
+    ("Ann A~n", "person, A \u2047 n", [(1, 2)]), ("Ann", "person, A \u2047 n", [None])])
+def test_unknown_characters_stand_for_themselves_alone(
+        text: str, said: str, places: list, lean: data.Tokenizer) -> None:
+    """Texts that become equal are taken in their order; a known character is no unknown one."""
+    assert spans(tweet(text), said, TWEETS, written=lean.written) == places
 
 
 def test_an_argument_is_the_occurrence_nearest_to_its_trigger() -> None:
@@ -410,6 +617,22 @@ def test_only_the_text_is_truncated_and_lost_gold_leaves_the_target_alone(
     assert tokenizer.decode(short.labels) == "person, Bob"
     assert data.gold_items(short.record) == data.gold_items(record)      # the metric keeps both
     assert "1 of 1 texts cut" in (out := capsys.readouterr().out) and "lost 1 items" in out
+
+
+def test_texts_and_targets_with_unknown_characters_are_counted_by_dataset_and_split(
+        lean: data.Tokenizer) -> None:
+    """As they stand in the ids; nothing is said where there are none."""
+    def of(file: str, *texts: str) -> list[Record]:
+        return [replace(tweet(text, ("person", 0, 1)), source=f"corpus/tweets/{file}:{number}")
+                for number, text in enumerate(texts, 1)]
+
+    said: list[str] = []
+    encode(of("dev.jsonl", "Ann met Bo") + of("train.jsonl", "Ann", "A~n met Bo", "Ann met {Bo}")
+           + of("test.jsonl", "Ann", "An\u00f1"), lean, announce=said.append)
+    assert said == ["unknown characters, which the tokenizer lacks, are in tweets train 2 of 3 "
+                    "texts and 1 targets, tweets test 1 of 2 texts and 1 targets"]
+    encode(of("train.jsonl", "Ann met O\u2082 \u2026"), lean, announce=said.append)
+    assert len(said) == 1
 
 
 def test_a_span_counts_as_seen_only_when_its_last_word_is_whole(tokenizer: data.Tokenizer) -> None:
