@@ -1,6 +1,7 @@
 """The demo: a small drawn world for all seven units, and the making of a tiny T5 and a tiny ViT.
 
-    python demo.py DST [--seed 0]       writes the world's corpus into DST
+    python demo.py DST [--seed 0]                   writes the world's corpus into DST
+    python demo.py [DST] --backbone DIR             makes a tiny T5 and a tiny ViT for it in DIR
 
 The world is a corpus as engine/schema.py has it: short texts on made-up names, each with a picture.
   - The picture is needed: many mentions, pairs and triggers read the same whatever they are, and
@@ -9,14 +10,19 @@ The world is a corpus as engine/schema.py has it: short texts on made-up names, 
   - The units differ in size; the names of each split are new, so that names must be copied.
 The tiny backbone is made as its big sisters were: T5 by span corruption (arXiv 1910.10683) and
 text-to-text instructions on random words (as flan-t5, arXiv 2210.11416), ViT (arXiv 2010.11929) by
-classifying drawings. Neither is taught a label of any task.
+classifying drawings. Neither is taught a label of any task.  demo_backbone/ holds one that was made
+so, which the demo uses; its manifest.json tells how.
 
 Letters: B batch, S source tokens, T target tokens.
 """
 
 import json
 import math
+import platform
 import random
+import re
+import subprocess
+import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -29,8 +35,11 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Tokenizer
+from data import Tokenizer, prompt
 from engine.command import Parser
+from engine.corpus import load_corpus, load_datasets
+from engine.files import file_hash
+from engine.weights import SHIPPED
 from t5 import T5, Attention, T5Config
 from vision import ViT, ViTConfig
 
@@ -505,19 +514,70 @@ def make_backbone(dst: str | Path, texts: list[str], seed: int = 0, tiny: Tiny =
     make_vit(tiny, seed).save_pretrained(vit)
 
 
+def training_text(corpus: Path) -> tuple[list[str], set[str]]:
+    """What make_backbone takes of a corpus: the inputs of its training rows, and the words of its
+    labels."""
+    datasets = load_datasets(corpus)
+    texts = ["".join(prompt(record, datasets[record.dataset]))
+             for record in load_corpus(corpus, "train")]
+    labels = json.dumps([dataset.labels for dataset in datasets.values()])
+    return texts, set(re.findall(r"\w+", labels))
+
+
+def ship_backbone(folder: Path, corpus: Path, seed: int, steps: int) -> None:
+    """Make a backbone for a corpus in half precision, with manifest.json beside it: the command,
+    commit, processor and versions that made it, and the sha256 of each file."""
+    texts, avoid = training_text(corpus)
+    tiny = Tiny(steps=steps, vit_steps=max(1, 2 * steps // 5))
+    make_backbone(folder, texts, seed, tiny, avoid)
+    for model, name in ((T5, "t5"), (ViT, "vit")):
+        model.from_pretrained(folder / name).half().save_pretrained(folder / name)
+    made_by = {"command": f"python demo.py --backbone {folder.name} --seed {seed} --steps {steps}",
+               "commit": commit(), "processor": processor(), "python": platform.python_version(),
+               "torch": torch.__version__, "sentencepiece": sentencepiece.__version__,
+               "sha256": {file.relative_to(folder).as_posix(): file_hash(file)
+                          for file in sorted(folder.glob("*/*"))}}
+    (folder / "manifest.json").write_text(json.dumps(made_by, indent=2) + "\n", encoding="utf-8")
+
+
+def commit() -> str | None:
+    """The commit of this file's repository, "-dirty" behind it if files differ; None without git."""
+    told = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+                          cwd=SHIPPED.parent, capture_output=True, text=True, check=False)
+    return told.stdout.strip() or None
+
+
+def processor() -> str:
+    """This machine's processor, as Linux names it, its instruction set and torch's threads."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return (f"{names[0] if names else platform.processor()}, "
+            f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
+
+
 def main() -> None:
-    command = Parser(description="Write the demo world: seven small units with drawn pictures.")
+    command = Parser(description="Write the demo world, seven small units with drawn pictures; "
+                     "with --backbone, make a tiny T5 and a tiny ViT that have read its texts.")
     add = command.add_argument_group("the world").add_argument
-    add("dst", metavar="DST", help="folder of the corpus")
+    add("dst", metavar="DST", nargs="?", help="folder of the corpus")
     add("--seed", type=int, default=0, help="same seed, same bytes")
+    add = command.add_argument_group("the backbone").add_argument
+    add("--backbone", type=Path, metavar="DIR", help="folder to make t5/ and vit/ in, for "
+        "`train.py --t5 DIR/t5 --vit DIR/vit`")
+    add("--steps", type=int, default=4500, help="of the T5; the ViT takes two fifths")
     args = command.parse_args()
-    try:
-        counts = make_world(args.dst, args.seed)
-    except OSError as error:
-        command.exit(2, f"error: {error.filename or args.dst}: cannot be written "
-                     f"({error.strerror}): give another folder or make room\n")
-    for name, splits in counts.items():
-        print(f"{args.dst}/{name}: " + ", ".join(f"{n} {split}" for split, n in splits.items()))
+    if not (args.dst or args.backbone):
+        command.error("expected DST, --backbone DIR or both, got neither; name a folder to write")
+    with tempfile.TemporaryDirectory() as scratch:
+        corpus = Path(args.dst or scratch, "" if args.dst else "world")
+        try:
+            for name, splits in make_world(corpus, args.seed).items():
+                print(f"{corpus}/{name}: " + ", ".join(f"{n} {s}" for s, n in splits.items()))
+            if args.backbone:
+                ship_backbone(args.backbone, corpus, args.seed, args.steps)
+        except OSError as error:
+            command.exit(2, f"error: {error.filename or corpus}: cannot be written "
+                         f"({error.strerror}): give another folder or make room\n")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import itertools
 import json
 import math
 import os
-import re
 import signal
 import time
 from collections.abc import Sequence
@@ -39,8 +38,7 @@ import evaluate
 import fast
 import losses
 from engine.checkpoints import Checkpoints, Logs, Progress, Sources, find_checkpoint, standing
-from engine.corpus import (corpus_hash, corpus_of, hold_out, load_corpus, load_datasets,
-                           read_splits, unit_rows)
+from engine.corpus import corpus_hash, corpus_of, hold_out, read_splits, unit_rows
 from engine.features import Features
 from engine.files import Stopped, UsageError, claim, locked, whole, write_whole
 from engine.parameters import FlatParameters
@@ -48,7 +46,7 @@ from engine.plan import describe, finished, plan
 from engine.processes import World, exit_codes
 from engine.schema import UNITS
 from engine.settings import SIZES, Config, parse_arguments
-from engine.weights import find_weights
+from engine.weights import SHIPPED, find_weights
 from fast import cuda
 from fast.experts import RANK_SPACE, mutual_information
 from fast.graphs import Graphs
@@ -367,20 +365,19 @@ def prepare(config: Config) -> Sources:
 
 
 def tiny_backbone(corpus: Path, config: Config) -> Path:
-    """The tiny T5 and ViT made from a corpus' training inputs, kept in weights/ by their hash."""
-    datasets = load_datasets(corpus)
-    records = load_corpus(corpus, "train")
-    texts = ["".join(data.prompt(record, datasets[record.dataset])) for record in records]
+    """The demo's own tiny T5 and ViT; for other data, or with --backbone-steps, those made from the
+    corpus' training inputs, kept in weights/ by their hash."""
     tiny, steps = demo.Tiny(), config.backbone_steps
+    if steps is None and config.data is None:
+        return SHIPPED
     if steps is not None:
         tiny = dataclasses.replace(tiny, steps=steps, vit_steps=min(steps, tiny.vit_steps))
     if config.data is not None:  # real text needs a larger vocabulary than the demo's
         tiny = dataclasses.replace(tiny, pieces=4000)
+    texts, avoid = demo.training_text(corpus)
     digest = hashlib.sha256("\n".join([repr(tiny), *texts]).encode()).hexdigest()
     folder = Path("weights") / f"tiny-{digest[:8]}"
     if not folder.exists():
-        labels = json.dumps([dataset.labels for dataset in datasets.values()])
-        avoid = set(re.findall(r"\w+", labels))  # lessons never use a label as an answer
         whole(folder, lambda aside: demo.make_backbone(aside, texts, tiny=tiny, avoid=avoid,
                                                       speed_up=fast.speed_up))
     return folder

@@ -20,7 +20,7 @@ from engine.parameters import FlatParameters
 from engine.processes import World
 from engine.pieces import tokenizer_file
 from engine.settings import SIZES, Config, Launch, old_spelling
-from engine.weights import find_weights, folder_hash, pickles
+from engine.weights import SHIPPED, find_weights, folder_hash, pickles
 
 KEPT = {"step": 2, "best": 1}  # checkpoints of each sort that a run folder keeps
 RUN_FILES = ("step-*", "best-*", "metrics.csv", "eval.jsonl", "table.txt", "predictions-*.jsonl",
@@ -165,7 +165,7 @@ def stored_config(checkpoint: Path, **changes: object) -> Config:
 
 def stored_sources(checkpoint: Path, config: Config, given: Mapping[str, object]) -> Sources:
     """A checkpoint's folders: those given ("t5", "vit", "init"), else where they lay then, else by
-    hash in weights/ (tiny) or by name from the hub.  UsageError if their content has changed."""
+    hash (tiny) or by name from the hub.  UsageError if their content has changed."""
     state, folders = read_state(checkpoint), {}
     for model in ("t5", "vit", "init"):
         digest, then = state.get(f"{model}_sha256"), state.get(model)
@@ -174,8 +174,8 @@ def stored_sources(checkpoint: Path, config: Config, given: Mapping[str, object]
         folder = given.get(model) or (then if then and Path(then).is_dir() else None)
         name = getattr(SIZES[config.size], model, None)
         if not folder and not name:
-            folder = next((made for made in sorted(Path("weights").glob(f"*/{model}"))
-                           if folder_hash(made) == digest), None)
+            made = [SHIPPED / model, *sorted(Path("weights").glob(f"*/{model}"))]
+            folder = next((each for each in made if folder_hash(each) == digest), None)
             if not folder:
                 raise UsageError(f"{checkpoint}: expected the folder of its {model} (sha256 "
                                  f"{digest[:12]}), got {then or 'none'}; name it by --{model} DIR")

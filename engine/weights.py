@@ -18,6 +18,7 @@ from engine.settings import VIT
 HUB_FILES = ["model*.safetensors*", "*config.json", "spiece.model"]  # never pickled weights
 HUB_GB = {"google/flan-t5-base": 1.0, "google/flan-t5-large": 3.1, "google/flan-t5-xl": 11.4,
           VIT: 0.35}  # 4 bytes a parameter
+SHIPPED = Path(__file__).resolve().parent.parent / "demo_backbone"  # made by demo.py
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
