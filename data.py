@@ -41,14 +41,23 @@ from engine.schema import TASKS, UNITS, Box, DataError, Dataset, Record, Span
 # ---------------------------------------------------------------------------- prompts, targets
 RESERVED = re.compile(r"<(?=(?:spot|asoc|pad|unk|s|/s|extra_id_[0-9]+)>)")  # of special tokens
 OBJECT = re.compile("O([0-9]+)")
+BLANKS = re.compile("[\u061c\u200b-\u200f\u2581\ufeff\ufffd]")  # what T5 reads as a blank
+
+
+def canon(text: str) -> str:
+    """The text as T5's tokenizer normalises it: NFKC, and single blanks."""
+    return " ".join(BLANKS.sub(" ", unicodedata.normalize("NFKC", text)).split())
 
 
 def escape(text: str, filler: bool = False) -> str:
     """The text with %3C for the < of special tokens, %25 for a % that looks like an escape, and, in
-    a filler, %4F for the O of a word that looks like an object."""
-    if filler and OBJECT.fullmatch(text):
-        return "%4F" + text[1:]
-    return RESERVED.sub("%3C", re.sub(r"%(?=[0-9A-Fa-f]{2})", "%25", text))
+    a filler, %4F for the O of a word that looks like an object; as the tokenizer will have it, for
+    which O with a subscript 2 is O2. A text without all of these stays as it is."""
+    normal = canon(text)
+    if filler and OBJECT.fullmatch(normal):
+        return "%4F" + normal[1:]
+    escaped = RESERVED.sub("%3C", re.sub(r"%(?=[0-9A-Fa-f]{2})", "%25", normal))
+    return text if escaped == normal else escaped
 
 
 def unescape(text: str) -> str:
@@ -195,15 +204,8 @@ def parse(task: str, text: str, labels: list | dict, cut: bool = False) -> tuple
     return items, malformed
 
 
-def canon(text: str) -> str:
-    """The form in which output and text are compared: NFKC, as sentencepiece does, without
-    zero-width characters, and with single blanks."""
-    text = unicodedata.normalize("NFKC", text)
-    return " ".join(re.sub("[\u200b-\u200f\ufe0e\ufe0f\u2060]", "", text).split())
-
-
 def occurrences(tokens: list[str], text: str) -> list[Span]:
-    """All spans whose tokens, joined by blanks, are `text`, left to right; all from canon()."""
+    """All spans whose tokens, joined by blanks, are `text`, left to right; all in one form."""
     spans = []
     for start in (i for i, token in enumerate(tokens) if token and text.startswith(token)):
         joined, end = tokens[start], start + 1
@@ -214,27 +216,35 @@ def occurrences(tokens: list[str], text: str) -> list[Span]:
 
 
 def predicted_items(record: Record, text: str, dataset: Dataset,
-                    triggers: dict[str, int] | None = None,
-                    cut: bool = False) -> tuple[list[Item], int]:
-    """What parse() returns for a model's output, with the spans and boxes of its items.
+                    triggers: dict[str, int] | None = None, cut: bool = False,
+                    written: Callable[[str], str] = canon) -> tuple[list[Item], int]:
+    """What parse() returns for a model's output, with the spans and boxes of its items, and the
+    words of a span as the record has them.
 
-    The k-th entity or trigger of one text is its k-th occurrence. An argument is the occurrence
-    nearest to its event's trigger, each used once for a role. triggers: {event type: first token}
-    as predicted for the same sample; where it is unknown, the first occurrence is meant."""
+    The k-th entity or trigger of one label and text is the k-th occurrence of the text. The same
+    word may trigger events of other types too; an entity of another type is an occurrence that no
+    item has yet, if there is one. An argument is the occurrence nearest to its event's trigger,
+    each used once for a role. triggers: {event type: first token} as predicted for the same
+    sample; where it is unknown, the first occurrence is meant. written: Tokenizer.written, as
+    tokens are compared with what that tokenizer has decoded."""
     parsed, malformed = parse(record.task, text, dataset.labels[record.task], cut)
-    tokens, used, items = [canon(token) for token in record.tokens], set(), []
+    tokens, used, items = [], set(), []
     for item in parsed:
         if item.object is not None:                  # a number beyond the list has no box
             exists = item.role and 0 < item.object <= len(record.objects)
             item = replace(item, box=record.objects[item.object - 1] if exists else None,
                            whole_image=item.object == 0)
         elif item.text is not None:
+            tokens = tokens or list(map(written, record.tokens))
             trigger = (triggers or {}).get(item.label, 0) if item.role else 0
-            unused = [span for span in occurrences(tokens, canon(item.text))
-                      if (item.event, item.role, span) not in used]
-            nearest = min(unused, key=lambda span: abs(span[0] - trigger), default=None)
-            item = replace(item, span=nearest)
-            used.add((item.event, item.role, nearest))
+            taken = {span for *_, span in used} if record.task == "mner" else ()
+            unused = [span for span in occurrences(tokens, item.text)
+                      if (item.event, item.label, item.role, span) not in used]
+            nearest = min(unused, key=lambda span: (span in taken, abs(span[0] - trigger)),
+                          default=None)
+            if nearest:
+                used.add((item.event, item.label, item.role, nearest))
+                item = replace(item, span=nearest, text=words(record, nearest))
         items.append(item)
     return items, malformed
 
@@ -291,6 +301,11 @@ class Tokenizer:
                                 "sentinel: ban undecodable() ids when generating")
         return " ".join(text for text in texts + [self.pieces.decode(pieces)] if text)
 
+    def written(self, text: str) -> str:
+        """Words of a text as they come back in an answer: normalised, with single blanks, and with
+        "\u2047" for characters that no piece has."""
+        return " ".join(unescape(self.decode(self.encode(escape(text)))).split())
+
     def undecodable(self, vocab_size: int) -> list[int]:
         """Ids below vocab_size (the model's) that no answer may hold: never generate them."""
         allowed = {i for i in range(self.vocab_size) if not self.pieces.is_control(i)}
@@ -317,8 +332,9 @@ def encode_records(records: list[Record], datasets: dict[str, Dataset], tokenize
 
     Only text is truncated: a prefix that does not fit is a DataError. Items whose words were cut
     off are left out of the target, and so are the last items of a target that is too long; both
-    are counted and announced. Metrics compare with the record's gold, which stays whole."""
-    examples, lost = [], Counter()
+    are counted and announced, and so are, by dataset and file, the texts and targets with
+    characters that no piece has. Metrics compare with the record's gold, which stays whole."""
+    examples, lost, unknown, unk = [], Counter(), {}, tokenizer.pieces.unk_id()
     for row, record in enumerate(records):
         dataset = datasets[record.dataset]
         input_ids, visible = encode_source(record, dataset, tokenizer, max_source)
@@ -329,10 +345,15 @@ def encode_records(records: list[Record], datasets: dict[str, Dataset], tokenize
         task = TASKS.index("mee" if record.task in ("med", "meae") else record.task)
         unit = UNITS.index(dataset.units[record.task])
         examples.append(Example(record, unit, task, input_ids, labels, row))
+        counts = unknown.setdefault(f"{record.dataset} {Path(record.source).stem}", Counter())
+        counts.update(rows=1, texts=unk in input_ids, targets=unk in labels)
     if lost.total():
         announce(f"truncation: {lost['texts']} of {len(records)} texts cut to {max_source} ids; "
                  f"targets lost {lost['items']} items with the text and {lost['too_long']} beyond "
                  f"{max_target} ids")
+    if lines := [f"{name} {n['texts']} of {n['rows']} texts and {n['targets']} targets"
+                 for name, n in unknown.items() if n["texts"]]:
+        announce(f"unknown characters, which the tokenizer lacks, are in {', '.join(lines)}")
     return examples
 
 

@@ -59,6 +59,8 @@ RULES = {
                "O1, O2 ... for objects, relation labels with none; a gold string is found once it "
                "is predicted at all, an unreadable relation is no prediction, and P, R, F1 are "
                "rounded to 4 digits",
+    "places": "the k-th item of one label and text is the text's k-th occurrence, words as the "
+              "tokenizer writes them; an argument is the occurrence nearest to its trigger",
     "accuracy": "relations answered right, none included, an unreadable answer read as none",
     "wrong type": "a gold and a predicted item at one place (equal spans, boxes at IoU >= "
                   f"{IOU_MATCH}, or the given pair) whose types or roles differ",
@@ -212,16 +214,19 @@ class Row:
 
 
 def score_rows(records: Sequence[Record], answers: Sequence[Answer],
-               datasets: Mapping[str, Dataset]) -> list[Row]:
+               datasets: Mapping[str, Dataset],
+               written: Callable[[str], str] = data.canon) -> list[Row]:
     """Parse and score one answer per record -> one row each, in their order.  The string of an
     argument is mapped to its occurrence nearest to the trigger that the same run predicted for the
-    same sentence-image pair, never to the gold trigger: triggers come first."""
+    same sentence-image pair, never to the gold trigger: triggers come first.  written: that of the
+    tokenizer which decoded the answers, see data.predicted_items."""
     rows, triggers = {}, defaultdict(dict)  # pair: {event type: start of its first trigger}
     given = enumerate(zip(records, answers, strict=True))
     for i, (record, answer) in sorted(given, key=lambda entry: entry[1][0].task == "meae"):
         dataset, task, gold = datasets[record.dataset], record.task, data.gold_items(record)
         starts = triggers[record.dataset, record.id.rsplit("/", 1)[0]]  # ids: PAIR/med, PAIR/meae
-        items, malformed = data.predicted_items(record, answer.text, dataset, starts, answer.cut)
+        items, malformed = data.predicted_items(record, answer.text, dataset, starts, answer.cut,
+                                                written)
         for item in items if task == "med" else ():
             if item.span:
                 starts.setdefault(item.label, item.span[0])
@@ -460,7 +465,8 @@ def evaluate_split(setup: Setup, examples: Sequence[Example], features: Features
         cut = tokenizer.eos_id not in ids
         ids = ids if cut else ids[:ids.index(tokenizer.eos_id) + 1]
         texts.append(Answer(tokenizer.decode(ids), cut, bool(missing), tuple(ids)))
-    return score_rows([example.record for example in examples], texts, setup.datasets)
+    return score_rows([example.record for example in examples], texts, setup.datasets,
+                      tokenizer.written)
 
 
 def save_predictions(path: Path, rows: Sequence[Row]) -> None:

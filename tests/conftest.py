@@ -4,6 +4,7 @@ import os
 import runpy
 import shutil
 import signal
+import string
 import subprocess
 import sys
 import tempfile
@@ -53,6 +54,17 @@ def make_small(root: Path) -> dict[str, str]:
     ViT(ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
                   image_size=16, patch_size=8)).save_pretrained(vit)
     return {"data": str(world), "t5": str(t5), "vit": str(vit)}
+
+
+@pytest.fixture(scope="session")
+def lean(tmp_path_factory: pytest.TempPathFactory) -> "data.Tokenizer":
+    """A tokenizer that has % and >, as T5's, but neither < { } ~ nor letters with accents."""
+    import data
+    import demo
+    path = tmp_path_factory.mktemp("lean") / "spiece.model"
+    signs = string.ascii_letters + string.digits + "%>/,.&;:_?-"
+    demo.make_tokenizer([f"person location attack phone write {' '.join(signs)}"], path, 300)
+    return data.Tokenizer(path)
 
 
 @pytest.fixture(scope="session")

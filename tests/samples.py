@@ -1,6 +1,7 @@
 """Datasets, records and corpora that the tests of schema, data and converters share."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import data
@@ -88,9 +89,10 @@ def changed(row: dict, path: str, value: object) -> dict:
     return copy
 
 
-def facts(found: list[Item]) -> list[tuple]:
+def facts(found: list[Item], written: Callable[[str], str] = data.canon) -> list[tuple]:
     """What an item says, without where it is."""
-    return [(item.label, item.role, item.text, item.object, item.event) for item in found]
+    return [(item.label, item.role, item.text and written(item.text), item.object, item.event)
+            for item in found]
 
 
 def assert_reads_back(record: Record, dataset: Dataset) -> None:

@@ -56,6 +56,21 @@ def test_tweets_are_chunked_leniently(kind: str, unit: str, tmp_path: Path,
     assert f"{kind} train: FILE NOT FOUND" in out
 
 
+def test_tweets_that_share_a_picture_are_numbered(tmp_path: Path,
+                                                  capsys: pytest.CaptureFixture) -> None:
+    """From the second on, in the order of the file; a name that is another's id is passed over."""
+    text = "".join(f"IMGID:{name}\n{word}\tB-PER\n\n" for name, word in zip(
+        "7 7 8 7 7-2 9".split(), "Ada Bob Kim Bo Lee Al".split()))
+    corpus = run_convert("twitter2015", {"train.txt": text, "test.txt": text[:19]}, tmp_path)
+    records = load_corpus(corpus, "train")
+    assert [(r.id, r.image, r.tokens[0]) for r in records] == [
+        ("7", "7.jpg", "Ada"), ("7-2", "7.jpg", "Bob"), ("8", "8.jpg", "Kim"),
+        ("7-3", "7.jpg", "Bo"), ("7-2-2", "7-2.jpg", "Lee"), ("9", "9.jpg", "Al")]
+    assert [r.id for r in load_corpus(corpus, "test")] == ["7"]
+    assert re.findall(".*(?:train|test).txt: .*", capsys.readouterr().out)[0].endswith(
+        "train.txt: 2 tweets show the picture of one before; their ids are numbered")
+
+
 @pytest.mark.parametrize("tags, chunks", [
     ("B-PER I-PER O B-LOC", [(0, 2), (3, 4)]), ("O I-PER I-PER", [(1, 3)]),
     ("B-PER I-LOC O", [(0, 1), (1, 2)]), ("B-PER B-PER", [(0, 1), (1, 2)]),
@@ -624,6 +639,28 @@ def test_texts_are_shared_across_datasets(tmp_path: Path, capsys: pytest.Capture
     check.check(corpus, require_images=False)
     assert capsys.readouterr().out.split("\n")[-3:-1] == [
         "tweets test in pairs train: 1 of 3 texts", "tweets test in tweets train: 2 of 3 texts"]
+
+
+def test_with_a_tokenizer_check_says_what_training_will_say(
+        tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Texts that are cut, characters that are unknown, and how far perfect answers get."""
+    tweets = [changed(MNER, "id", str(i)) | {"tokens": tokens, "entities": [
+        {"type": "person", "start": len(tokens) - 1, "end": len(tokens)}]}
+              for i, tokens in enumerate((["hi", "Bob"], ["Bob", "met", "Bob"], ["hi", "B{}b"],
+                                          ["so"] * 300 + ["Bob"]))]
+    corpus = write_corpus(tmp_path, {"tweets": tweets, "news": [MEAE], "pairs": [MRE]}, "dev")
+    check.check(corpus, require_images=False)
+    assert "were not counted: give a T5 by --t5 DIR\n" in capsys.readouterr().out
+    tokenizer = ROOT / "tests" / "golden" / "tokenizer"
+    assert code_of(check, corpus, "--t5", tokenizer) == 0
+    out = capsys.readouterr().out
+    assert "truncation: 1 of 4 texts cut to 256 ids; targets lost 1 items with the text" in out
+    assert "in tweets dev 1 of 4 texts and 1 targets\n" in out
+    assert "tweets dev: F1 of perfect answers T17 57.14\n" in out  # 2 right of 3 said, 4 gold
+    assert "news dev: F1 of perfect answers MEAE 80.00" in out  # no object shows one box
+    assert "--t5" not in out
+    assert code_of(check, corpus, "--t5", tmp_path) == 2
+    assert "spiece.model: cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options, says", [

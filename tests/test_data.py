@@ -3,13 +3,14 @@
 import itertools
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from samples import (BOXES, KOBANI, NEWS, PAIRS, ROLES, STRIKE, TWEETS, assert_reads_back, event,
-                     news, pair, tweet)
+                     facts, news, pair, tweet)
 
 import data
 from data import Item
@@ -22,6 +23,7 @@ CASES = json.loads((GOLDEN / "cases.json").read_text(encoding="utf-8"))["cases"]
 @pytest.fixture(scope="module")
 def tokenizer() -> data.Tokenizer:
     return data.Tokenizer(GOLDEN)
+
 
 
 # ---------------------------------------------------------------------------- tokenizer
@@ -158,6 +160,20 @@ def test_a_filler_that_reads_as_an_object_is_escaped(raw: str, escaped: str) -> 
     assert data.unescape(escaped) == raw
 
 
+@pytest.mark.parametrize("raw, escaped", [
+    ("O\u2082", "%4F2"), ("\uff2f\uff11", "%4F1"), ("\u200bO2\ufeff", "%4F2"),    # O2 to T5
+    ("O\u200b2", "O\u200b2"), ("CO\u2082", "CO\u2082"),                          # O 2, CO2
+    ("\uff053C", "%253C"), ("\uff1cspot>", "%3Cspot>"), ("<spot\ufe65", "%3Cspot>"),
+    ("5\uff05 \u2026 \uff1c3", "5\uff05 \u2026 \uff1c3")])                       # nothing to escape
+def test_a_text_is_escaped_as_the_tokenizer_will_have_it(
+        raw: str, escaped: str, lean: data.Tokenizer) -> None:
+    """Structure that only the tokenizer's normaliser makes; other texts stay as they are."""
+    assert data.escape(raw, filler=True) == escaped
+    said = lean.decode(lean.encode(f"attack, {escaped}"))
+    [item], malformed = data.predicted_items(news("med", raw), said, NEWS, written=lean.written)
+    assert (item.text, item.span, item.object, malformed) == (raw, (0, len(raw.split())), None, 0)
+
+
 # ---------------------------------------------------------------------------- parsing
 
 def items(task: str, text: str, dataset: Dataset, cut: bool = False) -> tuple[list, int]:
@@ -245,7 +261,8 @@ def test_the_last_item_of_a_cut_output_is_dropped_and_counted() -> None:
 NASTY = ["<spot>", "<asoc>", "none", "O1", "O0", "O12x", "%3C", "%25", "%4F1", "%", ",", "</s>",
          "<pad>", "<unk>", "<s>", "<extra_id_0>", "<extra_id_123>", "person,", "attack", "<", ">",
          "spot>", "\u00a0", "\u200b", "\ufe0f", "\u2028", "\U0001f602", "e\u0301", "\u2026", "a",
-         "Bob", "%2", "5%20", "&amp;", "attacker,x", "\x1c", "\uff05\uff12\uff15"]
+         "Bob", "%2", "5%20", "&amp;", "attacker,x", "\x1c", "\uff05\uff12\uff15", "O\u2082",
+         "\uff1cspot\uff1e", "\uff053C", "\ufeff", "\ufffd", "\u2581", "\u2047", "{", "~"]
 
 
 def random_record(task: str, rng: random.Random) -> Record:
@@ -283,6 +300,26 @@ def test_reading_what_was_written_is_the_identity(task: str, dataset: Dataset) -
         assert_reads_back(random_record(task, rng), dataset)
 
 
+@pytest.mark.parametrize("task, dataset", [("mner", TWEETS), ("med", NEWS), ("meae", NEWS)])
+def test_a_target_that_went_through_the_tokenizer_is_read_back_and_has_its_places(
+        task: str, dataset: Dataset, lean: data.Tokenizer) -> None:
+    """On the same words, some of which have no piece, or are blanks to T5 and then no item. The
+    first of items that are alike always has a place."""
+    rng = random.Random(8)
+    for _ in range(400):
+        record = random_record(task, rng)
+        said = lean.decode(lean.encode(data.target(record)))
+        found, malformed = data.predicted_items(record, said, dataset, written=lean.written)
+        gold = [item for item in data.gold_items(record) if item.text is not None]
+        empty = [item for item in gold if not lean.written(item.text)]
+        kept = [item for item in gold if item not in empty]
+        assert malformed == len(empty), said
+        read, _ = data.parse(task, said, dataset.labels[task])
+        assert facts(read, str) == facts(kept, lean.written), said
+        first = {fact: item for fact, item in reversed(list(zip(facts(read, str), found)))}
+        assert all(item.span or item.object is not None for item in first.values()), said
+
+
 def test_targets_survive_the_tokenizer_where_it_knows_every_character(
         tokenizer: data.Tokenizer) -> None:
     for record, dataset in ((news("meae", STRIKE, KOBANI), NEWS), (tweet("Bob", ("person", 0, 1)),
@@ -309,11 +346,15 @@ def spans(record: Record, text: str, dataset: Dataset, **more: object) -> list:
 
 
 def test_the_kth_item_with_one_text_is_its_kth_occurrence() -> None:
-    """Worked examples N5 and N11; the type plays no part in it."""
+    """Worked examples N5 and N11, and what a second type does."""
     record = tweet("Bob saw Bob and Ann")
-    assert spans(record, "person, Bob <spot> location, Bob <spot> person, Bob", TWEETS) == [
+    assert spans(record, "person, Bob <spot> person, Bob <spot> person, Bob", TWEETS) == [
         (0, 1), (2, 3), None]
+    assert spans(record, "person, Bob <spot> location, Bob <spot> person, Bob", TWEETS) == [
+        (0, 1), (2, 3), (2, 3)]
     assert spans(record, "person, Ann <spot> person, Bob", TWEETS) == [(4, 5), (0, 1)]
+    triggers = "attack, Bob <spot> phone write, Bob <spot> attack, Bob <spot> attack, Bob"
+    assert spans(news("med", "Bob saw Bob"), triggers, NEWS) == [(0, 1), (0, 1), (2, 3), None]
 
 
 def test_a_text_that_is_not_there_is_an_item_without_place() -> None:
@@ -323,12 +364,48 @@ def test_a_text_that_is_not_there_is_an_item_without_place() -> None:
         assert (item.span, item.text, malformed) == (None, text, 0)
 
 
-def test_texts_are_compared_in_canonical_form() -> None:
-    """NFKC, no zero-width characters, single spaces: what sentencepiece does to a text."""
-    record = tweet("wow \u2026 caf\u0065\u0301 \ufe0f \uff21\u200bB end")
-    assert spans(record, "person, wow ...", TWEETS) == [(0, 2)]
-    assert spans(record, "person, caf\u00e9 AB", TWEETS) == [(2, 5)]
-    assert data.canon(" a\u00a0\u00a0b\ufe0f ") == "a b"
+def test_texts_are_compared_in_canonical_form(lean: data.Tokenizer) -> None:
+    """NFKC, single spaces: what sentencepiece does to a text; items have the words of the text."""
+    record = tweet("wow \u2026 ca\ufb00e \u200b \uff21\u200bB end")
+    for written in (data.canon, lean.written):
+        assert spans(record, "person, wow ...", TWEETS, written=written) == [(0, 2)]
+        [item], _ = data.predicted_items(record, "person, caffe A B", TWEETS, written=written)
+        assert (item.span, item.text) == ((2, 5), "ca\ufb00e \u200b \uff21\u200bB")
+    assert data.canon(" a\u00a0\u00a0b e\u0301\ufeff ") == "a b \u00e9"
+
+
+def test_without_a_tokenizer_texts_are_normalised_as_sentencepiece_does(
+        tokenizer: data.Tokenizer) -> None:
+    """On every character of the basic plane above ASCII, but for four (one is newer than some
+    Unicode tables; T5 itself makes a blank of U+200D and keeps U+061C)."""
+    pieces, others = tokenizer.pieces, []
+    for ch in map(chr, (*range(0xa0, 0xd800), *range(0xe000, 0x10000))):
+        text = f"a{ch}b"
+        if data.canon(text) != pieces.normalize(text).replace("\u2581", " ").strip(" "):
+            others.append(ch)
+    assert "".join(others) in ("\u0344\u200d\ua7f1\uff5e", "\u0344\u200d\uff5e")
+
+
+@pytest.mark.parametrize("text, written", [
+    ("Bob", "Bob"), ("A~n", "A \u2047 n"), ("{}Ann{}", "\u2047 Ann \u2047"),
+    ("\u0410\u043d", "\u2047"), ("New\u200bYork\ufeff", "New York"), ("\u200b", ""),
+    ("O\u2082", "O2"), ("What\u2047", "What??"),
+    ("<spot>", "<spot>"), ("a<b", "a \u2047 b"), ("</s>", "</s>"), ("%3C", "%3C")])
+def test_words_as_the_tokenizer_writes_them(text: str, written: str, lean: data.Tokenizer) -> None:
+    """What decoding gives back of a text: blanks, compatible characters, a mark for unknown ones;
+    what is escaped on the way in is not lost."""
+    assert lean.written(text) == written
+
+
+@pytest.mark.parametrize("text, said, places", [
+    ("Luis Bu\u00f1uel met A\u00f1a", "person, Luis Bu \u2047 uel", [(0, 2)]),
+    ("A\u03b1 A\u03b2", "person, A \u2047 <spot> person, A \u2047", [(0, 1), (1, 2)]),
+    ("A ~ n A~n", "person, A \u2047 n <spot> person, A \u2047 n", [(0, 3), (3, 4)]),
+    ("Ann A~n", "person, A \u2047 n", [(1, 2)]), ("Ann", "person, A \u2047 n", [None])])
+def test_unknown_characters_stand_for_themselves_alone(
+        text: str, said: str, places: list, lean: data.Tokenizer) -> None:
+    """Texts that become equal are taken in their order; a known character is no unknown one."""
+    assert spans(tweet(text), said, TWEETS, written=lean.written) == places
 
 
 def test_an_argument_is_the_occurrence_nearest_to_its_trigger() -> None:
@@ -410,6 +487,22 @@ def test_only_the_text_is_truncated_and_lost_gold_leaves_the_target_alone(
     assert tokenizer.decode(short.labels) == "person, Bob"
     assert data.gold_items(short.record) == data.gold_items(record)      # the metric keeps both
     assert "1 of 1 texts cut" in (out := capsys.readouterr().out) and "lost 1 items" in out
+
+
+def test_texts_and_targets_with_unknown_characters_are_counted_by_dataset_and_split(
+        lean: data.Tokenizer) -> None:
+    """As they stand in the ids; nothing is said where there are none."""
+    def of(file: str, *texts: str) -> list[Record]:
+        return [replace(tweet(text, ("person", 0, 1)), source=f"corpus/tweets/{file}:{number}")
+                for number, text in enumerate(texts, 1)]
+
+    said: list[str] = []
+    encode(of("dev.jsonl", "Ann met Bo") + of("train.jsonl", "Ann", "A~n met Bo", "Ann met {Bo}")
+           + of("test.jsonl", "Ann", "An\u00f1"), lean, announce=said.append)
+    assert said == ["unknown characters, which the tokenizer lacks, are in tweets train 2 of 3 "
+                    "texts and 1 targets, tweets test 1 of 2 texts and 1 targets"]
+    encode(of("train.jsonl", "Ann met O\u2082 \u2026"), lean, announce=said.append)
+    assert len(said) == 1
 
 
 def test_a_span_counts_as_seen_only_when_its_last_word_is_whole(tokenizer: data.Tokenizer) -> None:

@@ -266,6 +266,57 @@ def test_one_example_is_described_by_flags(small, folder):
     assert (record.dataset, record.tail) == ("demo_v2", (2, 3))
 
 
+TYPED = {
+    "Lelin lives in Gegen.": "Lelin lives in Gegen .",
+    "Lelin's home isn't Gegen": "Lelin 's home is n't Gegen",
+    "Lelin loves #Gegen; @bo_1: (no)!": "Lelin loves # Gegen ; @bo_1 : ( no ) !",
+    "See https://t.co/aB?c=1. RT @cnn: \u201cHi\u201d 'Bo'":
+        "See https://t.co/aB?c=1 . RT @cnn : \u201c Hi \u201d ' Bo '",
+    "The U.S. army, Dr. A. Lee vs. O'Brien at 9:30 p.m.":
+        "The U.S. army , Dr. A. Lee vs. O'Brien at 9:30 p.m.",
+    "3.5% of $1,000, pro-Russia A&M w/o... :-) Rome,Oslo":
+        "3.5 % of $ 1,000 , pro-Russia A&M w/o ... :-) Rome , Oslo",
+    "cafe\u0301\u2019s \u0939\u093f \U0001f468\u200d\U0001f469 \u2764\ufe0f\u2026":
+        "cafe\u0301 \u2019s \u0939\u093f \U0001f468\u200d\U0001f469 \u2764\ufe0f \u2026",
+    "Lelin lives in Gegen .": "Lelin lives in Gegen .", "": ""}
+
+
+@pytest.mark.parametrize("text", TYPED)
+def test_typed_text_is_split_as_tweets_are(text):
+    """Nothing is lost, and what is split already stays so, but for @user, #word and the like."""
+    assert answer.split_words(text) == TYPED[text].split()
+    assert "".join(answer.split_words(text)) == "".join(text.split())
+    assert answer.split_words(TYPED[text]) == TYPED[text].split()
+
+
+@pytest.mark.parametrize("share, source", [
+    (98.5, "twitter2017/train.txt"), (95, "mnre_v2/mnre_test.txt"), (60, "twitter2015/valid.txt")])
+@pytest.mark.skipif("CLORAE_REALDATA" not in os.environ, reason="CLORAE_REALDATA names no folder "
+                    "with the published files")
+def test_published_texts_remain_as_they_are_split(share, source):
+    """Twitter-15 differs by its #word."""
+    path = Path(os.environ["CLORAE_REALDATA"]) / source
+    read = convert.read_mnre if "mnre" in source else convert.read_conll
+    texts = [row["tokens"] for _, row in read(path, path.parent.name)]
+    same = [answer.split_words(" ".join(tokens)) == tokens for tokens in texts]
+    assert 100 * sum(same) / len(same) > share
+
+
+def test_head_and_tail_are_found_in_typed_text(small, folder):
+    """Glued to a full stop, a possessive, a hash; tokens that a row gives are taken as they are."""
+    rows = [{"text": "Lelin lives in Gegen."}, {"text": "Lelin's home is Gegen"},
+            {"text": "Lelin loves #Gegen"}, {"text": "Lelin lives in Gegen ."},
+            {"tokens": ["#Gegen", "Gegen", "Lelin"]}]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(
+        row | {"head": "Lelin", "tail": "Gegen", "task": "mre"}) + "\n" for row in rows))
+    records = records_of(small, "--examples", folder / "rows.jsonl")
+    assert [r.tail for r in records] == [(3, 4), (4, 5), (3, 4), (3, 4), (1, 2)]
+    assert records[1].tokens == ("Lelin", "'s", "home", "is", "Gegen")
+    with pytest.raises(DataError, match="tail: expected words of the text, got 'Geg', which is not "
+                       "in 'Gegen .'; give whole tokens as they stand there"):
+        records_of(small, "--text", "Gegen.", "--task", "mre", "--head", "Gegen", "--tail", "Geg")
+
+
 def test_a_folder_of_texts_and_images_pairs_them_by_name(small, folder):
     """An image without text is an example of its own, where the task allows it."""
     (folder / "rows.jsonl").unlink()

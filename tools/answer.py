@@ -6,7 +6,9 @@ with --text or --draw with the mean gates of the task expert.
     python -m tools.answer RUN --examples ROWS.jsonl --out ANSWERS.jsonl --draw DIR    many
 
 An example becomes a record without gold, is checked as those of a corpus are, and goes the way of
-test records.  Faulty ones are named by file and line; none is answered before all are right."""
+test records.  Typed text is split as the published tweets are, see `split_words`; tokens that a row
+gives stay as they are.  Faulty rows are named by file and line; none is answered before all are
+right."""
 
 import argparse
 import json
@@ -38,6 +40,18 @@ from vision import ViT
 
 NO_GOLD = {"mner": {"entities": []}, "mre": {"relation": "none"}, "med": {"events": []},
            "meae": {"events": []}}
+SHORT = """Adm Apr Aug Ave Bros Capt Co Col Corp Dec Dr Feb Fr Ft Gen Gov Inc Jan Jr Lt Ltd Mr Mrs
+    Ms Mt No Nov Oct Prof Rep Rev Sen Sept Sgt Sr St vs"""
+IN_WORD = r"""[^\s.,:;!?"'‘’“”«»()\[\]{}…—#$€£%*|]"""
+WORD = re.compile(rf"""
+      https?://\S*[^\s.,:;!?"'’”)\]…] | @\w+                   # addresses, users
+    | [:;=]['’]?-?[()DPp]+(?!\w) | \.{{2,}}                     # :-) and ...
+    | (?:{"|".join(SHORT.split())}|[A-Z])\.(?=\s+\S)            # Dr. and J., not at the end
+    | (?:[^\W\d_]\.){{2,}}(?![\w-])                            # U.S. and p.m.
+    | ['’](?i:s|m|d|re|ve|ll)(?!\w)
+    | {IN_WORD}(?:{IN_WORD}|[.'’](?=[\w-])|(?<=\d)[,:](?=\d))*  # words, 3.5, 10:30, O'Brien, A&M
+    | \S""", re.VERBOSE)
+ENDING = re.compile(r"(?i)(?<=\S)(?=(?:n['’]t|['’](?:s|m|d|re|ve|ll))(?!\w))")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 GivenRow = tuple[str, Path, bytes | dict]  # where it stands, the folder of its image, the row
 
@@ -99,9 +113,18 @@ def parse_boxes(words: Sequence[str]) -> list:
     return boxes
 
 
+def split_words(text: str) -> list[str]:
+    """Typed text as tokens, by the habits that most of the published tweets share: punctuation and
+    # are tokens, "Ann's" and "don't" are two, and @user, http://..., :), ..., U.S., 3.5, 10:30 and
+    pro-Russia are one.  (Twitter-15 alone has #word; Twitter-17 splits 's and @user further.)"""
+    return WORD.findall(ENDING.sub(" ", text))
+
+
 def find_words(tokens: Sequence[str], words: str, name: str) -> tuple[int, int]:
-    """The first span of `tokens` that reads `words`; DataError if there is none."""
-    spans = data.occurrences([data.canon(token) for token in tokens], data.canon(words))
+    """The first span of `tokens` that reads `words`, as they stand or split as typed text is;
+    DataError if there is none."""
+    spans = [span for form in (words, " ".join(split_words(words))) for span in data.occurrences(
+        [data.canon(token) for token in tokens], data.canon(form))]
     if not spans:
         raise DataError(f"{name}: expected words of the text, got {words!r}, which is not in "
                         f"{' '.join(tokens)!r}; give whole tokens as they stand there")
@@ -137,7 +160,7 @@ def completed(row: bytes | dict, folder: Path, name: str, args: argparse.Namespa
         raise DataError(f"dataset: expected one with the task {raw['task']}, got "
                         f"{raw['dataset']!r}; use one of: {choices}, or another task")
     if isinstance(raw.get("text"), str) and "tokens" not in raw:
-        raw["tokens"] = raw.pop("text").split()
+        raw["tokens"] = split_words(raw.pop("text"))
     tokens = list(map(str, raw["tokens"])) if isinstance(raw.get("tokens"), list) else []
     raw |= {end: list(find_words(tokens, raw[end], end)) for end in ("head", "tail")
             if isinstance(raw.get(end), str)}
@@ -266,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = Parser(prog="python -m tools.answer", description=__doc__.partition("\n\n")[0],
                      usage="%(prog)s CKPT --text T --task TASK [options]")
     add = command.add_argument_group("examples").add_argument
-    add("--text", metavar="T", help="the sentence, tokens separated by spaces")
+    add("--text", metavar="T", help="the sentence; punctuation becomes tokens")
     add("--image", type=Path, metavar="FILE", help="its image, if it has one")
     add("--task", choices=RECORD_TASKS, help="what to extract")
     add("--objects", nargs="+", metavar="BOX", default=(),

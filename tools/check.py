@@ -1,17 +1,20 @@
 """Check a corpus: every record of every dataset, what the splits hold, and what they share.
 
-    python -m tools.check DIR [--require-images]
+    python -m tools.check DIR [--require-images] [--t5 DIR]
 
-A text that stands in a test split and in a training split is a leak, also across datasets."""
+A text that stands in a test split and in a training split is a leak, also across datasets.  With
+a T5's folder: which texts are too long for it or hold characters that it lacks, and the F1 of
+perfect answers."""
 
 from itertools import combinations
 from pathlib import Path
 
-from data import gold_items, prompt, target
+from data import Tokenizer, encode_records, gold_items, prompt, target
 from engine.command import Parser
 from engine.corpus import load_datasets, read_split, texts_of
 from engine.processes import exit_codes
 from engine.schema import SPLITS, Dataset, Problems, Record
+from evaluate import Answer, score_rows, total
 
 
 def shared_texts(texts: dict[tuple[str, str], set[str]]) -> list[str]:
@@ -22,10 +25,11 @@ def shared_texts(texts: dict[tuple[str, str], set[str]]) -> list[str]:
             for a, b in combinations(order, 2) if a[1] != "train" and texts[a] & texts[b]]
 
 
-def check(corpus: Path, require_images: bool) -> None:
+def check(corpus: Path, require_images: bool, t5: Path | None = None) -> None:
     """Validate every split of every dataset; print what it holds, and what two splits share.
-    DataError names all problems; with require_images each picture that is not there is one."""
-    problems, texts = Problems(), {}
+    DataError names all problems; with require_images each picture that is not there is one.
+    t5: a folder with spiece.model, see `perfect_answers`."""
+    problems, texts, tokenizer = Problems(), {}, t5 and Tokenizer(t5)
     for name, dataset in load_datasets(corpus).items():
         images = corpus / name / "images"
         splits = [s for s in SPLITS if (corpus / name / f"{s}.jsonl").exists()]
@@ -38,10 +42,14 @@ def check(corpus: Path, require_images: bool) -> None:
             for task in dataset.units:
                 of_task = [record for record in records if record.task == task]
                 print(f"{name} {split} {task}: {summary(of_task, dataset, images)}")
+            if tokenizer:
+                perfect_answers(records, dataset, split, tokenizer)
             for record in records if require_images else ():
                 if record.image and not (images / record.image).is_file():
                     problems.add(record.source, "image", f'"{record.image}" is not in {images}: '
                                  "put it there or write null")
+    if not tokenizer:
+        print("characters that a tokenizer lacks were not counted: give a T5 by --t5 DIR")
     print("\n".join(shared_texts(texts)) or "no text stands in two splits")
     problems.raise_if_any()
 
@@ -57,6 +65,18 @@ def summary(records: list[Record], dataset: Dataset, folder: Path) -> str:
             f"longest target {targets} words")
 
 
+def perfect_answers(records: list[Record], dataset: Dataset, split: str,
+                    tokenizer: Tokenizer) -> None:
+    """Print what training will announce of these records, at its default lengths, and the F1 of
+    their targets as the tokenizer writes them."""
+    datasets = {dataset.name: dataset}
+    examples = encode_records(records, datasets, tokenizer)
+    answers = [Answer(tokenizer.decode(example.labels)) for example in examples]
+    scores = total(score_rows(records, answers, datasets, tokenizer.written))
+    reached = [f"{name} {c.f1:.2f}" for name, c in scores.items() if not set("@:~") & set(name)]
+    print(f"{dataset.name} {split}: F1 of perfect answers {', '.join(reached)}")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m tools.check", description="Validate every record of a corpus; "
                     "print counts, lengths and the texts that splits share.")
@@ -64,9 +84,11 @@ def main(argv: list[str] | None = None) -> None:
     add("dir", type=Path, metavar="DIR", help="corpus folder")
     add("--require-images", action="store_true",
         help="a missing picture is an error instead of a count")
+    add("--t5", type=Path, metavar="DIR",
+        help="folder of a T5: print what its spiece.model cuts or lacks, and F1 of perfect answers")
     args = parser.parse_args(argv)
     with exit_codes():
-        check(args.dir, args.require_images)
+        check(args.dir, args.require_images, args.t5)
 
 
 if __name__ == "__main__":

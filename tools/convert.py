@@ -19,6 +19,7 @@ github.com/limanling/m2e2, its detections seebergerph/MMUTF; SWiG github.com/all
 from the LDC, as OneIE (Lin et al., ACL 2020) prepares it."""
 
 import ast
+import itertools
 import math
 import random
 from collections import Counter
@@ -107,14 +108,18 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 def read_conll(path: Path, dataset: str) -> Rows:
     """`IMGID:name`, then token<TAB>tag lines, then a blank line.  An I- tag that continues nothing
-    starts an entity, as the scorers of the field have it (Twitter-15 has hundreds of them)."""
-    rows, inside = [], False
+    starts an entity, as the scorers of the field have it (Twitter-15 has hundreds of them).  The
+    second tweet with the picture NAME has the id NAME-2, and so on."""
+    rows, ids, copies, inside = [], set(), Counter(), False
     for where, line in read_lines(path):
         token, tab, tag = line.rpartition("\t")
         mark, _, label = tag.partition("-")
         if line.startswith("IMGID:") and not tab:
             name, inside = line.removeprefix("IMGID:"), True
-            rows.append((where, raw_record(dataset, id=name, task="mner", image=f"{name}.jpg",
+            copies[name] += 1
+            numbered = (f"{name}-{n}" if n > 1 else name for n in itertools.count(copies[name]))
+            ids.add(new := next(one for one in numbered if one not in ids))
+            rows.append((where, raw_record(dataset, id=new, task="mner", image=f"{name}.jpg",
                                            entities=[])))
         elif not line:
             inside = False
@@ -130,6 +135,8 @@ def read_conll(path: Path, dataset: str) -> Rows:
                 last["end"] = end
             elif mark != "O":
                 entities.append({"type": TAGS[label], "start": start, "end": end})
+    if shared := len(rows) - len({row["image"] for _, row in rows}):
+        print(f"{path}: {shared} tweets show the picture of one before; their ids are numbered")
     return rows
 
 
