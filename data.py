@@ -36,6 +36,7 @@ from torch.nn import functional as F
 
 from engine.command import moved
 from engine.corpus import read_bytes
+from engine.pieces import rebuilt, tokenizer_file
 from engine.schema import TASKS, UNITS, Box, DataError, Dataset, Record, Span
 
 # ---------------------------------------------------------------------------- prompts, targets
@@ -257,14 +258,15 @@ STRUCTURE = ("<spot>", "<asoc>")                     # stand for <extra_id_0> an
 class Tokenizer:
     """T5's tokenizer: sentencepiece for text, T5's sentinels <extra_id_k> for structure.
 
-    path: a sentencepiece model, or a folder that holds it as spiece.model. With n pieces,
-    <extra_id_k> has the id n + 99 - k."""
+    path: a sentencepiece model, or a folder that holds it as spiece.model or, saved by transformers
+    5, as tokenizer.json. With n pieces, <extra_id_k> has the id n + 99 - k."""
 
     def __init__(self, path: str | os.PathLike):
-        path = Path(path) / "spiece.model" if Path(path).is_dir() else Path(path)
+        path = tokenizer_file(Path(path)) if Path(path).is_dir() else Path(path)
         self.pieces = sentencepiece.SentencePieceProcessor()
         try:
-            self.pieces.LoadFromSerializedProto(read_bytes(path))
+            self.pieces.LoadFromSerializedProto(
+                rebuilt(path) if path.suffix == ".json" else read_bytes(path))
         except RuntimeError:
             raise DataError(f"{path}: expected a sentencepiece model: fetch the file again "
                             "(T5 calls it spiece.model)") from None

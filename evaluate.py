@@ -38,9 +38,9 @@ from engine.features import Features
 from engine.files import UsageError, WeightsError, read_json, write_whole
 from engine.processes import World, carry_out
 from engine.schema import TASKS, UNIT_TASK, UNITS, Dataset, Record, iou
-from engine.settings import Config, run_options
+from engine.settings import Config, computed_in, run_options
 from engine.weights import open_weights
-from t5 import T5, Stack, T5Config
+from t5 import HEAD, T5, Stack, T5Config, embedding_key
 from vision import UMIE, ViT
 
 # --------------------------------------------------------------------- counting, matching, scoring
@@ -374,16 +374,18 @@ def build(config: Config, sources: Sources, device: torch.device) -> Setup:
     run's precision.  On the device "meta" it has names, shapes and types, and no weight is read."""
     meta, half = device.type == "meta", config.precision == "bf16" and config.method != "full"
     dtype = torch.bfloat16 if half else torch.float32
-    if meta:  # a head that is stored counts as untied
-        tied = "lm_head.weight" not in open_weights(sources.t5)
+    if meta:  # a head that is stored beside the embedding counts as untied
+        raw, stored = read_json(sources.t5 / "config.json"), open_weights(sources.t5)
+        tied = HEAD not in stored or embedding_key(stored, raw) == HEAD
         with device:
-            shape = T5Config.from_hf(read_json(sources.t5 / "config.json"), sources.t5, tied)
-            t5 = T5(shape).to(dtype)
+            t5 = T5(T5Config.from_hf(raw, sources.t5, tied)).to(dtype)
     else:
         t5 = T5.from_pretrained(sources.t5, dtype=dtype)
+        if half and computed_in("bf16") == "fp32":
+            t5 = t5.float()  # the numbers that were trained on, in a type that this CPU computes
     tokenizer, ids = data.Tokenizer(sources.t5), t5.config.vocab_size
     if tokenizer.spot_id >= ids:
-        raise WeightsError(f"{sources.t5}: expected a spiece.model of at most {ids - 100} pieces "
+        raise WeightsError(f"{sources.t5}: expected a tokenizer of at most {ids - 100} pieces "
                            f"for a T5 of {ids} ids, got {tokenizer.vocab_size} pieces; use the "
                            "files of one checkpoint")
     torch.manual_seed(config.seed)
@@ -426,7 +428,7 @@ class Decoding:
 
     @classmethod
     def of(cls, config: Config, batch_size: int = 32, beams: int = 1) -> "Decoding":
-        return cls(batch_size, beams, config.max_target, config.precision)
+        return cls(batch_size, beams, config.max_target, computed_in(config.precision))
 
 
 def deal(lengths: Sequence[int], batch_size: int, rank: int, world: int) -> list[list[int]]:

@@ -14,7 +14,7 @@ vocabulary; in attention Q queries and M keys. Masks are bool, True = real token
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from engine.files import WeightsError, read_json, write_whole
+from engine.settings import say_once
 from engine.weights import odd_fields, open_weights, read_weights
 
 FIRST_UNUSED_ID = 32100  # where T5's vocabulary ends; hub files add untrained rows behind it
@@ -506,13 +507,15 @@ class T5(nn.Module):
             raise WeightsError(f"{folder}: T5 computes in float32 or bfloat16; got {dtype}; in "
                                "float16 its feed-forward overflows: pass torch.bfloat16")
         raw, stored = read_json(folder / "config.json"), open_weights(folder)
-        shared = "shared.weight"
-        if shared not in stored and COPIES[0] in stored:
-            shared = COPIES[0]
-        copies = {key for key in stored.keys() & {*COPIES, "lm_head.weight"} if shared in stored
+        shared = embedding_key(stored, raw)
+        copies = {key for key in stored.keys() & {*COPIES, HEAD} - {shared} if shared in stored
                   and torch.equal(*(stored[k].get_tensor(k).float() for k in (key, shared)))}
-        tied = "lm_head.weight" in copies or "lm_head.weight" not in stored
+        tied = HEAD == shared or HEAD in copies or HEAD not in stored
         config = T5Config.from_hf(raw, folder / "config.json", tied)
+        if config.gated and config.scale_logits and not tied:
+            say_once(f"note: {folder}/config.json: scale_decoder_outputs is true for a gated T5 "
+                     "with a head of its own, a mistake of transformers 5.0.0; logits are scaled "
+                     "as it says: set it to false if this is a T5 v1.1 or flan")
         with torch.device("meta"):
             model = cls(config)
         names = hf_names(config) | {"shared.weight": shared}
@@ -554,8 +557,17 @@ HF_WORDS = {
     "feed_forward.down": "layer.{f}.DenseReluDense.wo",
 }
 # Never loaded: copies, if they equal shared; a bias in v1.0's files that no T5 ever used.
-COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+COPIES, HEAD = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"), "lm_head.weight"
 UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+
+
+def embedding_key(stored: Collection[str], raw: dict) -> str:
+    """The key of the embedding among those stored: of names that share a tensor, files may keep any
+    one.  The head's alone counts where `raw`, a parsed config.json, says that it is tied."""
+    tied = all(raw.get(name) in (None, True)
+               for name in ("tie_word_embeddings", "scale_decoder_outputs"))
+    names = ("shared.weight", *COPIES, *([HEAD] if tied else []))
+    return next((name for name in names if name in stored), names[0])
 
 
 def hf_names(config: T5Config) -> dict[str, str]:

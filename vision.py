@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from engine.files import ImageError, WeightsError, read_json, write_whole
 from engine.images import PathLike, to_rgb
+from engine.processor import picture_settings
 from engine.schema import Box
 from engine.weights import odd_fields, open_weights, read_weights
 from t5 import (T5, Attention, FeedForward, Linear, RMSNorm, Stack, T5Config, compute_dtype,
@@ -80,7 +81,7 @@ class ViTConfig:
 
     @classmethod
     def from_pretrained(cls, folder: PathLike) -> "ViTConfig":
-        """Read config.json (of a whole CLIP its vision part) and any preprocessor_config.json."""
+        """Read config.json (of a whole CLIP its vision part) and how pictures become pixels."""
         path = Path(folder) / "config.json"
         raw = read_json(path)
         if "vision_config" in raw:
@@ -88,24 +89,13 @@ class ViTConfig:
                 raise WeightsError(f"{path}: expected vision_config as an object, got "
                                    f"{raw['vision_config']!r}; fetch the file anew")
             raw = raw["vision_config"] | {"model_type": CLIP}
-        path = Path(folder) / "preprocessor_config.json"
-        pictures = read_json(path) if path.is_file() else {}
-        raw |= {name: pictures[name] for name in ("image_mean", "image_std", "resample")
-                if pictures.get(name) is not None}
+        raw |= picture_settings(Path(folder), raw.get("image_size", cls.image_size))
         if raw.setdefault("model_type", None) == CLIP:  # a file that does not name one is refused
             raw = CLIP_DEFAULTS | raw
         try:
-            config = cls(**{k: v for k, v in raw.items() if k in cls.__dataclass_fields__})
+            return cls(**{k: v for k, v in raw.items() if k in cls.__dataclass_fields__})
         except WeightsError as error:
             raise WeightsError(f"{folder}: {error}") from None
-        size = pictures.get("crop_size") or pictures.get("size") or config.image_size
-        if isinstance(size, dict):  # not so in old files
-            size = size.get("height", size.get("shortest_edge"))
-        off = [s for s in ("do_resize", "do_rescale", "do_normalize") if pictures.get(s) is False]
-        if size != config.image_size or off:
-            raise WeightsError(f"{path}: expected size {config.image_size} as in config.json and "
-                               f"no step off, got {size}, off {off}; take files of one checkpoint")
-        return config
 
 
 class ViTBlock(nn.Module):
@@ -225,7 +215,7 @@ HUB_WORDS = {
     "final_norm.": ("layernorm.", None)}
 PREFIXES = {VIT: "vit.", CLIP: "vision_model."}  # of all keys, in files that hold more than a tower
 DROPS = {  # keys that are not read: heads, poolers, CLIP's text half, buffers
-    VIT: ("pooler.", "classifier.", "embeddings.mask_token"),
+    VIT: ("pooler.", "classifier.", "decoder.", "embeddings.mask_token"),
     CLIP: ("post_layernorm.", "embeddings.position_ids", "text_model.", "text_projection.",
            "visual_projection.", "logit_scale", "classifier.")}
 

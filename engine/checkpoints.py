@@ -18,6 +18,7 @@ from engine.corpus import corpus_of
 from engine.files import DiskFull, UsageError, append, file_hash, sync, whole, write_whole
 from engine.parameters import FlatParameters
 from engine.processes import World
+from engine.pieces import tokenizer_file
 from engine.settings import SIZES, Config, Launch, old_spelling
 from engine.weights import SHIPPED, find_weights, folder_hash, pickles
 
@@ -141,7 +142,7 @@ class Sources:
         """sha256 of what a checkpoint needs besides itself: it holds only what was trained."""
         return {"t5_sha256": folder_hash(self.t5), "vit_sha256": folder_hash(self.vit),
                 "init_sha256": self.init and file_hash(self.init / "model.safetensors"),
-                "t5_tokenizer_sha256": file_hash(self.t5 / "spiece.model")}
+                "t5_tokenizer_sha256": file_hash(tokenizer_file(self.t5))}
 
 
 def stored_config(checkpoint: Path, **changes: object) -> Config:

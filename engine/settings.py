@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from functools import cache
 from pathlib import Path
+from timeit import timeit
 
 import torch
 
@@ -19,11 +20,42 @@ IMPLS = ("auto", "plain", "fast", "cuda")  # --impl: forms of the expert layers
 
 
 @cache
+def say_once(text: str) -> None:
+    """Print a line to stderr, from rank 0 alone, and only the first time that it is to be said."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
+
+
 def old_spelling(impl: str) -> str:
     """A value of --impl, as it is spelt now: "reference" is "fast", which is said once."""
-    if impl == "reference" and os.environ.get("RANK", "0") == "0":
-        print("note: --impl reference is now called fast", file=sys.stderr, flush=True)
+    if impl == "reference":
+        say_once("note: --impl reference is now called fast")
     return "fast" if impl == "reference" else impl
+
+
+@cache
+def slow_bf16() -> float | None:
+    """How many times as long as in fp32 a product takes in bf16 on this CPU; None if not twice.
+    With instructions for bf16 it is 0.3 to 1, without them 3 to 60.  One thread measures in some
+    10 ms, and the least of six counts: what else runs here shall not decide."""
+    threads, seconds = torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    for dtype in (torch.float32, torch.bfloat16):
+        x, w = (torch.ones(n, 768, dtype=dtype, device="cpu") for n in (128, 768))
+        seconds.append(min(timeit(lambda: torch.nn.functional.linear(x, w), number=1)
+                           for _ in range(6)))
+    torch.set_num_threads(threads)
+    return factor if (factor := seconds[1] / seconds[0]) > 2 else None
+
+
+def computed_in(precision: str) -> str:
+    """The precision in which this machine computes what should be in `precision`: fp32 for bf16
+    where there is no GPU and bf16 is slow, which is said once."""
+    if precision == "bf16" and not torch.cuda.is_available() and (factor := slow_bf16()):
+        say_once(f"note: bf16 takes {factor:.0f} times as long as fp32 on this CPU (measured), so "
+                 "fp32 is computed in place of it")
+        return "fp32"
+    return precision
 
 
 # Defaults that come with a backbone.  t5, vit: names on the hub, None for what demo.py makes;
@@ -103,8 +135,9 @@ class Config:
     out: str | None = option(None, "run folder; default: runs/DATA-SIZE-METHOD", metavar="DIR")
     save_every: int = option(200, "optimizer steps between checkpoints", int)
     seed: int = option(0, "seed of initialisation, order and dropout", int)
-    precision: str | None = option(None, "computation; default: bf16 on CUDA, fp32 elsewhere (fp16 "
-                                   "overflows in T5: t5.compute_dtype refuses it)",
+    precision: str | None = option(None, "computation; default: bf16 on CUDA, fp32 elsewhere, and "
+                                   "instead of bf16 on a CPU that is slow in it (fp16 overflows in "
+                                   "T5: t5.compute_dtype refuses it)",
                                    choices=("fp32", "bf16"))
     impl: str = option("auto", "expert layers as the paper writes them ('plain'), in rank space "
                        "('fast') or on clorae.cu ('cuda'); 'auto': the fastest that works",
@@ -177,6 +210,7 @@ def parse_arguments(argv: Sequence[str] | None, description: str = "",
     launch = Launch(**{spec.name: values.pop(spec.name) for spec in fields(Launch)})
     config = Config(**values).resolved()
     config.check()
+    config.precision = computed_in(config.precision)
     if not launch.timeout > 0:
         raise UsageError(f"expected --timeout above 0, got {launch.timeout}; correct it")
     return config, launch

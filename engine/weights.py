@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from engine.files import UsageError, WeightsError, file_hash, read_json
+from engine.pieces import tokenizer_file
 from engine.settings import VIT
 
 HUB_FILES = ["model*.safetensors*", "*config.json", "spiece.model"]  # never pickled weights
@@ -36,8 +37,8 @@ def hub_snapshots(name: str) -> list[Path]:
 
 def fault(folder: Path, model: str) -> str | None:
     """Why a folder does not hold a model, "t5" or "vit", by names and headers; None if it does."""
-    names = ["config.json"] + ["spiece.model"] * (model == "t5")
-    lost = [name for name in names if not (folder / name).is_file()]
+    paths = [folder / "config.json"] + [tokenizer_file(folder)] * (model == "t5")
+    lost = [path.name for path in paths if not path.is_file()]
     if lost and folder.is_dir():
         return (f"{folder}: expected a whole model folder in Hugging Face's layout, it lacks "
                 f"{', '.join(lost)}; fetch what is missing, or name another folder")

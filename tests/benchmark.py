@@ -34,7 +34,7 @@ import data
 import fast
 import losses
 from engine.corpus import load_corpus, load_datasets
-from engine.settings import SIZES
+from engine.settings import SIZES, slow_bf16
 from fast import cuda
 from fast.experts import mutual_information
 from fast.graphs import Graphs
@@ -104,6 +104,15 @@ def take_turns(title: str, variants: dict[str, Callable[[], object]], repeats: i
               f"({1e3 * min(some):.1f} .. {1e3 * max(some):.1f}) {rate}", flush=True)
 
 
+def passed_over(dtype: torch.dtype) -> bool:
+    """Whether a type would take hours here, which is said: bf16 on a CPU that is slow in it."""
+    on_cpu = torch.get_default_device().type == "cpu"
+    factor = slow_bf16() if on_cpu and dtype == torch.bfloat16 else None
+    if factor:
+        print(f"\nskipped: bf16, which takes {factor:.0f} times as long as fp32 on this CPU")
+    return factor is not None
+
+
 def geometry(size: str) -> T5Config:
     D, hidden, layers, heads = GEOMETRY[size]
     return T5Config(32128, D, 64, hidden, layers, heads, feed_forward_proj="gated-gelu",
@@ -114,7 +123,8 @@ def layer(size: str, repeats: int) -> None:
     """2,048 tokens of three tasks, forward and backward."""
     D, R = GEOMETRY[size][0], SIZES[size].rank
     rows = torch.arange(3).repeat_interleave(6)[:16]
-    for dtype, dropout in ((t, p) for t in (torch.float32, torch.bfloat16) for p in (0.0, 0.1)):
+    types = [t for t in (torch.float32, torch.bfloat16) if not passed_over(t)]
+    for dtype, dropout in ((t, p) for t in types for p in (0.0, 0.1)):
         base = Linear(D, D, 0.02).to(dtype).requires_grad_(False)
         plain = nn.Linear(D, D, bias=False).to(dtype).requires_grad_(False)
         routing = clorae.Routing(("mner", "mre", "mee"))
@@ -270,11 +280,12 @@ def decode(size: str, repeats: int) -> None:
     for model in (single, half):
         fast.speed_up(model)
     adapted, theirs = ours(size).eval(), peer(size, lora=False).eval() if PEER else None
+    models = [("fp32", single)] + [("bf16", half)] * (not passed_over(torch.bfloat16))
     for rows in (1, 8):
         b = batch(rows).to(torch.get_default_device())
         variants = {f"T5, {name}": lambda model=model: model.generate(
             b.input_ids, b.attention_mask, NEW, banned_ids=[1])
-            for name, model in (("fp32", single), ("bf16", half))}
+            for name, model in models}
         variants["C-LoRAE, fp32"] = lambda: adapted.generate(b, NEW, banned_ids=[1])
         if torch.get_default_device().type == "cuda":
             variants |= {

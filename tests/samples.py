@@ -1,8 +1,11 @@
 """Datasets, records and corpora that the tests of schema, data and converters share."""
 
+import base64
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import sentencepiece
 
 import data
 from data import Item
@@ -101,3 +104,46 @@ def assert_reads_back(record: Record, dataset: Dataset) -> None:
     assert malformed == 0, written
     assert facts(found) == facts([item for item in data.gold_items(record)
                                          if item.text is not None or record.task == "mre"]), written
+
+
+def fields(message: bytes) -> Iterator[tuple[int, bytes]]:
+    """The numbers and values of a protobuf message's fields; of whole numbers b""."""
+    def varint(at: int) -> tuple[int, int]:
+        value, shift = 0, 0
+        while message[at] > 127:
+            value, shift, at = value | (message[at] & 127) << shift, shift + 7, at + 1
+        return value | message[at] << shift, at + 1
+
+    at = 0
+    while at < len(message):
+        key, at = varint(at)
+        length, at = varint(at) if key & 7 != 5 else (4, at)
+        end = at if key & 7 == 0 else at + length
+        yield key >> 3, message[at:end]
+        at = end
+
+
+def tokenizer_json(spiece: Path) -> dict:
+    """What transformers 5.24 writes as tokenizer.json of the T5 with this spiece.model."""
+    pieces = sentencepiece.SentencePieceProcessor(str(spiece))
+    charsmap = dict(fields(dict(fields(spiece.read_bytes()))[3])).get(2, b"")
+    vocab = [[pieces.id_to_piece(i), pieces.get_score(i)] for i in range(pieces.get_piece_size())]
+    vocab += [[f"<extra_id_{k}>", 0.0] for k in reversed(range(100))]
+    special = [i for i in range(len(vocab)) if i < 3 or vocab[i][0].startswith("<extra_id_")]
+    marks = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always",
+             "split": True}
+    ends = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}]
+    second = [{"Sequence": {"id": "B", "type_id": 0}}, ends[1]]
+    return {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [{"id": i, "content": vocab[i][0], "single_word": False, "lstrip": False,
+                          "rstrip": False, "normalized": False, "special": True} for i in special],
+        "normalizer": charsmap and {"type": "Precompiled", "precompiled_charsmap":
+                                    base64.b64encode(charsmap).decode()} or None,
+        "pre_tokenizer": {"type": "Sequence",
+                          "pretokenizers": [{"type": "WhitespaceSplit"}, marks]},
+        "post_processor": {
+            "type": "TemplateProcessing", "single": ends, "pair": ends + second,
+            "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}}},
+        "decoder": marks,
+        "model": {"type": "Unigram", "unk_id": 2, "vocab": vocab, "byte_fallback": False}}

@@ -1,7 +1,9 @@
 """data.py as a specification: prompts, the target grammar, tokens, batches."""
 
+import base64
 import itertools
 import json
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +12,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from samples import (BOXES, KOBANI, NEWS, PAIRS, ROLES, STRIKE, TWEETS, assert_reads_back, event,
-                     facts, news, pair, tweet)
+                     facts, news, pair, tokenizer_json, tweet)
 
 import data
 from data import Item
+from engine.files import WeightsError
 from engine.schema import DataError, Dataset, Record
+from engine.settings import say_once
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizer"
 CASES = json.loads((GOLDEN / "cases.json").read_text(encoding="utf-8"))["cases"]
@@ -79,6 +83,132 @@ def test_a_tokenizer_that_cannot_be_read_says_which_file(tmp_path: Path) -> None
     (tmp_path / "spiece.model").write_bytes(b"not a model")
     with pytest.raises(DataError, match="spiece.model: expected a sentencepiece model"):
         data.Tokenizer(tmp_path / "spiece.model")
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, dict]:
+    """A folder as transformers 5 saves a T5's tokenizer, without spiece.model, and its content."""
+    raw = tokenizer_json(GOLDEN / "spiece.model")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    return tmp_path, raw
+
+
+def test_a_tokenizer_json_gives_the_ids_and_texts_of_its_spiece_model(
+        saved: tuple[Path, dict], tokenizer: data.Tokenizer) -> None:
+    """Pieces, scores, types and normaliser are the same, so every text has the same ids."""
+    rebuilt = data.Tokenizer(saved[0])
+    for case in CASES:
+        assert rebuilt.encode(case["text"]) == case["ids"] == case["hf_ids"]
+        assert rebuilt.decode(case["ids"]) == tokenizer.decode(case["ids"])
+    for start in range(32, 0x3000, 16):              # what the normaliser maps, joins and drops
+        text = "".join(map(chr, range(start, start + 16)))
+        assert rebuilt.encode(text) == tokenizer.encode(text), text
+    assert rebuilt.undecodable(2128) == tokenizer.undecodable(2128)
+    for i in range(tokenizer.vocab_size):
+        assert rebuilt.pieces.get_score(i) == tokenizer.pieces.get_score(i)
+        assert rebuilt.pieces.id_to_piece(i) == tokenizer.pieces.id_to_piece(i)
+    assert (rebuilt.pad_id, rebuilt.eos_id, rebuilt.spot_id) == (0, 1, 2099)
+
+
+def test_other_layouts_of_a_tokenizer_json_are_read_too(saved: tuple[Path, dict],
+                                                        tokenizer: data.Tokenizer) -> None:
+    """Of transformers 4: sentinels that are only added, steps that sentencepiece takes anyway."""
+    folder, raw = saved
+    raw["model"]["vocab"] = raw["model"]["vocab"][:2000]
+    raw["normalizer"] = {"type": "Sequence", "normalizers": [
+        raw["normalizer"], {"type": "Strip", "strip_left": False, "strip_right": True},
+        {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "\u2581"}]}
+    raw["pre_tokenizer"] = {"type": "Metaspace", "replacement": "\u2581", "add_prefix_space": True}
+    raw["added_tokens"].append({"id": 2100, "content": "<event>"})
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    for case in CASES:
+        assert data.Tokenizer(folder).encode(case["text"]) == case["ids"]
+
+
+def test_a_spiece_model_is_read_before_a_tokenizer_json(saved: tuple[Path, dict]) -> None:
+    (saved[0] / "spiece.model").write_bytes((GOLDEN / "spiece.model").read_bytes())
+    (saved[0] / "tokenizer.json").write_text("{")
+    assert data.Tokenizer(saved[0]).vocab_size == 2000
+
+
+def test_a_tokenizer_json_without_normaliser_is_read_as_it_stands_and_said(
+        saved: tuple[Path, dict], tokenizer: data.Tokenizer, capsys) -> None:
+    """What transformers 5.0.0 wrote: its ids are those of a tokenizer that normalises nothing."""
+    folder, raw = saved
+    (folder / "tokenizer.json").write_text(json.dumps(raw | {"normalizer": None}))
+    say_once.cache_clear()
+    plain = data.Tokenizer(folder)
+    said = capsys.readouterr().err
+    assert said.startswith(f"note: {folder}/tokenizer.json") and "copy it here" in said
+    assert plain.encode("a text") == tokenizer.encode("a text")
+    wide = "\uff41"                                   # a full-width a
+    assert tokenizer.encode(wide) == tokenizer.encode("a") != plain.encode(wide)
+    assert plain.pieces.unk_id() in plain.encode(wide)
+
+
+def swapped(raw: dict) -> dict:
+    tokens = [token | {"id": 4099 - token["id"]} if token["id"] >= 2000 else token
+              for token in raw["added_tokens"]]
+    return raw | {"added_tokens": tokens}
+
+
+WRONG = {                                            # what is no T5's: {name: change of the file}
+    "BPE": lambda raw: raw | {"model": raw["model"] | {"type": "BPE"}},
+    "bytes": lambda raw: raw | {"model": raw["model"] | {"byte_fallback": True}},
+    "no model": lambda raw: {name: value for name, value in raw.items() if name != "model"},
+    "no pieces": lambda raw: raw | {"model": raw["model"] | {"vocab": []}},
+    "scores": lambda raw: raw | {"model": raw["model"] | {"vocab": [
+        [piece, math.nan] for piece, _ in raw["model"]["vocab"]]}},
+    "a huge score": lambda raw: raw | {"model": raw["model"] | {"vocab": [
+        [piece, 10 ** 400] for piece, _ in raw["model"]["vocab"]]}},
+    "words for pieces": lambda raw: raw | {"model": raw["model"] | {"vocab": "abc"}},
+    "half a surrogate": lambda raw: raw | {"model": raw["model"] | {"vocab": [
+        ["\ud800" + piece, score] for piece, score in raw["model"]["vocab"]]}},
+    "few sentinels": lambda raw: raw | {"added_tokens": raw["added_tokens"][:50]},
+    "sentinels upwards": swapped,
+    "a piece that is added": lambda raw: raw | {"added_tokens": [
+        *raw["added_tokens"], {"id": 77, "content": raw["model"]["vocab"][77][0]}]},
+    "lower case": lambda raw: raw | {"normalizer": {"type": "Sequence", "normalizers": [
+        raw["normalizer"], {"type": "Lowercase"}]}},
+    "another normaliser": lambda raw: raw | {"normalizer": {"type": "NFKC"}},
+    "no base64": lambda raw: raw | {"normalizer": {"type": "Precompiled",
+                                                   "precompiled_charsmap": "!"}},
+    "no first blank": lambda raw: raw | {"pre_tokenizer": {"type": "Metaspace",
+                                                           "prepend_scheme": "never"}},
+    "no splitter": lambda raw: raw | {"pre_tokenizer": None}}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_tokenizer_json_of_anything_else_is_refused_in_four_parts(saved: tuple[Path, dict],
+                                                                    case: str) -> None:
+    folder, raw = saved
+    (folder / "tokenizer.json").write_text(json.dumps(WRONG[case](raw)))
+    with pytest.raises(WeightsError, match="tokenizer.json: expected a T5's tokenizer.*"
+                                           "got .*; copy spiece.model here"):
+        data.Tokenizer(folder)
+
+
+def test_a_damaged_tokenizer_json_is_refused_or_still_a_tokenizer(saved: tuple[Path, dict]) -> None:
+    """Pieces twice or empty, a table of noise: sentencepiece itself refuses them or copes."""
+    folder, raw = saved
+    refused, rng = 0, random.Random(0)
+    for case in range(40):
+        vocab, table = list(raw["model"]["vocab"]), bytearray(base64.b64decode(
+            raw["normalizer"]["precompiled_charsmap"]))
+        vocab[rng.randrange(3, 2000)] = [rng.choice(["", "a", "\0", "\u2581the"]), rng.random()]
+        if case % 2:
+            table[rng.randrange(8 if case % 4 == 1 else len(table))] ^= 1 << rng.randrange(8)
+            table = table[:rng.choice([len(table), 5, len(table) // 2])]
+        text = base64.b64encode(table).decode()
+        broken = raw | {"model": raw["model"] | {"vocab": vocab},
+                        "normalizer": {"type": "Precompiled", "precompiled_charsmap": text}}
+        (folder / "tokenizer.json").write_text(json.dumps(broken))
+        try:
+            data.Tokenizer(folder).encode("a b")
+        except (DataError, WeightsError) as error:
+            assert "tokenizer.json" in str(error)
+            refused += 1
+    assert refused > 10
 
 
 # ---------------------------------------------------------------------------- prompts

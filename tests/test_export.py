@@ -19,14 +19,17 @@ import data
 import evaluate
 import train
 from conftest import ENVIRONMENT, ROOT
+from engine import settings
 from engine.checkpoints import Sources, read_state, write_checkpoint
 from engine.corpus import load_corpus, load_datasets
 from engine.features import Features
 from engine.files import UsageError, file_hash
 from engine.parameters import FlatParameters
+from engine.processes import World
 from engine.settings import SIZES, VIT, Config, parse_arguments
 from engine.weights import HUB_FILES, HUB_GB, find_weights
 from evaluate import Setup, build, load_model
+from samples import tokenizer_json
 from t5 import T5, T5Config, hf_names
 from tools import answer, export
 from tools.costs import Geometry
@@ -84,6 +87,22 @@ def test_weights_come_from_the_given_folder_then_weights_then_the_hub_cache(cach
     shutil.copytree(small["t5"], "weights/flan-t5-large")
     assert found() == Path("weights/flan-t5-large")
     assert found(given=Path(small["t5"])) == Path(small["t5"])
+
+
+def test_a_t5_saved_by_transformers_5_is_whole_without_a_spiece_model(small, tmp_path):
+    """tokenizer.json stands in for it, in the search for weights and in a checkpoint's hashes."""
+    folder = shutil.copytree(small["t5"], tmp_path / "five")
+    raw = tokenizer_json(folder / "spiece.model")
+    (folder / "spiece.model").unlink()
+    with pytest.raises(UsageError, match="five: expected a whole model.* lacks spiece.model"):
+        found(given=folder)
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    assert found(given=folder) == folder
+    sources = Sources(Path(small["data"]), folder, Path(small["vit"]))
+    hashes = sources.fingerprints()
+    assert hashes["t5_tokenizer_sha256"] == file_hash(folder / "tokenizer.json")
+    text = "Text: Ann in Paris <spot> O1"
+    assert data.Tokenizer(folder).encode(text) == data.Tokenizer(small["t5"]).encode(text)
 
 
 def test_the_snapshot_of_main_is_preferred_and_an_older_whole_one_is_better_than_half_a_new(cache):
@@ -299,6 +318,28 @@ def test_an_exported_adapter_on_a_fresh_backbone_gives_the_same_logits_bit_for_b
     assert torch.equal(logits(setup, small), expected)
 
 
+def test_a_bf16_run_is_decoded_in_fp32_from_its_bf16_weights_where_bf16_is_slow(
+        runs, small, monkeypatch):
+    """The numbers of the weights are those of the training; what was computed is recorded."""
+    source, device = runs("clorae", "bf16"), torch.device("cpu")
+    monkeypatch.setattr(settings, "slow_bf16", lambda: None)
+    setup = load_model(source, device)
+    assert evaluate.Decoding.of(setup.config).precision == "bf16"
+    monkeypatch.setattr(settings, "slow_bf16", lambda: 56.5)
+    slow = load_model(source, device)
+    decoding = evaluate.Decoding.of(slow.config)
+    assert evaluate.made_from(source, slow.config, "dev", decoding)["decoding"][
+        "precision"] == decoding.precision == "fp32"
+    for ours, theirs in zip(slow.model.t5.parameters(), setup.model.t5.parameters(), strict=True):
+        assert ours.dtype == torch.float32 and torch.equal(ours, theirs.float())
+    assert setup.model.t5.shared.weight.dtype == torch.bfloat16
+    examples = data.encode_records(load_corpus(small["data"], "dev")[:2], slow.datasets,
+                                   slow.tokenizer, 256, 12, lambda _: 0)
+    features = Features(slow.sources, [e.record for e in examples], "error", 16, device, ViT)
+    rows = evaluate.evaluate_split(slow, examples, features, decoding, World())
+    assert len(rows) == 2
+
+
 def test_an_adapter_on_a_full_run_travels_with_that_run(runs, small, elsewhere, tmp_path, capsys):
     """--init: the experts' backbone is the full run, itself exported; without it, an error."""
     full = runs("full")
@@ -423,6 +464,7 @@ def test_the_exported_lora_merged_into_the_backbone_is_our_model_with_fixed_gate
     (tmp_path / "new").touch()
     assert modes == {(tmp_path / "new").stat().st_mode & 0o777}
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == small["t5"]  # an absolute path
     pairs = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     merged = load_file(Path(small["t5"]) / "model.safetensors")
     for key in [key for key in pairs if ".lora_A." in key]:
@@ -471,6 +513,33 @@ def test_a_task_without_rows_has_no_lora_to_export(runs, tmp_path, capsys):
                        "--units", "V1"])
     assert "expected rows of it in the dev and the test split" in capsys.readouterr().err
     assert not (tmp_path / "lora").exists()
+
+
+@pytest.mark.parametrize("size, trained_on, given, expected", [
+    ("base", "t5", None, "t5"), ("base", None, None, "google/flan-t5-base"),
+    ("base", None, "elsewhere", "elsewhere"), ("base", "t5", "elsewhere", "elsewhere"),
+    ("tiny", None, None, "t5")])
+def test_the_lora_names_the_t5_that_it_belongs_to(
+        runs, small, elsewhere, tmp_path, monkeypatch, capsys, size, trained_on, given, expected):
+    """The hub's name only where no --t5 was given, in training or now: else PEFT would put the LoRA
+    on other weights of the same shape, without a word."""
+    folders = {"t5": str(Path(small["t5"]).resolve()), "elsewhere": elsewhere["t5"]}
+    real = export.Job.load
+
+    def load(job: export.Job, world: World) -> tuple:
+        setup, examples = real(job, world)
+        setup.config.size = size
+        setup.config.t5 = folders.get(given or trained_on)  # as stored_config has it
+        return setup, examples
+
+    monkeypatch.setattr(export.Job, "load", load)
+    monkeypatch.setattr(export, "evaluate_split", lambda *_: [])  # no F1 is asked for
+    flags = ["--t5", folders[given]] if given else []
+    export.main([str(runs("lora")), "--out", str(tmp_path / "lora"), "--task", "mre", *flags])
+    raw = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    base = folders.get(expected, expected)
+    assert raw["base_model_name_or_path"] == base
+    assert f"on the q and v of {base}, sha256" in capsys.readouterr().out
 
 
 def test_a_full_run_has_no_lora_to_export(runs, tmp_path, capsys):

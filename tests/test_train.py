@@ -1,6 +1,7 @@
 """train.py as a specification: one loss for any processes, exact resume, checkpoints, errors."""
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -22,6 +23,7 @@ import evaluate
 import losses
 import train
 from conftest import ROOT, run, sums
+from engine import settings
 from engine.checkpoints import (Checkpoints, Progress, find_checkpoint, load_trainables, read_state,
                                 stored_config, write_checkpoint, write_state)
 from engine.corpus import hold_out, load_corpus, load_datasets, read_splits
@@ -29,7 +31,7 @@ from engine.files import UsageError, file_hash
 from engine.parameters import FlatParameters
 from engine.processes import World
 from engine.schema import SPLITS, UNITS, Dataset, Record
-from engine.settings import VIT, Launch, old_spelling, parse_arguments
+from engine.settings import VIT, Launch, computed_in, parse_arguments, say_once
 from engine.weights import find_weights
 from evaluate import Setup, build, load_model
 from fast import speed_up
@@ -152,7 +154,7 @@ def test_a_run_of_f1199df_loads_scores_and_resumes(small, tmp_path, monkeypatch,
 
 def test_the_old_name_of_an_implementation_is_read_as_the_new_one(finished, tmp_path, capsys):
     """--impl reference, given or standing in an old run's settings, is fast; it is said once."""
-    old_spelling.cache_clear()
+    say_once.cache_clear()
     assert parse_arguments(["--impl", "reference"])[0].impl == "fast"
     shutil.copytree(find_checkpoint(finished["out"]), tmp_path / "step-1")
     state = read_state(tmp_path / "step-1")
@@ -555,6 +557,42 @@ def test_every_method_fusion_and_precision_trains_and_prints_its_table(command, 
     assert "test split, best checkpoint:" in done.stdout
     last = (tmp_path / "run" / "metrics.csv").read_text().split("\n")[-2]
     assert math.isfinite(float(last.split(",")[2]))
+
+
+@pytest.fixture
+def slow_cpu(monkeypatch):
+    """A CPU without instructions for bf16, as far as its measurement says."""
+    monkeypatch.setattr(settings, "slow_bf16", lambda: 56.5)
+    say_once.cache_clear()
+
+
+SAID = "note: bf16 takes 56 times as long as fp32 on this CPU (measured), so fp32 is computed"
+
+
+def test_bf16_is_measured_and_where_it_is_slow_fp32_is_computed(slow_cpu, monkeypatch, capsys):
+    """One line says so, and the run's settings say what is computed; a GPU is never asked."""
+    for flags, precision in ([], "fp32"), (["--precision", "fp32"], "fp32"):
+        assert parse_arguments(flags)[0].precision == precision and not capsys.readouterr().err
+    for _ in range(2):
+        assert parse_arguments(["--precision", "bf16"])[0].precision == "fp32"
+    assert capsys.readouterr().err.startswith(SAID) and not capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert computed_in("bf16") == parse_arguments([])[0].precision == "bf16"
+
+
+def test_what_decides_about_bf16_is_a_measurement(monkeypatch):
+    """The ratio of the least times of one product; below 2 it counts as no difference.  Neither the
+    random state nor the number of threads changes."""
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    for slow, fast, factor in ((0.08, 0.002, 40.0), (0.003, 0.002, None), (0.001, 0.002, None)):
+        times = itertools.cycle([9.0] + [fast] * 5 + [9.0] + [slow] * 5)
+        monkeypatch.setattr(settings, "timeit", lambda run, number: run() is None or next(times))
+        assert settings.slow_bf16.__wrapped__() == (factor and pytest.approx(factor))
+    monkeypatch.undo()
+    started = time.perf_counter()
+    settings.slow_bf16.__wrapped__()
+    assert time.perf_counter() - started < 5
+    assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
 
 
 def test_a_corpus_without_training_records_is_refused(command, corpus, tmp_path):

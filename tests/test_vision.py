@@ -23,6 +23,7 @@ import vision
 from engine.features import FeatureCache
 from engine.files import ImageError
 from engine.images import load_image, resolve_image
+from engine.settings import say_once
 from t5 import T5, T5Config, WeightsError
 from vision import UMIE, GateFusion, ViT, ViTConfig, normalise_boxes, preprocess
 
@@ -61,6 +62,15 @@ def test_a_tower_agrees_with_transformers(kind: str) -> None:
 def test_a_classifier_checkpoint_gives_the_same_tower(tmp_path: Path) -> None:
     """ViTForImageClassification: prefix vit., no pooler, a head that is dropped."""
     folder = checkpoint(tmp_path / "c", "vit", extra={"classifier.weight": torch.ones(2, 48)},
+                        rename=lambda k: None if k.startswith("pooler") else "vit." + k)
+    assert_golden(folder, "vit")
+
+
+def test_a_tower_trained_by_masking_is_whole(tmp_path: Path) -> None:
+    """ViTForMaskedImageModeling: prefix vit., a mask token and a pixel decoder, both dropped."""
+    extra = {"vit.embeddings.mask_token": torch.ones(1, 1, 48), "decoder.0.bias": torch.ones(4),
+             "decoder.0.weight": torch.ones(4, 48, 1, 1)}
+    folder = checkpoint(tmp_path / "c", "vit", extra=extra,
                         rename=lambda k: None if k.startswith("pooler") else "vit." + k)
     assert_golden(folder, "vit")
 
@@ -132,15 +142,118 @@ def test_a_tower_made_here_is_saved_in_the_hubs_layout(tmp_path: Path) -> None:
     assert load_file(tmp_path / "model.safetensors").keys() < theirs  # layers 0, 1; no q, k, v bias
 
 
-def test_the_processor_of_another_checkpoint_is_an_error(tmp_path: Path) -> None:
+# As CLIPImageProcessor writes it, in preprocessor_config.json or, nested, in processor_config.json.
+CLIP_PROCESSOR = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 32},
+                  "crop_size": {"height": 32, "width": 32}, "image_mean": [0.4, 0.5, 0.6],
+                  "image_std": [0.3, 0.2, 0.1], "resample": 2, "do_resize": True,
+                  "do_center_crop": True, "do_convert_rgb": True, "do_rescale": True,
+                  "do_normalize": True, "rescale_factor": 1 / 255, "do_pad": None}
+TOLD = (32, (0.4, 0.5, 0.6), (0.3, 0.2, 0.1), 2)
+CLIPS = (32, vision.CLIP_DEFAULTS["image_mean"], vision.CLIP_DEFAULTS["image_std"], 3)
+PLACES = {  # where a folder may have it: {file: content}
+    "preprocessor": {"preprocessor_config.json": CLIP_PROCESSOR},
+    "processor": {"processor_config.json": {"image_processor": CLIP_PROCESSOR,
+                                            "processor_class": "CLIPProcessor"}},
+    "another key": {"processor_config.json": {"feature_extractor": CLIP_PROCESSOR}},
+    "the top": {"processor_config.json": CLIP_PROCESSOR},
+    "both": {"preprocessor_config.json": CLIP_PROCESSOR,
+             "processor_config.json": {"image_processor": CLIP_PROCESSOR}},
+    "half": {"preprocessor_config.json": {"image_mean": [0.4, 0.5, 0.6]}, "processor_config.json": {
+        "image_processor": {"image_std": [0.3, 0.2, 0.1], "resample": 2}}}}
+
+
+def put(folder: Path, files: dict[str, dict]) -> Path:
+    """The folder, with these files and no other of a processor."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        (folder / name).unlink(missing_ok=True)
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", ["vit", "clip_vision"])
+def test_the_processor_is_read_wherever_it_stands(tmp_path: Path, kind: str, place: str) -> None:
+    """transformers 5 saves a whole CLIP with processor_config.json alone."""
+    folder = put(checkpoint(tmp_path / "c", kind), PLACES[place])
+    assert ViT.from_pretrained(folder).preprocessing == TOLD
+
+
+@pytest.mark.parametrize("files", [
+    {}, {"processor_config.json": {"processor_class": "CLIPProcessor"}},
+    {"preprocessor_config.json": {"size": 32, "image_mean": None}}], ids=str)
+def test_a_folder_that_says_no_mean_gets_the_familys_and_a_line_says_so(
+        tmp_path: Path, files: dict, capsys) -> None:
+    """Once a process, as every folder is read several times."""
+    folder = put(checkpoint(tmp_path / "c", "clip_vision"), files)
+    say_once.cache_clear()
+    assert ViT.from_pretrained(folder).preprocessing == CLIPS
+    assert ViT.feature_width(folder) == 48
+    said = capsys.readouterr().err
+    assert said.count("note: ") == 1 and str(folder) in said
+    assert "no image_mean, image_std, resample in preprocessor_config.json or processor" in said
+
+
+def test_two_files_that_differ_are_refused(tmp_path: Path) -> None:
+    """Nobody knows which of them the tower was trained with."""
+    folder = checkpoint(tmp_path / "c", "clip_vision")
+    for name, value in (("image_mean", [0.5] * 3), ("image_std", [0.5] * 3), ("resample", 3)):
+        put(folder, {**PLACES["preprocessor"], "processor_config.json": {
+            "image_processor": CLIP_PROCESSOR | {name: value}}})
+        with pytest.raises(WeightsError, match=rf"processor_config.json: expected one {name} .* "
+                                               "got .* and .*; keep the tower's own"):
+            ViT.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("crop_size", {"height": 999, "width": 999}), ("crop_size", {"height": 32, "width": 24}),
+    ("crop_size", 24), ("crop_size", {"longest_edge": 32}), ("crop_size", [32, 32]),
+    ("crop_size", {"width": 32}), ("crop_size", {"height": 32, "width": 32, "depth": 3}),
+    ("do_resize", False), ("do_rescale", False), ("do_normalize", False), ("do_normalize", 0),
+    ("do_pad", True), ("do_flip_channel_order", True), ("rescale_factor", 1 / 127.5),
+    ("rescale_factor", 1.0), ("rescale_factor", 0), ("rescale_factor", "1/255"),
+    ("rescale_factor", math.nan)])
+@pytest.mark.parametrize("place", ["preprocessor", "processor"])
+def test_a_step_that_is_not_taken_here_is_refused(tmp_path: Path, place: str, name: str,
+                                                  value: object) -> None:
+    """Named with its file and value, wherever the processor stands."""
+    (file, content), = PLACES[place].items()
+    changed = CLIP_PROCESSOR | {name: value}
+    content = changed if place == "preprocessor" else content | {"image_processor": changed}
+    folder = put(checkpoint(tmp_path / "c", "clip_vision"), {file: content})
+    with pytest.raises(WeightsError, match=f"{file}: expected size 32 as in config.json.*, got .*"
+                                           f"{'size' if name == 'crop_size' else name} .*; take"):
+        ViT.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("size", [32, {"height": 32, "width": 32}, {"shortest_edge": 32}], ids=str)
+def test_the_processor_of_another_checkpoint_is_an_error(tmp_path: Path, size: object) -> None:
     """preprocessor_config.json must fit config.json; sizes of every age of the format are read."""
     folder = checkpoint(tmp_path / "c", "vit")
-    for size in (32, {"height": 32, "width": 32}, {"shortest_edge": 32}):
-        (folder / "preprocessor_config.json").write_text(json.dumps({"size": size}))
-        assert ViT.from_pretrained(folder).size == 32
-    (folder / "preprocessor_config.json").write_text(json.dumps({"size": 224}))
-    with pytest.raises(WeightsError, match="expected size 32.*got 224"):
+    put(folder, {"preprocessor_config.json": {"size": size, "crop_size": 24,
+                                              "do_center_crop": False}})
+    assert ViT.from_pretrained(folder).size == 32
+    text = json.dumps({"size": size}).replace("32", "224")
+    (folder / "preprocessor_config.json").write_text(text)
+    with pytest.raises(WeightsError, match="expected size 32.*got size .*224"):
         ViT.from_pretrained(folder)
+
+
+def test_a_processor_that_would_cut_the_picture_is_said_once(tmp_path: Path, capsys) -> None:
+    """Pictures are squeezed, as objects may lie anywhere; DeiT and CLIP cut out the centre."""
+    folder = put(checkpoint(tmp_path / "c", "clip_vision"), {
+        "preprocessor_config.json": CLIP_PROCESSOR | {"size": 36, "crop_size": 32},
+        "processor_config.json": {"image_processor": CLIP_PROCESSOR}})
+    say_once.cache_clear()
+    assert ViT.from_pretrained(folder).preprocessing == TOLD and ViT.from_pretrained(folder)
+    said = capsys.readouterr().err
+    assert said.count("note: ") == 1 and f"{folder}: its processor cuts out" in said
+    say_once.cache_clear()
+    put(folder, {"preprocessor_config.json": {"size": 36, "crop_size": 32}})
+    assert ViT.from_pretrained(folder) and "cuts out" in capsys.readouterr().err
+    put(folder, {"preprocessor_config.json": CLIP_PROCESSOR | {
+        "size": {"height": 32, "width": 32}, "do_center_crop": False}})
+    assert ViT.from_pretrained(folder) and capsys.readouterr().err == ""
 
 
 def test_pictures_of_another_size_are_refused() -> None:

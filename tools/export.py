@@ -81,8 +81,9 @@ def fix_gates(model: nn.Module, task: int, gates: Mapping[str, Sequence[float] |
             setattr(model.get_submodule(parent), leaf, layer.as_lora(task, gates[path]))
 
 
-def write_peft(model: nn.Module, base: str | None, folder: Path) -> None:
-    """The plain LoRAs of T5 as PEFT stores them, under the names of T5ForConditionalGeneration."""
+def write_peft(model: nn.Module, base: str, folder: Path) -> None:
+    """The plain LoRAs of T5 as PEFT stores them, under the names of T5ForConditionalGeneration.
+    base: the hub's name, or the folder, of the T5 that they belong to."""
     names, tensors = hf_names(model.t5.config), {}
     for path, layer in clorae.expert_layers(model.t5).items():
         key = f"base_model.model.{names[path + '.weight'].removesuffix('.weight')}"
@@ -131,8 +132,10 @@ def plain_lora(args: argparse.Namespace, world: World) -> Export:
     texts = [replace(example, record=replace(example.record, image=None)) for example in split]
     lines += [f1("after, gates fixed", split), f1("after, without images", texts)]
     rank, record = next(iter(clorae.expert_layers(model.t5).values())).config.rank, split[0].record
-    return partial(write_peft, model, SIZES[config.size].t5), [
-        f"{args.folder}: LoRA of rank {rank} for {TASKS[task]} on the q and v of T5, sha256 "
+    hub = None if config.t5 else SIZES[config.size].t5  # --t5, then or now, may name another
+    base = hub or str(setup.sources.t5.resolve())
+    return partial(write_peft, model, base), [
+        f"{args.folder}: LoRA of rank {rank} for {TASKS[task]} on the q and v of {base}, sha256 "
         f"{folder_hash(setup.sources.t5)[:12]}", *lines,
         "the visual adapter, with its experts, is not part of it: in PEFT the model reads text "
         "alone, as in the last line, such as",
