@@ -5,6 +5,7 @@ its expert layers that decoding multiplies by is rounded, and so are the numbers
 that answers may change; what was trained stays as it is.
 """
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -26,7 +27,9 @@ class Int8(Packed):
         whole = torch.cat([w.detach().float() for w in weights if w.numel()], dim)
         scales = whole.abs().amax(dim=1).clamp_(min=1e-30) / 127
         zeros = torch.zeros(len(whole), dtype=torch.long)
-        rounded = torch.quantize_per_channel(whole, scales, zeros, 0, torch.qint8)
+        with warnings.catch_warnings():  # torch is pinned to a version that has them
+            warnings.filterwarnings("ignore", "torch.quantize_per_tensor, torch.quantize_per_chan")
+            rounded = torch.quantize_per_channel(whole, scales, zeros, 0, torch.qint8)
         self.copy = torch.ops.quantized.linear_prepack(rounded, None)
 
     def __call__(self, x: Tensor) -> Tensor:
