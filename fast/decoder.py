@@ -71,7 +71,7 @@ def forget(model: nn.Module) -> None:
 
 def parts_of(layer: nn.Module) -> tuple[list[Tensor], list[Tensor], Callable | None] | None:
     """A layer as JoinedProduct asks for it, or None if it must be called."""
-    if isinstance(layer, t5.Linear):
+    if type(layer) is t5.Linear:
         return [layer.weight], [], None
     return getattr(layer, "parts", lambda: None)()
 

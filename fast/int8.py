@@ -50,6 +50,10 @@ class Int8Linear(t5.Linear):
                             lambda: Int8([self.weight], x.dtype))
         return packed(x)
 
+    def parts(self) -> tuple[list[Tensor], list[Tensor], None]:
+        """The layer as fast.decoder.JoinedProduct asks for it."""
+        return [self.weight], [], None
+
 
 def quantize(model: nn.Module) -> None:
     """Decode with weights of eight bits from now on, after fast.speed_up.  UsageError where they
