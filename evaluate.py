@@ -556,8 +556,11 @@ class Job:
     def load_model(self, world: World) -> Setup:
         """The model, as it decodes."""
         setup = load_model(self.checkpoint, world.device, **self.changes)
-        if self.decoding.weights == "int8":
-            int8.quantize(setup.model)
+        try:
+            if self.decoding.weights == "int8":
+                int8.quantize(setup.model)
+        except ValueError as cause:
+            raise UsageError(str(cause)) from None
         return setup
 
     def load(self, world: World) -> tuple[Setup, list[Example]]:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 import t5
-from engine.files import UsageError
 from fast.decoder import Packed, remembered
 
 
@@ -56,12 +55,12 @@ class Int8Linear(t5.Linear):
 
 
 def quantize(model: nn.Module) -> None:
-    """Decode with weights of eight bits from now on, after fast.speed_up.  UsageError where they
+    """Decode with weights of eight bits from now on, after fast.speed_up.  ValueError where they
     cannot be had: on a GPU, among the plain modules, without torch's quantized products."""
     decoders = [module for module in model.modules() if hasattr(module, "pack")]
     device = next(model.parameters()).device
     if device.type != "cpu" or not decoders or torch.backends.quantized.engine == "none":
-        raise UsageError(f"--weights int8: expected a CPU, --impl fast or auto, and a torch with "
+        raise ValueError(f"--weights int8: expected a CPU, --impl fast or auto, and a torch with "
                          f"quantized products, got {device} and the engine "
                          f"{torch.backends.quantized.engine}; leave --weights away")
     for decoder in decoders:

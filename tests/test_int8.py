@@ -10,7 +10,6 @@ from torch import nn
 import clorae
 import evaluate
 import train
-from engine.files import UsageError
 from fast import int8, speed_up
 from fast.decoder import JoinedDecoder
 from t5 import T5, Linear
@@ -75,7 +74,8 @@ def test_encoding_and_decoding_come_close_to_the_stored_weights(form):
         memory = quick.encode(ids, mask)
         error = ((memory - wanted)[mask.bool()].norm() / wanted[mask.bool()].norm()).item()
         assert 1e-5 < error < 0.1
-        steps = [decoder(each, wanted, mask.bool(), 1, 4)(torch.zeros(len(ids), 1, dtype=torch.long))
+        start = torch.zeros(len(ids), 1, dtype=torch.long)
+        steps = [decoder(each, wanted, mask.bool(), 1, 4)(start)
                  for decoder, each in ((model.decoder_class, model), (JoinedDecoder, quick))]
         error = ((steps[1] - steps[0]).norm() / steps[0].norm()).item()
         assert 1e-5 < error < 0.1
@@ -122,7 +122,7 @@ def test_weights_that_change_are_rounded_anew():
 
 def test_where_it_cannot_be_had_it_is_refused():
     """Plain modules read no packed weights."""
-    with pytest.raises(UsageError, match="expected a CPU, --impl fast or auto.*leave --weights"):
+    with pytest.raises(ValueError, match="expected a CPU, --impl fast or auto.*leave --weights"):
         int8.quantize(lively(SMALL))
 
 
