@@ -541,7 +541,7 @@ def ship_backbone(folder: Path, corpus: Path, seed: int, steps: int) -> None:
 
 
 def commit() -> str | None:
-    """The commit of this file's repository, "-dirty" behind it if files differ; None without git."""
+    """The commit of this file's repository, with "-dirty" if files differ; None without git."""
     told = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
                           cwd=SHIPPED.parent, capture_output=True, text=True, check=False)
     return told.stdout.strip() or None

@@ -40,6 +40,7 @@ from engine.processes import World, carry_out
 from engine.schema import TASKS, UNIT_TASK, UNITS, Dataset, Record, iou
 from engine.settings import Config, computed_in, run_options
 from engine.weights import open_weights
+from fast import int8
 from t5 import HEAD, T5, Stack, T5Config, embedding_key
 from vision import UMIE, ViT
 
@@ -425,10 +426,16 @@ class Decoding:
     beams: int = 1
     max_new_tokens: int = 192
     precision: str = "fp32"  # "bf16": under autocast
+    weights: str = "stored"  # "int8": see fast/int8.py
 
     @classmethod
-    def of(cls, config: Config, batch_size: int = 32, beams: int = 1) -> "Decoding":
-        return cls(batch_size, beams, config.max_target, computed_in(config.precision))
+    def of(cls, config: Config, batch_size: int = 32, beams: int = 1,
+           weights: str = "stored") -> "Decoding":
+        return cls(batch_size, beams, config.max_target, computed_in(config.precision), weights)
+
+    def __str__(self) -> str:
+        search = "greedy" if self.beams == 1 else f"{self.beams} beams"
+        return search + ", weights rounded to 8 bits" * (self.weights == "int8")
 
 
 def deal(lengths: Sequence[int], batch_size: int, rank: int, world: int) -> list[list[int]]:
@@ -535,7 +542,7 @@ class Job:
         self.changes = {name: value for name in names if (value := getattr(args, name)) is not None}
         self.changes["units"] = args.units  # None: all of them, whatever was trained on
         self.config = stored_config(self.checkpoint, **self.changes)
-        self.decoding = Decoding.of(self.config, args.batch_size, args.beams)
+        self.decoding = Decoding.of(self.config, args.batch_size, args.beams, args.weights)
         self.cache = args.cache
         out = getattr(args, "out", None) or folder / f"predictions-{args.split}.jsonl"
         if out.is_dir():
@@ -547,9 +554,19 @@ class Job:
     def made_from(self) -> dict:
         return made_from(self.checkpoint, self.config, self.split, self.decoding)
 
+    def load_model(self, world: World) -> Setup:
+        """The model, as it decodes."""
+        setup = load_model(self.checkpoint, world.device, **self.changes)
+        try:
+            if self.decoding.weights == "int8":
+                int8.quantize(setup.model)
+        except ValueError as cause:
+            raise UsageError(str(cause)) from None
+        return setup
+
     def load(self, world: World) -> tuple[Setup, list[Example]]:
         """The model and the examples of the split."""
-        setup = load_model(self.checkpoint, world.device, **self.changes)
+        setup = self.load_model(world)
         return setup, self.examples(setup, self.split, world)
 
     def examples(self, setup: Setup, split: str, world: World) -> list[Example]:
@@ -586,8 +603,8 @@ def run(args: argparse.Namespace, world: World) -> None:
     job, = jobs
     scores, datasets = job.score(world)
     world.print(f"{job.folder}, {job.split} split of {corpus_of(job.config)}, "
-                f"{'greedy' if args.beams == 1 else f'{args.beams} beams'}; predictions: "
-                f"{job.predictions}, scores: {job.scores}", table(scores, datasets))
+                f"{job.decoding}; predictions: {job.predictions}, scores: {job.scores}",
+                table(scores, datasets))
     if args.details:
         world.print("", type_table(scores))
 

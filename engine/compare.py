@@ -48,7 +48,7 @@ def compare(jobs: Sequence[Any], csv: Path | None, world: World) -> None:
         reports = [report for system in systems for report in system.reports]
         lines = [comparison_line(system, systems[0]) for system in systems]
         defined = jobs[0].made_from["definitions"]
-        world.print(f"{jobs[0].split} split", comparison_table(lines), "",
+        world.print(f"{jobs[0].split} split, {jobs[0].decoding}", comparison_table(lines), "",
                     *(f"{unit:5}{defined[unit]}" for unit in UNITS if unit in reports[0]["scores"]),
                     f"F1: {defined['F1, P, R']}", *COMPARISON,
                     *sorted({note for report in reports for note in report["notes"]}))

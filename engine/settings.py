@@ -231,6 +231,9 @@ def run_options(result: Parser, several: bool = False, required: bool = True) ->
     add("--beams", type=positive, default=1, metavar="N",
         help="beam search over N beams; 1 is greedy")
     add("--batch-size", type=positive, default=32, metavar="N", help="rows decoded together")
+    add("--weights", choices=("stored", "int8"), default="stored",
+        help="int8: on a CPU, decode with the matrices of T5 and its experts in 8 bits: faster, "
+             "but some answers change")
     add("--impl", type=old_spelling, choices=IMPLS,
         help="the modules of the chapters (plain), their faster forms (fast), these with clorae.cu "
              "(cuda); default: auto, the fastest that works here")

@@ -49,15 +49,15 @@ class Packed:
         return onednn_product(x, self.copy) if self.onednn else F.linear(x, self.copy)
 
 
-def remembered(owner: Tensor, weights: Sequence[Tensor], dtype: torch.dtype, make: Callable) -> Any:
-    """Cache make() on `owner`; build it again when the type or one of the weights has changed.
+def remembered(owner: Tensor, weights: Sequence[Tensor], how: Any, make: Callable) -> Any:
+    """Cache make() on `owner`; build it again when one of the weights or `how` it is made changed.
 
     A write through another view of the storage, such as an optimizer's flat vector, is not seen:
     T5.train() therefore calls `forget`. Weights made in inference mode do not count their writes,
     so nothing is cached for them."""
     if any(w.is_inference() for w in weights):
         return make()
-    key = dtype, *((w.data_ptr(), w._version) for w in weights)
+    key = how, *((w.data_ptr(), w._version) for w in weights)
     if getattr(owner, "packed", (None,))[0] != key:
         owner.packed = key, make()
     return owner.packed[1]
@@ -85,7 +85,8 @@ class JoinedProduct:
     layers are called one by one; so are plain linears on a GPU, where the copies would gain little
     for their memory."""
 
-    def __init__(self, layers: Sequence[nn.Module], dtype: torch.dtype) -> None:
+    def __init__(self, layers: Sequence[nn.Module], dtype: torch.dtype,
+                 pack: type[Packed] = Packed) -> None:
         self.layers, self.down = layers, None
         parts = [parts_of(layer) for layer in layers]
         if None in parts:
@@ -97,9 +98,9 @@ class JoinedProduct:
         self.between = [between for _, _, between in parts]
         self.heights = [height for (first, *down), up, _ in parts
                         for height in (len(first), sum(map(len, down)))[:1 + bool(up)]]
-        self.down, self.up = remembered(weights[0], weights, dtype, lambda: (
-            Packed([w for down, _, _ in parts for w in down], dtype),
-            [Packed(up, dtype, dim=1) if up else None for _, up, _ in parts]))
+        self.down, self.up = remembered(weights[0], weights, (dtype, pack), lambda: (
+            pack([w for down, _, _ in parts for w in down], dtype),
+            [pack(up, dtype, dim=1) if up else None for _, up, _ in parts]))
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """x [rows,1,D_in] -> [rows,1,D_out] of each layer."""
@@ -126,8 +127,9 @@ class JoinedDecoder(t5.CachedDecoder):
         """memory [B,M,D], mask [B,M]; rows = B beams, of at most `steps` tokens each."""
         super().__init__(model, memory, mask, beams, steps)
         self.mask, dtype, weight = mask, t5.compute_dtype(memory), model.head_weight
-        self.products = [joined(block, dtype) for block in model.decoder.blocks]
-        self.head = remembered(weight, [weight], dtype, lambda: Packed([weight], dtype))
+        self.products = [joined(block, dtype, model.pack) for block in model.decoder.blocks]
+        self.head = remembered(weight, [weight], (dtype, model.pack),
+                               lambda: model.pack([weight], dtype))
         rows, H, _, K = self.cache[0][0].shape
         self.cache = [keys.new_empty(2, rows, H, steps, K) for keys, _ in self.cache]
         self.captures, self.width = model.graphs and memory.is_cuda, 0
@@ -208,18 +210,19 @@ class JoinedDecoder(t5.CachedDecoder):
             self.memory_bias = t5.mask_bias(self.mask, self.bias.dtype)
 
 
-def joined(block: t5.Block, dtype: torch.dtype) -> dict[str, JoinedProduct]:
+def joined(block: t5.Block, dtype: torch.dtype, pack: type[Packed]) -> dict[str, JoinedProduct]:
     """The products of a decoder block, in the order in which it computes them."""
     tokens, memory, feed = block.self_attention, block.cross_attention, block.feed_forward
     gate = [] if feed.gate is None else [feed.gate]
     groups = {"qkv": [tokens.q, tokens.k, tokens.v], "o": [tokens.o], "cross q": [memory.q],
               "cross o": [memory.o], "up": [*gate, feed.up], "down": [feed.down]}
-    return {name: JoinedProduct(layers, dtype) for name, layers in groups.items()}
+    return {name: JoinedProduct(layers, dtype, pack) for name, layers in groups.items()}
 
 
 class FastT5(t5.T5):
     """t5.T5 that decodes with joined products."""
     decoder_class = JoinedDecoder
+    pack = Packed  # how weights are held; see fast/int8.py
     graphs = False  # whether CUDA graphs decode
     graph: Any = None  # the last of them
 

@@ -887,7 +887,6 @@ def make_run(tmp_path: Path, corpus: Path, tokenizer: data.Tokenizer,
     make.decoded = []
     monkeypatch.setattr(evaluate, "load_model", load)
     monkeypatch.setattr(evaluate, "Features", lambda *given: NoImages())
-    monkeypatch.setattr(answer, "load_model", load)
     monkeypatch.setattr(answer, "GivenImages", lambda *given: NoImages())
     return make
 

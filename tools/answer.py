@@ -32,7 +32,7 @@ from engine.files import write_whole
 from engine.images import load_image, resolve_image
 from engine.processes import World, carry_out
 from engine.schema import RECORD_TASKS, DataError, Dataset, Problems, Record, show
-from evaluate import Job, Row, evaluate_split, items_json, load_model, run_options
+from evaluate import Job, Row, evaluate_split, items_json, run_options
 from tools.figures import write_figure
 from tools.page import Strip, answer_lines, example_figure, has_image, places, token_strips
 from tools.routing import no_gate_reason
@@ -249,7 +249,7 @@ def answer_json(row: Row, strips: Sequence[Strip]) -> str:
 def run(args: argparse.Namespace, world: World) -> None:
     """Answer the examples of the command line: in words, as JSON, as pictures."""
     job = Job(args.checkpoint[0], args)
-    setup = load_model(job.checkpoint, world.device, **job.changes)
+    setup = job.load_model(world)
     config, datasets = setup.config, setup.datasets
     records = example_records(args, datasets)
     note = partial(print, file=sys.stderr) if world.main else lambda text: None
