@@ -19,8 +19,6 @@ import pytest
 import evaluate
 import train
 from conftest import ENVIRONMENT, ROOT, descendants, sums
-from engine.files import UsageError
-from engine.processes import World
 from reliability import Job, Mark, before, fork, free_port, telling
 
 FLAGS = ("--data data --t5 t5 --vit vit --units T17 V1 --max-target 24 --rank 6 --batch 10 "
