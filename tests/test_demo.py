@@ -3,19 +3,24 @@
 import collections
 import dataclasses
 import filecmp
+import json
 import random
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 import data
 import demo
 from engine.corpus import load_corpus, load_datasets
+from engine.files import file_hash
 from engine.images import load_image
 from engine.schema import UNITS, Record
+from engine.weights import SHIPPED
 from t5 import T5
 from vision import ViT, preprocess
 
@@ -277,3 +282,33 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: p
         demo.main()
     told = capsys.readouterr().err
     assert told.startswith(f"error: {tmp_path}/file") and "cannot be written (Not a dir" in told
+
+
+def test_the_backbone_that_comes_along_is_the_one_that_its_manifest_describes() -> None:
+    """Nobody has touched a file since the command made them, and all fit a small repository."""
+    told = json.loads((SHIPPED / "manifest.json").read_text(encoding="utf-8"))
+    files = {path.relative_to(SHIPPED).as_posix(): path for path in SHIPPED.glob("*/*")}
+    assert told["sha256"] == {name: file_hash(path) for name, path in files.items()}
+    assert told["command"].startswith("python demo.py --backbone") and "--seed 0" in told["command"]
+    assert "dirty" not in told["commit"]
+    assert sum(path.stat().st_size for path in files.values()) < 4e6
+    assert T5.from_pretrained(SHIPPED / "t5").config.vocab_size == data.Tokenizer(
+        SHIPPED / "t5").vocab_size + 100
+
+
+def test_the_command_makes_a_backbone_in_half_precision_beside_its_manifest(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps of it; what is trained on is as exact as the files, so both tell the same."""
+    monkeypatch.setattr(demo, "make_world", partial(demo.make_world, scale=0.02))
+    monkeypatch.setattr("sys.argv", ["demo.py", "--backbone", str(tmp_path / "b"), "--steps", "2"])
+    demo.main()
+    told = json.loads((tmp_path / "b" / "manifest.json").read_text(encoding="utf-8"))
+    assert told["command"] == "python demo.py --backbone b --seed 0 --steps 2"
+    assert set(told["sha256"]) == {"t5/config.json", "t5/model.safetensors", "t5/spiece.model",
+                                   "vit/config.json", "vit/model.safetensors",
+                                   "vit/preprocessor_config.json"}
+    for name, digest in told["sha256"].items():
+        assert file_hash(tmp_path / "b" / name) == digest
+    with safe_open(tmp_path / "b" / "t5" / "model.safetensors", "pt") as stored:
+        assert {stored.get_tensor(key).dtype for key in stored.keys()} == {torch.float16}
+    ViT.from_pretrained(tmp_path / "b" / "vit")
