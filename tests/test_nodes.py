@@ -68,6 +68,11 @@ class Nodes:
         return text
 
 
+# Beside the slow ones, in a process of their own: after tests that train in their process the forks
+# of this file were seen to end otherwise.
+pytestmark = pytest.mark.slow
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
