@@ -569,7 +569,7 @@ def main() -> None:
     if not (args.dst or args.backbone):
         command.error("expected DST, --backbone DIR or both, got neither; name a folder to write")
     with tempfile.TemporaryDirectory() as scratch:
-        corpus = Path(args.dst or scratch, "" if args.dst else "world")
+        corpus = Path(args.dst) if args.dst else Path(scratch, "world")
         try:
             for name, splits in make_world(corpus, args.seed).items():
                 print(f"{corpus}/{name}: " + ", ".join(f"{n} {s}" for s, n in splits.items()))

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from engine.corpus import corpus_of
 from engine.files import DiskFull, UsageError, append, file_hash, sync, whole, write_whole
 from engine.parameters import FlatParameters
-from engine.processes import World
 from engine.pieces import tokenizer_file
+from engine.processes import World
 from engine.settings import SIZES, Config, Launch, old_spelling
 from engine.weights import SHIPPED, find_weights, folder_hash, pickles
 

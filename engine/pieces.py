@@ -47,7 +47,7 @@ def rebuilt(path: Path) -> bytes:
                            "T5 that this one was made from") from None
     if not charsmap:
         note(f"{path}: its normalizer is null, as transformers 5.0.0 leaves it: no "
-                 "character is normalised; if the T5 was trained with a spiece.model, copy it here")
+             "character is normalised; if the T5 was trained with a spiece.model, copy it here")
     return pieces + field(3, field(2, charsmap))
 
 

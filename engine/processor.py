@@ -28,7 +28,7 @@ def picture_settings(folder: Path, size: int) -> dict:
                                        f"{taken[name]} and {value}; keep the tower's own")
     if lacking := ", ".join(name for name in TAKEN if name not in taken):
         note(f"{folder}: no {lacking} in {' or '.join(FILES)}; the defaults of the "
-                 "tower's family are taken")
+             "tower's family are taken")
     return taken
 
 
@@ -52,4 +52,4 @@ def check_steps(path: Path, processor: dict, size: int) -> None:
                            "of one checkpoint, or another tower")
     if cut or processor.get("do_center_crop") or "shortest_edge" in edges:
         note(f"{path.parent}: its processor cuts out the centre of a picture; here it is "
-                 f"squeezed to {size} x {size} pixels as a whole, as an object may lie anywhere")
+             f"squeezed to {size} x {size} pixels as a whole, as an object may lie anywhere")

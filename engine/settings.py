@@ -45,7 +45,7 @@ def computed_in(precision: str) -> str:
     where there is no GPU and bf16 is slow, which is said once."""
     if precision == "bf16" and not torch.cuda.is_available() and (factor := slow_bf16()):
         note(f"bf16 takes {factor:.0f} times as long as fp32 on this CPU (measured), so "
-                 "fp32 is computed in place of it")
+             "fp32 is computed in place of it")
         return "fp32"
     return precision
 

@@ -68,17 +68,12 @@ class Nodes:
         return text
 
 
-# Beside the slow ones, in a process of their own: after tests that train in their process the forks
-# of this file were seen to end otherwise.
-pytestmark = pytest.mark.slow
-
-
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
 def best_of(run: Path) -> str:
-    """The name of its best checkpoint, whose step depends on what other tests have set."""
+    """The name of its best checkpoint, whose step is chance where a model has hardly learnt."""
     best, = run.glob("best-*")
     return best.name
 

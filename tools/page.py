@@ -247,9 +247,15 @@ def label_place(size: tuple[float, float], box: Box, taken: Sequence[Box],
 
 def example_figure(row: Row, dataset: Dataset, strips: Sequence[Strip],
                    no_gate: str | None) -> "Figure":
-    """The page of an answer: everything is measured first, then set from the top down.  no_gate
-    says why there are no strips, if it is known."""
+    """The page of an answer.  no_gate says why there are no strips, if it is known."""
     from matplotlib import rc_context
+    with rc_context({"text.parse_math": False}):  # a $ in a text is a $
+        return draw_page(row, dataset, strips, no_gate)
+
+
+def draw_page(row: Row, dataset: Dataset, strips: Sequence[Strip],
+              no_gate: str | None) -> "Figure":
+    """As example_figure: everything is measured first, then set from the top down."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -265,29 +271,28 @@ def example_figure(row: Row, dataset: Dataset, strips: Sequence[Strip],
     rows = strip_rows(strips)
     feet = [0.1 + 0.068 * max(len(name) for _, name, _ in bars) for _, bars in rows]
     height = MARGIN + tall + 0.5 + sum(0.4 + BARS + foot for foot in feet)
-    with rc_context({"text.parse_math": False}):  # a $ in a text is a $
-        figure = Figure((PAGE, height), dpi=DPI)
-        FigureCanvasAgg(figure)  # which can measure texts
+    figure = Figure((PAGE, height), dpi=DPI)
+    FigureCanvasAgg(figure)  # which can measure texts
 
-        def panel(x: float, y: float, w: float, h: float) -> "Axes":
-            return figure.add_axes((x / PAGE, 1 - (y + h) / height, w / PAGE, h / height))
+    def panel(x: float, y: float, w: float, h: float) -> "Axes":
+        return figure.add_axes((x / PAGE, 1 - (y + h) / height, w / PAGE, h / height))
 
-        if image:
-            draw_image(panel(MARGIN, MARGIN, SIDE, SIDE), record, answer, image)
-        text = panel(left, MARGIN, width * CHAR, tall)
-        text.set(xlim=(0, width), ylim=(tall / LINE, 0))
-        text.axis("off")
-        draw_text(text, f"{record.task} by the labels of {dataset.name}", lines, spans, below)
-        y = MARGIN + tall + 0.2
-        if no_gate:
-            figure.text(MARGIN / PAGE, 1 - y / height, f"no gates to draw: {no_gate}", fontsize=9)
-        else:
-            task = record.task if record.task in TASKS else "mee"
-            patches = [Patch(color=UNIVERSAL, label="universal expert"),
-                       Patch(color=TASK, label=f"task expert {task}")]
-            figure.legend(handles=patches, ncols=2, frameon=False, fontsize=9, loc="upper right",
-                          bbox_to_anchor=(1 - MARGIN / PAGE, 1 - y / height))
-        for (title, bars), foot in zip(rows, feet):
-            draw_strip(panel(MARGIN + SCALE, y + 0.4, ROW, BARS), title, bars)
-            y += 0.4 + BARS + foot
-        return figure
+    if image:
+        draw_image(panel(MARGIN, MARGIN, SIDE, SIDE), record, answer, image)
+    text = panel(left, MARGIN, width * CHAR, tall)
+    text.set(xlim=(0, width), ylim=(tall / LINE, 0))
+    text.axis("off")
+    draw_text(text, f"{record.task} by the labels of {dataset.name}", lines, spans, below)
+    y = MARGIN + tall + 0.2
+    if no_gate:
+        figure.text(MARGIN / PAGE, 1 - y / height, f"no gates to draw: {no_gate}", fontsize=9)
+    else:
+        task = record.task if record.task in TASKS else "mee"
+        patches = [Patch(color=UNIVERSAL, label="universal expert"),
+                   Patch(color=TASK, label=f"task expert {task}")]
+        figure.legend(handles=patches, ncols=2, frameon=False, fontsize=9, loc="upper right",
+                      bbox_to_anchor=(1 - MARGIN / PAGE, 1 - y / height))
+    for (title, bars), foot in zip(rows, feet):
+        draw_strip(panel(MARGIN + SCALE, y + 0.4, ROW, BARS), title, bars)
+        y += 0.4 + BARS + foot
+    return figure
