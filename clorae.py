@@ -7,7 +7,7 @@ computes the equations as the paper writes them: Eq. (8) in `forward`, Eq. (2) i
 github.com/huggingface/peft, the dense softmax router follows github.com/Ablustrund/LoRAMoE.  The
 methods that the paper compares with are variants of the same layer: a mixer between A and B
 (MoSLoRA, arXiv 2406.11909), or experts that a router weighs without knowing the task (LoRAMoE,
-arXiv 2312.09979).  README, "Where the paper is silent or wrong", lists the decisions.
+arXiv 2312.09979).  docs/decisions.md lists the decisions where the paper is silent.
 
     paper symbol        name here     shape          meaning
     x_ij                x             [B,S,D_in]     token j of sample i

@@ -2,7 +2,7 @@
 
 Paper: C-LoRAE, IJCAI 2025, arXiv 2505.06303, Eq. (5), (9), (10).  Margin, exponent and softmax of
 AML follow the achievement-based loss that the paper builds on (Yun and Cho, ICCV 2023); the
-variational bound follows Ahn et al., CVPR 2019.  README lists where the paper is silent.
+variational bound follows Ahn et al., CVPR 2019.  docs/decisions.md lists where the paper is silent.
 
     paper symbol      name here        meaning
     s_t^m             f1               dev F1 of unit m after epoch t, in %

@@ -1125,7 +1125,7 @@ def test_head_and_tail_are_found_in_the_text() -> None:
                     "with the published files")
 def test_gold_scored_against_itself_reaches_the_ceilings_on_the_published_files(tmp_path):
     """100 in each column except where a string cannot be mapped back to its span; the targets are
-    such as a tokenizer writes them (T5's own gives the same, see README)."""
+    such as a tokenizer writes them (T5's own gives the same, see docs/data.md)."""
     real = Path(os.environ["CLORAE_REALDATA"])
     ceilings = {("twitter2015", "train"): 99.67, ("twitter2015", "dev"): 99.75,
                 ("twitter2015", "test"): 99.65, ("twitter2017", "train"): 99.79,

@@ -24,10 +24,13 @@ from engine.settings import Config, Launch, parse_arguments
 from tools import answer, check, convert, costs, export, plot, replay, routing
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = [block for block in re.findall(r"^```\n(.*?)^```", README, re.S | re.M)
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+         for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
+TEXT = "\n".join(PAGES.values())
+BLOCKS = [block for block in re.findall(r"^```\n(.*?)^```", TEXT, re.S | re.M)
           if re.match(r"(python|torchrun|pip|for) ", block)]
 INLINE = [" ".join(line.split()) for line in
-          re.findall(r"`((?:python|torchrun|train\.py|evaluate\.py)\s[^`]*)`", README)]
+          re.findall(r"`((?:python|torchrun|train\.py|evaluate\.py)\s[^`]*)`", TEXT)]
 COMMANDS = {"evaluate.py": evaluate, **{tool.__name__: tool for tool in (
     answer, check, convert, costs, export, plot, replay, routing)}}
 CONLL = "IMGID:1\nBob\tB-PER\nLee\tI-PER\nin\tO\nRome\tB-LOC\n\n"
@@ -152,12 +155,12 @@ def test_every_flag_that_readme_names_exists():
     fields = {f"--{name.replace('_', '-')}" for kind in (Config, Launch)
               for name in kind.__dataclass_fields__}
     known |= fields | {f"--no-{name.removeprefix('--')}" for name in fields}
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT)) <= known
 
 
 def test_every_name_in_the_table_of_equations_exists():
-    """README's table of the method: each function beside an equation exists."""
-    table = README[README.index("## The method in the code"):README.index("That is the plain form")]
+    """The table of the method: each function beside an equation exists."""
+    table = PAGES["docs/method.md"]
     modules = {"clorae.py": clorae, "losses.py": losses, "train.py": train}
     tests = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     for row in table.split("\n"):
