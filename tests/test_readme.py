@@ -1,11 +1,15 @@
-"""README as a program: its command lines are taken word for word and run in short form.
+"""README and docs/ as a program: their command lines are taken word for word and run in short form.
 
 Every block of commands goes through a real shell in which python, torchrun and pip only write down
 how they were called.  Those calls are then made in this process: a training with the small world
 and few steps behind its own flags, everything else as it stands, with RUN, SRC and DIR at hand.
+Examples in Python are run as they stand.  Links, files, options and tests that a text names exist.
 """
 
+import importlib
+import os
 import re
+import runpy
 import shlex
 import signal
 import subprocess
@@ -15,24 +19,30 @@ from pathlib import Path
 import pytest
 
 import clorae
+import demo
 import evaluate
-import losses
 import train
 from conftest import ROOT
 from engine.command import Parser
 from engine.settings import Config, Launch, parse_arguments
-from tools import answer, check, convert, costs, export, plot, replay, routing
+from tools import answer, convert
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
          for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
-TEXT = "\n".join(PAGES.values())
-BLOCKS = [block for block in re.findall(r"^```\n(.*?)^```", TEXT, re.S | re.M)
-          if re.match(r"(python|torchrun|pip|for) ", block)]
-INLINE = [" ".join(line.split()) for line in
-          re.findall(r"`((?:python|torchrun|train\.py|evaluate\.py)\s[^`]*)`", TEXT)]
-COMMANDS = {"evaluate.py": evaluate, **{tool.__name__: tool for tool in (
-    answer, check, convert, costs, export, plot, replay, routing)}}
+README, TEXT = PAGES["README.md"], "\n".join(PAGES.values())
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
+PROGRAM = re.compile(r"(?:python|torchrun|pip|for) ")
+BLOCKS = [pytest.param(block, id=f"{page}: {block.splitlines()[0][:40]}")
+          for page, text in PAGES.items() for language, block in FENCED.findall(text)
+          if language in ("", "bash", "sh") and re.search(f"^{PROGRAM.pattern}", block, re.M)]
+EXAMPLES = [pytest.param(block, id=page) for page, text in PAGES.items()
+            for language, block in FENCED.findall(text) if language == "python"]
+PROSE = {page: FENCED.sub("", text) for page, text in PAGES.items()}
+INLINE = [" ".join(line.split()) for text in PROSE.values() for line in
+          re.findall(r"`((?:python|torchrun|train\.py|evaluate\.py)\s[^`]*)`", text)]
+TOOLS = {f"tools.{path.stem}": importlib.import_module(f"tools.{path.stem}")
+         for path in ROOT.glob("tools/*.py") if "\ndef main(" in path.read_text()}
+COMMANDS = {"evaluate.py": evaluate, **TOOLS}
 CONLL = "IMGID:1\nBob\tB-PER\nLee\tI-PER\nin\tO\nRome\tB-LOC\n\n"
 
 
@@ -71,6 +81,8 @@ def place(small: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> It
     Path("SRC").mkdir()
     for split in ("train", "valid", "test"):
         Path("SRC", f"{split}.txt").write_text(CONLL)
+    convert.main(["twitter2015", "SRC", "corpus"])
+    Path("T5").symlink_to(small["t5"])
     train.main(short(["--out", "runs/demo-tiny-clorae"], small))
     train.main(short(["--out", "RUN2", "--seed", "1"], small))
     for name in ("RUN", "runs/corpus-large-clorae"):
@@ -103,8 +115,8 @@ def understood(script: str, flags: list[str]) -> None:
     """The command line is one that the command accepts; it is not run."""
     if script == "train.py":
         parse_arguments(flags, "", clorae.METHODS)
-    elif script in COMMANDS:
-        parse = Parser.parse_args
+    elif script in COMMANDS or script == "demo.py":
+        parse, command = Parser.parse_args, COMMANDS.get(script, demo)
 
         def only_parse(self: Parser, argv: list[str]) -> None:
             parse(self, argv)
@@ -112,42 +124,58 @@ def understood(script: str, flags: list[str]) -> None:
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Understood):
             patch.setattr(Parser, "parse_args", only_parse)
-            COMMANDS[script].main(flags)
+            command.main(flags)
     else:
         assert script == "pytest" or (ROOT / script).is_file(), script
 
 
-def test_readme_has_blocks_of_commands():
-    assert len(BLOCKS) >= 8 and len(INLINE) >= 10
+def test_no_block_of_commands_is_overlooked():
+    assert len(BLOCKS) >= 8 and len(INLINE) >= 10 and EXAMPLES
+    for block in BLOCKS:
+        assert PROGRAM.match(block.values[0]), f"begin with a command: {block.values[0]}"
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.split("\n")[0][:50])
+@pytest.mark.parametrize("block", BLOCKS)
 def test_every_command_block_runs_word_for_word_in_short_form(block, place, small, capsys):
-    """The comparison of thirty runs and the run on the real files are only parsed."""
+    """What takes long however short it is made is only parsed: the comparison of thirty runs, the
+    run on the real files, measurements."""
     for words in calls(block, place):
         if words[0] == "pip":
-            assert words[1:] == ["install", "-r", "requirements.txt"]
+            assert words[1] == "install"
             continue
         script, flags = script_of(words)
-        if block.startswith("for ") or "data/real" in block:
-            understood(script, flags)
-        else:
+        if (script in COMMANDS or script == "train.py") and not re.match("for |.*data/real", block):
             perform(script, flags, small)
             assert capsys.readouterr().out.strip()
+        else:
+            understood(script, flags)
+
+
+@pytest.mark.parametrize("block", EXAMPLES)
+def test_every_example_in_python_runs_as_it_stands(block, place, tmp_path):
+    for name in re.findall(r"^(?:from|import) (\w+)", block, re.M):
+        pytest.importorskip(name)
+    if "Extractor" in block and not hasattr(answer, "Extractor"):
+        pytest.skip("tools.answer has no Extractor yet")
+    (tmp_path / "example.py").write_text(block)
+    runpy.run_path(str(tmp_path / "example.py"))
 
 
 @pytest.mark.parametrize("line", INLINE)
 def test_every_command_in_the_text_is_one_that_its_program_accepts(line):
-    """Of a choice written `a|b` or `a\\|b` every alternative; of a bare flag, that it exists."""
+    """Of a choice written `a|b` or `a\\|b` every alternative; of a bare name, that it exists."""
     words = shlex.split(line.replace("\\|", "|"))
     words = words[1:] if words[0] in ("python", "torchrun") else words
     script, flags = script_of(words)
+    if flags in ([], ["--help"]):
+        assert script in COMMANDS or (ROOT / script).is_file() or script == "pytest", script
+        return
     for i in range(max(word.count("|") + 1 for word in words)):
         chosen = [word.split("|")[min(i, word.count("|"))] for word in flags]
         understood(script, chosen)
 
 
-def test_every_flag_that_readme_names_exists():
+def test_every_flag_that_a_text_names_exists():
     programs = [*ROOT.glob("*.py"), *ROOT.glob("engine/*.py"), *ROOT.glob("tools/*.py"),
                 ROOT / "tests/benchmark.py", ROOT / "tests/reliability.py"]
     known = {"--help", "--nproc", "--nnodes", "--rdzv", "--max-restarts"}  # not our own
@@ -158,27 +186,74 @@ def test_every_flag_that_readme_names_exists():
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT)) <= known
 
 
-def test_every_name_in_the_table_of_equations_exists():
-    """The table of the method: each function beside an equation exists."""
-    table = PAGES["docs/method.md"]
-    modules = {"clorae.py": clorae, "losses.py": losses, "train.py": train}
+# ------------------------------------------------------------------------------ what texts name
+def test_readme_can_be_read_at_once():
+    assert README.count("\n") <= 220 and len(README.encode()) <= 13_000
+
+
+def anchors(text: str) -> set[str]:
+    """The addresses that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)", FENCED.sub("", text), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PROSE)
+def test_every_relative_link_leads_somewhere(page):
+    """To a file of the repository and, behind a #, to one of its headings."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", PROSE[page]):
+        if "://" in link:
+            continue
+        file, _, anchor = link.partition("#")
+        path = Path(os.path.normpath(ROOT / page / ".." / file)) if file else ROOT / page
+        assert path.exists(), f"{page}: {link}"
+        assert not anchor or anchor in anchors(path.read_text(encoding="utf-8")), f"{page}: {link}"
+
+
+def test_readme_leads_to_every_page():
+    links = set(re.findall(r"\]\((docs/\w+\.md)\)", README))
+    assert links == set(PAGES) - {"README.md"}
+
+
+@pytest.mark.parametrize("page", PROSE)
+def test_every_file_and_test_that_a_text_names_exists(page):
+    """Files by a path from the top, or by a name that some folder holds; tests by their names, of
+    which ... stands for the end."""
+    files = {path.relative_to(ROOT).as_posix() for folder in ("", "*/", "*/*/")
+             for path in ROOT.glob(f"{folder}*") if path.suffix != ".pyc"}
+    names = files | {Path(file).name for file in files}
+    text = re.sub(r"\]\([^)]*\)|github\.com/\S+", "", PAGES[page])
+    folders = "engine|fast|tools|tests|docs|findings|demo_backbone"
+    ours = rf"(?:{folders})/[\w./]*\w|\w+\.(?:py|cu|md|svg)"
+    for name in re.findall(rf"(?<![\w./-])(?:{ours})\b", text):
+        assert name in names, f"{page}: {name}"
     tests = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-    for row in table.split("\n"):
-        for file, rest in re.findall(r"(clorae|losses|train)\.py ((?:`\w+`(?:, )?)+)", row):
-            for name in re.findall(r"`(\w+)`", rest):
-                module = modules[f"{file}.py"]
-                owners = [module, *(v for v in vars(module).values() if isinstance(v, type))]
-                method = name in clorae.METHODS
-                assert method or any(hasattr(owner, name) for owner in owners), (file, name)
-        for name in re.findall(r"`(test_\w+?)_?\.\.\.`", row):
-            assert f"def {name}" in tests, name
+    for name, dots in re.findall(r"\b(test_\w+?)(_?\.\.\.|\b)(?!\.)", text):
+        if not re.match(r"\d+$", name.removeprefix("test_")):  # the pictures of the demo
+            assert re.search(f"def {name}" + r"\b" * (not dots), tests), f"{page}: {name}"
+
+
+def test_every_name_beside_a_chapter_exists():
+    """`name` or `Class.name` behind a chapter's name, as in the table of the method and in the
+    order of reading: a function, class or constant there, or one of the methods."""
+    text = README + PAGES["docs/method.md"]
+    named = re.findall(r"\b(\w+\.py),? ((?:`[\w.]+`(?:, | and |))+)", text)
+    assert len(named) >= 8
+    for file, words in named:
+        code = (ROOT / file).read_text()
+        for name in re.findall(r"\w+", words.replace(" and ", " ")):
+            assert name in clorae.METHODS or re.search(
+                rf"^ *(?:def|class) {name}\b|^{name} =", code, re.M), (file, name)
 
 
 def test_every_file_of_readmes_tree_exists_and_every_file_is_in_it():
-    """The chapters and the folders of code, and every tool by its name."""
-    tree = README[README.index("## Files"):README.index("How a row flows")]
-    assert set(re.findall(r"^(\w+\.py)", tree, re.M)) == {path.name for path in ROOT.glob("*.py")}
+    """The chapters and the folders of code, every tool by its name, and each file of tests that is
+    not called like the file or folder whose tests it holds."""
+    tree = README[README.index("## Files"):README.index("How a row")]
+    assert set(re.findall(r"^(\w+\.py)", tree, re.M)) == {p.name for p in ROOT.glob("*.py")}
     folders = {path.parent.name for path in ROOT.glob("*/*.py")}
     assert folders <= set(re.findall(r"^(\w+)/", tree, re.M))
-    commands = {name.removeprefix("tools.") for name in COMMANDS if name.startswith("tools.")}
-    assert commands <= set(re.findall(r"\w+", tree[tree.index("tools/"):tree.index("tests/")]))
+    tools = re.findall(r"\w+", tree[tree.index("tools/"):tree.index("docs/")])
+    assert {name.removeprefix("tools.") for name in TOOLS} <= set(tools)
+    sources = {path.stem for path in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py"))} | folders
+    for path in ROOT.glob("tests/test_*.py"):
+        assert path.stem.removeprefix("test_") in sources or path.name in tree, path.name
