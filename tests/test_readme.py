@@ -107,6 +107,12 @@ def perform(script: str, flags: list[str], small: dict[str, str]) -> None:
     COMMANDS[script].main(flags)
 
 
+def exists(script: str) -> bool:
+    """A file of the repository, a module of it, or pytest."""
+    module = ROOT / (script.replace(".", "/") + ".py")
+    return script == "pytest" or (ROOT / script).is_file() or module.is_file()
+
+
 class Understood(Exception):
     """A command line has been parsed."""
 
@@ -126,7 +132,7 @@ def understood(script: str, flags: list[str]) -> None:
             patch.setattr(Parser, "parse_args", only_parse)
             command.main(flags)
     else:
-        assert script == "pytest" or (ROOT / script).is_file(), script
+        assert exists(script), script
 
 
 def test_no_block_of_commands_is_overlooked():
@@ -138,13 +144,14 @@ def test_no_block_of_commands_is_overlooked():
 @pytest.mark.parametrize("block", BLOCKS)
 def test_every_command_block_runs_word_for_word_in_short_form(block, place, small, capsys):
     """What takes long however short it is made is only parsed: the comparison of thirty runs, the
-    run on the real files, measurements."""
+    run on the real files, measurements, the costs of large."""
     for words in calls(block, place):
         if words[0] == "pip":
             assert words[1] == "install"
             continue
         script, flags = script_of(words)
-        if (script in COMMANDS or script == "train.py") and not re.match("for |.*data/real", block):
+        long = script == "tools.costs" or block.startswith("for ") or "data/real" in block
+        if not long and script in (*COMMANDS, "train.py"):
             perform(script, flags, small)
             assert capsys.readouterr().out.strip()
         else:
@@ -168,7 +175,7 @@ def test_every_command_in_the_text_is_one_that_its_program_accepts(line):
     words = words[1:] if words[0] in ("python", "torchrun") else words
     script, flags = script_of(words)
     if flags in ([], ["--help"]):
-        assert script in COMMANDS or (ROOT / script).is_file() or script == "pytest", script
+        assert exists(script), script
         return
     for i in range(max(word.count("|") + 1 for word in words)):
         chosen = [word.split("|")[min(i, word.count("|"))] for word in flags]
