@@ -52,6 +52,11 @@ def decoded(file: BinaryIO) -> Image.Image:
         if pixels > (most := min(MAX_PIXELS, length * PIXELS_A_BYTE.get(image.format, pixels))):
             raise ImageError(f"{image.size} in {length} bytes, more than {most} pixels")
         image.load()
+    return upright(image)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A loaded picture, turned in place as its EXIF says, in RGB."""
     with suppress(Exception):  # of malformed metadata; what can be read has turned the picture
         ImageOps.exif_transpose(image, in_place=True)
     return to_rgb(image)

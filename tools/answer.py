@@ -5,10 +5,10 @@ with --text or --draw with the mean gates of the task expert.
     python -m tools.answer RUN --text "..." --image I --task mner --draw FILE.png      one example
     python -m tools.answer RUN --examples ROWS.jsonl --out ANSWERS.jsonl --draw DIR    many
 
-An example becomes a record without gold, is checked as those of a corpus are, and goes the way of
-test records.  Typed text is split as the published tweets are, see `split_words`; tokens that a row
-gives stay as they are.  Faulty rows are named by file and line; none is answered before all are
-right."""
+An example becomes a record without gold, is checked as those of a corpus are, and is answered by an
+Extractor (tools/extract.py), which Python programs call without this command.  Typed text is split
+as the published tweets are, see `word_offsets` there; tokens that a row gives stay as they are.
+Faulty rows are named by file and line; none is answered before all are right."""
 
 import argparse
 import json
@@ -21,37 +21,17 @@ from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
 
-import torch
-from torch import Tensor
-
-import data
 from engine.command import Parser
 from engine.corpus import frozen, parse_json, read_bytes
-from engine.features import FeatureCache
-from engine.files import write_whole
+from engine.files import note, write_whole
 from engine.images import load_image, resolve_image
 from engine.processes import World, carry_out
 from engine.schema import RECORD_TASKS, DataError, Dataset, Problems, Record, show
-from evaluate import Job, Row, evaluate_split, items_json, run_options
+from evaluate import Job, Row, items_json, run_options
+from tools.extract import Extractor, find_words, split_words, with_labels
 from tools.figures import write_figure
-from tools.page import Strip, answer_lines, example_figure, has_image, places, token_strips
-from tools.routing import no_gate_reason
-from vision import ViT
+from tools.page import Strip, answer_lines, example_figure, places
 
-NO_GOLD = {"mner": {"entities": []}, "mre": {"relation": "none"}, "med": {"events": []},
-           "meae": {"events": []}}
-SHORT = """Adm Apr Aug Ave Bros Capt Co Col Corp Dec Dr Feb Fr Ft Gen Gov Inc Jan Jr Lt Ltd Mr Mrs
-    Ms Mt No Nov Oct Prof Rep Rev Sen Sept Sgt Sr St vs"""
-IN_WORD = r"""[^\s.,:;!?"'‘’“”«»()\[\]{}…—#$€£%*|]"""
-WORD = re.compile(rf"""
-      https?://\S*[^\s.,:;!?"'’”)\]…] | @\w+                   # addresses, users
-    | [:;=]['’]?-?[()DPp]+(?!\w) | \.{{2,}}                     # :-) and ...
-    | (?:{"|".join(SHORT.split())}|[A-Z])\.(?=\s+\S)            # Dr. and J., not at the end
-    | (?:[^\W\d_]\.){{2,}}(?![\w-])                            # U.S. and p.m.
-    | ['’](?i:s|m|d|re|ve|ll)(?!\w)
-    | {IN_WORD}(?:{IN_WORD}|[.'’](?=[\w-])|(?<=\d)[,:](?=\d))*  # words, 3.5, 10:30, O'Brien, A&M
-    | \S""", re.VERBOSE)
-ENDING = re.compile(r"(?i)(?<=\S)(?=(?:n['’]t|['’](?:s|m|d|re|ve|ll))(?!\w))")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 GivenRow = tuple[str, Path, bytes | dict]  # where it stands, the folder of its image, the row
 
@@ -113,24 +93,6 @@ def parse_boxes(words: Sequence[str]) -> list:
     return boxes
 
 
-def split_words(text: str) -> list[str]:
-    """Typed text as tokens, by the habits that most of the published tweets share: punctuation and
-    # are tokens, "Ann's" and "don't" are two, and @user, http://..., :), ..., U.S., 3.5, 10:30 and
-    pro-Russia are one.  (Twitter-15 alone has #word; Twitter-17 splits 's and @user further.)"""
-    return WORD.findall(ENDING.sub(" ", text))
-
-
-def find_words(tokens: Sequence[str], words: str, name: str) -> tuple[int, int]:
-    """The first span of `tokens` that reads `words`, as they stand or split as typed text is;
-    DataError if there is none."""
-    spans = [span for form in (words, " ".join(split_words(words))) for span in data.occurrences(
-        [data.canon(token) for token in tokens], data.canon(form))]
-    if not spans:
-        raise DataError(f"{name}: expected words of the text, got {words!r}, which is not in "
-                        f"{' '.join(tokens)!r}; give whole tokens as they stand there")
-    return spans[0]
-
-
 def image_path(folder: Path, name: str) -> Path:
     """The file of an image that a row names: in the row's folder, or in images/ below it."""
     roots = (folder, folder / "images")
@@ -153,17 +115,17 @@ def completed(row: bytes | dict, folder: Path, name: str, args: argparse.Namespa
     if raw["task"] not in RECORD_TASKS:
         raise DataError(f"task: expected one of {', '.join(RECORD_TASKS)}, got "
                         f"{raw['task']!r}; write it into the row, or name one for all by --task")
-    able = [key for key, dataset in datasets.items() if raw["task"] in dataset.units]
-    raw = {"dataset": args.dataset or (able or [None])[0], **NO_GOLD[raw["task"]], **raw}
-    if raw["dataset"] not in able:
-        choices = ", ".join(able) or "none in this corpus"
-        raise DataError(f"dataset: expected one with the task {raw['task']}, got "
-                        f"{raw['dataset']!r}; use one of: {choices}, or another task")
+    raw = with_labels(raw, (raw["task"],), datasets, args.dataset)
     if isinstance(raw.get("text"), str) and "tokens" not in raw:
         raw["tokens"] = split_words(raw.pop("text"))
     tokens = list(map(str, raw["tokens"])) if isinstance(raw.get("tokens"), list) else []
-    raw |= {end: list(find_words(tokens, raw[end], end)) for end in ("head", "tail")
-            if isinstance(raw.get(end), str)}
+    for end in ("head", "tail"):
+        if isinstance(words := raw.get(end), str):
+            spans = find_words(tokens, words, end)
+            raw[end] = list(spans[0])
+            if len(spans) > 1:
+                note(f"{name}: {end} {words!r} stands {len(spans)} times in the text; the first is "
+                     "taken (a row of --examples may give tokens, [start, end])")
     if isinstance(raw["image"], str):
         path = image_path(folder, raw["image"])
         if path.is_file() or args.missing_images != "mask":
@@ -191,24 +153,6 @@ def example_records(args: argparse.Namespace, datasets: Mapping[str, Dataset]) -
             records.append(Record(**frozen(raw), source=where))
     problems.raise_if_any()
     return records
-
-
-class GivenImages:
-    """Image features of examples, as Features for a corpus; kept while this object lives."""
-
-    def __init__(self, tower: Path, records: Sequence[Record], most: int, device: torch.device):
-        self.width, self.most = ViT.feature_width(tower), most
-        if with_image := list(filter(has_image, records)):
-            self.folder = TemporaryDirectory()
-            vit = ViT.from_pretrained(tower).to(device).eval()
-            self.cache = FeatureCache(vit, "once", self.folder.name)
-            self.cache.prepare(map(self.key, with_image))
-
-    def key(self, record: Record) -> tuple:
-        return record.image, record.objects[:self.most], record.size
-
-    def __call__(self, record: Record) -> tuple[Tensor, Tensor] | None:
-        return self.cache.get(*self.key(record)) if has_image(record) else None
 
 
 TERMINAL = (34, 33, 32, 35, 36, 31)  # codes of about the same colours as on a page
@@ -248,30 +192,24 @@ def answer_json(row: Row, strips: Sequence[Strip]) -> str:
 
 def run(args: argparse.Namespace, world: World) -> None:
     """Answer the examples of the command line: in words, as JSON, as pictures."""
-    job = Job(args.checkpoint[0], args)
-    setup = job.load_model(world)
-    config, datasets = setup.config, setup.datasets
+    extractor = Extractor.of(Job(args.checkpoint[0], args), world)
+    datasets, no_gate = extractor.setup.datasets, extractor.no_gate
+    most = extractor.setup.config.max_objects
     records = example_records(args, datasets)
-    note = partial(print, file=sys.stderr) if world.main else lambda text: None
-    examples = data.encode_records(records, datasets, setup.tokenizer, config.max_source,
-                                   config.max_target, note)
-    crowded = [record.source for record in records if len(record.objects) > config.max_objects]
+    announce = partial(print, file=sys.stderr) if world.main else str
+    crowded = [record.source for record in records if len(record.objects) > most]
     if crowded:
-        note(f"note: {len(crowded)} example(s), first {crowded[0]}, have more than "
-             f"{config.max_objects} objects; the model sees the first {config.max_objects}")
-    features = GivenImages(setup.sources.vit, records, config.max_objects, world.device)
-    world.join()
-    rows = evaluate_split(setup, examples, features, job.decoding, world)
+        announce(f"note: {len(crowded)} example(s), first {crowded[0]}, have more than {most} "
+                 f"objects; the model sees the first {most}")
+    with TemporaryDirectory() as folder:
+        answered = extractor.read(records, folder, bool(args.draw or args.text is not None),
+                                  announce)
     if not world.main:
         return
-    no_gate = no_gate_reason(config)
-    wanted = not no_gate and (args.draw or args.text is not None)
-    strips = [token_strips(setup, example, row, features, world.device, job.decoding) if wanted
-              else [] for example, row in zip(examples, rows)]
-    lines = list(map(answer_json, rows, strips))
+    lines = [answer_json(row, strips) for row, strips in answered]
     if args.out:
         write_whole(args.out, "".join(line + "\n" for line in lines))
-    for number, (row, strips_of_row, line) in enumerate(zip(rows, strips, lines), 1):
+    for number, ((row, strips), line) in enumerate(zip(answered, lines), 1):
         dataset = datasets[row.record.dataset]
         if not args.json:
             print_answer(row, dataset)
@@ -280,7 +218,7 @@ def run(args: argparse.Namespace, world: World) -> None:
         if args.draw:
             name = re.sub(r"[^A-Za-z0-9.]+", "-", row.record.id)[:80]
             path = args.draw / f"{number:04d}-{name}.png" if args.examples else args.draw
-            write_figure(example_figure(row, dataset, strips_of_row, no_gate), path)
+            write_figure(example_figure(row, dataset, strips, no_gate), path)
             if not args.json:
                 print(f"picture: {path}")
 

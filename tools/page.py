@@ -71,15 +71,21 @@ def where(item: Item) -> str:
 
 def answer_lines(row: Row) -> list[str]:
     """An answer in words: a line per item, then what could not be used, or was missing."""
-    record, answer = row.record, row.answer
+    record = row.record
     lines = [f"{type_of(item).replace(':', ', ')}: {where(item)}" for item in row.predicted]
     if record.task == "mre":
         head, tail = data.words(record, record.head), data.words(record, record.tail)
         lines = [f"{head} -- {row.predicted[0].label} -- {tail}"]
+    return [*(lines or ["nothing found"]), *(f"note: {note}" for note in answer_notes(row))]
+
+
+def answer_notes(row: Row) -> list[str]:
+    """What of an answer could not be used, or was missing, in words."""
+    record, answer = row.record, row.answer
     notes = ((row.counts.malformed, f"unreadable in the output, {row.counts.malformed} piece(s): "
               f"{answer.text!r}"), (answer.cut, "cut at the length limit"),
              (answer.missing, f"answered without {record.image}, which is not there"))
-    return [*(lines or ["nothing found"]), *(f"note: {note}" for holds, note in notes if holds)]
+    return [note for holds, note in notes if holds]
 
 
 def has_image(record: Record) -> bool:
