@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import textwrap
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -29,12 +30,15 @@ if TYPE_CHECKING:  # loaded when a page is drawn: most answers are only printed
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PAGE, SIDE, MARGIN = 11.0, 3.6, 0.35  # inches: width, side of the image, margins and gaps
-CHAR, LINE = 13 / DPI, 0.21  # of matplotlib's monospaced font at 10 points, hinted at 150 DPI
+PAGE, MARGIN, GAP = 7.6, 0.3, 0.22  # inches: width, margins, from one block to the next
+SIDE, TALL, FLAT, LEAST = 2.9, 3.4, 2.3, 1.3  # most width and height of a picture; height of one
+# that is wide and stands above the text; least side of the space for its labels
+CHAR, LINE = 13 / DPI, 0.2  # of matplotlib's monospaced font at 10 points, hinted at 150 DPI
 LEADING = 1.3  # from one line of the text to the next, in LINE
-SCALE, BAR, BARS = 0.3, 0.24, 0.65  # of a row of bars: space to its left, width of a bar, height
-ROW = PAGE - 2 * MARGIN - SCALE  # width of a row of bars
+BAR, NAME, HEAD = 0.3, 0.26, 0.25  # heights of a bar, of the names below, of a title above
 UNIVERSAL, TASK, PLACE_COLOURS = *COLOURS[:2], COLOURS[:6]
+TITLES = {"mner": "named entities", "mre": "relation of head and tail", "med": "events",
+          "meae": "event arguments"}
 
 
 class Place(NamedTuple):
@@ -123,64 +127,90 @@ def token_strips(setup: Setup, example: Example, row: Row, features: Features,
     n = len(os.path.commonprefix([ids, tokenizer.encode(prefix)]))
     source, visual = means["memory"][-len(ids):], means.get("visual", [])  # concat: visual first
     names = ["image", *(f" O{k}" for k in range(1, len(visual)))]
-    strips = (Strip("memory", f"reading the text (prompt: mean of {n} tokens)",
-                    ["prompt", *drawn(tokenizer, ids[n:])], [fmean(source[:n]), *source[n:]]),
+    read = [f"prompt, {n} tokens", *drawn(tokenizer, ids[n:])]
+    strips = (Strip("memory", "reading the text", read, [fmean(source[:n]), *source[n:]]),
               Strip("visual", "looking at the picture", names, visual),
               Strip("target", "writing the answer", drawn(tokenizer, answer), means["target"]))
     return [strip for strip in strips if strip.gates]
 
 
-def strip_rows(strips: Sequence[Strip]) -> list[tuple[str, list[tuple[float, str, float]]]]:
-    """(title, bars (x, name, gate)) of every row of bars; words stand apart, long rows wrap."""
-    rows = []
-    for strip in strips:
-        ahead = sum(gate > 0.5 for gate in strip.gates)
-        rows.append((f"{strip.title}: task expert {fmean(strip.gates):.2f} on average, ahead at "
-                     f"{ahead} of {len(strip.gates)} tokens", []))
-        x = 0.0
-        for name, gate in zip(strip.names, strip.gates):
-            x += 0.35 * (name[0] in " <" and x > 0)
-            if x > ROW / BAR - 1:
-                rows.append(("", []))
+def strip_caption(strip: Strip) -> str:
+    """How much a stream listens to the task expert, in words."""
+    ahead = sum(gate > 0.5 for gate in strip.gates)
+    return f"mean {fmean(strip.gates):.2f}, ahead at {ahead} of {len(strip.gates)} tokens"
+
+
+def gate_text(gate: float) -> tuple[str, str]:
+    """A gate as it stands on its bar, and the colour that can be read there."""
+    return f"{gate:.2f}".removeprefix("0"), "black" if gate > 0.15 else "white"
+
+
+def strip_words(strip: Strip) -> list[list[tuple[str, float]]]:
+    """The (token, gate) of each word of a strip."""
+    words: list[list[tuple[str, float]]] = []
+    for name, gate in zip(strip.names, strip.gates):
+        if name[:1] in " <" or not words:
+            words.append([])
+        words[-1].append((name.strip(), gate))
+    return words
+
+
+def strip_rows(strip: Strip, width: float) -> list[list[tuple[float, float, str, float]]]:
+    """Rows of bars (x, width, name, gate) in inches; words stand apart, long rows wrap at them."""
+    rows, x = [[]], 0.0
+    for word in strip_words(strip):
+        cells = [max(0.22, 0.81 * CHAR * len(name) + 0.03) for name, _ in word]
+        x += 0.1 * (x > 0)
+        for k, ((name, gate), cell) in enumerate(zip(word, cells)):
+            if x and x + (cell if k else min(sum(cells), width)) > width:
+                rows.append([])
                 x = 0.0
-            rows[-1][1].append((x, name.strip(), gate))
-            x += 1
+            rows[-1].append((x, cell, name, gate))
+            x += cell
     return rows
 
 
-def draw_strip(ax: "Axes", title: str, bars: Sequence[tuple[float, str, float]]) -> None:
+def draw_bars(ax: "Axes", bars: Sequence[tuple[float, float, str, float]], width: float) -> None:
     """A bar per token: below the task expert's share, above it the universal expert's."""
-    at, names, gates = zip(*bars)
-    ax.bar(at, gates, 0.92, color=TASK)
-    ax.bar(at, [1 - gate for gate in gates], 0.92, gates, color=UNIVERSAL)
-    for x, gate in zip(at, gates):
-        ax.text(x, 0.04, f"{gate:.2f}".removeprefix("0"), fontsize=6.5, ha="center", va="bottom",
-                color="black" if gate > 0.2 else "white")
-    ax.plot([-0.5, at[-1] + 0.5], [0.5, 0.5], color="black", linewidth=0.8, linestyle=":")
-    ax.set(xlim=(-0.6, ROW / BAR - 0.4), ylim=(0, 1))
-    ax.set_xticks(at, names, rotation=90, fontsize=8, family="monospace")
-    ax.set_yticks([0, 0.5, 1], ["0", ".5", "1"], fontsize=7)
-    ax.tick_params(axis="x", length=0, pad=2)
-    ax.spines[:].set_visible(False)
-    ax.set_title(title, fontsize=9, loc="left", pad=3)
+    at, widths, names, gates = zip(*bars)
+    options = {"align": "edge", "linewidth": 0}
+    thin = [cell - 0.015 for cell in widths]
+    ax.bar(at, gates, thin, color=TASK, **options)
+    ax.bar(at, [1 - gate for gate in gates], thin, gates, color=UNIVERSAL, **options)
+    for x, cell, name, gate in bars:
+        text, colour = gate_text(gate)
+        ax.text(x + cell / 2, 0.06, text, fontsize=6.5, ha="center", color=colour)
+        ax.text(x + cell / 2, -0.12, name, fontsize=8, ha="center", va="top", family="monospace")
+    ax.plot([0, at[-1] + thin[-1]], [0.5, 0.5], color="black", linewidth=0.8, linestyle=":")
+    ax.set(xlim=(0, width), ylim=(0, 1))
+    ax.axis("off")
 
 
 Word = tuple[int, str, list[Place], bool]  # column, text, spans it is in, whether it is a label
 
 
+def words_and_labels(tokens: Sequence[str],
+                     spans: Sequence[Place]) -> list[tuple[str, list[Place], bool]]:
+    """The words of a text and, behind each span, its label: (text, spans it is in, whether it is a
+    label)."""
+    words: list[tuple[str, list[Place], bool]] = []
+    for i, token in enumerate(tokens or ("(no text)",)):
+        inside = [span for span in spans if i in range(*span.item.span)]
+        words.append((token, inside, False))
+        words += [(span.label, [span], True) for span in inside if span.item.span[1] == i + 1]
+    return words
+
+
 def lay_out(tokens: Sequence[str], spans: Sequence[Place], width: int) -> list[list[Word]]:
     """The words of a text, and behind each span its label, in lines of `width` characters."""
-    words: list[tuple[str, list[Place], bool]] = []
-    for i, token in enumerate(tokens):
-        inside = [span for span in spans if i in range(*span.item.span)]
-        words += [(piece, inside, False) for piece in textwrap.wrap(token, width)]
-        words += [(span.label, [span], True) for span in inside if span.item.span[1] == i + 1]
     lines, column = [[]], 0
-    for word, inside, is_label in words:
-        if column and column + len(word) > width:
-            lines, column = [*lines, []], 0
-        lines[-1].append((column, word, inside, is_label))
-        column += len(word) + 1
+    for token, inside, is_label in words_and_labels(tokens, spans):
+        for word in [token] if is_label else textwrap.wrap(token, width):
+            wide = sum(1 + (unicodedata.east_asian_width(letter) in "WF") for letter in word)
+            if column and column + wide > width:
+                lines, column = [*lines, []], 0
+            lines[-1].append((column, word, inside, is_label))
+            column += wide + 1
     return lines
 
 
@@ -204,33 +234,55 @@ def draw_text(ax: "Axes", title: str, lines: Sequence[Sequence[Word]], spans: Se
         ax.text(0, LEADING * (len(lines) + 1) + y, text, fontsize=9, **font)
 
 
-def draw_image(ax: "Axes", record: Record, answer: Sequence[Place], image: Image) -> None:
-    """The image with its numbered boxes and what the answer says of them, in image pixels.  Boxes
-    that the answer names come first, and each label stands where it covers no earlier one."""
+class DrawnBox(NamedTuple):
+    """A box of the image, and what the answer says of it."""
+    box: Box
+    lines: list[str]  # its number, then the labels that the answer gives it
+    colour: str
+    named: bool  # whether the answer names it
+
+
+def drawn_boxes(record: Record, answer: Sequence[Place]) -> list[DrawnBox]:
+    """The boxes of an image, those first that the answer names."""
+    boxes = []
+    for k, box in enumerate(record.objects, 1):
+        named = [place for place in answer if place.item.object == k and place.item.box]
+        boxes.append(DrawnBox(box, [f"O{k}", *(place.label for place in named)],
+                              PLACE_COLOURS[named[0].colour] if named else "#777777", bool(named)))
+    return sorted(boxes, key=lambda box: not box.named)
+
+
+def whole_image(answer: Sequence[Place]) -> tuple[str, str]:
+    """(what the answer says of the image as a whole, its colour)."""
+    whole = [place for place in answer if place.item.whole_image]
+    return (f"O0, the whole image: {', '.join(place.label for place in whole)}" if whole else "",
+            PLACE_COLOURS[whole[0].colour] if whole else "black")
+
+
+def draw_image(ax: "Axes", image: Image, boxes: Sequence[DrawnBox], whole: tuple[str, str]) -> None:
+    """The image with its numbered boxes and what the answer says of them, in image pixels; each
+    label stands where it covers no earlier one.  The axes may be wider or taller than the image."""
     from matplotlib.patches import Rectangle
-    ax.imshow(image, extent=(0, image.width, image.height, 0))
-    ax.set(xticks=[], yticks=[], anchor="NW")
-    ax.apply_aspect()  # now, as labels are measured below
-    pixel = image.width / ax.bbox.width  # one of the page, in those of the image
-    if whole := [place for place in answer if place.item.whole_image]:
-        ax.spines[:].set(linewidth=5, color=PLACE_COLOURS[whole[0].colour])
-        ax.set_xlabel("O0, the whole image: " + ", ".join(place.label for place in whole),
-                      loc="left")
-    named = {k: [place for place in answer if place.item.object == k and place.item.box]
-             for k in range(1, len(record.objects) + 1)}
+    pixel = (ax.get_xlim()[1] - ax.get_xlim()[0]) / ax.bbox.width  # one of the page
+    space = ax.get_xlim()[1], ax.get_ylim()[0]
+    ax.imshow(image, extent=(0, image.width, image.height, 0), aspect="auto")
+    ax.set(xlim=(0, space[0]), ylim=(space[1], 0))
+    ax.axis("off")
+    told, colour = whole
+    ax.add_patch(Rectangle((0, 0), *image.size, fill=False, edgecolor=colour, clip_on=False,
+                           linewidth=4 if told else 0.8))
+    ax.text(0, image.height + 8 * pixel, told, fontsize=9, va="top")
     taken: list[Box] = []
-    for k in sorted(named, key=lambda k: not named[k]):
-        x1, y1, x2, y2 = box = record.objects[k - 1]
-        colour = PLACE_COLOURS[named[k][0].colour] if named[k] else "#777777"
-        width, above = (2.5, 3) if named[k] else (1, 2)
+    for (x1, y1, x2, y2), lines, colour, named in boxes:
+        width, above = (2.5, 3) if named else (1, 2)
         ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour,
                                linewidth=width, zorder=above))
-        label = ax.text(0, 0, "\n".join([f"O{k}", *(place.label for place in named[k])]),
-                        fontsize=8, color="white", va="top", zorder=above + 2,
-                        bbox={"facecolor": colour, "pad": 1.5, "edgecolor": "none"})
+        label = ax.text(0, 0, "\n".join(lines), fontsize=8, color="white", va="top",
+                        zorder=above + 2, bbox={"facecolor": colour, "pad": 1.5,
+                                                "edgecolor": "none"})
         extent = label.get_window_extent().padded(3)
         w, h = extent.width * pixel, extent.height * pixel
-        x, y = label_place((w, h), box, taken, image.size)
+        x, y = label_place((w, h), (x1, y1, x2, y2), taken, space)
         label.set_position((x + 3 * pixel, y + 3 * pixel))
         taken.append((x, y, x + w, y + h))
         if not (x <= x2 and x1 <= x + w and y <= y2 and y1 <= y + h):
@@ -238,11 +290,11 @@ def draw_image(ax: "Axes", record: Record, answer: Sequence[Place], image: Image
 
 
 def label_place(size: tuple[float, float], box: Box, taken: Sequence[Box],
-                image: tuple[int, int]) -> tuple[float, float]:
-    """Top left corner for a label of `size` in an `image` where it covers nothing that is `taken`:
+                space: tuple[float, float]) -> tuple[float, float]:
+    """Top left corner for a label of `size` in a `space` where it covers nothing that is `taken`:
     at a corner of its box, outside or inside, else as near as there is room."""
     (x1, y1, x2, y2), (w, h) = box, size
-    right, bottom = max(0, image[0] - w), max(0, image[1] - h)
+    right, bottom = max(0, space[0] - w), max(0, space[1] - h)
     corners = [(min(max(0, x), right), min(max(0, y), bottom))
                for y in (y1 - h, y2, y1, y2 - h) for x in (x1, x2 - w)]
     grid = itertools.product(numpy.linspace(0, right, 16), numpy.linspace(0, bottom, 25))
@@ -259,46 +311,81 @@ def example_figure(row: Row, dataset: Dataset, strips: Sequence[Strip],
         return draw_page(row, dataset, strips, no_gate)
 
 
+def title_of(record: Record) -> str:
+    return f"{TITLES[record.task]}, by the labels of {record.dataset}"
+
+
+def expert_of(record: Record) -> str:
+    return f"task expert {record.task if record.task in TASKS else 'mee'}"
+
+
+def fitted(image: Image) -> tuple[float, float, bool]:
+    """(width, height) in inches of a picture on the page, and whether text stands beside it."""
+    beside = image.width < 2 * image.height
+    scale = min((SIDE if beside else PAGE - 2 * MARGIN) / image.width,
+                (TALL if beside else FLAT) / image.height)
+    return image.width * scale, image.height * scale, beside
+
+
 def draw_page(row: Row, dataset: Dataset, strips: Sequence[Strip],
               no_gate: str | None) -> "Figure":
-    """As example_figure: everything is measured first, then set from the top down."""
+    """As example_figure: everything is measured first, then set from the top down.  Strips stand
+    beside the picture where they fit there, else below it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
     record, answer = row.record, places(row, dataset)
     spans = [place for place in answer if place.item.span]
-    image = load_image(record.image) if has_image(record) else None
-    left = MARGIN + (SIDE + MARGIN if image else 0)
+    image, whole = load_image(record.image) if has_image(record) else None, whole_image(answer)
+    left, top, end = MARGIN, MARGIN, 0.0  # of the text; where the picture ends
+    if image:
+        w, h, beside = fitted(image)
+        space = max(w, LEAST), max(h, LEAST)
+        end = MARGIN + space[1] + GAP + 0.1 * bool(whole[0])
+        left, top = (MARGIN + space[0] + GAP, top) if beside else (left, end)
     width = int((PAGE - MARGIN - left) / CHAR)  # of the text, in characters
-    lines = lay_out(record.tokens or ("(no text)",), spans, width)
+    lines = lay_out(record.tokens, spans, width)
     below = [line for text in answer_lines(row) for line in
              textwrap.wrap(text, width, subsequent_indent="  ")]
-    tall = max(LINE * (LEADING * (len(lines) + 1) + len(below) + 1), SIDE * bool(image) + 0.3)
-    rows = strip_rows(strips)
-    feet = [0.1 + 0.068 * max(len(name) for _, name, _ in bars) for _, bars in rows]
-    height = MARGIN + tall + 0.5 + sum(0.4 + BARS + foot for foot in feet)
+    tall = LINE * (LEADING * (len(lines) + 1) + len(below) + 0.9)
+    y, placed = top + tall, []
+    legend = HEAD * 1.2
+    for strip in strips:
+        rows, x = strip_rows(strip, PAGE - MARGIN - left), left
+        if y + legend + HEAD + len(rows) * (BAR + NAME) > end:
+            y, x = max(y, end), MARGIN
+            rows = strip_rows(strip, PAGE - 2 * MARGIN)
+        placed.append((x, y + legend, strip, rows))
+        y, legend = y + legend + HEAD + len(rows) * (BAR + NAME) + 0.06, 0
+    height = max(y + (0.3 if no_gate else 0), end) + MARGIN - GAP / 2
     figure = Figure((PAGE, height), dpi=DPI)
     FigureCanvasAgg(figure)  # which can measure texts
 
     def panel(x: float, y: float, w: float, h: float) -> "Axes":
         return figure.add_axes((x / PAGE, 1 - (y + h) / height, w / PAGE, h / height))
 
+    def write(x: float, y: float, text: str, **options: object) -> None:
+        figure.text(x / PAGE, 1 - y / height, text, **{"fontsize": 9, "va": "top", **options})
+
     if image:
-        draw_image(panel(MARGIN, MARGIN, SIDE, SIDE), record, answer, image)
-    text = panel(left, MARGIN, width * CHAR, tall)
+        ax = panel(MARGIN, MARGIN, *space)
+        ax.set(xlim=(0, space[0] * image.width / w), ylim=(space[1] * image.height / h, 0))
+        draw_image(ax, image, drawn_boxes(record, answer), whole)
+    text = panel(left, top, width * CHAR, tall)
     text.set(xlim=(0, width), ylim=(tall / LINE, 0))
     text.axis("off")
-    draw_text(text, f"{record.task} by the labels of {dataset.name}", lines, spans, below)
-    y = MARGIN + tall + 0.2
+    draw_text(text, title_of(record), lines, spans, below)
     if no_gate:
-        figure.text(MARGIN / PAGE, 1 - y / height, f"no gates to draw: {no_gate}", fontsize=9)
-    else:
-        task = record.task if record.task in TASKS else "mee"
-        patches = [Patch(color=UNIVERSAL, label="universal expert"),
-                   Patch(color=TASK, label=f"task expert {task}")]
-        figure.legend(handles=patches, ncols=2, frameon=False, fontsize=9, loc="upper right",
-                      bbox_to_anchor=(1 - MARGIN / PAGE, 1 - y / height))
-    for (title, bars), foot in zip(rows, feet):
-        draw_strip(panel(MARGIN + SCALE, y + 0.4, ROW, BARS), title, bars)
-        y += 0.4 + BARS + foot
+        write(left, top + tall, f"no gates to draw: {no_gate}")
+    for x, y, strip, rows in placed:
+        write(x, y, strip.title, weight="bold")
+        write(x + 0.08 + 0.075 * len(strip.title), y, strip_caption(strip), color="#444444",
+              fontsize=8)
+        for k, bars in enumerate(rows):
+            draw_bars(panel(x, y + HEAD + k * (BAR + NAME), PAGE - MARGIN - x, BAR), bars,
+                      PAGE - MARGIN - x)
+    if placed:
+        x, y = placed[0][0], placed[0][1] - HEAD
+        for dx, colour, name in ((0, TASK, expert_of(record)), (1.5, UNIVERSAL, "universal expert")):
+            write(x + dx, y, "\u25a0", color=colour, fontsize=11)
+            write(x + dx + 0.16, y, name)
     return figure
