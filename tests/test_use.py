@@ -37,13 +37,14 @@ from fast.experts import FastExpertLinear
 from t5 import T5
 from tools import answer, check, convert, costs, export, plot, replay, routing
 from tools.answer import coloured, example_records
-from tools.figures import write_figure
-from tools.page import Strip, answer_lines, example_figure, places, token_strips
+from tools.figures import DPI, write_figure
+from tools.page import PAGE, Strip, answer_lines, example_figure, places, token_strips
 from tools.plot import plot_curves, running_mean
 from tools.routing import no_gate_reason
 from vision import UMIE
 
 CPU = torch.device("cpu")
+WIDTH = round(PAGE * DPI)  # of a page, in pixels
 
 
 # ------------------------------------------------------------------------------------------- help
@@ -387,7 +388,7 @@ def test_examples_are_answered_in_words_as_json_and_as_pictures(finished, folder
     assert len(list(map(json.loads, re.findall("(?m)^{.*", told)))) == 4
     pictures = sorted((folder / "drawn").iterdir())
     assert [path.name for path in pictures] == [f"000{i}-{i}.png" for i in range(1, 5)]
-    assert all(size_of(path)[0] == 1650 for path in pictures)
+    assert all(size_of(path)[0] == WIDTH for path in pictures)
     answer.main([str(finished), "--text", "Kim", "--task", "mner", "--json"])
     line = json.loads(capsys.readouterr().out)
     assert line["tokens"] == ["Kim"] and list(line["gates"]) == ["memory", "target"]
@@ -505,7 +506,7 @@ def test_a_page_shows_every_box_label_and_dollar(folder):
     written = [name for name, _ in texts_of(figure)]
     assert {"O1\ntarget", "O2\ntarget", "O3", "attacker", "$5", "$6"} <= set(written)
     write_figure(figure, folder / "page.png")
-    assert size_of(folder / "page.png")[0] == 1650
+    assert size_of(folder / "page.png")[0] == WIDTH
     whole = row_of(Item("meet", whole_image=True, text="O0", object=0), task="med",
                    image=row.record.image)
     written = [name for name, _ in texts_of(example_figure(whole, MEE, STRIPS, None))]
@@ -517,7 +518,7 @@ def test_without_image_there_is_no_image_and_without_gate_no_strip():
     assert not any(ax.images or ax.containers for ax in figure.axes)
     assert "no gates to draw: method lora, which has none" in [n for n, _ in texts_of(figure)]
     figure = example_figure(row_of(*FOUND), MEE, STRIPS, None)
-    assert sum(bool(ax.containers) for ax in figure.axes) == 2  # two rows of bars
+    assert sum(bool(ax.containers) for ax in figure.axes) == 3  # three rows of bars
 
 
 @pytest.fixture(scope="module", params=["gate", "concat"])
@@ -568,7 +569,7 @@ def test_the_strips_are_the_gates_of_the_tokens_read_seen_and_written(setup, sma
     read = mean(r"encoder\.blocks", r"cross_attention\.v", last=S)
     n = S - len(strips[0].gates) + 1
     assert strips[0].gates == pytest.approx([sum(read[:n]) / n, *read[n:]], abs=1e-5)
-    assert strips[0].names[0] == "prompt" and strips[0].names[-1] == "</s>"
+    assert strips[0].names[0] == f"prompt, {n} tokens" and strips[0].names[-1] == "</s>"
     assert "".join(strips[0].names[1:-1]).split() == list(records[0].tokens)
     assert strips[1].gates == pytest.approx(mean("vstack", last=3), abs=1e-5)
     assert strips[1].names == ["image", " O1", " O2"]

@@ -2,8 +2,8 @@
 the text, in colours on a terminal unless NO_COLOR is set, the answer in words, and a line of JSON,
 with --text or --draw with the mean gates of the task expert.
 
-    python -m tools.answer RUN --text "..." --image I --task mner --draw FILE.png      one example
-    python -m tools.answer RUN --examples ROWS.jsonl --out ANSWERS.jsonl --draw DIR    many
+    python -m tools.answer RUN --text "..." --image I --task mner --draw page.png      one example
+    python -m tools.answer RUN --examples ROWS.jsonl --out ANSWERS.jsonl --draw p.html    many
 
 An example becomes a record without gold, is checked as those of a corpus are, and is answered by an
 Extractor (tools/extract.py), which Python programs call without this command.  Typed text is split
@@ -28,6 +28,7 @@ from engine.images import load_image, resolve_image
 from engine.processes import World, carry_out
 from engine.schema import RECORD_TASKS, DataError, Dataset, Problems, Record, show
 from evaluate import Job, Row, items_json, run_options
+from tools import html
 from tools.extract import Extractor, find_words, split_words, with_labels
 from tools.figures import write_figure
 from tools.page import Strip, answer_lines, example_figure, places
@@ -202,8 +203,8 @@ def run(args: argparse.Namespace, world: World) -> None:
         announce(f"note: {len(crowded)} example(s), first {crowded[0]}, have more than {most} "
                  f"objects; the model sees the first {most}")
     with TemporaryDirectory() as folder:
-        answered = extractor.read(records, folder, bool(args.draw or args.text is not None),
-                                  announce)
+        gates = bool(args.draw) or args.text is not None
+        answered = extractor.read(records, folder, gates, announce)
     if not world.main:
         return
     lines = [answer_json(row, strips) for row, strips in answered]
@@ -215,12 +216,17 @@ def run(args: argparse.Namespace, world: World) -> None:
             print_answer(row, dataset)
         if not args.out:
             print(line)
-        if args.draw:
+        for path in (path for path in args.draw if path.suffix != ".html"):
             name = re.sub(r"[^A-Za-z0-9.]+", "-", row.record.id)[:80]
-            path = args.draw / f"{number:04d}-{name}.png" if args.examples else args.draw
+            path = path / f"{number:04d}-{name}.png" if args.examples else path
             write_figure(example_figure(row, dataset, strips, no_gate), path)
             if not args.json:
                 print(f"picture: {path}")
+    sections = [(row, datasets[row.record.dataset], strips) for row, strips in answered]
+    for path in (path for path in args.draw if path.suffix == ".html"):
+        write_whole(path, html.page(sections, no_gate))
+        if not args.json:
+            print(f"page: {path}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -246,20 +252,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = command.add_argument_group("output").add_argument
     add("--out", type=Path, metavar="FILE", help="the lines of JSON; default: they are printed")
     add("--json", action="store_true", help="print the JSON alone")
-    add("--draw", type=Path, metavar="FILE",
-        help="a picture (.png) of the image with its boxes, the text with its spans and the gates "
-             "token by token; with --examples a folder for one picture each")
+    add("--draw", type=Path, nargs="+", metavar="FILE", default=(),
+        help="a page with the image and its boxes, the text and its spans, and the gates token by "
+             "token: a .png file (with --examples a folder for one each), a .html file that needs "
+             "no other (with --examples one for all), or both")
     args = command.parse_args(argv)
-    has_text, draw = args.text is not None, args.draw
+    has_text = args.text is not None
     idle = [name for name in ("image", "objects", "head", "tail") if getattr(args, name)]
-    misnamed = draw and (draw.suffix != ".png" or draw.is_dir() if has_text else draw.is_file())
+    misnamed = [path for path in args.draw if (
+        path.suffix not in (".png", ".html") or path.is_dir() if has_text else
+        path.is_dir() if path.suffix == ".html" else path.is_file())]
+    misnamed = misnamed and str(misnamed[0])
     for wrong, problem in (
             (has_text == (args.examples is not None), "give either --text or --examples"),
             (not has_text and idle, f"--{' --'.join(idle)} would do nothing without --text"),
             (has_text and not args.task, "--text needs --task mner, mre, med or meae"),
             (args.objects and not args.image, "--objects are boxes in an image; add --image"),
-            (has_text and misnamed, f"--draw {draw}: name a .png file"),
-            (misnamed, f"--draw {draw}: name a folder for --examples")):
+            (has_text and misnamed, f"--draw {misnamed}: name a .png file (or a .html file)"),
+            (misnamed, f"--draw {misnamed}: name a folder for --examples (or a .html file)")):
         if wrong:
             command.error(problem)
     carry_out(run, args)

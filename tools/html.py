@@ -17,7 +17,7 @@ from tools.page import (PLACE_COLOURS, TASK, UNIVERSAL, Place, Strip, answer_lin
                         strip_words, title_of, whole_image, words_and_labels)
 
 MOST_PIXELS = 1200  # of the longer side of a picture in the file
-SIDE, TALL, LETTER = 400, 520, 13  # CSS pixels: of a picture in a wide window, of its labels
+SIDE, TALL, WIDE, LETTER = 400, 520, 700, 13  # CSS pixels: of a picture, of its labels
 LEAST = 150  # CSS pixels: least width and height of the space for its labels
 
 HEAD = """<!DOCTYPE html>
@@ -54,7 +54,7 @@ ul { list-style: none; padding: 0; overflow-wrap: anywhere }
   text-align: center; vertical-align: top; margin-right: 1px; white-space: pre }
 .bar b::before { content: ""; position: absolute; left: 0; right: 0; top: 50%%;
   border-top: 1px dotted #000 }
-.bar b { display: block; position: relative; height: 44px; padding-top: 26px; box-sizing: border-box;
+.bar b { display: block; position: relative; height: 44px; box-sizing: border-box; padding-top: 26px;
   font-weight: normal; font-size: 12px; line-height: 18px }
 @media (max-width: 700px) { figure { float: none; margin-right: 0 } body { padding: 14px 12px } }
 @media print { section { break-inside: avoid } }
@@ -130,38 +130,34 @@ def picture(row: Row, answer: Sequence[Place]) -> str:
     image = load_image(row.record.image)
     width, height = image.size
     wide = width >= 2 * height
-    scale = min((900 if wide else SIDE) / width, (300 if wide else TALL) / height)
+    scale = min((WIDE if wide else SIDE) / width, (SIDE if wide else TALL) / height)
     w, h = width * scale, height * scale
     space = max(w, LEAST), max(h, LEAST)
-    letter = LETTER * (1.5 if wide else 1)
+    letter = LETTER * (1.4 if wide else 1)
     told, edge = whole_image(answer)
-    shapes, taken = [], []
-    for box, lines, colour, named in drawn_boxes(row.record, answer):
-        x1, y1, x2, y2 = (value * scale for value in box)
-        size = (0.64 * letter * max(map(len, lines)) + 8, 1.25 * letter * len(lines) + 4)
+    frames, labels, taken = [], [], []
+    for box in drawn_boxes(row.record, answer):
+        x1, y1, x2, y2 = (value * scale for value in box.box)
+        size = (0.64 * letter * max(map(len, box.lines)) + 8, 1.25 * letter * len(box.lines) + 4)
         x, y = label_place(size, (x1, y1, x2, y2), taken, space)
         taken.append((x, y, x + size[0], y + size[1]))
-        shapes.append(shape((x1, y1, x2, y2), taken[-1], lines, colour, 3 if named else 1.5,
-                            letter))
+        frames.append(frame((x1, y1, x2, y2), box.colour, "none", 3 if box.named else 1.5))
+        if not (x <= x2 and x1 <= taken[-1][2] and y <= y2 and y1 <= taken[-1][3]):
+            frames.append(f'<path d="M{x:.1f} {y:.1f}L{x1:.1f} {y1:.1f}" stroke="{box.colour}"/>')
+        labels.append(frame(taken[-1], "none", box.colour, 0))
+        labels += [f'<text x="{x + 4:.1f}" y="{y + 1.25 * letter * (k + 0.82):.1f}" fill="'
+                   f'{box.ink}">{escape(line)}</text>' for k, line in enumerate(box.lines)]
     pixels = "image-rendering:pixelated" if width < w else ""
     whole = f"<figcaption>{escape(told)}</figcaption>" if told else ""
     return (f'<figure{" class=wide" if wide else ""} style="width:{space[0]:.0f}px"><svg viewBox="'
             f'-2 -2 {space[0] + 4:.1f} {space[1] + 4:.1f}" role="img" font-size="{letter}">\n'
             f'<image width="{w:.1f}" height="{h:.1f}" preserveAspectRatio="none" style="{pixels}" '
-            f'href="{inline(image)}"/>\n<rect width="{w:.1f}" height="{h:.1f}" fill="none" '
-            f'stroke="{edge}" stroke-width="{4 if told else 1}"/>\n{"".join(reversed(shapes))}'
-            f"</svg>{whole}</figure>\n")
+            f'href="{inline(image)}"/>{frame((0, 0, w, h), edge, "none", 4 if told else 1)}'
+            f'{"".join(reversed(frames))}{"".join(labels)}</svg>{whole}</figure>\n')
 
 
-def shape(box: Box, label: Box, lines: Sequence[str], colour: str, width: float,
-          letter: float) -> str:
-    """A box, its label, and a line between them where they stand apart."""
-    (x1, y1, x2, y2), (x, y, right, bottom) = box, label
-    apart = not (x <= x2 and x1 <= right and y <= y2 and y1 <= bottom)
-    line = f'<path d="M{x:.1f} {y:.1f}L{x1:.1f} {y1:.1f}" stroke="{colour}"/>' if apart else ""
-    texts = "".join(f'<text x="{x + 4:.1f}" y="{y + 1.25 * letter * (k + 0.82):.1f}" '
-                    f'fill="#fff">{escape(text)}</text>' for k, text in enumerate(lines))
-    return (f'<rect x="{x1:.1f}" y="{y1:.1f}" width="{x2 - x1:.1f}" height="{y2 - y1:.1f}" '
-            f'fill="none" stroke="{colour}" stroke-width="{width}"/>{line}<rect x="{x:.1f}" '
-            f'y="{y:.1f}" width="{right - x:.1f}" height="{bottom - y:.1f}" fill="{colour}"/>'
-            f"{texts}\n")
+def frame(box: Box, stroke: str, fill: str, width: float) -> str:
+    """A rectangle of SVG."""
+    x1, y1, x2, y2 = box
+    return (f'\n<rect x="{x1:.1f}" y="{y1:.1f}" width="{x2 - x1:.1f}" height="{y2 - y1:.1f}" '
+            f'stroke="{stroke}" fill="{fill}" stroke-width="{width}"/>')

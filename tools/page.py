@@ -35,8 +35,8 @@ SIDE, TALL, FLAT, LEAST = 2.9, 3.4, 2.3, 1.3  # most width and height of a pictu
 # that is wide and stands above the text; least side of the space for its labels
 CHAR, LINE = 13 / DPI, 0.2  # of matplotlib's monospaced font at 10 points, hinted at 150 DPI
 LEADING = 1.3  # from one line of the text to the next, in LINE
-BAR, NAME, HEAD = 0.3, 0.26, 0.25  # heights of a bar, of the names below, of a title above
-UNIVERSAL, TASK, PLACE_COLOURS = *COLOURS[:2], COLOURS[:6]
+BAR, NAME, HEAD, LEGEND = 0.3, 0.26, 0.25, 0.3  # heights: a bar, names below, a title above
+UNIVERSAL, TASK, PLACE_COLOURS, UNNAMED = *COLOURS[:2], COLOURS[:6], "#777777"
 TITLES = {"mner": "named entities", "mre": "relation of head and tail", "med": "events",
           "meae": "event arguments"}
 
@@ -170,8 +170,9 @@ def strip_rows(strip: Strip, width: float) -> list[list[tuple[float, float, str,
     return rows
 
 
-def draw_bars(ax: "Axes", bars: Sequence[tuple[float, float, str, float]], width: float) -> None:
+def draw_bars(ax: "Axes", bars: Sequence[tuple[float, float, str, float]]) -> None:
     """A bar per token: below the task expert's share, above it the universal expert's."""
+    ax.set(ylim=(0, 1))
     at, widths, names, gates = zip(*bars)
     options = {"align": "edge", "linewidth": 0}
     thin = [cell - 0.015 for cell in widths]
@@ -182,8 +183,6 @@ def draw_bars(ax: "Axes", bars: Sequence[tuple[float, float, str, float]], width
         ax.text(x + cell / 2, 0.06, text, fontsize=6.5, ha="center", color=colour)
         ax.text(x + cell / 2, -0.12, name, fontsize=8, ha="center", va="top", family="monospace")
     ax.plot([0, at[-1] + thin[-1]], [0.5, 0.5], color="black", linewidth=0.8, linestyle=":")
-    ax.set(xlim=(0, width), ylim=(0, 1))
-    ax.axis("off")
 
 
 Word = tuple[int, str, list[Place], bool]  # column, text, spans it is in, whether it is a label
@@ -241,6 +240,11 @@ class DrawnBox(NamedTuple):
     colour: str
     named: bool  # whether the answer names it
 
+    @property
+    def ink(self) -> str:
+        """What can be read on its colour."""
+        return "white" if self.colour in (PLACE_COLOURS[0], UNNAMED) else "black"
+
 
 def drawn_boxes(record: Record, answer: Sequence[Place]) -> list[DrawnBox]:
     """The boxes of an image, those first that the answer names."""
@@ -248,7 +252,7 @@ def drawn_boxes(record: Record, answer: Sequence[Place]) -> list[DrawnBox]:
     for k, box in enumerate(record.objects, 1):
         named = [place for place in answer if place.item.object == k and place.item.box]
         boxes.append(DrawnBox(box, [f"O{k}", *(place.label for place in named)],
-                              PLACE_COLOURS[named[0].colour] if named else "#777777", bool(named)))
+                              PLACE_COLOURS[named[0].colour] if named else UNNAMED, bool(named)))
     return sorted(boxes, key=lambda box: not box.named)
 
 
@@ -263,26 +267,26 @@ def draw_image(ax: "Axes", image: Image, boxes: Sequence[DrawnBox], whole: tuple
     """The image with its numbered boxes and what the answer says of them, in image pixels; each
     label stands where it covers no earlier one.  The axes may be wider or taller than the image."""
     from matplotlib.patches import Rectangle
-    pixel = (ax.get_xlim()[1] - ax.get_xlim()[0]) / ax.bbox.width  # one of the page
     space = ax.get_xlim()[1], ax.get_ylim()[0]
+    pixel = space[0] / ax.bbox.width  # one of the page, in those of the image
     ax.imshow(image, extent=(0, image.width, image.height, 0), aspect="auto")
     ax.set(xlim=(0, space[0]), ylim=(space[1], 0))
-    ax.axis("off")
     told, colour = whole
     ax.add_patch(Rectangle((0, 0), *image.size, fill=False, edgecolor=colour, clip_on=False,
                            linewidth=4 if told else 0.8))
     ax.text(0, image.height + 8 * pixel, told, fontsize=9, va="top")
     taken: list[Box] = []
-    for (x1, y1, x2, y2), lines, colour, named in boxes:
-        width, above = (2.5, 3) if named else (1, 2)
+    for box in boxes:
+        (x1, y1, x2, y2), colour = box.box, box.colour
+        width, above = (2.5, 3) if box.named else (1, 2)
         ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour,
                                linewidth=width, zorder=above))
-        label = ax.text(0, 0, "\n".join(lines), fontsize=8, color="white", va="top",
-                        zorder=above + 2, bbox={"facecolor": colour, "pad": 1.5,
+        label = ax.text(0, 0, "\n".join(box.lines), fontsize=8, color=box.ink, va="top",
+                        zorder=5, bbox={"facecolor": colour, "pad": 1.5,
                                                 "edgecolor": "none"})
         extent = label.get_window_extent().padded(3)
         w, h = extent.width * pixel, extent.height * pixel
-        x, y = label_place((w, h), (x1, y1, x2, y2), taken, space)
+        x, y = label_place((w, h), box.box, taken, space)
         label.set_position((x + 3 * pixel, y + 3 * pixel))
         taken.append((x, y, x + w, y + h))
         if not (x <= x2 and x1 <= x + w and y <= y2 and y1 <= y + h):
@@ -303,19 +307,13 @@ def label_place(size: tuple[float, float], box: Box, taken: Sequence[Box],
         iou((x, y, x + w, y + h), other) for other in taken)), corners[0])
 
 
-def example_figure(row: Row, dataset: Dataset, strips: Sequence[Strip],
-                   no_gate: str | None) -> "Figure":
-    """The page of an answer.  no_gate says why there are no strips, if it is known."""
-    from matplotlib import rc_context
-    with rc_context({"text.parse_math": False}):  # a $ in a text is a $
-        return draw_page(row, dataset, strips, no_gate)
-
-
 def title_of(record: Record) -> str:
+    """What is asked, above a page."""
     return f"{TITLES[record.task]}, by the labels of {record.dataset}"
 
 
 def expert_of(record: Record) -> str:
+    """The task expert that answers, in a legend."""
     return f"task expert {record.task if record.task in TASKS else 'mee'}"
 
 
@@ -327,12 +325,72 @@ def fitted(image: Image) -> tuple[float, float, bool]:
     return image.width * scale, image.height * scale, beside
 
 
+class Sheet:
+    """A figure, in inches from its top left corner."""
+
+    def __init__(self, height: float):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        self.height, self.figure = height, Figure((PAGE, height), dpi=DPI)
+        FigureCanvasAgg(self.figure)  # which can measure texts
+
+    def panel(self, x: float, y: float, w: float, h: float, right: float,
+              bottom: float) -> "Axes":
+        """Axes at a place, whose own units count to `right` and down to `bottom`."""
+        ax = self.figure.add_axes((x / PAGE, 1 - (y + h) / self.height, w / PAGE, h / self.height))
+        ax.set(xlim=(0, right), ylim=(bottom, 0))
+        ax.axis("off")
+        return ax
+
+    def write(self, x: float, y: float, text: str, **options: object) -> None:
+        self.figure.text(x / PAGE, 1 - y / self.height, text,
+                         **{"fontsize": 9, "va": "top", **options})
+
+
+Placed = tuple[float, float, Strip, list]  # x, y, and the rows of bars
+
+
+def place_strips(strips: Sequence[Strip], left: float, y: float,
+                 end: float) -> tuple[list[Placed], float]:
+    """(the strips from y on, to the right of `left` while they end above `end`, else in the whole
+    width; where they end).  A legend stands above the first."""
+    placed, above = [], LEGEND + HEAD
+    for strip in strips:
+        x, rows = left, strip_rows(strip, PAGE - MARGIN - left)
+        if y + above + len(rows) * (BAR + NAME) > end:
+            x, y, rows = MARGIN, max(y, end), strip_rows(strip, PAGE - 2 * MARGIN)
+        placed.append((x, y + above, strip, rows))
+        y, above = y + above + len(rows) * (BAR + NAME) + 0.06, HEAD
+    return placed, y
+
+
+def draw_strips(sheet: Sheet, placed: Sequence[Placed], record: Record) -> None:
+    """The legend, and each strip with its title."""
+    x, y = placed[0][0], placed[0][1] - HEAD - LEGEND
+    for dx, colour, name in ((0, TASK, expert_of(record)), (1.5, UNIVERSAL, "universal expert")):
+        sheet.write(x + dx, y, "\u25a0", color=colour, fontsize=11)
+        sheet.write(x + dx + 0.16, y, name)
+    for x, y, strip, rows in placed:
+        sheet.write(x, y - HEAD, strip.title, weight="bold")
+        sheet.write(x + 0.08 + 0.075 * len(strip.title), y - HEAD, strip_caption(strip),
+                    color="#444444", fontsize=8)
+        width = PAGE - MARGIN - x
+        for k, bars in enumerate(rows):
+            draw_bars(sheet.panel(x, y + k * (BAR + NAME), width, BAR, width, 1), bars)
+
+
+def example_figure(row: Row, dataset: Dataset, strips: Sequence[Strip],
+                   no_gate: str | None) -> "Figure":
+    """The page of an answer.  no_gate says why there are no strips, if it is known."""
+    from matplotlib import rc_context
+    with rc_context({"text.parse_math": False}):  # a $ in a text is a $
+        return draw_page(row, dataset, strips, no_gate)
+
+
 def draw_page(row: Row, dataset: Dataset, strips: Sequence[Strip],
               no_gate: str | None) -> "Figure":
     """As example_figure: everything is measured first, then set from the top down.  Strips stand
     beside the picture where they fit there, else below it."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     record, answer = row.record, places(row, dataset)
     spans = [place for place in answer if place.item.span]
     image, whole = load_image(record.image) if has_image(record) else None, whole_image(answer)
@@ -347,45 +405,16 @@ def draw_page(row: Row, dataset: Dataset, strips: Sequence[Strip],
     below = [line for text in answer_lines(row) for line in
              textwrap.wrap(text, width, subsequent_indent="  ")]
     tall = LINE * (LEADING * (len(lines) + 1) + len(below) + 0.9)
-    y, placed = top + tall, []
-    legend = HEAD * 1.2
-    for strip in strips:
-        rows, x = strip_rows(strip, PAGE - MARGIN - left), left
-        if y + legend + HEAD + len(rows) * (BAR + NAME) > end:
-            y, x = max(y, end), MARGIN
-            rows = strip_rows(strip, PAGE - 2 * MARGIN)
-        placed.append((x, y + legend, strip, rows))
-        y, legend = y + legend + HEAD + len(rows) * (BAR + NAME) + 0.06, 0
-    height = max(y + (0.3 if no_gate else 0), end) + MARGIN - GAP / 2
-    figure = Figure((PAGE, height), dpi=DPI)
-    FigureCanvasAgg(figure)  # which can measure texts
-
-    def panel(x: float, y: float, w: float, h: float) -> "Axes":
-        return figure.add_axes((x / PAGE, 1 - (y + h) / height, w / PAGE, h / height))
-
-    def write(x: float, y: float, text: str, **options: object) -> None:
-        figure.text(x / PAGE, 1 - y / height, text, **{"fontsize": 9, "va": "top", **options})
-
+    placed, y = place_strips(strips, left, top + tall, end)
+    sheet = Sheet(max(y + HEAD * bool(no_gate), end) + MARGIN - GAP / 2)
     if image:
-        ax = panel(MARGIN, MARGIN, *space)
-        ax.set(xlim=(0, space[0] * image.width / w), ylim=(space[1] * image.height / h, 0))
+        ax = sheet.panel(MARGIN, MARGIN, *space, space[0] * image.width / w,
+                         space[1] * image.height / h)
         draw_image(ax, image, drawn_boxes(record, answer), whole)
-    text = panel(left, top, width * CHAR, tall)
-    text.set(xlim=(0, width), ylim=(tall / LINE, 0))
-    text.axis("off")
-    draw_text(text, title_of(record), lines, spans, below)
+    draw_text(sheet.panel(left, top, width * CHAR, tall, width, tall / LINE), title_of(record),
+              lines, spans, below)
     if no_gate:
-        write(left, top + tall, f"no gates to draw: {no_gate}")
-    for x, y, strip, rows in placed:
-        write(x, y, strip.title, weight="bold")
-        write(x + 0.08 + 0.075 * len(strip.title), y, strip_caption(strip), color="#444444",
-              fontsize=8)
-        for k, bars in enumerate(rows):
-            draw_bars(panel(x, y + HEAD + k * (BAR + NAME), PAGE - MARGIN - x, BAR), bars,
-                      PAGE - MARGIN - x)
+        sheet.write(left, top + tall, f"no gates to draw: {no_gate}")
     if placed:
-        x, y = placed[0][0], placed[0][1] - HEAD
-        for dx, colour, name in ((0, TASK, expert_of(record)), (1.5, UNIVERSAL, "universal expert")):
-            write(x + dx, y, "\u25a0", color=colour, fontsize=11)
-            write(x + dx + 0.16, y, name)
-    return figure
+        draw_strips(sheet, placed, record)
+    return sheet.figure
