@@ -9,10 +9,14 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from PIL import Image
@@ -29,14 +33,16 @@ from data import Item
 from engine.checkpoints import read_state, write_state
 from engine.command import Parser
 from engine.corpus import load_corpus, load_datasets
+from engine.files import note
 from engine.schema import DataError, Dataset, Record
 from engine.processes import World
 from engine.settings import Config
 from evaluate import Answer, Counts, Row
 from fast.experts import FastExpertLinear
 from t5 import T5
-from tools import answer, check, convert, costs, export, plot, replay, routing
-from tools.answer import coloured, example_records
+from tools import (answer, check, convert, costs, export, extract, html, plot, replay, routing)
+from tools.answer import Extractor, coloured, example_records
+from tools.extract import Argument, Entity, Event, Relation, Span, Unplaced
 from tools.figures import DPI, write_figure
 from tools.page import PAGE, Strip, answer_lines, example_figure, places, token_strips
 from tools.plot import plot_curves, running_mean
@@ -593,3 +599,355 @@ def test_a_method_without_gate_says_so(small, method, egr, reason):
     layers = clorae.expert_layers(model).values()
     alive = [hasattr(layer, "W_g") and hasattr(layer, "A_T") for layer in layers]
     assert alive == [told is None] * len(layers)
+
+
+# ------------------------------------------------------------------------------------ from Python
+
+@pytest.fixture(scope="module")
+def extractor(finished: Path) -> Extractor:
+    return Extractor(finished)
+
+
+def told(extractor: Extractor, monkeypatch: pytest.MonkeyPatch, *answers: str) -> None:
+    """Let a model answer this from now on."""
+    def split(setup: object, examples: list, *_: object) -> list[Row]:
+        said = [Answer(text) for text in answers]
+        return evaluate.score_rows([e.record for e in examples], said, setup.datasets)
+
+    monkeypatch.setattr(extract, "evaluate_split", split)
+
+
+GIVEN = [*TYPED, "  Kim\t\tmet \n Bo .", "Bo's\u00a0caf\u00e9!!  (don't)", "'s 's n't don't'll",
+         "\U0001f468\u200d\U0001f469e\u0301  \u5b89\u500d", "'" * 5, " \n"]
+
+
+@pytest.mark.parametrize("text", GIVEN)
+def test_offsets_are_those_of_the_given_string(text):
+    """text[start:end] is the token, however the text is split; between tokens lie blanks alone."""
+    offsets = extract.word_offsets(text)
+    assert [text[start:end] for start, end in offsets] == answer.split_words(text)
+    ends = [0, *(end for _, end in offsets)]
+    starts = [*(start for start, _ in offsets), len(text)]
+    assert not "".join(text[end:start] for end, start in zip(ends, starts)).strip()
+    assert all(end <= start for end, start in zip(ends, starts))
+
+
+def test_entities_have_types_words_tokens_and_characters(extractor, monkeypatch):
+    """What the text lacks is named, not placed; the words are those of the given string."""
+    told(extractor, monkeypatch, "person, Kim Lee <spot> location, Bo <spot> person, Al <spot> x")
+    text = "So: Kim\n  Lee's in #Bo."
+    result = extractor.extract(text, dataset="demo_t17")
+    assert result.entities == (Entity("Kim\n  Lee", 4, 13, (2, 4), "person"),
+                               Entity("Bo", 20, 22, (7, 8), "location"))
+    assert all(text[e.start:e.end] == e.text for e in result.entities)
+    assert result.unplaced == (Unplaced("person", None, "Al"),) and result.malformed == 1
+    assert (result.task, result.dataset, result.events, result.relation, result.cut) == (
+        "mner", "demo_t17", (), None, False)
+    assert result.tokens == ("So", ":", "Kim", "Lee", "'s", "in", "#", "Bo", ".")
+    assert result.notes[0].startswith("unreadable in the output, 1 piece(s)")
+
+
+def test_events_have_triggers_and_arguments_in_words_and_pixels(extractor, folder, monkeypatch):
+    """med and meae, each by itself and joined: an event's arguments are with its trigger."""
+    image, boxes = folder / "images" / "a.png", [(1, 2, 9, 9), (3, 1, 19, 10)]
+    kim, attacked = Span("Kim", 0, 3, (0, 1)), Span("attacked", 4, 12, (1, 2))
+    arguments = (Argument("attacker", kim, None, None), Argument("target", None, 2, boxes[1]))
+    written = "attack, attacked <spot> meet, O0", ("attack <spot> attacker, Kim <spot> target, O2 "
+                                                   "<spot> target, O7 <asoc> transport <spot> "
+                                                   "vehicle, O1")
+    events = (Event("attack", attacked, False, ()), Event("meet", None, True, ()))
+    told(extractor, monkeypatch, written[0])
+    assert extractor.extract("Kim attacked.", image, "med", boxes).events == events
+    told(extractor, monkeypatch, written[1])
+    ride = Event("transport", None, False, (Argument("vehicle", None, 1, boxes[0]),))
+    result = extractor.extract("Kim attacked.", image, "meae", boxes)
+    assert result.events == (Event("attack", None, False, arguments), ride)
+    assert result.unplaced == (Unplaced("attack", "target", "O7"),)
+    told(extractor, monkeypatch, *written)
+    result = extractor.extract("Kim attacked.", image, "mee", boxes)
+    assert result.events == (Event("attack", attacked, False, arguments), events[1], ride)
+    assert result.answer == "\n".join(written) and result.task == "mee"
+
+
+def test_a_relation_has_its_head_and_tail(extractor, monkeypatch):
+    """Words that stand once, or the characters of words that stand twice."""
+    told(extractor, monkeypatch, "Kim <spot> peer <spot> Bo")
+    kim, text = Span("Kim", 0, 3, (0, 1)), "Kim met    Bo and Bo"
+    assert extractor.extract(text[:13], task="mre", head="Kim", tail="Bo").relation == Relation(
+        "peer", kim, Span("Bo", 11, 13, (2, 3)))
+    assert extractor.extract(text, task="mre", head="Kim", tail=(18, 20)).relation == Relation(
+        "peer", kim, Span("Bo", 18, 20, (4, 5)))
+    with pytest.raises(DataError, match=r"tail: expected words that stand once in the text, got "
+                       r"'Bo', which stands 2 times; .*\(start, end\): \(11, 13\), \(18, 20\)"):
+        extractor.extract(text, task="mre", head="Kim", tail="Bo")
+
+
+def test_the_command_says_that_an_ambiguous_word_stands_for_the_first(small, folder, capfd):
+    note.cache_clear()
+    record, = records_of(small, "--text", "Kim met Bo and Bo", "--task", "mre", "--head", "Kim",
+                         "--tail", "Bo")
+    assert record.tail == (2, 3)
+    assert "tail 'Bo' stands 2 times in the text; the first is taken" in capfd.readouterr().err
+
+
+def test_a_list_gets_the_answers_that_the_command_gives(finished, small, extractor, capsys):
+    """In batches, as one by one; gates, too."""
+    path = Path(small["data"]) / "demo_v1" / "test.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()][:5]
+    answer.main([str(finished), "--json", "--examples", str(path)])
+    lines = list(map(json.loads, capsys.readouterr().out.splitlines()))[:5]
+    words = {end: [" ".join(row["tokens"][slice(*row[end])]) for row in rows]
+             for end in ("head", "tail")}
+    given = {"text": [" ".join(row["tokens"]) for row in rows], **words,
+             "image": [path.parent / "images" / row["image"] for row in rows],
+             "objects": [row["objects"] for row in rows]}
+    results = extractor.extract(**given, task="mre", dataset="demo_v1")
+    assert [result.answer for result in results] == [line["answer"] for line in lines]
+    alone = [extractor.extract(**dict(zip(given, values)), task="mre", dataset="demo_v1")
+             for values in zip(*given.values())]
+    assert alone == results and extractor.extract([]) == []
+    answer.main([str(finished), "--text", "Kim", "--task", "mner", "--json"])
+    line = json.loads(capsys.readouterr().out)
+    assert extractor.extract("Kim", gates=True).gates == pytest.approx(line["gates"])
+
+
+def test_a_picture_in_memory_is_that_of_its_file(extractor, tmp_path):
+    """EXIF turns it, modes become RGB; nothing of the caller's picture changes."""
+    draw = numpy.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=numpy.uint8)
+    image, exif = Image.fromarray(draw), Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    image.convert("P").save(tmp_path / "palette.png", transparency=3)
+    image.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    Image.fromarray(draw[..., 0].astype("<u2") * 200).save(tmp_path / "grey16.png")
+    image.save(tmp_path / "plain.png")
+    sizes = {}
+    for path in sorted(tmp_path.glob("*.*")):
+        pictures = [path, Image.open(path)] + [draw] * (path.name == "plain.png")
+        with TemporaryDirectory() as folder:
+            rows = extract.as_rows({"text": ["Kim"] * len(pictures), "image": pictures,
+                                    "task": "med", "objects": [[(0, 0, 9, 9)]] * len(pictures),
+                                    "head": None, "tail": None, "dataset": None})
+            records = extract.given_records(rows, extractor.setup.datasets, Path(folder))
+            images = extract.GivenImages(extractor.setup.sources, extractor.tower, records, 16,
+                                         folder)
+            first, *others = map(images, records)
+        sizes[path.name] = records[-1].size
+        for tokens, boxes in others:
+            assert torch.equal(tokens, first[0]) and torch.equal(boxes, first[1]), path.name
+        assert pictures[1].size == (20, 12)
+    assert sizes.pop("turned.jpg") == (12, 20) and set(sizes.values()) == {(20, 12)}
+
+
+def test_a_file_that_has_changed_between_two_calls_is_read_again(extractor, tmp_path, monkeypatch):
+    seen, read = [], extract.GivenImages.__call__
+    monkeypatch.setattr(extract.GivenImages, "__call__", lambda self, record: seen.append(
+        read(self, record)) or seen[-1])
+    for colour in ("red", "blue"):
+        Image.new("RGB", (20, 10), colour).save(tmp_path / "a.png")
+        extractor.extract("Kim", tmp_path / "a.png")
+    assert not torch.equal(seen[0][0], seen[-1][0])
+
+
+RED = Image.new("RGB", (20, 10), "red")
+WRONG = [  # arguments of extract, what is said
+    ({"text": 3}, "text: expected a string or a list of them, got int"),
+    ({"text": ["Kim", 3]}, r"text\[1\]: text: expected a string, got int"),
+    ({"text": ""}, "tokens: .* is no text"), ({"text": "a\0b"}, "is no non-empty string without"),
+    ({"text": "Kim", "task": "ner"}, 'task: expected one of mner, .*, mee, got "ner"'),
+    ({"text": "Kim", "task": ["mner"]}, r"task: expected one of .*, got \["),
+    ({"text": "Kim", "dataset": "x"}, "dataset: expected one with the task mner, got 'x'; use"),
+    ({"text": "Kim", "task": "mee", "dataset": "demo_v1"}, "with the task med and meae"),
+    ({"text": "Kim", "image": "nowhere.png"}, "nowhere.png: expected a whole .* picture"),
+    ({"text": "Kim", "image": [RED]}, "image: expected a path, a PIL image or .*, got list"),
+    ({"text": "Kim", "image": numpy.zeros((4, 4, 3))}, r"got ndarray float64 \(4, 4, 3\)"),
+    ({"text": "Kim", "image": numpy.zeros((4, 4), numpy.uint8)}, r"got ndarray uint8 \(4, 4\)"),
+    ({"text": "Kim", "image": numpy.zeros((0, 4, 3), numpy.uint8)}, r"uint8 \(0, 4, 3\)"),
+    ({"text": "Kim", "image": RED, "objects": [1, 2, 3, 4]}, "objects: expected a list of boxes"),
+    ({"text": "Kim", "image": RED, "objects": [(0, 0, 30, 5)]}, "0 <= x1 < x2 <= 20"),
+    ({"text": "Kim", "image": RED, "objects": [(0, 0, float("nan"), 5)]}, "is no box"),
+    ({"text": "Kim", "image": RED, "objects": [(0, 0, True, 5)]}, "is no box"),
+    ({"text": "Kim", "objects": [(0, 0, 3, 5)]}, "objects: .* needs an image: name it"),
+    ({"text": "Kim", "head": "Kim"}, "head: expected words of the text with task mre and None"),
+    ({"text": "Kim met Bo", "task": "mre", "head": "Kim"}, "tail: expected .*, got null with mre"),
+    ({"text": "Kim met Bo", "task": "mre", "head": "Al", "tail": "Bo"}, "head: .*'Al', which is"),
+    ({"text": "Kim met Bo", "task": "mre", "head": (0, 2), "tail": "Bo"},
+     r"head: expected words of the text, or the characters \(start, end\) .*begin at \[0, 4, 8\]"),
+    ({"text": ["a", "b"], "image": [None]}, "image: expected a list of 2, .*, got 1; give as many"),
+    ({"text": ["a", "b"], "image": RED}, "image: expected a list of 2, .*, got one Image"),
+    ({"text": ["a", "b"], "task": ["mner"]}, "task: expected a list of 2, one for each text")]
+
+
+@pytest.mark.parametrize("arguments, problem", WRONG)
+def test_what_cannot_be_read_is_refused_with_the_reason(extractor, arguments, problem):
+    with pytest.raises(DataError, match=problem):
+        extractor.extract(**arguments)
+
+
+def test_every_wrong_example_of_a_list_is_named(extractor):
+    with pytest.raises(DataError, match=r"(?s)2 problem.*text\[0\]: image: .*text\[2\]: tokens"):
+        extractor.extract(["Kim", "Kim", ""], [3, RED, None])
+
+
+def test_a_half_picture_that_pil_has_opened_is_refused(extractor, tmp_path):
+    RED.resize((200, 200)).save(tmp_path / "a.jpg")
+    (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:-300])
+    with pytest.raises(DataError, match="image: expected a whole picture, got OSError"):
+        extractor.extract("Kim", Image.open(tmp_path / "a.jpg"))
+
+
+def test_what_the_model_does_not_see_is_noted(extractor):
+    """A text too long, characters without a piece, objects beyond the most."""
+    boxes = [(0, 0, 9, 9)] * (extractor.setup.config.max_objects + 1)
+    result = extractor.extract("Kim \u5b89 " + "x y z " * 400, RED, objects=boxes)
+    assert re.match(r"the model read \d+ of 1202 tokens", result.notes[-3])
+    assert result.notes[-2:] == ("the tokenizer lacks characters of it",
+                                 "the model saw 16 of 17 objects")
+
+
+@pytest.mark.parametrize("options, problem", [
+    ({"impl": "quick"}, "impl: expected one of auto, plain, fast, cuda, got 'quick'; correct it"),
+    ({"weights": "int4"}, "weights: expected stored or int8, got 'int4'"),
+    ({"beams": 0}, "beams: expected a whole number from 1, got 0"),
+    ({"batch_size": 2.0}, "batch_size: expected a whole number from 1, got 2.0"),
+    ({"device": "tpu"}, "device: expected cpu, or cuda where there is a GPU, got 'tpu' .*; name"),
+    ({"vit": "nowhere"}, "nowhere")])
+def test_what_cannot_be_loaded_is_refused_with_the_reason(finished, options, problem):
+    with pytest.raises(ValueError, match=problem):
+        Extractor(finished, **options)
+
+
+def test_an_exported_adapter_reads_as_its_run_does(finished, small, extractor, tmp_path, capsys,
+                                                   monkeypatch):
+    """It brings its labels, and is told where the backbone lies: by name, or below this code."""
+    export.main([str(finished), "--out", str(tmp_path / "adapter")])
+    wanted = extractor.extract("Kim met Bo", RED, "med", gates=True)
+    adapter = Extractor(tmp_path / "adapter", t5=small["t5"], vit=Path(small["vit"]), beams=2,
+                        weights="int8", device="cpu")
+    assert adapter.decoding.beams == 2 and adapter.decoding.weights == "int8"
+    adapter = Extractor(tmp_path / "adapter", t5=small["t5"], vit=Path(small["vit"]))
+    assert adapter.extract("Kim met Bo", RED, "med", gates=True) == wanted
+    monkeypatch.setattr(extract, "read_state", lambda path: {
+        "t5": "weights/t5", "vit": "/nowhere", "config": {"data": None}})
+    (tmp_path / "weights" / "t5").mkdir(parents=True)
+    (tmp_path / "data" / "demo").mkdir(parents=True)
+    monkeypatch.setattr(extract, "ROOT", tmp_path)
+    monkeypatch.chdir(finished)
+    assert extract.beside_the_code(finished) == {"t5": f"{tmp_path}/weights/t5",
+                                                 "data": f"{tmp_path}/data/demo"}
+
+
+def test_a_run_without_gates_says_so_where_they_are_asked_for(extractor, monkeypatch):
+    monkeypatch.setattr(extractor, "no_gate", "method lora, which has none")
+    with pytest.raises(ValueError, match="gates: expected a run with a gate .*, got method lora"):
+        extractor.extract("Kim", gates=True)
+
+
+LOAD = 'import runpy; Extractor = runpy.run_path("%s")["Extractor"]' % (ROOT / "tools" / "load.py")
+THEIRS = 'import data, tools, evaluate; assert {m.NAME for m in (data, tools, evaluate)} == {1}'
+USE = 'print(Extractor(RUN).extract("Kim").task); assert "engine" not in sys.modules'
+
+
+@pytest.mark.parametrize("lines", [(THEIRS, LOAD, USE, THEIRS), (LOAD, LOAD, THEIRS)])
+def test_another_folder_loads_it_beside_modules_of_the_same_names(finished, tmp_path, lines):
+    """Whichever comes first: nobody gets the other's data, tools or evaluate."""
+    for name in ("data", "tools", "evaluate"):
+        (tmp_path / f"{name}.py").write_text("NAME = 1\n")
+    (tmp_path / "program.py").write_text("\n".join([
+        f"import sys; before, RUN = list(sys.path), {str(finished)!r}", *lines,
+        "assert sys.path == before"]))
+    done = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, capture_output=True,
+                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "mner\n" * (USE in lines)
+
+
+@pytest.mark.parametrize("line", ["", "import data"])
+def test_somebody_else_s_module_in_the_place_of_ours_is_named(tmp_path, line):
+    """Before anything runs with it: already imported, or first on the path."""
+    (tmp_path / "data.py").touch()
+    program = (f"import sys; sys.path.append({str(ROOT)!r})\n{line}\n"
+               "from tools.answer import Extractor")
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True,
+                          text=True)
+    assert done.returncode == 1
+    assert (f"ImportError: import data: expected the module {ROOT}/data.py, got "
+            f"{tmp_path}/data.py; load this code as the head of {ROOT}/tools/load.py says"
+            ) in done.stderr
+
+
+# -------------------------------------------------------------------------------- the HTML page
+
+class Outline(HTMLParser):
+    """The tags of a page, which must close, and everything that leads out of it."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.open, self.tags, self.texts, self.outside = [], [], [], []
+        self.feed(page)
+        assert self.open == [], self.open
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        self.tags.append(tag)
+        if tag not in ("meta", "image", "rect", "path"):
+            self.open.append(tag)
+        self.outside += [value for name, value in attributes if name.startswith("on")
+                         or name in ("src", "href") and not value.startswith("data:image/")]
+
+    def handle_startendtag(self, tag: str, attributes: list) -> None:
+        self.handle_starttag(tag, attributes)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, text: str) -> None:
+        self.texts += [text.strip()] if text.strip() else []
+
+
+HOSTILE = ("<script>alert(1)</script>", "&amp;", '"onload="x', "</section>", "'", "\u5b89")
+
+
+def test_the_html_page_has_all_that_the_picture_has_and_nothing_from_outside(folder):
+    """Boxes with their labels, spans with theirs, lines of the answer, a bar for each token."""
+    row = row_of(*FOUND, image=str(folder / "images" / "a.png"))
+    outline = Outline(html.page([(row, MEE, STRIPS)], None))
+    assert not outline.outside and not {"script", "link", "iframe"} & set(outline.tags)
+    for text in ("O1", "O2", "O3", "target", "attacker", *answer_lines(row), "$5", "prompt"):
+        assert any(text in piece for piece in outline.texts), text
+    assert outline.tags.count("mark") == 2 and outline.tags.count("b") == len(STRIPS[0].gates)
+    written = [name for name, _ in texts_of(example_figure(row, MEE, STRIPS, None))]
+    assert {".50", ".90"} <= set(outline.texts) & set(written)
+
+
+def test_whatever_a_user_wrote_is_escaped(folder):
+    items = [Item("attack", "target", (0, 2), text="x"), Item("attack", "target", text=HOSTILE[0])]
+    row = row_of(*items, tokens=HOSTILE, image=str(folder / "images" / "a.png"), boxes=CROWD)
+    strips = [Strip("memory", "reading", list(HOSTILE), [0.5] * len(HOSTILE))]
+    page = html.page([(row, MEE, strips), (row, MEE, [])], "no <gate>")
+    outline = Outline(page)
+    assert page.count("<script") == 0 and not outline.outside
+    assert outline.tags.count("section") == 2 and HOSTILE[0] in outline.texts
+    assert "no gates to draw: no <gate>" in outline.texts
+
+
+def test_spans_within_spans_and_whole_images_are_marked(folder):
+    items = [Item("attack", "target", (0, 3)), Item("meet", "who", (1, 2)),
+             Item("meet", "who", whole_image=True, object=0)]
+    row = row_of(*items, image=str(folder / "images" / "a.png"))
+    outline = Outline(html.page([(row, MEE, [])], None))
+    assert outline.tags.count("mark") == 2 and "O0, the whole image: meet:who" in outline.texts
+
+
+def test_the_command_draws_both_pages_and_one_html_file_for_many(finished, folder, capsys):
+    answer.main([str(finished), "--text", "Kim & <b>", "--task", "mner", "--draw",
+                 str(folder / "p.png"), str(folder / "p.html")])
+    assert f"picture: {folder}/p.png\npage: {folder}/p.html\n" in capsys.readouterr().out
+    assert size_of(folder / "p.png")[0] == WIDTH
+    outline = Outline((folder / "p.html").read_text())
+    assert "&" in " ".join(outline.texts) and "mean" in " ".join(outline.texts)
+    answer.main([str(finished), "--examples", str(folder / "rows.jsonl"), "--json", "--draw",
+                 str(folder / "all.html")])
+    assert Outline((folder / "all.html").read_text()).tags.count("section") == 4
+    with pytest.raises(SystemExit):
+        answer.main([str(finished), "--text", "x", "--task", "mner", "--draw", "a.png", "b.pdf"])
+    assert "--draw b.pdf: name a .png file (or a .html file)" in capsys.readouterr().err

@@ -54,8 +54,8 @@ ul { list-style: none; padding: 0; overflow-wrap: anywhere }
   text-align: center; vertical-align: top; margin-right: 1px; white-space: pre }
 .bar b::before { content: ""; position: absolute; left: 0; right: 0; top: 50%%;
   border-top: 1px dotted #000 }
-.bar b { display: block; position: relative; height: 44px; box-sizing: border-box; padding-top: 26px;
-  font-weight: normal; font-size: 12px; line-height: 18px }
+.bar b { display: block; position: relative; height: 44px; padding-top: 26px; font-weight: normal;
+  box-sizing: border-box; font-size: 12px; line-height: 18px }
 @media (max-width: 700px) { figure { float: none; margin-right: 0 } body { padding: 14px 12px } }
 @media print { section { break-inside: avoid } }
 </style>
@@ -86,15 +86,15 @@ def section(row: Row, dataset: Dataset, strips: Sequence[Strip], no_gate: str | 
 
 def marked(tokens: Sequence[str], spans: Sequence[Place]) -> str:
     """The words of a text; those of a span are coloured, with its label behind them."""
-    words = words_and_labels(tokens, spans)
-    pieces = []
-    for i, (word, inside, is_label) in enumerate(words):
-        before = words[i - 1] if i else ("", [], False)
-        opened = [span for span in inside if span not in before[1]] if not is_label else []
-        tags = "".join(f'<mark style="background:{PLACE_COLOURS[span.colour]}59">'
-                       for span in sorted(opened, key=lambda span: -span.item.span[1]))
-        label = f"<small>{escape(word)}</small></mark>"
-        pieces.append(label if is_label else f" {tags}{escape(word)}")
+    pieces, begun = [], set()
+    for word, inside, is_label in words_and_labels(tokens, spans):
+        if is_label:
+            pieces.append(f"<small>{escape(word)}</small></mark>")
+            continue
+        tags = [f'<mark style="background:{PLACE_COLOURS[span.colour]}59">'
+                for span in inside if id(span) not in begun]
+        begun |= set(map(id, inside))
+        pieces += [" ", *tags, escape(word)]
     return "".join(pieces).strip()
 
 
