@@ -575,7 +575,7 @@ def test_the_strips_are_the_gates_of_the_tokens_read_seen_and_written(setup, sma
     read = mean(r"encoder\.blocks", r"cross_attention\.v", last=S)
     n = S - len(strips[0].gates) + 1
     assert strips[0].gates == pytest.approx([sum(read[:n]) / n, *read[n:]], abs=1e-5)
-    assert strips[0].names[0] == f"prompt, {n} tokens" and strips[0].names[-1] == "</s>"
+    assert strips[0].names[0] == f"prompt ({n})" and strips[0].names[-1] == "</s>"
     assert "".join(strips[0].names[1:-1]).split() == list(records[0].tokens)
     assert strips[1].gates == pytest.approx(mean("vstack", last=3), abs=1e-5)
     assert strips[1].names == ["image", " O1", " O2"]

@@ -219,7 +219,7 @@ def run(args: argparse.Namespace, world: World) -> None:
         for path in (path for path in args.draw if path.suffix != ".html"):
             name = re.sub(r"[^A-Za-z0-9.]+", "-", row.record.id)[:80]
             path = path / f"{number:04d}-{name}.png" if args.examples else path
-            write_figure(example_figure(row, dataset, strips, no_gate), path)
+            write_figure(example_figure(row, dataset, strips, no_gate), path, photo=True)
             if not args.json:
                 print(f"picture: {path}")
     sections = [(row, datasets[row.record.dataset], strips) for row, strips in answered]

@@ -127,7 +127,7 @@ def token_strips(setup: Setup, example: Example, row: Row, features: Features,
     n = len(os.path.commonprefix([ids, tokenizer.encode(prefix)]))
     source, visual = means["memory"][-len(ids):], means.get("visual", [])  # concat: visual first
     names = ["image", *(f" O{k}" for k in range(1, len(visual)))]
-    read = [f"prompt, {n} tokens", *drawn(tokenizer, ids[n:])]
+    read = [f"prompt ({n})", *drawn(tokenizer, ids[n:])]
     strips = (Strip("memory", "reading the text", read, [fmean(source[:n]), *source[n:]]),
               Strip("visual", "looking at the picture", names, visual),
               Strip("target", "writing the answer", drawn(tokenizer, answer), means["target"]))
@@ -357,7 +357,7 @@ def place_strips(strips: Sequence[Strip], left: float, y: float,
     placed, above = [], LEGEND + HEAD
     for strip in strips:
         x, rows = left, strip_rows(strip, PAGE - MARGIN - left)
-        if y + above + len(rows) * (BAR + NAME) > end:
+        if y + above + len(rows) * (BAR + NAME) > end + GAP:
             x, y, rows = MARGIN, max(y, end), strip_rows(strip, PAGE - 2 * MARGIN)
         placed.append((x, y + above, strip, rows))
         y, above = y + above + len(rows) * (BAR + NAME) + 0.06, HEAD

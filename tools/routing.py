@@ -103,14 +103,17 @@ def plot_routing(rows: Sequence[Mapping], layers: Sequence[int] | None, path: Pa
     panels = {name: means for name, stacks in names.items()
               if (means := layer_means(shown, stacks.split()))}
     depth = len({row["layer"] for row in shown})
-    figure, axes = canvas(1.5 + (0.8 + 0.45 * len(columns)) * len(panels), 3 + 0.35 * depth,
-                          columns=len(panels))
+    beside = 2 if len(panels) == 4 else len(panels)  # panels in a row
+    figure, axes = canvas(1 + (0.7 + 0.42 * len(columns)) * beside,
+                          1.3 + (0.5 + 0.35 * depth) * len(panels) / beside,
+                          len(panels) // beside, beside)
     for ax, (name, means) in zip(axes, panels.items()):
         depths = sorted({layer for layer, _ in means})
         grid = [[means.get((layer, column), math.nan) for column in columns] for layer in depths]
         image = ax.imshow(grid, vmin=0, vmax=1, cmap="PuOr_r", aspect="auto")
         ax.set(title=name, yticks=range(len(depths)), yticklabels=[f"layer {i}" for i in depths])
-        ax.set_xticks(range(len(columns)), columns, rotation=50, ha="right", rotation_mode="anchor")
+        names = columns if ax in axes[-beside:] else [""] * len(columns)
+        ax.set_xticks(range(len(columns)), names, rotation=50, ha="right", rotation_mode="anchor")
         for i, values in enumerate(grid):
             for j, gate in enumerate(values):
                 ax.text(j, i, f"{gate:.2f}", ha="center", va="center", fontsize=8,
