@@ -7,7 +7,9 @@ computes the equations as the paper writes them: Eq. (8) in `forward`, Eq. (2) i
 github.com/huggingface/peft, the dense softmax router follows github.com/Ablustrund/LoRAMoE.  The
 methods that the paper compares with are variants of the same layer: a mixer between A and B
 (MoSLoRA, arXiv 2406.11909), or experts that a router weighs without knowing the task (LoRAMoE,
-arXiv 2312.09979).  docs/decisions.md lists the decisions where the paper is silent.
+arXiv 2312.09979).  So are two that it does not compare with: several B over one A, mixed by a
+router (HydraLoRA, arXiv 2404.19245) or by the task, which also has a matrix of its own between A
+and B (MTL-LoRA, arXiv 2410.09437).  docs/decisions.md lists where the paper is silent.
 
     paper symbol        name here     shape          meaning
     x_ij                x             [B,S,D_in]     token j of sample i
@@ -20,11 +22,15 @@ arXiv 2312.09979).  docs/decisions.md lists the decisions where the paper is sil
     h_ij                h             [B,S,D_out]    what the experts add, before the scale
     (MoSLoRA) W         M_U           [R,R]          mixer of the ranks between A and B
     (LoRAMoE) A_e, B_e  A_E, B_E      [E,R,D_in], [E,D_out,R]      experts; their W_g is [E,D_in]
+    (Hydra) A, B_i      A_U, B_E      [R,D_in], [E,D_out,R]        one A, E heads; W_g as LoRAMoE's
+    (MTL) Lambda_t, w_t L_T, w_T      [N,R,R], [N,E]               of each task; A, B_i as HydraLoRA's
     alpha / r           scale, s      scalar         alpha / R, for both experts
     (Ahn) sigma^2       rho           [D_out]        softplus(rho) + 0.1 = variance in L_MIM
+    (Ahn) mu            a_D, c_D, M_D [D_out], [D_out], [R,r]      of its mean: see `student`
 
 Shapes: B rows of the batch, S tokens of a row (source, target or visual ones), D_in and D_out the
-widths of one linear, R universal rank, r = floor(R / N) task rank, N tasks, E experts of LoRAMoE.
+widths of one linear, R universal rank, r = floor(R / N) task rank, N tasks, E experts of LoRAMoE or
+heads of HydraLoRA and MTL-LoRA.
 
 This file is the definition of the layer (`--impl plain`).  fast/experts.py computes the same
 without forming U and D, and fast/cuda.py on kernels; tests/test_experts.py holds all three equal.
@@ -39,9 +45,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-METHODS = ("clorae", "lora", "tlora", "moslora", "loramoe", "full")
+METHODS = ("clorae", "lora", "tlora", "moslora", "loramoe", "hydralora", "mtllora", "full")
+MEANS = ("identity", "affine", "map")  # readings of the student's mean in L_MIM
 RHO_INIT = math.log(math.expm1(0.9))  # softplus(RHO_INIT) + VARIANCE_FLOOR = 1
 VARIANCE_FLOOR = 0.1  # bounds L_MIM from below by ln(0.1) / 2
+TAU = 0.5  # temperature of MTL-LoRA's softmax; its authors' scripts have 0.1 and 0.8
 
 
 @dataclass(frozen=True)
@@ -53,13 +61,17 @@ class ExpertConfig:
     dropout: float = 0.1  # on the experts' input; the gate sees x undropped
     egr: bool = True  # experts-motivated gate router; without it h = U + D
     mim: bool = True  # give each layer the variance vector that L_MIM learns
+    mim_mean: str = "identity"  # one of MEANS: D, a D + c, or B_U M z_D, see ExpertLinear.student
     experts: int = 2  # E of LoRAMoE, each of rank R
+    heads: int = 3  # E of HydraLoRA and MTL-LoRA: B's of rank R over one A
     targets: tuple[str, ...] = ("q", "v")  # whole leaf names: "q" does not match proj_q
     modules: tuple[str, ...] = ("encoder", "decoder", "vstack")  # only linears inside one of these
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got '{self.method}'")
+        if self.mim_mean not in MEANS:
+            raise ValueError(f"mim_mean: expected one of {', '.join(MEANS)}, got '{self.mim_mean}'")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout: expected a number in [0, 1), got {self.dropout}")
 
@@ -154,7 +166,7 @@ class ExpertLinear(nn.Module):
     "visual"; routing.masks[stream] tells which are real.  Experts are fp32, whatever base is."""
     fixed_gates: tuple[float, float] | None = None  # (g1, g2) in place of Eq. (6); see `gates`
     keeps_outputs = False  # set by keep_outputs(model), cleared when the outputs are taken
-    outputs: tuple | None = None  # for L_MIM, of the last forward pass: (U, D)
+    outputs: tuple | None = None  # for L_MIM, of the last forward pass: (U, the student's mean)
 
     def __init__(self, base: nn.Linear, config: ExpertConfig, routing: Routing, stream: str):
         super().__init__()
@@ -184,11 +196,27 @@ class ExpertLinear(nn.Module):
             self.A_E, self.B_E, self.W_g = zeros(E, R, d_in), zeros(E, d_out, R), zeros(E, d_in)
             for A_e in (*self.A_E, self.W_g):
                 nn.init.kaiming_uniform_(A_e, a=math.sqrt(5))
+        if config.method in ("hydralora", "mtllora"):
+            self.A_U, self.B_E = zeros(R, d_in), zeros(config.heads, d_out, R)
+            nn.init.kaiming_uniform_(self.A_U, a=math.sqrt(5))
+        if config.method == "hydralora":
+            self.W_g = zeros(config.heads, d_in)
+            nn.init.kaiming_uniform_(self.W_g, a=math.sqrt(5))
+        if config.method == "mtllora":
+            self.L_T, self.w_T = zeros(N, R, R), zeros(N, config.heads)
+            nn.init.kaiming_uniform_(self.w_T, a=math.sqrt(5))
+            for L_n in self.L_T:
+                nn.init.eye_(L_n)
         if config.method == "clorae" and config.egr:
             self.W_g = zeros(2, d_in)  # both experts start at exactly one half
         if config.method == "clorae" and config.mim:
             self.rho = zeros(d_out)
             nn.init.constant_(self.rho, RHO_INIT)
+            if config.mim_mean == "affine":
+                self.a_D, self.c_D = zeros(d_out), zeros(d_out)
+                nn.init.ones_(self.a_D)
+            if config.mim_mean == "map":
+                self.M_D = zeros(R, R // N)  # as it is 0, the mean is, as far as U is at the start
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B,S,D_in] -> y [B,S,D_out]."""
@@ -212,6 +240,12 @@ class ExpertLinear(nn.Module):
             gates = self.gates(x).split(1, dim=-1)
             return sum(g * product(B, A, self.dropped(x))
                        for g, A, B in zip(gates, self.A_E, self.B_E))
+        if self.config.method == "hydralora":  # one dropout mask; its authors draw one for each B
+            gates, z = self.gates(x).split(1, dim=-1), product(self.A_U, self.dropped(x))
+            return sum(g * product(B, z) for g, B in zip(gates, self.B_E))
+        if self.config.method == "mtllora":
+            n = self.row_tasks(x)
+            return product(self.mixed_heads()[n], self.L_T[n], self.A_U, self.dropped(x))
         return self.universal_and_task(x)
 
     def universal_and_task(self, x: Tensor) -> Tensor:
@@ -221,17 +255,35 @@ class ExpertLinear(nn.Module):
         x = self.dropped(x)  # one mask for both experts; the gates have seen x without dropout
         U = product(self.B_U, self.A_U, x)  # Eq. (3)
         D = product(self.B_T[n], self.A_T[n], x)  # Eq. (4)
-        self.remember(U, D)  # Eq. (5) compares them: losses.mutual_information
+        self.remember(U, self.student(D, x, n))  # Eq. (5): losses.mutual_information
         if gates is None:
             return U + D
         g1, g2 = gates.split(1, dim=-1)  # each [B,S,1]
         h = g1 * U + g2 * D  # Eq. (7)
         return h
 
+    def student(self, D: Tensor, x: Tensor, n: Tensor) -> Tensor:
+        """The mean of Eq. (5)'s Gaussian for U, [B,S,D_out], from the task expert: by default D.
+
+        Ahn et al. put a learnt function there, the paper says nothing.  "affine": a * D + c with a
+        and c for each channel; "map": B_U M z_D, which takes the task's codes z_D = A_n x to
+        universal ones.  M is shared by the tasks: with one for each, C-LoRAE's parameters at large
+        would round to 40M, where the paper prints 39M."""
+        if hasattr(self, "a_D"):
+            return self.a_D * D + self.c_D
+        if hasattr(self, "M_D"):
+            return product(self.B_U.detach(), self.M_D, self.A_T[n], x)
+        return D
+
+    def mixed_heads(self) -> Tensor:
+        """MTL-LoRA's sum_i softmax(w_t / tau)_i B_i of every task t, [N,D_out,R]."""
+        shares = wide(self.w_T / TAU).softmax(dim=-1).to(self.B_E.dtype)
+        return torch.tensordot(shares, self.B_E, dims=1)
+
     def gates(self, x: Tensor) -> Tensor | None:
         """x [...,D_in] -> gates [...,2] >= 0 that sum to 1, in x's type; None without a router.
 
-        LoRAMoE's gates weigh its E experts: [...,E].  C-LoRAE's gates may be fixed to the same two
+        LoRAMoE's and HydraLoRA's gates weigh their E experts: [...,E].  C-LoRAE's gates may be fixed to the same two
         numbers for every token; only then can the layer be merged into one matrix."""
         if self.fixed_gates is not None and self.config.method == "clorae":
             return torch.stack([x.new_full(x.shape[:-1], g) for g in self.fixed_gates], dim=-1)
@@ -249,8 +301,8 @@ class ExpertLinear(nn.Module):
         return self.routing.tasks_of(len(x)).to(x.device)
 
     def remember(self, *outputs: Any) -> None:
-        """Keep U and D, or what fast/ computes in their place, if keep_outputs(model) has asked for
-        them and the layer takes part in L_MIM."""
+        """Keep U and the student's mean, or what fast/ computes in their place, if
+        keep_outputs(model) has asked for them and the layer takes part in L_MIM."""
         if self.keeps_outputs and self.training and hasattr(self, "rho"):
             self.outputs = outputs
 
@@ -271,10 +323,14 @@ class ExpertLinear(nn.Module):
         if hasattr(self, "W_g") and gates is None:
             raise ValueError("merge: expected fixed gates, got a live gate router, which "
                              "weighs each token anew; pass mean gates to merge approximately")
-        if gates is not None and self.config.method in ("lora", "tlora", "moslora"):
+        if gates is not None and self.config.method in ("lora", "tlora", "moslora", "mtllora"):
             raise ValueError(f"merge: expected no gates for {self.config.method}, whose one expert "
                              f"is always heard in full, got {tuple(gates)}; pass None")
         experts = list(zip(self.A_E, self.B_E)) if self.config.method == "loramoe" else []
+        if self.config.method == "hydralora":
+            experts = [(self.A_U, B) for B in self.B_E]
+        if self.config.method == "mtllora":
+            experts = [(self.L_T[task] @ self.A_U, self.mixed_heads()[task])]
         if self.config.has_universal:
             moslora = self.config.method == "moslora"
             experts.append((self.A_U, self.B_U @ self.M_U if moslora else self.B_U))
@@ -385,8 +441,9 @@ def take_outputs(model: nn.Module) -> list[tuple[ExpertLinear, tuple]]:
 
 
 def expert_outputs(model: nn.Module) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """What L_MIM, Eq. (5), needs of each layer that has seen tokens since keep_outputs: U and D
-    [B,S,D_out], the mask of the real tokens [B,S], and sigma^2 [D_out].  See take_outputs."""
+    """What L_MIM, Eq. (5), needs of each layer that has seen tokens since keep_outputs: U and the
+    student's mean, by default D, [B,S,D_out], the mask of the real tokens [B,S], and sigma^2
+    [D_out].  See take_outputs."""
     return [(*outputs, layer.routing.masks[layer.stream], variance(layer.rho))
             for layer, outputs in take_outputs(model)]
 
@@ -394,8 +451,8 @@ def expert_outputs(model: nn.Module) -> list[tuple[Tensor, Tensor, Tensor, Tenso
 def parameter_split(model: nn.Module) -> dict[str, int]:
     """Number of trainable parameters as {"experts", "gate", "mim", "visual", "backbone"}."""
     split = {"experts": 0, "gate": 0, "mim": 0, "visual": 0, "backbone": 0}
-    groups = {**dict.fromkeys(("A_U", "B_U", "A_T", "B_T", "A_E", "B_E", "M_U"), "experts"),
-              "W_g": "gate", "rho": "mim"}
+    groups = {**dict.fromkeys(("A_U", "B_U", "A_T", "B_T", "A_E", "B_E", "M_U", "L_T"), "experts"),
+              "W_g": "gate", "w_T": "gate", **dict.fromkeys(("rho", "a_D", "c_D", "M_D"), "mim")}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             path = name.split(".")

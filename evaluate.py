@@ -399,7 +399,8 @@ def build(config: Config, sources: Sources, device: torch.device) -> Setup:
                              f"checkpoint holds every weight, got method {method}; name one")
         load_trainables(model, sources.init)
     clorae.adapt(model, config.method, config.rank, TASKS, alpha=config.alpha,
-                 dropout=config.dropout, egr=config.egr, mim=config.uses_mim)
+                 dropout=config.dropout, egr=config.egr, mim=config.uses_mim,
+                 mim_mean=config.mim_mean)
     model.free_adapter(config.visual_policy)
     fast.speed_up(model.to(device), config.impl)
     model.t5.graphs = config.graphs

@@ -243,7 +243,7 @@ class Run:
             f1 = self.dev_f1()
         if config.aml:
             progress.weights = losses.achievement_weights(  # w_t^m of Eq. (9), for the next epoch
-                f1, self.reference, config.aml_margin, config.aml_gamma)
+                f1, self.reference, config.aml_margin, config.aml_gamma, config.aml_temperature)
         progress.history.append({"epoch": progress.epoch + 1, "step": progress.step, "f1": f1,
                                  "weights": progress.weights})
         before, total = (progress.best_sum, progress.best_step), sum(f1.values())

@@ -74,7 +74,7 @@ BOUNDS = (
     ("at least 1", lambda n: n >= 1,
      ("epochs", "steps", "batch", "micro_batch", "lr_epochs", "save_every")),
     ("at least 0", lambda n: n >= 0, ("max_objects", "backbone_steps", "beta", "aml_gamma")),
-    ("above 0", lambda n: n > 0, ("lr", "clip", "aml_margin")),
+    ("above 0", lambda n: n > 0, ("lr", "clip", "aml_margin", "aml_temperature")),
     ("in [0, 1)", lambda n: 0 <= n < 1, ("dropout", "backbone_dropout")))
 
 
@@ -121,7 +121,11 @@ class Config:
     aml: bool | None = option(None, "achievement weights, Eq. (9); default: clorae only", bool)
     beta: float = option(0.01, "weight of the mutual-information loss, Eq. (10)", float)
     aml_margin: float = option(1.05, "margin above the reference F1, Eq. (9)", float)
+    mim_mean: str = option("identity", "mean of the student's Gaussian, Eq. (5): the task expert's "
+                           "output D, 'affine' a D + c for each channel, or 'map' B_U M z_D from "
+                           "its codes", choices=("identity", "affine", "map"))
     aml_gamma: float = option(2.0, "exponent, Eq. (9)", float)
+    aml_temperature: float = option(1.0, "temperature of the softmax over Eq. (9)", float)
     aml_reference: str | None = option(None, "JSON file {unit: reference F1}, p_m of Eq. (9); "
                                        "default: the demo's own, or the paper's", metavar="FILE")
     out: str | None = option(None, "run folder; default: runs/DATA-SIZE-METHOD", metavar="DIR")
@@ -162,6 +166,9 @@ class Config:
             bad.append("--visual-policy other than train with --init RUN (a run of method full) "
                        f"and a method with experts, got --init {self.init}, --method "
                        f"{self.method}: a fresh adapter that is not trained shows nothing")
+        if self.mim_mean != "identity" and not self.uses_mim:
+            bad.append("--mim-mean other than identity with --method clorae, --mim and --beta above "
+                       f"0, got {self.mim_mean} in a run without the mutual-information loss")
         if bad:
             raise UsageError(f"expected {'; '.join(bad)}; correct the command line")
 

@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from clorae import ExpertLinear, Routing, expert_layers, take_outputs, variance, wide
+from clorae import ExpertLinear, Routing, expert_layers, product, take_outputs, variance, wide
 from fast.dropout import dropout_factors
 
 RMS_FLOOR = 1e-3  # as in losses.py
@@ -92,8 +93,8 @@ class FastExpertLinear(ExpertLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B,S,D_in], or real tokens [t,D_in] -> y in that shape."""
-        if self.config.method not in ("clorae", "tlora"):  # the others take tokens in any shape
-            return super().forward(x)
+        if self.config.method not in ("clorae", "tlora", "mtllora"):
+            return super().forward(x)  # which never asks for the task: tokens may be in any shape
         runs, tokens = token_runs(self.routing, x, self.stream), x.flatten(0, -2)
         y = self.base(tokens)
         y = self.adapted(y, tokens.to(y.dtype), runs)
@@ -105,6 +106,10 @@ class FastExpertLinear(ExpertLinear):
         Products with the universal expert take all tokens at once, those with the task experts one
         run at a time.  y is changed in place, which keeps the heap of a training step small."""
         tasks, sizes = zip(*runs)
+        if self.config.method == "mtllora":
+            z, B = self.dropped(x) @ self.A_U.to(x.dtype).T, self.mixed_heads()
+            return y.add_(self.scale * torch.cat([
+                product(B[n], self.L_T[n], z_n) for n, z_n in zip(tasks, z.split(sizes))]))
         gates = self.gates(x)
         s1, s2 = ((self.scale, self.scale) if gates is None
                   else (self.scale * gates).split(1, dim=-1))  # s g1 and s g2, [t,1]
@@ -195,7 +200,7 @@ def stream_moments(members: Sequence[tuple[ExpertLinear, Runs | Tensor, Tensor, 
     mask = layers[0].routing.masks[layers[0].stream]
     z_U, z_D = torch.stack(z_U), torch.stack(z_D)  # [L,t,R], [L,t,r]
     B_U = torch.stack([layer.B_U for layer in layers]).detach()  # [L,D_out,R]
-    B_D = torch.stack([layer.B_T for layer in layers], dim=1)  # [N,L,D_out,r]
+    z_D, B_D = student(layers, z_D, B_U)
     if isinstance(runs, Tensor):  # all tasks' experts as one
         z_D = spread(z_D, runs, len(B_D))
         B_D, sizes = torch.cat(B_D.unbind(), dim=-1)[None], (len(runs),)
@@ -216,6 +221,22 @@ def stream_moments(members: Sequence[tuple[ExpertLinear, Runs | Tensor, Tensor, 
         a = (a if real is None else a[:, real])[..., None]  # [L,t,1]
         distance = squared_distance(z_U, z_D, B_U, B_D, a, sizes)
         return distance, share.sum() / B, sigma2
+
+
+def student(layers: Sequence[ExpertLinear], z_D: Tensor, B_U: Tensor) -> tuple[Tensor, Tensor]:
+    """ExpertLinear.student of L layers as codes [L,t,k] and what takes them to outputs, of each
+    task, [N,L,D_out,k].  z_D [L,t,r]; B_U [L,D_out,R], without gradient."""
+    B_D = torch.stack([layer.B_T for layer in layers], dim=1)
+    if hasattr(layers[0], "a_D"):  # a D + c = [a B_n, c] [z_D ; 1]
+        a, c = (torch.stack([getattr(layer, name) for layer in layers])[..., None]
+                for name in ("a_D", "c_D"))  # [L,D_out,1]
+        B_D = torch.cat([a * B_D, c.expand(len(B_D), -1, -1, -1)], dim=-1)
+        z_D = F.pad(z_D, (0, 1), value=1.0)
+    if hasattr(layers[0], "M_D"):  # the up-projection is B_U, whatever the task
+        with torch.autocast(z_D.device.type, enabled=False):  # fp32 island
+            z_D = product(torch.stack([layer.M_D for layer in layers]), wide(z_D))
+        B_D = B_U.expand(len(B_D), -1, -1, -1)
+    return z_D, B_D
 
 
 def squared_distance(z_U: Tensor, z_D: Tensor, B_U: Tensor, B_D: Tensor, a: Tensor,

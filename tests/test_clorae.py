@@ -22,7 +22,10 @@ from vision import UMIE
 
 TASKS = ("mner", "mre", "mee")
 METHODS = [("clorae", {}), ("clorae", {"egr": False}), ("clorae", {"mim": False}), ("lora", {}),
-           ("tlora", {}), ("moslora", {}), ("loramoe", {}), ("loramoe", {"experts": 3})]
+           ("tlora", {}), ("moslora", {}), ("loramoe", {}), ("loramoe", {"experts": 3}),
+           ("hydralora", {}), ("hydralora", {"heads": 2}), ("mtllora", {}), ("mtllora", {"heads": 2}),
+           ("clorae", {"mim_mean": "affine"}), ("clorae", {"mim_mean": "map"})]
+MIM_ALONE = ("rho", "a_D", "c_D", "M_D")  # parameters that no output depends on
 B, S, D_IN, D_OUT, R, r, N = 5, 7, 24, 20, 9, 3, 3
 
 
@@ -36,7 +39,7 @@ def layer(method: str = "clorae", dtype: torch.dtype = torch.float32, awake: boo
     if awake:
         with torch.no_grad():
             for name, parameter in made.named_parameters():
-                if name in ("B_U", "B_T", "B_E", "W_g"):
+                if name in ("B_U", "B_T", "B_E", "W_g", "L_T", "w_T", "a_D", "c_D", "M_D"):
                     parameter.normal_(0, 0.3)
     return made.to(dtype)
 
@@ -45,8 +48,9 @@ def naive(m: ExpertLinear, x: Tensor, tasks: Tensor,
           drops: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Eq. (3), (4), (6)-(8) word for word, for one token after the other: y, U, D [B,S,D_out].
 
-    LoRAMoE: sum_e softmax(W_g x)_e B_e A_e x; MoSLoRA: B M A x.  drops: x under dropout, for all
-    experts, or for each of LoRAMoE's.
+    LoRAMoE: sum_e softmax(W_g x)_e B_e A_e x; MoSLoRA: B M A x; HydraLoRA: sum_i softmax(W_g x)_i
+    B_i A x; MTL-LoRA: sum_i softmax(w_t / tau)_i B_i Lambda_t A x.  drops: x under dropout, for
+    all experts, or for each of LoRAMoE's.
     """
     triples = [naive_token(m, x[i, j], int(tasks[i]), [drop[i, j] for drop in drops or [x]])
                for i in range(len(x)) for j in range(x.shape[1])]
@@ -63,6 +67,14 @@ def naive_token(m: ExpertLinear, x: Tensor, n: int, seen: list[Tensor]) -> list[
     if m.config.method == "loramoe":
         h = sum(g * (B @ (A @ drop)) for g, A, B, drop in zip(gates, m.A_E, m.B_E, 3 * seen))
         return [m.base.weight @ x + 2.0 * h, U, D]
+    if m.config.method == "hydralora":
+        h = sum(g * (B @ (m.A_U @ seen[0])) for g, B in zip(gates, m.B_E))
+        return [m.base.weight @ x + 2.0 * h, U, D]
+    if m.config.method == "mtllora":
+        powers = [torch.exp(w / 0.5) for w in m.w_T[n]]
+        h = sum(power / sum(powers) * (B @ (m.L_T[n] @ (m.A_U @ seen[0])))
+                for power, B in zip(powers, m.B_E))
+        return [m.base.weight @ x + 2.0 * h, U, D]
     if m.config.method == "moslora":
         return [m.base.weight @ x + 2.0 * (m.B_U @ (m.M_U @ (m.A_U @ seen[0]))), U, D]
     if m.config.has_universal:
@@ -77,6 +89,11 @@ def naive_mim(m: ExpertLinear, x: Tensor, tasks: Tensor, mask: Tensor) -> Tensor
     """Eq. (5) word for word: mean over samples of the Gaussian bound, U detached."""
     _, U, D = naive(m, x, tasks)
     U, total = U.detach(), x.new_zeros(())
+    if m.config.mim_mean == "affine":
+        D = torch.stack([a * D[..., k] + c for k, (a, c) in enumerate(zip(m.a_D, m.c_D))], dim=-1)
+    if m.config.mim_mean == "map":
+        D = torch.stack([torch.stack([m.B_U.detach() @ (m.M_D @ (m.A_T[n] @ token)) for token in row])
+                         for n, row in zip(tasks.tolist(), x)])
     variance = F.softplus(m.rho) + 0.1
     for i in range(len(x)):
         valid = mask[i]
@@ -131,7 +148,7 @@ def test_the_layer_equals_the_paper_equations_with_every_gradient(method, option
     m, (x, tasks, _) = layer(method, torch.float64, **options), inputs(torch.float64)
     x.requires_grad_()
     upstream = torch.randn(B, S, D_OUT, dtype=torch.float64)
-    wanted = [p for n, p in m.named_parameters() if p.requires_grad and n != "rho"] + [x]
+    wanted = [p for n, p in m.named_parameters() if p.requires_grad and n not in MIM_ALONE] + [x]
     expected = torch.autograd.grad((naive(m, x, tasks)[0] * upstream).sum(), wanted)
     y = run(m, x, tasks)
     got = torch.autograd.grad((y * upstream).sum(), wanted)
@@ -252,21 +269,56 @@ def test_mixed_batch_gradients_equal_any_micro_batch_split():
             torch.testing.assert_close(value, whole[name], rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.parametrize("mean", clorae.MEANS)
 @pytest.mark.parametrize("order", [[0, 0, 1, 2, 2], [2, 0, 2, 1, 0], [1, 1, 1, 1, 1]])
-def test_mim_equals_its_formula_with_every_gradient(order):
-    """Eq. (5) from what the layer keeps: tasks sorted, in runs that come twice, or absent."""
-    m, (x, _, mask) = layer(dtype=torch.float64).train(), inputs(torch.float64)
+def test_mim_equals_its_formula_with_every_gradient(order, mean):
+    """Eq. (5) from what the layer keeps: tasks sorted, in runs that come twice, or absent; under
+    every reading of the student's mean.  U's factors and the gate learn nothing from it."""
+    m, (x, _, mask) = layer(dtype=torch.float64, mim_mean=mean).train(), inputs(torch.float64)
     tasks = torch.tensor(order)
-    wanted = [m.A_T, m.B_T, m.rho]
-    x.requires_grad_()
+    wanted = [p for p in m.parameters() if p.requires_grad] + [x.requires_grad_()]
     expected_value = naive_mim(m, x, tasks, mask)
-    expected = torch.autograd.grad(expected_value, [*wanted, x])
+    expected = torch.autograd.grad(expected_value, wanted, allow_unused=True)
     run(m, x, tasks, mask)
     value = mim(m)
-    got = torch.autograd.grad(value, [*wanted, x])
+    got = torch.autograd.grad(value, wanted, allow_unused=True)
     torch.testing.assert_close(value, expected_value, rtol=1e-9, atol=1e-9)
+    named = dict(zip([n for n, p in m.named_parameters() if p.requires_grad], got))
+    assert {name for name, gradient in named.items() if gradient is None} == {
+        "A_U", "B_U", "W_g"} | ({"B_T"} if mean == "map" else set())
     for ours, reference in zip(got, expected):
-        torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-9)
+        assert (ours is None) == (reference is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("mean", clorae.MEANS)
+def test_every_mean_of_the_student_starts_finite_and_learns(mean):
+    """L_MIM is 0 at the start, where U and every mean are; once U is not, the mean's parameters
+    have a gradient.  "affine" starts as the identity, "map" at a mean of 0."""
+    m, (x, tasks, mask) = layer(mim_mean=mean, awake=False).train(), inputs()
+    run(m, x, tasks, mask)
+    assert mim(m).item() == pytest.approx(0, abs=1e-6)
+    nn.init.normal_(m.B_U, std=1e-3)
+    nn.init.normal_(m.B_T, std=1e-3)
+    run(m, x, tasks, mask)
+    (U, kept, *_), = clorae.expert_outputs(m)
+    D = naive(m, x, tasks)[2]
+    torch.testing.assert_close(kept, torch.zeros_like(D) if mean == "map" else D)
+    run(m, x, tasks, mask)
+    mim(m).backward()
+    for name in {"identity": ("B_T",), "affine": ("a_D", "c_D", "B_T"), "map": ("M_D",)}[mean]:
+        gradient = getattr(m, name).grad
+        assert torch.isfinite(gradient).all() and torch.count_nonzero(gradient) > 0, name
+
+
+def test_the_student_s_mean_is_for_training_alone():
+    """A layer without the variance, as an exported adapter builds it, has none of its numbers."""
+    m, (x, tasks, _) = layer(mim=False, mim_mean="map"), inputs()
+    assert not hasattr(m, "M_D")
+    run(m, x, tasks)
+    with pytest.raises(ValueError, match="mim_mean: expected one of identity, affine, map"):
+        layer(mim_mean="network")
 
 
 def test_mim_starts_at_zero_and_never_falls_below_its_floor():
@@ -377,11 +429,36 @@ def test_loramoe_draws_a_dropout_mask_for_each_expert():
     torch.testing.assert_close(y, naive(m, x, tasks, drops)[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["lora", "moslora", "loramoe"])
+@pytest.mark.parametrize("method", ["lora", "moslora", "loramoe", "hydralora"])
 def test_methods_without_task_experts_never_look_at_the_task(method):
     """Their rows give the same output whatever the task, announced or not."""
     m, (x, tasks, _) = layer(method), inputs()
     assert torch.equal(run(m, x, tasks), run(m, x, (tasks + 1) % N))
+
+
+def test_hydralora_with_equal_heads_is_plain_lora():
+    """Gates sum to 1, so that equal heads are one."""
+    x, tasks, _ = inputs()
+    m, plain = layer("hydralora"), layer("lora")
+    with torch.no_grad():
+        m.A_U.copy_(plain.A_U)
+        m.B_E.copy_(plain.B_U.expand_as(m.B_E))
+    torch.testing.assert_close(run(m, x, tasks), run(plain, x, tasks), rtol=1e-5, atol=1e-5)
+
+
+def test_mtllora_starts_as_its_authors_code_and_is_then_a_lora_of_each_task():
+    """Lambda_t = 1, B_i = 0, random w_t; with all w_t equal its heads count alike."""
+    m, (x, _, _) = layer("mtllora", awake=False), inputs()
+    assert torch.equal(m.L_T, torch.eye(R).expand(N, R, R)) and not m.B_E.any()
+    assert m.w_T.unique().numel() == 3 * N
+    m, plain = layer("mtllora"), layer("lora")
+    nn.init.zeros_(m.w_T)
+    for n in range(N):
+        with torch.no_grad():
+            plain.A_U.copy_(m.L_T[n] @ m.A_U)
+            plain.B_U.copy_(m.B_E.mean(dim=0))
+        tasks = torch.full((B,), n)
+        torch.testing.assert_close(run(m, x, tasks), run(plain, x, tasks), rtol=1e-5, atol=1e-5)
 
 
 def test_merging_needs_a_fixed_gate_and_then_is_exact():
@@ -393,12 +470,11 @@ def test_merging_needs_a_fixed_gate_and_then_is_exact():
     m.fixed_gates = (0.3, 0.7)
     y = run(m, x, torch.full((B,), 1))
     torch.testing.assert_close(x @ m.merged_weight(1, (0.3, 0.7)).T, y, rtol=1e-5, atol=1e-5)
-    for method in ("lora", "tlora", "moslora"):
+    for method in ("lora", "tlora", "moslora", "mtllora"):
         plain = layer(method)
         y = run(plain, x, torch.full((B,), 2))
         torch.testing.assert_close(x @ plain.merged_weight(2).T, y, rtol=1e-5, atol=1e-5)
-
-
+        torch.testing.assert_close(plain.as_lora(2)(x), y, rtol=1e-5, atol=1e-5)
         with pytest.raises(ValueError, match="expected no gates"):
             plain.merged_weight(2, (0.3, 0.7))
 
@@ -532,14 +608,16 @@ COUNTS = {("lora", ()): (14.942, 19.399, 38.797), ("tlora", ()): (14.709, 19.096
           ("clorae", ()): (29.826, 38.949, 77.898),
           ("clorae", ("egr",)): (29.709, 38.646, 77.292),
           ("clorae", ("mim",)): (29.768, 38.797, 77.595),
-          ("moslora", ()): (16.187, 20.005, 39.404), ("loramoe", ()): (30.001, 39.100, 78.201)}
+          ("moslora", ()): (16.187, 20.005, 39.404), ("loramoe", ()): (30.001, 39.100, 78.201),
+          ("hydralora", ()): (30.060, 39.252, 78.504), ("mtllora", ()): (33.621, 40.617, 79.415)}
 
 
 @pytest.mark.parametrize("size", GEOMETRIES)
 @pytest.mark.parametrize("method, without", COUNTS)
 def test_parameter_counts_equal_the_table_at_published_geometry(size, method, without):
     """76 / 148 / 148 wrapped linears; LoRA 2dr, task experts 2d*3*floor(r/3), gate 2d,
-    MIM d, MoSLoRA's mixer r^2, LoRAMoE two LoRAs and a router of 2d per linear, exactly."""
+    MIM d, MoSLoRA's mixer r^2, LoRAMoE two LoRAs and a router of 2d per linear, HydraLoRA and
+    MTL-LoRA one A, three B and a router of 3d or, per task, r^2 + 3 numbers, exactly."""
     d, layers, heads, d_ff, rank = GEOMETRIES[size]
     with torch.device("meta"):
         config = T5Config(vocab_size=32128, d_model=d, d_kv=64, d_ff=d_ff, num_layers=layers,
@@ -551,7 +629,8 @@ def test_parameter_counts_equal_the_table_at_published_geometry(size, method, wi
     assert linears == {"base": 76, "large": 148, "xl": 148}[size]
     universal, task = 2 * d * rank, 2 * d * 3 * (rank // 3)
     each = {"lora": universal, "tlora": task, "clorae": universal + task,
-            "moslora": universal + rank ** 2, "loramoe": 2 * universal + 2 * d}[method]
+            "moslora": universal + rank ** 2, "loramoe": 2 * universal + 2 * d,
+            "hydralora": 4 * d * rank + 3 * d, "mtllora": 4 * d * rank + 3 * rank ** 2 + 9}[method]
     if method == "clorae":
         each += 2 * d * ("egr" not in without) + d * ("mim" not in without)
     split = clorae.parameter_split(model)

@@ -30,7 +30,9 @@ from vision import UMIE
 
 TASKS = ("mner", "mre", "mee")
 METHODS = [("clorae", {}), ("clorae", {"egr": False}), ("clorae", {"mim": False}), ("lora", {}),
-           ("tlora", {}), ("moslora", {}), ("loramoe", {}), ("loramoe", {"experts": 3})]
+           ("tlora", {}), ("moslora", {}), ("loramoe", {}), ("loramoe", {"experts": 3}),
+           ("hydralora", {}), ("mtllora", {}), ("clorae", {"mim_mean": "affine"}),
+           ("clorae", {"mim_mean": "map"})]
 
 # name: (task of each row, real tokens of each row, S, D_in, D_out, R)
 CASES = {
@@ -96,7 +98,7 @@ def plain_layer(case: str, method: str = "clorae", dropout: float = 0.0,
     layer = ExpertLinear(nn.Linear(d_in, d_out, bias=False), config, Routing(TASKS), "memory")
     layer.base.requires_grad_(False)
     for name, parameter in layer.named_parameters():
-        if name in ("B_U", "B_T", "B_E", "W_g", "rho"):
+        if name in ("B_U", "B_T", "B_E", "W_g", "rho", "L_T", "w_T", "a_D", "c_D", "M_D"):
             nn.init.normal_(parameter, std=0.3)
     return layer.train()
 
@@ -403,7 +405,7 @@ def test_the_parts_of_a_layer_equal_it_for_rows_of_any_tasks(dtype, method, opti
     plain, given = plain_layer(case, method, **options).to(dtype).eval(), batch(case, dtype)
     plain.fixed_gates = gates
     layer = FAST(plain)
-    if method in ("moslora", "loramoe"):
+    if method in ("moslora", "loramoe", "hydralora", "mtllora"):
         assert layer.parts() is None
         return
     plain.routing.set(given.tasks), layer.routing.set(given.tasks)

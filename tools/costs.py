@@ -25,8 +25,10 @@ from vision import UMIE, ViT
 # flan-t5: model width D, feed-forward width, layers of the encoder and of the decoder, heads
 GEOMETRY = {"base": (768, 2048, 12, 12), "large": (1024, 2816, 24, 16), "xl": (2048, 5120, 24, 32)}
 # method as it is printed: options of clorae.adapt
-COSTED = {"full": {}, "lora": {}, "moslora": {}, "loramoe": {}, "clorae": {}, "tlora": {},
-          "clorae --no-egr": {"egr": False}, "clorae --no-mim": {"mim": False}}
+COSTED = {"full": {}, "lora": {}, "moslora": {}, "loramoe": {}, "hydralora": {}, "mtllora": {},
+          "clorae": {}, "tlora": {}, "clorae --no-egr": {"egr": False},
+          "clorae --no-mim": {"mim": False}, "clorae --mim-mean affine": {"mim_mean": "affine"},
+          "clorae --mim-mean map": {"mim_mean": "map"}}
 VISUAL_POLICIES = ("frozen", "paper", "train")  # of Config, each adding to the one before
 # Table 5 (arXiv 2505.06303v1, HTML): TP in millions, GFLOPs of fwd and of fwd + bwd.
 PAPER_COSTS = {
@@ -53,7 +55,8 @@ class FlopCounter:
     `backward` has one product for each gradient that is formed: that of a weight if it is trained,
     that of a linear's input if something below is trained.  `live` says of each token stream
     whether its hidden states need a gradient so far; so the walk follows the forward pass.  Experts
-    count in rank space, one task of N.  `trainable` is what clorae.parameter_split says."""
+    count in rank space, one task of N, and MTL-LoRA's B as one, since it mixes them once a batch.
+    `trainable` is what clorae.parameter_split says."""
 
     def __init__(self, model: nn.Module, source: float, target: float, visual: float):
         self.trainable = clorae.parameter_split(model)
@@ -102,10 +105,10 @@ class FlopCounter:
         """Count one linear with its experts; returns whether its output needs a gradient."""
         for name, weight in module.named_parameters():
             leaf = name.split(".")[-1]
-            if weight.dim() > 1:  # not the variance rho
-                shared = len(weight) if leaf in ("A_T", "B_T") else 1  # a row meets one task of N
-                product = 2 * tokens * weight.numel() / shared
-                below = live or leaf.startswith(("B", "M"))  # their input comes from a trained A
+            if weight.dim() > 1 and leaf not in ("w_T", "M_D"):  # which no token is multiplied by
+                single = leaf in ("A_T", "B_T", "L_T") or leaf == "B_E" and hasattr(module, "w_T")
+                product = 2 * tokens * weight.numel() / (len(weight) if single else 1)
+                below = live or leaf.startswith(("B", "M", "L"))  # their input: from a trained A
                 self.forward += product
                 self.backward += product * (weight.requires_grad + below)
         return live or any(weight.requires_grad for weight in module.parameters())

@@ -42,7 +42,7 @@ def adapter(args: argparse.Namespace) -> Export:
     checkpoint = find_checkpoint(args.checkpoint[0])
     state, corpus = read_state(checkpoint), args.data or corpus_of(stored_config(checkpoint))
     tensors = {name: tensor for name, tensor in load_file(checkpoint / "model.safetensors").items()
-               if not name.endswith(".rho")}
+               if name.split(".")[-1] not in ("rho", "a_D", "c_D", "M_D")}
     config = {**state["config"], "mim": False,
               **dict.fromkeys(("data", "t5", "vit", "init", "aml_reference"))}
 

@@ -106,7 +106,7 @@ def replay(job: Job, folder: Path) -> tuple[list[Path], list[str]]:
         raise UsageError(f"{newest}: expected a run that has finished an epoch, got none; "
                          "let it train on: its dev F1 is what is replayed")
     setting = {"reference": state["reference"], "margin": config.aml_margin,
-               "gamma": config.aml_gamma, "temperature": 1.0}
+               "gamma": config.aml_gamma, "temperature": config.aml_temperature}
     sizes = unit_rows(load_corpus(corpus, "train", list(history[0]["f1"])), load_datasets(corpus))
     rows = replayed_weights(history, variants(setting), sizes)
     save_csv(folder / "aml.csv", rows)
