@@ -23,7 +23,7 @@ and B (MTL-LoRA, arXiv 2410.09437).  docs/decisions.md lists where the paper is 
     (MoSLoRA) W         M_U           [R,R]          mixer of the ranks between A and B
     (LoRAMoE) A_e, B_e  A_E, B_E      [E,R,D_in], [E,D_out,R]      experts; their W_g is [E,D_in]
     (Hydra) A, B_i      A_U, B_E      [R,D_in], [E,D_out,R]        one A, E heads; W_g as LoRAMoE's
-    (MTL) Lambda_t, w_t L_T, w_T      [N,R,R], [N,E]               of each task; A, B_i as HydraLoRA's
+    (MTL) Lambda_t, w_t L_T, w_T      [N,R,R], [N,E]               a task's; A, B_i as HydraLoRA's
     alpha / r           scale, s      scalar         alpha / R, for both experts
     (Ahn) sigma^2       rho           [D_out]        softplus(rho) + 0.1 = variance in L_MIM
     (Ahn) mu            a_D, c_D, M_D [D_out], [D_out], [R,r]      of its mean: see `student`
@@ -216,7 +216,7 @@ class ExpertLinear(nn.Module):
                 self.a_D, self.c_D = zeros(d_out), zeros(d_out)
                 nn.init.ones_(self.a_D)
             if config.mim_mean == "map":
-                self.M_D = zeros(R, R // N)  # as it is 0, the mean is, as far as U is at the start
+                self.M_D = zeros(R, R // N)  # the mean begins at 0, as U does
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B,S,D_in] -> y [B,S,D_out]."""
@@ -283,8 +283,9 @@ class ExpertLinear(nn.Module):
     def gates(self, x: Tensor) -> Tensor | None:
         """x [...,D_in] -> gates [...,2] >= 0 that sum to 1, in x's type; None without a router.
 
-        LoRAMoE's and HydraLoRA's gates weigh their E experts: [...,E].  C-LoRAE's gates may be fixed to the same two
-        numbers for every token; only then can the layer be merged into one matrix."""
+        LoRAMoE's and HydraLoRA's gates weigh their E experts: [...,E].  C-LoRAE's gates may be
+        fixed to the same two numbers for every token; only then can the layer be merged into one
+        matrix."""
         if self.fixed_gates is not None and self.config.method == "clorae":
             return torch.stack([x.new_full(x.shape[:-1], g) for g in self.fixed_gates], dim=-1)
         if not hasattr(self, "W_g"):
@@ -451,8 +452,9 @@ def expert_outputs(model: nn.Module) -> list[tuple[Tensor, Tensor, Tensor, Tenso
 def parameter_split(model: nn.Module) -> dict[str, int]:
     """Number of trainable parameters as {"experts", "gate", "mim", "visual", "backbone"}."""
     split = {"experts": 0, "gate": 0, "mim": 0, "visual": 0, "backbone": 0}
-    groups = {**dict.fromkeys(("A_U", "B_U", "A_T", "B_T", "A_E", "B_E", "M_U", "L_T"), "experts"),
-              "W_g": "gate", "w_T": "gate", **dict.fromkeys(("rho", "a_D", "c_D", "M_D"), "mim")}
+    names = {"experts": "A_U B_U A_T B_T A_E B_E M_U L_T", "gate": "W_g w_T",
+             "mim": "rho a_D c_D M_D"}
+    groups = {name: group for group, leaves in names.items() for name in leaves.split()}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             path = name.split(".")

@@ -167,8 +167,8 @@ class Config:
                        f"and a method with experts, got --init {self.init}, --method "
                        f"{self.method}: a fresh adapter that is not trained shows nothing")
         if self.mim_mean != "identity" and not self.uses_mim:
-            bad.append("--mim-mean other than identity with --method clorae, --mim and --beta above "
-                       f"0, got {self.mim_mean} in a run without the mutual-information loss")
+            bad.append("--mim-mean other than identity with --method clorae, --mim and a --beta "
+                       f"above 0, got {self.mim_mean} in a run without that loss")
         if bad:
             raise UsageError(f"expected {'; '.join(bad)}; correct the command line")
 

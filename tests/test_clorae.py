@@ -23,8 +23,8 @@ from vision import UMIE
 TASKS = ("mner", "mre", "mee")
 METHODS = [("clorae", {}), ("clorae", {"egr": False}), ("clorae", {"mim": False}), ("lora", {}),
            ("tlora", {}), ("moslora", {}), ("loramoe", {}), ("loramoe", {"experts": 3}),
-           ("hydralora", {}), ("hydralora", {"heads": 2}), ("mtllora", {}), ("mtllora", {"heads": 2}),
-           ("clorae", {"mim_mean": "affine"}), ("clorae", {"mim_mean": "map"})]
+           ("hydralora", {}), ("hydralora", {"heads": 2}), ("mtllora", {}),
+           ("mtllora", {"heads": 2})]
 MIM_ALONE = ("rho", "a_D", "c_D", "M_D")  # parameters that no output depends on
 B, S, D_IN, D_OUT, R, r, N = 5, 7, 24, 20, 9, 3, 3
 
@@ -92,8 +92,9 @@ def naive_mim(m: ExpertLinear, x: Tensor, tasks: Tensor, mask: Tensor) -> Tensor
     if m.config.mim_mean == "affine":
         D = torch.stack([a * D[..., k] + c for k, (a, c) in enumerate(zip(m.a_D, m.c_D))], dim=-1)
     if m.config.mim_mean == "map":
-        D = torch.stack([torch.stack([m.B_U.detach() @ (m.M_D @ (m.A_T[n] @ token)) for token in row])
-                         for n, row in zip(tasks.tolist(), x)])
+        means = [m.B_U.detach() @ (m.M_D @ (m.A_T[n] @ x_j))
+                 for n, row in zip(tasks.tolist(), x) for x_j in row]
+        D = torch.stack(means).view_as(D)
     variance = F.softplus(m.rho) + 0.1
     for i in range(len(x)):
         valid = mask[i]

@@ -322,12 +322,21 @@ def test_a_download_that_fails_without_a_word_is_named_by_its_kind(tmp_path, mon
 @pytest.mark.parametrize("flag, value, rule", [
     ("--rank", "2", "at least 3"), ("--steps", "0", "at least 1"), ("--lr", "nan", "above 0"),
     ("--clip", "0", "above 0"), ("--aml-margin", "0", "above 0"), ("--beta", "-1", "at least 0"),
-    ("--aml-gamma", "-1", "at least 0"), ("--backbone-dropout", "1", r"in \[0, 1\)"),
-    ("--timeout", "0", "above 0")])
+    ("--aml-gamma", "-1", "at least 0"), ("--aml-temperature", "0", "above 0"),
+    ("--backbone-dropout", "1", r"in \[0, 1\)"), ("--timeout", "0", "above 0")])
 def test_a_number_that_cannot_work_is_refused_before_anything_is_computed(flag, value, rule):
     """Some would be found out an epoch later: Eq. (9) divides by the margin."""
     with pytest.raises(UsageError, match=f"{flag} {rule}, got {float(value):g}"):
         parse_arguments([flag, value])
+
+
+@pytest.mark.parametrize("flags", [["--method", "lora"], ["--no-mim"], ["--beta", "0"]],
+                         ids=" ".join)
+def test_a_mean_for_a_loss_that_is_not_there_is_refused(flags):
+    """Else a run would be named after a reading that it never tried."""
+    assert parse_arguments(["--mim-mean", "affine"])[0].mim_mean == "affine"
+    with pytest.raises(UsageError, match="--mim-mean other than identity with --method clorae"):
+        parse_arguments(["--mim-mean", "affine", *flags])
 
 
 def test_the_first_epoch_is_not_the_best_where_there_is_no_dev_split(command, corpus, tmp_path):
@@ -581,6 +590,8 @@ def test_hold_out_never_trains_on_what_it_tests():
 
 @pytest.mark.parametrize("flags", [["--method", "lora"], ["--method", "tlora"], ["--no-egr"],
                                    ["--method", "moslora"], ["--method", "loramoe"],
+                                   ["--method", "hydralora"], ["--method", "mtllora"],
+                                   ["--mim-mean", "affine", "--aml-temperature", "0.1"],
                                    ["--hold-out", "clean"],
                                    ["--method", "full"], ["--fusion", "concat"],
                                    ["--precision", "bf16"]], ids=" ".join)
