@@ -273,7 +273,7 @@ def runs(small, tmp_path_factory) -> Callable[..., Path]:
             flat = FlatParameters(setup.model, 1e-3)
             torch.manual_seed(3)
             for name, view in flat.views(flat.values).items():
-                if name.split(".")[-1] in ("B_U", "B_T", "B_E", "W_g", "M_U"):
+                if name.split(".")[-1] in ("B_U", "B_T", "B_E", "W_g", "M_U", "L_T", "w_T"):
                     view.normal_(std=0.2)
             flat.optimizer.step()
             write_checkpoint(folder, flat, {"config": asdict(config), "step": 1,
@@ -420,7 +420,7 @@ def test_the_folder_to_export_to_must_be_empty(runs, tmp_path, capsys):
 # ------------------------------------------------------------------------------------ LoRA for PEFT
 
 LORAS = {"clorae": {}, "clorae-plain": {"egr": False}, "lora": {}, "tlora": {}, "moslora": {},
-         "loramoe": {}}
+         "loramoe": {}, "hydralora": {}, "mtllora": {}}
 
 
 def export_task(run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> UMIE:
@@ -486,7 +486,7 @@ def test_the_exported_lora_merged_into_the_backbone_is_our_model_with_fixed_gate
 
 def test_lora_and_tlora_lose_nothing_by_the_export(runs, small, tmp_path, monkeypatch):
     """Without a gate the one LoRA is the layer itself, for the task's rows."""
-    for method in ("lora", "tlora", "moslora"):
+    for method in ("lora", "tlora", "moslora", "mtllora"):
         setup = load_model(runs(method), torch.device("cpu"))
         setup.model.eval()
         batch = batch_of(setup, small)

@@ -590,7 +590,9 @@ def test_the_strips_are_the_gates_of_the_tokens_read_seen_and_written(setup, sma
 @pytest.mark.parametrize("method, egr, reason", [
     ("lora", True, "method lora, which has none"), ("full", True, "method full, which has none"),
     ("clorae", False, "method clorae --no-egr, which has none"),
-    ("loramoe", True, "whose gate knows no task expert"), ("clorae", True, None)])
+    ("mtllora", True, "method mtllora, which has none"),
+    ("loramoe", True, "whose gate knows no task expert"),
+    ("hydralora", True, "whose gate knows no task expert"), ("clorae", True, None)])
 def test_a_method_without_gate_says_so(small, method, egr, reason):
     """What the settings say is true of the model's layers."""
     told = no_gate_reason(Config(method=method, egr=egr))

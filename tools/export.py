@@ -69,7 +69,7 @@ def adapter(args: argparse.Namespace) -> Export:
 
 def mean_gates(model: nn.Module, sums: Tensor) -> dict[str, tuple[float, ...]]:
     """{path: gates of a wrapped linear, averaged over the tokens of `gate_sums`}."""
-    means = (sums[:, 0, 1:3] / sums[:, 0, :1]).tolist()
+    means = (sums[:, 0, 1:-3] / sums[:, 0, :1]).tolist()
     return dict(zip(clorae.expert_layers(model), map(tuple, means), strict=True))
 
 

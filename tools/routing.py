@@ -31,7 +31,8 @@ from tools.figures import canvas, write_figure
 def no_gate_reason(config: Config) -> str | None:
     """Why a run has no gate between a universal and a task expert; None if it has one."""
     if config.method != "clorae" or not config.egr:
-        why = "whose gate knows no task expert" if config.method == "loramoe" else "which has none"
+        blind = config.method in ("loramoe", "hydralora")
+        why = "whose gate knows no task expert" if blind else "which has none"
         return f"method {config.method}{'' if config.egr else ' --no-egr'}, {why}"
 
 
@@ -51,10 +52,12 @@ def gates_on(model: nn.Module, batch: data.Batch, precision: str) -> dict[nn.Mod
 @torch.inference_mode()
 def gate_sums(model: nn.Module, examples: Sequence[Example], groups: Sequence[int],
               features: Features, decoding: Decoding, world: World) -> Tensor:
-    """Sums over valid tokens [layers, groups, 6] in float64, the same on every process, of 1, g1,
-    g2, g2 > .5, g2^2 and the entropy.  groups[i] is the group of example i."""
+    """Sums over valid tokens [layers, groups, 4 + E] in float64, the same on every process, of 1,
+    each of the E gates, g > .5 and g^2 of the last, which is C-LoRAE's task expert, and the
+    entropy.  groups[i] is the group of example i."""
     layers = list(clorae.expert_layers(model).values())
-    sums = torch.zeros(len(layers), max(groups) + 1, 6, dtype=torch.float64, device=world.device)
+    sums = torch.zeros(len(layers), max(groups) + 1, 4 + len(layers[0].W_g), dtype=torch.float64,
+                       device=world.device)
     group_of = {example.row: group for example, group in zip(examples, groups, strict=True)}
     lengths = [len(example.input_ids) for example in examples]
     for chosen in tqdm(deal(lengths, decoding.batch_size, world.rank, world.size), desc="routing",
@@ -62,9 +65,9 @@ def gate_sums(model: nn.Module, examples: Sequence[Example], groups: Sequence[in
         batch = data.collate([examples[i] for i in chosen], features, features.width)
         rows = torch.tensor([group_of[row] for row in batch.rows.tolist()], device=world.device)
         for layer, gates in gates_on(model, batch.to(world.device), decoding.precision).items():
-            g1, g2 = gates.double().unbind(dim=-1)
-            entropy = -(g1.xlogy(g1) + g2.xlogy(g2))
-            values = torch.stack([torch.ones_like(g2), g1, g2, g2 > 0.5, g2 * g2, entropy], dim=-1)
+            *_, g = each = gates.double().unbind(dim=-1)
+            entropy = -sum(gate.xlogy(gate) for gate in each)
+            values = torch.stack([torch.ones_like(g), *each, g > 0.5, g * g, entropy], dim=-1)
             valid = layer.routing.masks[layer.stream][..., None]
             sums[layers.index(layer)].index_add_(0, rows, (values * valid).sum(dim=1))
     return world.sum(sums)
