@@ -217,7 +217,7 @@ def occurrences(tokens: list[str], text: str) -> list[Span]:
 
 
 def predicted_items(record: Record, text: str, dataset: Dataset,
-                    triggers: dict[str, int] | None = None, cut: bool = False,
+                    triggers: dict[str, list[int]] | None = None, cut: bool = False,
                     written: Callable[[str], str] = canon) -> tuple[list[Item], int]:
     """What parse() returns for a model's output, with the spans and boxes of its items, and the
     words of a span as the record has them.
@@ -225,10 +225,12 @@ def predicted_items(record: Record, text: str, dataset: Dataset,
     The k-th entity or trigger of one label and text is the k-th occurrence of the text. The same
     word may trigger events of other types too; an entity of another type is an occurrence that no
     item has yet, if there is one. An argument is the occurrence nearest to its event's trigger,
-    each used once for a role. triggers: {event type: first token} as predicted for the same
-    sample; where it is unknown, the first occurrence is meant. written: Tokenizer.written, as
-    tokens are compared with what that tokenizer has decoded."""
+    each used once for a role. triggers: {event type: first tokens} as predicted for the same
+    sample; the k-th event of a type has the k-th of them, or the last. Where none is known, the
+    first occurrence is meant. written: Tokenizer.written, as tokens are compared with what that
+    tokenizer has decoded."""
     parsed, malformed = parse(record.task, text, dataset.labels[record.task], cut)
+    types = [group.partition("<spot>")[0].strip().lower() for group in text.split("<asoc>")]
     tokens, used, items = [], set(), []
     for item in parsed:
         if item.object is not None:                  # a number beyond the list has no box
@@ -237,7 +239,8 @@ def predicted_items(record: Record, text: str, dataset: Dataset,
                            whole_image=item.object == 0)
         elif item.text is not None:
             tokens = tokens or list(map(written, record.tokens))
-            trigger = (triggers or {}).get(item.label, 0) if item.role else 0
+            starts = (triggers or {}).get(item.label, [0]) if item.role else [0]
+            trigger = starts[min(types[:item.event].count(item.label), len(starts) - 1)]
             taken = {span for *_, span in used} if record.task == "mner" else ()
             unused = [span for span in occurrences(tokens, item.text)
                       if (item.event, item.label, item.role, span) not in used]

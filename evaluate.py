@@ -61,7 +61,8 @@ RULES = {
                "is predicted at all, an unreadable relation is no prediction, and P, R, F1 are "
                "rounded to 4 digits",
     "places": "the k-th item of one label and text is the text's k-th occurrence, words as the "
-              "tokenizer writes them; an argument is the occurrence nearest to its trigger",
+              "tokenizer writes them; an argument is the occurrence nearest to its trigger, the k-th "
+              "event of a type having the k-th trigger of that type",
     "accuracy": "relations answered right, none included, an unreadable answer read as none",
     "wrong type": "a gold and a predicted item at one place (equal spans, boxes at IoU >= "
                   f"{IOU_MATCH}, or the given pair) whose types or roles differ",
@@ -221,16 +222,16 @@ def score_rows(records: Sequence[Record], answers: Sequence[Answer],
     argument is mapped to its occurrence nearest to the trigger that the same run predicted for the
     same sentence-image pair, never to the gold trigger: triggers come first.  written: that of the
     tokenizer which decoded the answers, see data.predicted_items."""
-    rows, triggers = {}, defaultdict(dict)  # pair: {event type: start of its first trigger}
+    rows, triggers = {}, defaultdict(dict)  # pair: {event type: its triggers' starts}
     given = enumerate(zip(records, answers, strict=True))
     for i, (record, answer) in sorted(given, key=lambda entry: entry[1][0].task == "meae"):
         dataset, task, gold = datasets[record.dataset], record.task, data.gold_items(record)
-        starts = triggers[record.dataset, record.id.rsplit("/", 1)[0]]  # ids: PAIR/med, PAIR/meae
+        starts = triggers[record.dataset, record.id.removesuffix(f"/{task}")]  # PAIR/med, PAIR/meae
         items, malformed = data.predicted_items(record, answer.text, dataset, starts, answer.cut,
                                                 written)
         for item in items if task == "med" else ():
             if item.span:
-                starts.setdefault(item.label, item.span[0])
+                starts.setdefault(item.label, []).append(item.span[0])
         rows[i] = Row(record, dataset.units[task], answer, gold, items,
                       count(task, gold, items, malformed, int(answer.missing)),
                       details(task, gold, items, malformed))

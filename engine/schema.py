@@ -21,6 +21,8 @@ one JSON object on one line: the seven keys that every record has, and the gold 
 
 Spans are [start, end) in tokens, boxes are pixels. "object" is the 1-based number of the object
 that shows a gold box (IoU >= 0.5), null where none does. A sample without text has "tokens": [].
+Where the med record of a sample is NAME/med and its meae record NAME/meae, arguments of the answer
+are looked for near the triggers of the answer.
 Med and meae records may have one key more, "accepted": a list like "events", of events in the text
 alone that are right although they are not gold of the sample.
 """

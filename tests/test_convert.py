@@ -854,7 +854,7 @@ def test_the_ceiling_of_text_arguments(published: Path, known: bool, expected: f
     dataset, found, total = load_datasets(published)["m2e2_gold"], 0, 0
     for record in sentences.values():
         [one] = record.events
-        triggers = {one["type"]: one["trigger"][0]} if known else None
+        triggers = {one["type"]: [one["trigger"][0]]} if known else None
         back, _ = data.predicted_items(record, data.target(record), dataset, triggers)
         gold = Counter(item for item in data.gold_items(record) if item.span)
         found += (gold & Counter(back)).total()

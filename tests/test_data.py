@@ -540,9 +540,9 @@ def test_unknown_characters_stand_for_themselves_alone(
 def test_an_argument_is_the_occurrence_nearest_to_its_trigger() -> None:
     record = news("meae", "police met police before police fired")
     text = "attack <spot> attacker, police"
-    assert spans(record, text, NEWS, triggers={"attack": 5}) == [(4, 5)]
-    assert spans(record, text, NEWS, triggers={"attack": 1}) == [(0, 1)]
-    assert spans(record, text, NEWS, triggers={"phone write": 5}) == [(0, 1)]
+    assert spans(record, text, NEWS, triggers={"attack": [5]}) == [(4, 5)]
+    assert spans(record, text, NEWS, triggers={"attack": [1]}) == [(0, 1)]
+    assert spans(record, text, NEWS, triggers={"phone write": [5]}) == [(0, 1)]
     assert spans(record, text, NEWS) == [(0, 1)]
 
 

@@ -191,6 +191,12 @@ PERFECT = {
     "one argument, two events of one type and role": of_events(
         "Rebels shot and bombed the town", *(
             event("attack", (i, i + 1), [argument("target", span=(4, 6))]) for i in (1, 3))),
+    "two events of one type, each with its own argument of one word": of_events(
+        "he killed him and she killed him", *(event("attack", (i, i + 1), [
+            argument("target", span=(i + 1, i + 2))]) for i in (1, 5))),
+    "the first of two events of one type has no arguments": of_events(
+        "he killed and saw him when she killed him", event("attack", (1, 2)),
+        event("attack", (7, 8), [argument("target", span=(8, 9))])),
     "one entity of two types": [
         tweet("I love Liverpool !", [entity("location", 2, 3), entity("organization", 2, 3)])],
     "two entities of two types": [
@@ -205,6 +211,15 @@ def test_the_gold_answer_scores_100(records: list[Record]) -> None:
     scores = score_predictions(records, list(map(data.target, records)), DATASETS)
     assert {c.f1 for unit, c in scores.items() if unit in UNITS and c.gold} == {100}
     assert {c.rounded_f1 for unit, c in scores.items() if "~umie" in unit and c.gold} == {100}
+
+
+def test_triggers_of_one_sentence_are_not_those_of_another() -> None:
+    """Ids with slashes: only NAME/med and NAME/meae belong together."""
+    gold = event("attack", (0, 1), [argument("target", span=(1, 2))])
+    records = [Record("doc/1", "news", "med", tuple("and then they bombed".split())),
+               Record("doc/2", "news", "meae", tuple("hit me before me".split()), events=(gold,))]
+    answers = ["attack, bombed", "attack <spot> target, me"]
+    assert score_predictions(records, answers, DATASETS)["MEAE"].f1 == 100
 
 
 BLANK = {"zero width space": "\u200b", "zero width non-joiner": "\u200c", "left-to-right": "\u200e",
