@@ -46,10 +46,14 @@ NO_GOLD = {"mner": {"entities": []}, "mre": {"relation": "none"}, "med": {"event
 # ------------------------------------------------------------------------------- text as tokens
 SHORT = """Adm Apr Aug Ave Bros Capt Co Col Corp Dec Dr Feb Fr Ft Gen Gov Inc Jan Jr Lt Ltd Mr Mrs
     Ms Mt No Nov Oct Prof Rep Rev Sen Sept Sgt Sr St vs"""
-IN_WORD = r"""[^\s.,:;!?"'‘’“”«»()\[\]{}…—#$€£%*|]"""
+# Tokens by themselves, as in Twitter-17 and MNRE: emoji, arrows, dingbats; Chinese punctuation.
+SIGN = "\u2190-\u2bff\u3000-\u303f\uff01-\uff0f\uff1a-\uff20\U0001f000-\U0001faff"
+BETWEEN = r"(?<=\w)--+(?=\w) | (?<=\w{3})/(?=\w{3})"  # words: home--Gegen, Lelin/Gegen, not w/o
+IN_WORD = rf"""(?!{BETWEEN})[^\s.,:;!?"'‘’“”«»()\[\]{{}}…–—#$€£¥%*|~¿¡•{SIGN}]"""
 WORD = re.compile(rf"""
-      https?://\S*[^\s.,:;!?"'’”)\]…] | @\w+                   # addresses, users
-    | [:;=]['’]?-?[()DPp]+(?!\w) | \.{{2,}}                     # :-) and ...
+      (?:https?://|www\.)\S*[^\s.,:;!?"'’”)\]…] | @\w+          # addresses, users
+    | [:;=]['’]?-?[()DPp]+(?!\w) | \.{{2,}} | {BETWEEN}          # :-) and ...
+    | [\U0001f1e6-\U0001f1ff]{{2}} | [{SIGN}](?:[\ufe0f\U0001f3fb-\U0001f3ff]|\u200d[{SIGN}])*
     | (?:{"|".join(SHORT.split())}|[A-Z])\.(?=\s+\S)            # Dr. and J., not at the end
     | (?:[^\W\d_]\.){{2,}}(?![\w-])                            # U.S. and p.m.
     | ['’](?i:s|m|d|re|ve|ll)(?!\w)
