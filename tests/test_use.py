@@ -285,9 +285,9 @@ TYPED = {
         "3.5 % of $ 1,000 , pro-Russia A&M w/o ... :-) Rome , Oslo",
     "cafe\u0301\u2019s \u0939\u093f \U0001f468\u200d\U0001f469 \u2764\ufe0f\u2026":
         "cafe\u0301 \u2019s \u0939\u093f \U0001f468\u200d\U0001f469 \u2764\ufe0f \u2026",
-    "Gegen\U0001f600\U0001f600 \U0001f1eb\U0001f1f7\U0001f1e9\U0001f1ea \xbfGegen? I\u2764\ufe0fOslo":
+    "Gegen\U0001f600\U0001f600 \U0001f1eb\U0001f1f7\U0001f1e9\U0001f1ea \xbfGegen? I\u2764Oslo":
         "Gegen \U0001f600 \U0001f600 \U0001f1eb\U0001f1f7 \U0001f1e9\U0001f1ea "
-        "\xbf Gegen ? I \u2764\ufe0f Oslo",
+        "\xbf Gegen ? I \u2764 Oslo",
     "Oslo\u2013Gegen, home--Gegen; Lelin/Gegen and/or 7/27 \u6771\u4eac\u3001\u5927\u962a\u3002":
         "Oslo \u2013 Gegen , home -- Gegen ; Lelin / Gegen and/or 7/27 "
         "\u6771\u4eac \u3001 \u5927\u962a \u3002",
