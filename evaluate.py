@@ -61,8 +61,8 @@ RULES = {
                "is predicted at all, an unreadable relation is no prediction, and P, R, F1 are "
                "rounded to 4 digits",
     "places": "the k-th item of one label and text is the text's k-th occurrence, words as the "
-              "tokenizer writes them; an argument is the occurrence nearest to its trigger, and the "
-              "k-th event of a type has the k-th trigger of that type",
+              "tokenizer writes them; an argument is the occurrence nearest to its trigger, and "
+              "the k-th event of a type has the k-th trigger of that type",
     "accuracy": "relations answered right, none included, an unreadable answer read as none",
     "wrong type": "a gold and a predicted item at one place (equal spans, boxes at IoU >= "
                   f"{IOU_MATCH}, or the given pair) whose types or roles differ",
