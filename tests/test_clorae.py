@@ -5,6 +5,7 @@ The fast forms of the layer are held equal to this one by tests/test_experts.py.
 Letters: B rows, S tokens, R universal rank, r task rank, N tasks.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 import clorae
 import losses
 from clorae import ExpertConfig, ExpertLinear, Routing
+from engine.weights import SHIPPED
 from t5 import T5, Stack, T5Config
 from vision import UMIE
 
@@ -626,8 +628,9 @@ def test_parameter_counts_equal_the_table_at_published_geometry(size, method, wi
                           feed_forward_proj="gated-gelu", tie_head=False, scale_logits=False)
         model = UMIE(T5(config), feature_width=768, max_objects=16, fusion="gate")
         clorae.adapt(model, method, rank=rank, **dict.fromkeys(without, False))
-    linears = len(clorae.expert_layers(model))
+    linears = len(wrapped := clorae.expert_layers(model))
     assert linears == {"base": 76, "large": 148, "xl": 148}[size]
+    assert {len(m.base.weight) for m in wrapped.values()} == {d}  # see mutual_information
     universal, task = 2 * d * rank, 2 * d * 3 * (rank // 3)
     each = {"lora": universal, "tlora": task, "clorae": universal + task,
             "moslora": universal + rank ** 2, "loramoe": 2 * universal + 2 * d,
@@ -639,6 +642,15 @@ def test_parameter_counts_equal_the_table_at_published_geometry(size, method, wi
     published = COUNTS[method, without][list(GEOMETRIES).index(size)]
     assert round(sum(split.values()) / 1e6, 3) == published
     assert split["visual"] == split["backbone"] == 0
+
+
+def test_the_experts_of_the_tiny_backbone_are_all_as_wide():
+    """What losses.mutual_information says of the sum over channels holds in every size."""
+    with torch.device("meta"):
+        raw = json.loads((SHIPPED / "t5" / "config.json").read_text())
+        config = T5Config.from_hf(raw, SHIPPED, False)
+        model = clorae.adapt(UMIE(T5(config), 64, 16), rank=24)
+    assert {len(m.base.weight) for m in clorae.expert_layers(model).values()} == {128}
 
 
 def test_full_fine_tuning_wraps_nothing_and_trains_everything():

@@ -359,9 +359,11 @@ def test_an_adapter_on_a_full_run_travels_with_that_run(runs, small, elsewhere, 
     assert "all of its T5 was trained" in capsys.readouterr().err
 
 
-def test_an_adapter_holds_no_path_no_moments_and_no_variances(runs, small, tmp_path):
-    """Experts, gates, visual adapter, labels and hashes: nothing of the machine, nothing of T5."""
-    export.main([str(runs("clorae")), "--out", str(tmp_path / "adapter")])
+def test_an_adapter_holds_no_path_no_moments_and_nothing_of_mim(runs, small, tmp_path):
+    """Experts, gates, visual adapter, labels and hashes: nothing of the machine, nothing of T5,
+    neither variance nor mean of L_MIM's Gaussian; and it loads."""
+    export.main([str(runs("clorae", mim_mean="affine")), "--out", str(tmp_path / "adapter")])
+    load_model(tmp_path / "adapter", torch.device("cpu"), t5=small["t5"], vit=small["vit"])
     files = {str(path.relative_to(tmp_path / "adapter")) for path in
              (tmp_path / "adapter").rglob("*") if path.is_file()}
     modes = {(tmp_path / "adapter" / name).stat().st_mode & 0o777 for name in files}

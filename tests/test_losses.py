@@ -157,6 +157,18 @@ def test_mim_equals_the_bound_written_out_with_every_gradient():
         lambda D, v: losses.mutual_information([(U, D, mask, v)], 8, 1), (D, variance))
 
 
+def test_eq_5_as_a_sum_over_channels_is_beta_times_their_number_where_all_layers_are_as_wide():
+    """So no option is needed for that reading.  With layers of two widths it would be another."""
+    def layer(width: int) -> tuple[torch.Tensor, ...]:
+        U, D = torch.randn(2, 3, 4, width, dtype=torch.float64)
+        return U, D, torch.ones(3, 4, dtype=torch.bool), torch.rand(width).double() + 0.1
+
+    for widths, same in (((5, 5), True), ((5, 7), False)):
+        layers = [layer(width) for width in widths]
+        summed = sum(width * naive_mim(*each, 3) for width, each in zip(widths, layers)) / 2
+        assert torch.isclose(5 * losses.mutual_information(layers, 3, 2), summed).item() is same
+
+
 def test_mim_of_bf16_outputs_is_computed_in_fp32():
     """The outputs come as autocast leaves them; the variance is fp32."""
     U, D = torch.randn(2, 3, 4, 5, dtype=torch.bfloat16)
