@@ -120,10 +120,10 @@ class Config:
     clip: float = option(1.0, "largest gradient norm", float)
     aml: bool | None = option(None, "achievement weights, Eq. (9); default: clorae only", bool)
     beta: float = option(0.01, "weight of the mutual-information loss, Eq. (10)", float)
-    aml_margin: float = option(1.05, "margin above the reference F1, Eq. (9)", float)
     mim_mean: str = option("identity", "mean of the student's Gaussian, Eq. (5): the task expert's "
                            "output D, 'affine' a D + c for each channel, or 'map' B_U M z_D from "
                            "its codes", choices=("identity", "affine", "map"))
+    aml_margin: float = option(1.05, "margin above the reference F1, Eq. (9)", float)
     aml_gamma: float = option(2.0, "exponent, Eq. (9)", float)
     aml_temperature: float = option(1.0, "temperature of the softmax over Eq. (9)", float)
     aml_reference: str | None = option(None, "JSON file {unit: reference F1}, p_m of Eq. (9); "

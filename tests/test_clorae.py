@@ -25,8 +25,7 @@ from vision import UMIE
 TASKS = ("mner", "mre", "mee")
 METHODS = [("clorae", {}), ("clorae", {"egr": False}), ("clorae", {"mim": False}), ("lora", {}),
            ("tlora", {}), ("moslora", {}), ("loramoe", {}), ("loramoe", {"experts": 3}),
-           ("hydralora", {}), ("hydralora", {"heads": 2}), ("mtllora", {}),
-           ("mtllora", {"heads": 2})]
+           ("hydralora", {}), ("hydralora", {"heads": 2}), ("mtllora", {"heads": 2})]
 MIM_ALONE = ("rho", "a_D", "c_D", "M_D")  # parameters that no output depends on
 B, S, D_IN, D_OUT, R, r, N = 5, 7, 24, 20, 9, 3, 3
 
