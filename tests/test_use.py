@@ -490,13 +490,18 @@ def texts_of(figure: object) -> list[tuple[str, object]]:
 CROWD = tuple((x, y, x + 4, y + 2) for x in (2, 3, 8, 9) for y in (1, 2, 3))
 
 
-@pytest.mark.parametrize("tokens, items, boxes", [
-    (TOKENS, FOUND, BOXES), (("word", "x" * 300, *TOKENS * 12), (), CROWD),
-    (TOKENS, [Item("meet", "who", (i, i + 1), text="Bo") for i in range(9)] + [
+@pytest.mark.filterwarnings("ignore:Glyph")
+@pytest.mark.parametrize("size, tokens, items, boxes", [
+    ((24, 20), TOKENS, FOUND, BOXES),
+    ((20, 10), ("word", "x" * 300, "\u5b89" * 9, *TOKENS * 12), (), CROWD),
+    ((20, 90), TOKENS, [Item("meet", "who", (i, i + 1), text="Bo") for i in range(9)] + [
         Item("attack", "target", box=CROWD[k - 1], text="O1", object=k) for k in (1, 2, 5, 9)],
      CROWD)])
-def test_nothing_on_a_page_covers_another_text_or_leaves_the_page(folder, tokens, items, boxes):
-    """Long texts and long words wrap, labels make room, bars stand in rows."""
+def test_nothing_on_a_page_covers_another_text_or_leaves_the_page(folder, size, tokens, items,
+                                                                  boxes):
+    """Long texts and long words wrap, labels make room, bars stand in rows; pictures that are wide,
+    tall, or neither."""
+    Image.new("RGB", size, "red").save(folder / "images" / "a.png")
     row = row_of(*items, tokens=tokens, boxes=boxes, image=str(folder / "images" / "a.png"))
     figure = example_figure(row, MEE, STRIPS, None)
     written = texts_of(figure)
@@ -794,7 +799,7 @@ def test_what_cannot_be_read_is_refused_with_the_reason(extractor, arguments, pr
 
 def test_every_wrong_example_of_a_list_is_named(extractor):
     with pytest.raises(DataError, match=r"(?s)2 problem.*text\[0\]: image: .*text\[2\]: tokens"):
-        extractor.extract(["Kim", "Kim", ""], [3, RED, None])
+        extractor.extract(["Kim", "Kim", ""], [3, RED, None], "mee")
 
 
 def test_a_half_picture_that_pil_has_opened_is_refused(extractor, tmp_path):

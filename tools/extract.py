@@ -311,8 +311,9 @@ def given_records(rows: Sequence[Mapping], datasets: Mapping[str, Dataset],
             tasks = ("med", "meae") if row["task"] == "mee" else (row["task"],)
             for task in tasks:  # a scorer sees by NUMBER/med, NUMBER/meae that they are a pair
                 raw = {"id": f"{number}/{task}", **raw_record(row, tasks, task, size, datasets)}
-                if problems.check_record(raw, datasets[raw["dataset"]], where, {}):
-                    records.append(Record(**frozen(raw | {"image": path}), source=where))
+                if not problems.check_record(raw, datasets[raw["dataset"]], where, {}):
+                    break
+                records.append(Record(**frozen(raw | {"image": path}), source=where))
         except ValueError as error:
             name, _, problem = str(error).partition(": ")
             problems.add(where, name, problem)

@@ -342,9 +342,11 @@ class Sheet:
         ax.axis("off")
         return ax
 
-    def write(self, x: float, y: float, text: str, **options: object) -> None:
-        self.figure.text(x / PAGE, 1 - y / self.height, text,
-                         **{"fontsize": 9, "va": "top", **options})
+    def write(self, x: float, y: float, text: str, **options: object) -> float:
+        """Write a line; returns where it ends."""
+        line = self.figure.text(x / PAGE, 1 - y / self.height, text,
+                                **{"fontsize": 9, "va": "top", **options})
+        return line.get_window_extent().x1 / DPI
 
 
 Placed = tuple[float, float, Strip, list]  # x, y, and the rows of bars
@@ -371,9 +373,8 @@ def draw_strips(sheet: Sheet, placed: Sequence[Placed], record: Record) -> None:
         sheet.write(x + dx, y, "\u25a0", color=colour, fontsize=11)
         sheet.write(x + dx + 0.16, y, name)
     for x, y, strip, rows in placed:
-        sheet.write(x, y - HEAD, strip.title, weight="bold")
-        sheet.write(x + 0.08 + 0.075 * len(strip.title), y - HEAD, strip_caption(strip),
-                    color="#444444", fontsize=8)
+        end = sheet.write(x, y - HEAD, strip.title, weight="bold")
+        sheet.write(end + 0.1, y - HEAD, strip_caption(strip), color="#444444", fontsize=8)
         width = PAGE - MARGIN - x
         for k, bars in enumerate(rows):
             draw_bars(sheet.panel(x, y + k * (BAR + NAME), width, BAR, width, 1), bars)
