@@ -823,6 +823,7 @@ def test_what_the_model_does_not_see_is_noted(extractor):
     ({"weights": "int4"}, "weights: expected stored or int8, got 'int4'"),
     ({"beams": 0}, "beams: expected a whole number from 1, got 0"),
     ({"batch_size": 2.0}, "batch_size: expected a whole number from 1, got 2.0"),
+    ({"device": "meta"}, r"device: expected cpu, or .*, got 'meta' \(of another type\)"),
     ({"device": "tpu"}, "device: expected cpu, or cuda where there is a GPU, got 'tpu' .*; name"),
     ({"vit": "nowhere"}, "nowhere")])
 def test_what_cannot_be_loaded_is_refused_with_the_reason(finished, options, problem):

@@ -369,6 +369,8 @@ class Alone(World):
         self.rank, self.size, self.main = 0, 1, True
         try:
             self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            if self.device.type not in ("cpu", "cuda"):
+                raise TypeError("of another type")
             torch.zeros(1).to(self.device)
         except (RuntimeError, AssertionError, TypeError) as problem:
             raise UsageError(f"device: expected cpu, or cuda where there is a GPU, got {device!r} "

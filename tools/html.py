@@ -33,8 +33,8 @@ body { font: 16px/1.5 "DejaVu Sans", Verdana, Arial, sans-serif; color: #111; ba
   max-width: 1060px; margin: 0 auto; padding: 24px 20px }
 section { display: flow-root; margin-bottom: 28px; padding-bottom: 20px }
 section + section { border-top: 1px solid #ccc; padding-top: 24px }
-figure { float: left; max-width: 100%%; margin: 4px 28px 16px 0 }
-figure.wide { float: none; margin-right: 0 }
+figure { float: left; max-width: 46%%; margin: 4px 28px 16px 0 }
+figure.wide { float: none; max-width: 100%%; margin-right: 0 }
 figure svg { display: block; width: 100%%; height: auto }
 figcaption { font-size: 14px }
 h1, h2 { font-size: 18px; line-height: 1.4; margin: 0 0 10px }
@@ -42,7 +42,8 @@ h2 { font-size: 15px; margin: 0 }
 h2 small { font-weight: normal; color: #444; margin-left: 6px; white-space: nowrap }
 p, ul { margin: 0 0 14px }
 .text { font-size: 18px; line-height: 1.9; overflow-wrap: anywhere }
-mark { color: inherit; padding: 3px 5px; border-radius: 3px }
+mark { color: inherit; padding: 3px 5px; border-radius: 3px;
+  -webkit-box-decoration-break: clone; box-decoration-break: clone }
 mark small { color: #333; font-size: 13px; margin-left: 4px }
 ul { list-style: none; padding: 0; overflow-wrap: anywhere }
 .legend { font-size: 14px }
@@ -56,7 +57,8 @@ ul { list-style: none; padding: 0; overflow-wrap: anywhere }
   border-top: 1px dotted #000 }
 .bar b { display: block; position: relative; height: 44px; padding-top: 26px; font-weight: normal;
   box-sizing: border-box; font-size: 12px; line-height: 18px }
-@media (max-width: 700px) { figure { float: none; margin-right: 0 } body { padding: 14px 12px } }
+@media (max-width: 700px) { body { padding: 14px 12px }
+  figure { float: none; max-width: 100%%; margin-right: 0 } }
 @media print { section { break-inside: avoid } }
 </style>
 """
