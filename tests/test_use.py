@@ -739,7 +739,7 @@ def test_a_picture_in_memory_is_that_of_its_file(extractor, tmp_path):
         pictures = [path, Image.open(path)] + [draw] * (path.name == "plain.png")
         with TemporaryDirectory() as folder:
             rows = extract.as_rows({"text": ["Kim"] * len(pictures), "image": pictures,
-                                    "task": "med", "objects": [[(0, 0, 9, 9)]] * len(pictures),
+                                    "task": "med", "objects": [BOX] * len(pictures),
                                     "head": None, "tail": None, "dataset": None})
             records = extract.given_records(rows, extractor.setup.datasets, Path(folder))
             images = extract.GivenImages(extractor.setup.sources, extractor.tower, records, 16,
@@ -762,7 +762,7 @@ def test_a_file_that_has_changed_between_two_calls_is_read_again(extractor, tmp_
     assert not torch.equal(seen[0][0], seen[-1][0])
 
 
-RED = Image.new("RGB", (20, 10), "red")
+RED, BOX = Image.new("RGB", (20, 10), "red"), numpy.array([[0, 0, 9, 9]])
 WRONG = [  # arguments of extract, what is said
     ({"text": 3}, "text: expected a string or a list of them, got int"),
     ({"text": ["Kim", 3]}, r"text\[1\]: text: expected a string, got int"),
