@@ -168,7 +168,7 @@ class Extraction:
     notes: tuple[str, ...] = ()
 
 
-def extraction(text: str, task: str, rows: Sequence[Row], gates: Mapping[str, Sequence[float]],
+def extraction(text: str, task: str, rows: Sequence[Row], strips: Sequence[Strip],
                notes: Sequence[str]) -> Extraction:
     """The scored rows of one example, two of task "mee", as a result."""
     record, offsets = rows[0].record, tuple(word_offsets(text))
@@ -198,7 +198,8 @@ def extraction(text: str, task: str, rows: Sequence[Row], gates: Mapping[str, Se
               if task == "mner"), relation, tuple(events),
         tuple(Unplaced(item.label, item.role, item.text) for item in items if item not in placed),
         sum(row.counts.malformed for row in rows), any(row.answer.cut for row in rows),
-        {stream: fmean(values) for stream, values in gates.items()},
+        {strip.stream: fmean(fmean(other.gates) for other in strips if other.stream ==
+                             strip.stream) for strip in strips},
         tuple(dict.fromkeys([*(note for row in rows for note in answer_notes(row)), *notes])))
 
 
@@ -236,35 +237,30 @@ def the_words(text: str, words: str | Offsets, name: str) -> list[int]:
                     f"ones, got {show(words)}; words begin at {show(starts)}, end at {show(ends)}")
 
 
-def picture(image: object) -> Image.Image:
-    """A picture in memory as it would be read from a file: upright, in RGB.  ImageError for one
-    that cannot be."""
+def image_file(image: object, aside: Path) -> tuple[str | None, list[int] | None]:
+    """(path, [width, height]) of an image.  One in memory is written to the file `aside`, upright
+    and in RGB as it would be read from a file of its own; ImageError if it cannot be."""
+    if image is None:
+        return None, None
+    if isinstance(image, (str, os.PathLike)):
+        return os.fspath(image), list(load_image(image).size)
     if isinstance(image, numpy.ndarray) and (
             image.dtype == numpy.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size):
         image = Image.fromarray(numpy.ascontiguousarray(image))
     if not isinstance(image, Image.Image):
         got = f"{getattr(image, 'dtype', '')} {getattr(image, 'shape', '')}".strip()
-        raise ImageError(f"image: expected a path, a PIL image or a NumPy array [height, width, 3] "
+        raise ImageError("image: expected a path, a PIL image or a NumPy array [height, width, 3] "
                          f"of uint8 in RGB, got {type(image).__name__} {got}; convert it")
     if not 0 < image.width * image.height <= MAX_PIXELS:
         raise ImageError(f"image: expected 1 to {MAX_PIXELS:,} pixels, got {image.width} x "
                          f"{image.height}; resize it")
     try:
-        return upright(image.copy())
+        copy = upright(image.copy())
     except Exception as error:  # of a file that PIL has opened and not read to its end
         raise ImageError(f"image: expected a whole picture, got {type(error).__name__}: {error}; "
                          "open another file") from None
-
-
-def image_file(image: object, aside: Path) -> tuple[str | None, list[int] | None]:
-    """(path, [width, height]) of an image; one in memory is written to the file `aside`."""
-    if image is None:
-        return None, None
-    if isinstance(image, (str, os.PathLike)):
-        return os.fspath(image), list(load_image(image).size)
-    upright_image = picture(image)
-    upright_image.save(aside, compress_level=1)
-    return str(aside), list(upright_image.size)
+    copy.save(aside, compress_level=1)
+    return str(aside), list(copy.size)
 
 
 def plain_boxes(objects: object) -> list:
@@ -282,8 +278,8 @@ def raw_record(row: Mapping, tasks: Sequence[str], task: str, size: list[int] | 
     """One of the tasks of an example as the JSON of a record; its image is called "image"."""
     text = row["text"]
     if not isinstance(text, str):
-        raise DataError(f"text: expected a string, got {type(text).__name__}; give it as it was "
-                        "typed, it is split here")
+        raise DataError(f"text: expected a string, or a list of them, got {type(text).__name__}; "
+                        "give it as it was typed, it is split here")
     raw = {"task": task, "image": size and "image", "size": size, "tokens": split_words(text),
            "objects": plain_boxes(row["objects"])}
     raw = with_labels(raw, tasks, datasets, row["dataset"])
@@ -324,11 +320,8 @@ def given_records(rows: Sequence[Mapping], datasets: Mapping[str, Dataset],
 def as_rows(columns: Mapping[str, object]) -> list[dict]:
     """The arguments of `extract` as one mapping for each text."""
     texts = columns["text"]
-    if isinstance(texts, str):
-        return [dict(columns)]
     if not isinstance(texts, (list, tuple)):
-        raise DataError(f"text: expected a string or a list of them, got {type(texts).__name__}; "
-                        "give it as it was typed, it is split here")
+        return [dict(columns)]
     rows = [{} for _ in texts]
     for name, values in columns.items():
         if values is None or name in ("task", "dataset") and isinstance(values, str):
@@ -478,13 +471,11 @@ class Extractor:
                 answered[int(row.record.id.partition("/")[0])].append((row, strips))
         results = []
         for example, pairs in zip(given, answered):
-            means: dict[str, list[float]] = {}
-            for strip in (strip for _, strips in pairs for strip in strips):
-                means.setdefault(strip.stream, []).append(fmean(strip.gates))
-            rows = [row for row, _ in pairs]
-            notes = [note for row in rows for note in self.unseen(row.record)]
-            results.append(extraction(example["text"], example["task"], rows, means, notes))
-        return results[0] if isinstance(text, str) else results
+            notes = [note for row, _ in pairs for note in self.unseen(row.record)]
+            strips = [strip for _, strips in pairs for strip in strips]
+            results.append(extraction(example["text"], example["task"], [row for row, _ in pairs],
+                                      strips, notes))
+        return results if isinstance(text, (list, tuple)) else results[0]
 
     def unseen(self, record: Record) -> list[str]:
         """What of an example the model is not shown, in words."""

@@ -122,8 +122,8 @@ def inline(image: Image.Image) -> str:
     if not small:
         image.thumbnail((MOST_PIXELS, MOST_PIXELS))
     image.save(content, *(("PNG",) if small else ("JPEG",)), quality=88)
-    kind = "png" if small else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
+    name = "png" if small else "jpeg"
+    return f"data:image/{name};base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 def picture(row: Row, answer: Sequence[Place]) -> str:
