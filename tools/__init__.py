@@ -15,6 +15,6 @@ for file in sorted([*ROOT.glob("*.py"), ROOT / "engine/__init__.py", ROOT / "fas
     name = file.parent.name if file.stem == "__init__" else file.stem
     module = sys.modules.get(name) or find_spec(name)
     got = getattr(module, "__file__", None) or getattr(module, "origin", None)
-    if got is None or Path(got).resolve() != file:
+    if got is None or Path(got).resolve() != file.resolve():
         raise ImportError(f"import {name}: expected the module {file}, got {got}; load this code "
                           f"as the head of {ROOT / 'tools' / 'load.py'} says, beside any others")
