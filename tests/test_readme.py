@@ -19,11 +19,14 @@ from pathlib import Path
 import pytest
 
 import clorae
+import data
 import demo
 import evaluate
 import train
 from conftest import ROOT
 from engine.command import Parser
+from engine.corpus import load_corpus, load_datasets
+from engine.schema import RECORD_TASKS
 from engine.settings import Config, Launch, parse_arguments
 from tools import answer, convert
 
@@ -255,6 +258,15 @@ def test_every_name_beside_a_chapter_exists():
         for name in re.findall(r"\w+", words.replace(" and ", " ")):
             assert name in clorae.METHODS or re.search(
                 rf"^ *(?:def|class) {name}\b|^{name} =", code, re.M), (file, name)
+
+
+def test_prompts_and_answers_that_a_text_shows_are_the_demos_own(small):
+    datasets = load_datasets(small["data"])
+    own = {(record.task, "".join(data.prompt(record, datasets[record.dataset])),
+            data.target(record)) for record in load_corpus(small["data"], "test")}
+    shown = re.findall(r"^\| (\w+) \| (Please .*?) \| (.*) \|$", PAGES["docs/data.md"], re.M)
+    assert {task for task, *_ in shown} == set(RECORD_TASKS)
+    assert {(*cells, answer.replace("`", "")) for *cells, answer in shown} <= own
 
 
 def test_every_file_of_readmes_tree_exists_and_every_file_is_in_it():
