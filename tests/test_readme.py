@@ -13,6 +13,7 @@ import runpy
 import shlex
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,7 +35,7 @@ PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
          for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
 README, TEXT = PAGES["README.md"], "\n".join(PAGES.values())
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
-PROGRAM = re.compile(r"(?:python|torchrun|pip|for) ")
+PROGRAM = re.compile(r"(?:nice -n \d+ )?(?:python|torchrun|pip|for) ")
 BLOCKS = [pytest.param(block, id=f"{page}: {block.splitlines()[0][:40]}")
           for page, text in PAGES.items() for language, block in FENCED.findall(text)
           if language in ("", "bash", "sh") and re.search(f"^{PROGRAM.pattern}", block, re.M)]
@@ -46,6 +47,7 @@ INLINE = [" ".join(line.split()) for text in PROSE.values() for line in
 TOOLS = {f"tools.{path.stem}": importlib.import_module(f"tools.{path.stem}")
          for path in ROOT.glob("tools/*.py") if "\ndef main(" in path.read_text()}
 COMMANDS = {"evaluate.py": evaluate, **TOOLS}
+LONG = ("tools.costs", "tools.paper")
 CONLL = "IMGID:1\nBob\tB-PER\nLee\tI-PER\nin\tO\nRome\tB-LOC\n\n"
 
 
@@ -127,13 +129,14 @@ def understood(script: str, flags: list[str]) -> None:
     elif script in COMMANDS or script == "demo.py":
         parse, command = Parser.parse_args, COMMANDS.get(script, demo)
 
-        def only_parse(self: Parser, argv: list[str]) -> None:
+        def only_parse(self: Parser, argv: list[str] | None = None) -> None:
             parse(self, argv)
             raise Understood
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Understood):
             patch.setattr(Parser, "parse_args", only_parse)
-            command.main(flags)
+            patch.setattr(sys, "argv", [script, *flags])
+            command.main()
     else:
         assert exists(script), script
 
@@ -147,13 +150,13 @@ def test_no_block_of_commands_is_overlooked():
 @pytest.mark.parametrize("block", BLOCKS)
 def test_every_command_block_runs_word_for_word_in_short_form(block, place, small, capsys):
     """What takes long however short it is made is only parsed: the comparison of thirty runs, the
-    run on the real files, measurements, the costs of large."""
+    run on the real files, measurements, and what LONG names."""
     for words in calls(block, place):
         if words[0] == "pip":
             assert words[1] == "install"
             continue
         script, flags = script_of(words)
-        long = script == "tools.costs" or block.startswith("for ") or "data/real" in block
+        long = script in LONG or block.startswith("for ") or "data/real" in block
         if not long and script in (*COMMANDS, "train.py"):
             perform(script, flags, small)
             assert capsys.readouterr().out.strip()
@@ -179,7 +182,7 @@ def test_every_example_in_python_runs_as_it_stands(block, place, tmp_path, monke
 @pytest.mark.parametrize("line", INLINE)
 def test_every_command_in_the_text_is_one_that_its_program_accepts(line):
     """Of a choice written `a|b` or `a\\|b` every alternative; of a bare name, that it exists."""
-    words = shlex.split(line.replace("\\|", "|"))
+    words = shlex.split(line.replace("\\|", "|").replace("--seed S", "--seed 0"))
     words = words[1:] if words[0] in ("python", "torchrun") else words
     script, flags = script_of(words)
     if flags in ([], ["--help"]):
@@ -226,7 +229,7 @@ def test_every_relative_link_leads_somewhere(page):
 
 def test_readme_leads_to_every_page():
     links = set(re.findall(r"\]\((docs/\w+\.md)\)", README))
-    assert links == set(PAGES) - {"README.md"}
+    assert set(PAGES) - {"README.md"} <= links
 
 
 @pytest.mark.parametrize("page", PROSE)
