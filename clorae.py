@@ -37,13 +37,17 @@ without forming U and D, and fast/cuda.py on kernels; tests/test_experts.py hold
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from engine.adapters import read_adapter, replace, wrapped_paths, write_adapter
 
 METHODS = ("clorae", "lora", "tlora", "moslora", "loramoe", "hydralora", "mtllora", "full")
 MEANS = ("identity", "affine", "map")  # readings of the student's mean in L_MIM
@@ -64,8 +68,9 @@ class ExpertConfig:
     mim_mean: str = "identity"  # one of MEANS: D, a D + c, or B_U M z_D, see ExpertLinear.student
     experts: int = 2  # E of LoRAMoE, each of rank R
     heads: int = 3  # E of HydraLoRA and MTL-LoRA: B's of rank R over one A
-    targets: tuple[str, ...] = ("q", "v")  # whole leaf names: "q" does not match proj_q
-    modules: tuple[str, ...] = ("encoder", "decoder", "vstack")  # only linears inside one of these
+    targets: tuple[str, ...] = tuple(  # ends of the linears' paths, in whole names
+        f"{site}_attention.{leaf}" for site in ("self", "cross") for leaf in "qv")
+    modules: tuple[str, ...] = ()  # only linears inside one of these; (): inside any
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -74,6 +79,9 @@ class ExpertConfig:
             raise ValueError(f"mim_mean: expected one of {', '.join(MEANS)}, got '{self.mim_mean}'")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout: expected a number in [0, 1), got {self.dropout}")
+        if str in (type(self.targets), type(self.modules)):
+            raise ValueError("targets, modules: expected tuples of names, got "
+                             f"{self.targets!r} and {self.modules!r}; write one name as ('q',)")
 
     @property
     def has_universal(self) -> bool:
@@ -87,8 +95,8 @@ class ExpertConfig:
 class Routing:
     """The task of each row that is being computed: one object that all layers of a model share.
 
-    The model calls `set` at the start of each forward pass; decoding calls `rows` whenever rows
-    are repeated for beams or dropped.  Before the first `set` every row counts as task 0.
+    UMIE calls `set` at the start of each forward pass; its decoding calls `rows` whenever rows are
+    repeated for beams or dropped.  Around passes of any other model stands `with routing.batch()`.
 
     tasks [rows]: indices into `names`, or None before the first `set`.  masks: for each stream of
     tokens, "memory", "target" and "visual", which tokens of the batch are not padding, or None.
@@ -96,11 +104,37 @@ class Routing:
     """
 
     def __init__(self, names: Sequence[str]):
+        if isinstance(names, str) or len(set(names)) < len(names):
+            raise ValueError(f"tasks: expected a list of different names, got {names!r}; "
+                             "give each task a name")
         self.names = tuple(names)
         self.tasks: Tensor | None = None
         self.masks: dict[str, Tensor | None] = {}
         self.derived: dict[Any, Any] = {}
         self.batch_tasks: Tensor | None = None  # as `set` was given them, for `rows` to choose from
+        self.repeats, self.all_real = 1, False  # see `batch`
+
+    @contextmanager
+    def batch(self, tasks: Sequence[int | str] | Tensor, *, repeats: int = 1,
+              **masks: Tensor) -> Iterator[None]:
+        """`with routing.batch(["mner", "mre"]):` gives the rows of all passes in the block a task.
+
+        tasks [B]: names or indices.  masks: as `set` takes them; without any, all tokens count as
+        real.  repeats: how many rows `generate` makes of each, its num_beams or
+        num_return_sequences: passes of B and of B repeats rows are then right.  After the block
+        what held before it holds again, so a backward pass that recomputes activations belongs
+        inside."""
+        if not isinstance(tasks, Tensor):
+            indices = [self.names.index(n) if n in self.names else n for n in tasks]
+            self.check(indices)
+            tasks = torch.tensor(indices, dtype=torch.long)
+        before = dict(vars(self))
+        try:
+            self.set(tasks, **{stream: mask.bool() for stream, mask in masks.items()})
+            self.repeats, self.all_real = repeats, not masks
+            yield
+        finally:
+            vars(self).update(before, derived={})
 
     def set(self, tasks: Tensor, memory: Tensor | None = None, target: Tensor | None = None,
             visual: Tensor | None = None) -> None:
@@ -112,7 +146,7 @@ class Routing:
             self.check(tasks.tolist())
         self.tasks = self.batch_tasks = tasks
         self.masks = {"memory": memory, "target": target, "visual": visual}
-        self.derived = {}
+        self.derived, self.repeats, self.all_real = {}, 1, False
 
     def rows(self, index: Tensor) -> None:
         """From now on the row computed k-th is row index[k] of the batch given to `set`."""
@@ -122,20 +156,40 @@ class Routing:
 
     def check(self, tasks: Sequence[int]) -> None:
         """Raise ValueError unless every task has an expert."""
-        unknown = [task for task in tasks if not 0 <= task < len(self.names)]
+        unknown = [task for task in tasks if task not in range(len(self.names))]
         if unknown:
             raise ValueError(f"routing: expected task indices 0..{len(self.names) - 1} "
                              f"({', '.join(self.names)}), got {unknown[0]}; "
                              "build the experts with every task that the data holds")
 
+    def check_mask(self, stream: str, seen: Tensor) -> None:
+        """ValueError unless the mask of a stream has the tokens of `seen`, what a layer kept of all
+        [rows,S,...] or of the real ones [t,...]; made here where all tokens are real."""
+        mask, tokens = self.masks.get(stream), seen.shape[:-1].numel()
+        if mask is None and self.all_real:
+            mask = self.masks[stream] = seen.new_ones(len(self.tasks), tokens // len(self.tasks),
+                                                      dtype=torch.bool)
+        if mask is None or tokens != mask.numel() and tokens != mask.sum():
+            got = "none" if mask is None else f"one of {list(mask.shape)}"
+            raise ValueError(f"routing: expected masks of the streams {[stream]}, of {tokens} "
+                             f"tokens, got {got}; L_MIM weighs tokens by them: give them to set() "
+                             "or batch(), or change layer.stream")
+
     def tasks_of(self, rows: int) -> Tensor:
-        """The tasks [rows]; ValueError if another number of rows was announced."""
+        """The tasks [rows]; ValueError if none or another number of rows was announced."""
+        if self.tasks is None and len(self.names) > 1:
+            raise ValueError(f"routing: expected the tasks of {rows} rows, got none; compute the "
+                             "model inside `with routing.batch(tasks):`, its backward pass too "
+                             "where it recomputes activations")
         if self.tasks is None:
             return torch.zeros(rows, dtype=torch.long)
-        if len(self.tasks) != rows:
-            raise ValueError(f"routing: expected {len(self.tasks)} rows, as announced by set(), "
-                             f"got {rows}; call set() before forward and rows() when rows change")
-        return self.tasks
+        if rows == len(self.tasks):
+            return self.tasks
+        if rows == len(self.tasks) * self.repeats:
+            return self.tasks.repeat_interleave(self.repeats)  # as `generate` repeats its rows
+        raise ValueError(f"routing: expected {len(self.tasks)} rows, as announced"
+                         f"{f', or {self.repeats} of each' * (self.repeats > 1)}, got {rows}; "
+                         "announce all rows, by set() or batch(), and beams by rows() or repeats=")
 
 
 def wide(x: Tensor) -> Tensor:
@@ -299,6 +353,9 @@ class ExpertLinear(nn.Module):
 
     def row_tasks(self, x: Tensor) -> Tensor:
         """The task n of each row of x, [B]."""
+        if x.dim() != 3:
+            raise ValueError("routing: expected the tokens of rows, [B,S,D_in], got "
+                             f"{list(x.shape)}, whose rows are unknown; adapt other linears")
         return self.routing.tasks_of(len(x)).to(x.device)
 
     def remember(self, *outputs: Any) -> None:
@@ -363,51 +420,106 @@ class ExpertLinear(nn.Module):
 # ------------------------------------------------------------------------------------ whole models
 def adapt(model: nn.Module, method: str = "clorae", rank: int = 128,
           tasks: Sequence[str] = ("mner", "mre", "mee"), **options: object) -> nn.Module:
-    """Freeze `model` and wrap its q and v linears with experts, in place; returns `model`.
+    """Freeze `model`, any torch module, and wrap linears with experts, in place; returns `model`.
 
-    options: the remaining fields of ExpertConfig.  `model.routing` becomes the Routing that the
-    layers share (for method "full" nothing is wrapped, everything is trainable and routing is
-    None).  At the start every output equals the frozen model's bit for bit.  Raises ValueError if
-    nothing matches or the model is adapted already."""
+    options: the remaining fields of ExpertConfig; targets names the linears, q and v of UMIE or
+    such as ("q_proj", "v_proj").  expert_layers(model) then says which were wrapped, and
+    `model.routing` is the Routing that they share (for method "full" nothing is wrapped, everything
+    is trainable and routing is None).  At the start every output equals the frozen model's bit for
+    bit.  ValueError, before anything is changed, for a target that matches nothing or what is no
+    linear, and for a model that is adapted already."""
     config = ExpertConfig(method=method, rank=rank, **options)
-    if any(isinstance(module, ExpertLinear) for module in model.modules()):
-        raise ValueError("adapt: expected a model without experts, got one that has them already")
+    if getattr(model, "routing", None) is not None or expert_layers(model):
+        raise ValueError("adapt: expected a model without experts, got one that has them already "
+                         "or has a `routing` of its own; merge() it, or adapt a fresh one")
+    routing, layers = Routing(tasks), {}
+    for path in wrapped_paths(model, config) if method != "full" else ():
+        linear = model.get_submodule(path)
+        layers[linear] = ExpertLinear(linear, config, routing, stream_of(path))
     model.requires_grad_(method == "full")
-    model.routing = None
-    if method == "full":
-        return model
-    routing = Routing(tasks)
-    for path in wrapped_paths(model, config):
-        parent, _, leaf = path.rpartition(".")
-        layer = ExpertLinear(model.get_submodule(path), config, routing, stream_of(path))
-        setattr(model.get_submodule(parent), leaf, layer)
-    model.routing = routing
+    replace(model, layers)
+    model.routing = routing if layers else None
     return model
 
 
-def wrapped_paths(model: nn.Module, config: ExpertConfig) -> list[str]:
-    """Paths of the linears to wrap: q and v of the attention blocks in `config.modules`."""
-    paths = []
-    for path, module in model.named_modules():
-        *parents, leaf = path.split(".")
-        if (isinstance(module, nn.Linear) and leaf in config.targets
-                and set(parents) & set(config.modules)):
-            paths.append(path)
-    if not paths:
-        raise ValueError(f"adapt: expected linears named {', '.join(config.targets)} below "
-                         f"{', '.join(config.modules)}, got none; check the names in ExpertConfig")
-    return paths
-
-
 def stream_of(path: str) -> str:
-    """The stream of tokens that a wrapped linear sees: "visual" in the visual stack; "target" in
-    the decoder, but "memory" at k and v of its cross-attention; "memory" in the encoder."""
-    names = path.split(".")
-    if "vstack" in names:
+    """The stream of tokens that a wrapped linear sees, told by the names on its path: "visual" in a
+    stack for images; "target" in a decoder, but "memory" at k and v of its cross-attention;
+    "memory" elsewhere.  L_MIM takes a stream's mask; a layer's `stream` may be set otherwise."""
+    *names, leaf = path.split(".")
+    if {"vstack", "visual", "vision_tower", "vision_model"} & set(names):
         return "visual"
-    if "decoder" in names and not ("cross_attention" in names and names[-1] in ("k", "v")):
-        return "target"
-    return "memory"
+    crosses = {"cross_attention", "encoder_attn", "EncDecAttention", "crossattention"} & set(names)
+    return "target" if "decoder" in names and not (crosses and leaf[0] in "kv") else "memory"
+
+
+def merge(model: nn.Module, task: int | str,
+          gates: Mapping[str, Sequence[float]] | None = None) -> nn.Module:
+    """Turn an adapted model, in place, into a plain one that answers as for rows of one task.
+
+    Experts are added to the weights of their linears, which stand where they stood before: exactly
+    but for rounding where there is no gate router.  Where there is one, gates fixes it, which is an
+    approximation: {path: (g1, g2)}, such as means of what read_gates reads.  Returns `model`."""
+    layers, routing = expert_layers(model), model.routing
+    n = routing.names.index(task) if task in routing.names else task
+    routing.check([n])
+    if gates is not None and gates.keys() != layers.keys():
+        raise ValueError(f"merge: expected gates of all {len(layers)} wrapped linears, got "
+                         f"{len(gates)}; name them by the paths of expert_layers(model)")
+    merged = {m: m.merged_weight(n, gates and gates[path]) for path, m in layers.items()}
+    for layer, W in merged.items():
+        old = layer.base.weight  # may be tied to another module's, which keeps its values
+        layer.base.weight = nn.Parameter(W.to(old.dtype), requires_grad=old.requires_grad)
+    replace(model, {layer: layer.base for layer in layers.values()})
+    model.routing = None
+    return model
+
+
+@contextmanager
+def read_gates(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
+    """`with read_gates(model) as gates:` collects {path: the gates [B,S,2] of each pass}."""
+    gates = {path: [] for path in expert_layers(model)}
+    hooks = [layer.register_forward_pre_hook(
+        lambda layer, inputs, path=path: gates[path].append(layer.gates(inputs[0]).detach()))
+        for path, layer in expert_layers(model).items()]
+    try:
+        yield gates
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def save(model: nn.Module, path: str | Path) -> None:
+    """Write the experts of an adapted model and their config, without the base, as one .safetensors
+    file; `load` reads it."""
+    layers = expert_layers(model)
+    if not layers:
+        raise ValueError(f"{path}: expected a model with experts, got none to save; adapt() first")
+    config = asdict(next(iter(layers.values())).config)
+    write_adapter(Path(path), {f"{name}.{leaf}": p for name, layer in layers.items()
+                               for leaf, p in layer.named_parameters(recurse=False)},
+                  {**config, "tasks": model.routing.names})
+
+
+def load(model: nn.Module, path: str | Path) -> nn.Module:
+    """Adapt a fresh model as `save` found it, with the experts of that file; returns `model`.
+
+    UsageError, before anything is changed, for a damaged file or one that fits other linears."""
+    def shapes(tasks: Sequence[str], **options: Any) -> dict[str, list[int]]:
+        config, expected = ExpertConfig(**options), {}
+        for name in wrapped_paths(model, config):
+            d_out, d_in = model.get_submodule(name).weight.shape
+            layer = ExpertLinear(nn.Linear(d_in, d_out, device="meta"), config, Routing(tasks), "")
+            expected |= {f"{name}.{leaf}": list(p.shape)
+                         for leaf, p in layer.named_parameters(recurse=False)}
+        return expected
+
+    options, tensors = read_adapter(Path(path), shapes)
+    adapt(model, **options)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            model.get_parameter(name).copy_(tensor)
+    return model
 
 
 def expert_layers(model: nn.Module) -> dict[str, ExpertLinear]:
@@ -428,16 +540,14 @@ def take_outputs(model: nn.Module) -> list[tuple[ExpertLinear, tuple]]:
 
     The layers forget them and keep no more, so that a block which the backward pass computes a
     second time (--checkpoint-activations) leaves nothing behind.  Raises ValueError if the mask of
-    a layer's stream is unknown."""
+    a layer's stream is unknown or has another number of tokens."""
     taken = []
     for layer in expert_layers(model).values():
         if layer.outputs is not None:
             taken.append((layer, layer.outputs))
         layer.keeps_outputs, layer.outputs = False, None
-    if lost := {layer.stream for layer, _ in taken
-                if layer.routing.masks.get(layer.stream) is None}:
-        raise ValueError(f"routing: expected masks of the streams {sorted(lost)}, got none; "
-                         "L_MIM weighs tokens by them: give them to set()")
+    for layer, outputs in taken:
+        layer.routing.check_mask(layer.stream, outputs[-1])
     return taken
 
 

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from engine.adapters import check_names
 from engine.corpus import corpus_of
 from engine.files import DiskFull, UsageError, append, file_hash, sync, whole, write_whole
 from engine.parameters import FlatParameters
@@ -127,13 +128,9 @@ def load_trainables(model: torch.nn.Module, checkpoint: Path) -> None:
     """Copy a checkpoint's tensors into the trainable parameters; names and shapes must agree."""
     saved = load_file(checkpoint / "model.safetensors")
     wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    ours, theirs = ({name: list(t.shape) for name, t in side.items()} for side in (wanted, saved))
-    odd = [name for name in sorted(ours | theirs) if ours.get(name) != theirs.get(name)]
-    if odd:
-        expected, got = (side.get(odd[0], "nothing") for side in (ours, theirs))
-        raise UsageError(f"{checkpoint}/model.safetensors: {odd[0]}: expected {expected}, got "
-                         f"{got} ({len(odd)} tensors differ); use the rank, tasks, method and "
-                         "backbone that the checkpoint was made with")
+    check_names(checkpoint / "model.safetensors",
+                *({name: list(t.shape) for name, t in side.items()} for side in (wanted, saved)),
+                "use the rank, tasks, method and backbone that the checkpoint was made with")
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(saved[name])

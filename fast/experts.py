@@ -46,8 +46,8 @@ def token_runs(routing: Routing, x: Tensor, stream: str) -> Runs:
     if x.dim() == 3:
         return [(task, (rows.stop - rows.start) * x.shape[1])
                 for task, rows in row_runs(routing, len(x))]
-    if routing.tasks is None:
-        return [(0, len(x))]
+    if routing.tasks is None:  # of one task, or an error
+        return [(0, len(routing.tasks_of(len(x))))]
     mask, key = routing.masks.get(stream), ("runs", stream)
     if key not in routing.derived and mask is not None:
         lengths = mask.sum(dim=1).tolist()

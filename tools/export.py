@@ -94,7 +94,7 @@ def write_peft(model: nn.Module, base: str, folder: Path) -> None:
     write_whole(folder / "adapter_config.json", json.dumps({
         "peft_type": "LORA", "task_type": "SEQ_2_SEQ_LM", "base_model_name_or_path": base,
         "r": layer.config.rank, "lora_alpha": layer.config.alpha, "lora_dropout": 0.0,
-        "target_modules": list(layer.config.targets), "bias": "none", "inference_mode": True},
+        "target_modules": ["q", "v"], "bias": "none", "inference_mode": True},
         indent=1) + "\n")
 
 

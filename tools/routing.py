@@ -39,14 +39,12 @@ def no_gate_reason(config: Config) -> str | None:
 def gates_on(model: nn.Module, batch: data.Batch, precision: str) -> dict[nn.Module, Tensor]:
     """{expert layer: its gates [B,S,2] at the tokens of its stream} of one pass in eval mode.
     A layer that meets no token, in the visual stack of a batch without images, is absent."""
-    gates: dict[nn.Module, Tensor] = {}
-    hooks = [layer.register_forward_pre_hook(lambda layer, inputs: gates.update(
-        {layer: layer.gates(inputs[0])})) for layer in clorae.expert_layers(model).values()]
-    with torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=precision == "bf16"):
+    enabled = precision == "bf16"
+    with (clorae.read_gates(model) as gates,
+          torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=enabled)):
         model.eval()(batch)
-    for handle in hooks:
-        handle.remove()
-    return gates
+    layers = clorae.expert_layers(model)
+    return {layers[path]: passes[-1] for path, passes in gates.items() if passes}
 
 
 @torch.inference_mode()
