@@ -77,6 +77,8 @@ class ExpertConfig:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got '{self.method}'")
         if self.mim_mean not in MEANS:
             raise ValueError(f"mim_mean: expected one of {', '.join(MEANS)}, got '{self.mim_mean}'")
+        if not self.rank >= 1:
+            raise ValueError(f"rank: expected a whole number from 1 on, got {self.rank}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout: expected a number in [0, 1), got {self.dropout}")
         if str in (type(self.targets), type(self.modules)):
@@ -125,9 +127,7 @@ class Routing:
         what held before it holds again, so a backward pass that recomputes activations belongs
         inside."""
         if not isinstance(tasks, Tensor):
-            indices = [self.names.index(n) if n in self.names else n for n in tasks]
-            self.check(indices)
-            tasks = torch.tensor(indices, dtype=torch.long)
+            tasks = torch.tensor(self.indices(tasks), dtype=torch.long)
         before = dict(vars(self))
         try:
             self.set(tasks, **{stream: mask.bool() for stream, mask in masks.items()})
@@ -153,6 +153,12 @@ class Routing:
         if self.batch_tasks is not None:
             self.tasks = self.batch_tasks[index.to(self.batch_tasks.device)]
             self.derived = {}
+
+    def indices(self, tasks: Sequence[int | str]) -> list[int]:
+        """Tasks by name or index -> their indices; ValueError for one that has no expert."""
+        indices = [self.names.index(task) if task in self.names else task for task in tasks]
+        self.check(indices)
+        return indices
 
     def check(self, tasks: Sequence[int]) -> None:
         """Raise ValueError unless every task has an expert."""
@@ -429,17 +435,23 @@ def adapt(model: nn.Module, method: str = "clorae", rank: int = 128,
     bit.  ValueError, before anything is changed, for a target that matches nothing or what is no
     linear, and for a model that is adapted already."""
     config = ExpertConfig(method=method, rank=rank, **options)
-    if getattr(model, "routing", None) is not None or expert_layers(model):
-        raise ValueError("adapt: expected a model without experts, got one that has them already "
-                         "or has a `routing` of its own; merge() it, or adapt a fresh one")
+    check_fresh(model)
     routing, layers = Routing(tasks), {}
     for path in wrapped_paths(model, config) if method != "full" else ():
         linear = model.get_submodule(path)
         layers[linear] = ExpertLinear(linear, config, routing, stream_of(path))
+        layers[linear].train(linear.training)
     model.requires_grad_(method == "full")
     replace(model, layers)
     model.routing = routing if layers else None
     return model
+
+
+def check_fresh(model: nn.Module) -> None:
+    """ValueError for a model that is adapted already."""
+    if getattr(model, "routing", None) is not None or expert_layers(model):
+        raise ValueError("adapt: expected a model without experts, got one that has them already "
+                         "or has a `routing` of its own; merge() it, or adapt a fresh one")
 
 
 def stream_of(path: str) -> str:
@@ -460,12 +472,12 @@ def merge(model: nn.Module, task: int | str,
     Experts are added to the weights of their linears, which stand where they stood before: exactly
     but for rounding where there is no gate router.  Where there is one, gates fixes it, which is an
     approximation: {path: (g1, g2)}, such as means of what read_gates reads.  Returns `model`."""
-    layers, routing = expert_layers(model), model.routing
-    n = routing.names.index(task) if task in routing.names else task
-    routing.check([n])
-    if gates is not None and gates.keys() != layers.keys():
-        raise ValueError(f"merge: expected gates of all {len(layers)} wrapped linears, got "
-                         f"{len(gates)}; name them by the paths of expert_layers(model)")
+    layers = expert_layers(model)
+    if not layers or gates is not None and gates.keys() != layers.keys():
+        raise ValueError(f"merge: expected a model with experts and gates of all {len(layers)}, or "
+                         f"none, got {gates and len(gates)}; adapt it, and name gates by the paths "
+                         "of expert_layers(model)")
+    n, = model.routing.indices([task])
     merged = {m: m.merged_weight(n, gates and gates[path]) for path, m in layers.items()}
     for layer, W in merged.items():
         old = layer.base.weight  # may be tied to another module's, which keeps its values
@@ -477,11 +489,13 @@ def merge(model: nn.Module, task: int | str,
 
 @contextmanager
 def read_gates(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
-    """`with read_gates(model) as gates:` collects {path: the gates [B,S,2] of each pass}."""
-    gates = {path: [] for path in expert_layers(model)}
+    """`with read_gates(model) as gates:` collects {path: the gates [B,S,2] of each pass} of the
+    layers that have a gate router."""
+    layers = {path: m for path, m in expert_layers(model).items() if hasattr(m, "W_g")}
+    gates = {path: [] for path in layers}
     hooks = [layer.register_forward_pre_hook(
         lambda layer, inputs, path=path: gates[path].append(layer.gates(inputs[0]).detach()))
-        for path, layer in expert_layers(model).items()]
+        for path, layer in layers.items()]
     try:
         yield gates
     finally:
@@ -514,6 +528,7 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
                          for leaf, p in layer.named_parameters(recurse=False)}
         return expected
 
+    check_fresh(model)
     options, tensors = read_adapter(Path(path), shapes)
     adapt(model, **options)
     with torch.no_grad():

@@ -10,6 +10,7 @@ Letters as in clorae.py; t tokens, k = R + r ranks.
 """
 
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import torch
@@ -169,26 +170,26 @@ class FastExpertLinear(ExpertLinear):
 # ------------------------------------------------------------------------------ L_MIM from codes
 #
 # losses.mutual_information needs U and D; here second moments of the codes take their place, of all
-# the L layers that see one stream of tokens at once.
+# the L layers of one width that see one stream of tokens at once.
 def mutual_information(model: nn.Module, B: int | Tensor) -> Tensor:
     """L_MIM of what the layers have kept since clorae.keep_outputs, a scalar; they forget it.
 
     B: rows of the global batch.  The mean is over all wrapped linears of the model, also those that
     saw no token.  Additive over micro-batches and ranks."""
-    taken, total = take_outputs(model), torch.zeros(())
-    for stream in ("memory", "target", "visual"):
-        members = [(layer, *kept) for layer, kept in taken if layer.stream == stream]
-        if members:
-            distance, b, sigma2 = stream_moments(members, B)
-            with torch.autocast(sigma2.device.type, enabled=False):  # fp32 island
-                bound = (distance / sigma2 + b * sigma2.log()).sum()
-            total = total + bound / (2 * sigma2.shape[-1])  # Eq. (5)
+    total, groups = torch.zeros(()), defaultdict(list)
+    for layer, kept in take_outputs(model):  # q and v of other people's models differ in D_out
+        groups[layer.stream, len(layer.B_U)].append((layer, *kept))
+    for _, members in sorted(groups.items()):
+        distance, b, sigma2 = stream_moments(members, B)
+        with torch.autocast(sigma2.device.type, enabled=False):  # fp32 island
+            bound = (distance / sigma2 + b * sigma2.log()).sum()
+        total = total + bound / (2 * sigma2.shape[-1])  # Eq. (5)
     return total / len(expert_layers(model))
 
 
 def stream_moments(members: Sequence[tuple[ExpertLinear, Runs | Tensor, Tensor, Tensor]],
                    B: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What Eq. (5) needs of the L layers of one stream; the teacher U has no gradient.
+    """What Eq. (5) needs of L layers of one stream and width; the teacher U has no gradient.
 
     -> distance [L,D_out], sum_t a_t (D_tc - U_tc)^2 of each output channel c over the real tokens
     t; sum_t b_t, a scalar; and sigma^2 [L,D_out].
