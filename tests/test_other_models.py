@@ -9,6 +9,7 @@ Letters: B rows, S tokens, D width, R universal rank, r task rank, N tasks.
 import copy
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -612,7 +613,7 @@ def t5() -> tuple[nn.Module, dict[str, Tensor]]:
     import transformers
     return transformers.T5ForConditionalGeneration(transformers.T5Config(
         vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0,
-        decoder_start_token_id=0)), {}
+        initializer_factor=3.0, decoder_start_token_id=0)), {}
 
 
 OTHERS = {"llava": (llava, ("language_model",)), "qwen2_vl": (qwen2_vl, ("language_model",)),
@@ -763,3 +764,17 @@ def test_a_tower_that_sees_images_without_rows_is_refused_and_one_with_rows_is_n
     with model.routing.batch(["colour"]):
         alone = model(**row(inputs, 3)).logits
     torch.testing.assert_close(together[3:, 1:], alone[:, 1:], rtol=1e-4, atol=1e-5)
+
+
+@peer
+def test_the_example_of_the_docs_prints_what_its_page_shows():
+    """docs/other_models.py, but for the last digits."""
+    done = subprocess.run([sys.executable, "-m", "docs.other_models"], cwd=ROOT, text=True,
+                          capture_output=True, timeout=300, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    page = (ROOT / "docs" / "other_models.md").read_text()
+    shown = re.search(r"```\n(wrapped\n.*?)```", page, re.S)[1]
+    number = re.compile(r"\d+\.\d+")
+    assert number.sub("#", done.stdout) == number.sub("#", shown)
+    told, said = (list(map(float, number.findall(text))) for text in (shown, done.stdout))
+    assert said == pytest.approx(told, abs=0.1)
