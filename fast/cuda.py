@@ -386,14 +386,16 @@ class CudaExpertLinear(FastExpertLinear):
         return derived[key]
 
     def packs(self, x: Tensor) -> list[Tensor] | None:
-        """`pack`, done once for the tokens with which a batch is answered; else None."""
+        """`pack`, done once for the tokens with which a batch is answered, and again if a factor
+        has learned meanwhile; else None."""
         if x.shape[-2] > 1 or self.training or torch.is_grad_enabled():
             return None
-        key = "packs", self, product_dtype(x)
+        key, factors = ("packs", self, product_dtype(x)), [f.detach() for f in self.factors()]
         kept = self.routing.derived if self.routing.tasks is not None else {}
-        if key not in kept:
-            kept[key] = pack([f.detach() for f in self.factors()], key[-1])
-        return kept[key]
+        versions = [factor._version for factor in factors]
+        if kept.get(key, (None,))[0] != versions:
+            kept[key] = versions, pack(factors, key[-1])
+        return kept[key][1]
 
 
 def keep_tasks_on_gpu(model: nn.Module) -> None:

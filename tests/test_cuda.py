@@ -505,7 +505,8 @@ def module_on(device: torch.device) -> CudaExpertLinear:
 
 
 def test_decoding_packs_the_factors_once_for_all_tokens_of_a_batch(device, monkeypatch):
-    """The next tokens of a batch read one pack; `set` announces the next batch, with its own."""
+    """The next tokens of a batch read one pack; `set` announces the next batch, with its own; and a
+    factor that learns between tokens of one batch is packed anew."""
     module, packed, pack = module_on(device), [], fast.cuda.pack
     monkeypatch.setattr(fast.cuda, "pack", lambda *given: packed.append(given) or pack(*given))
     with torch.no_grad():
@@ -515,7 +516,11 @@ def test_decoding_packs_the_factors_once_for_all_tokens_of_a_batch(device, monke
                 y = module(x)
                 expected = FastExpertLinear.forward(module, x)
                 torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
-    assert len(packed) == 2
+        assert len(packed) == 2
+        module.B_T.add_(1.0)
+        torch.testing.assert_close(module(x), FastExpertLinear.forward(module, x), rtol=1e-5,
+                                   atol=1e-5)
+    assert len(packed) == 3
 
 
 def test_a_batch_makes_one_table_for_all_its_layers(device, monkeypatch):
