@@ -1,6 +1,7 @@
 """The demo: a small drawn world for all seven units, and the making of a tiny T5 and a tiny ViT.
 
     python demo.py DST [--seed 0]                   writes the world's corpus into DST
+    python demo.py DST --scale .6 --conflict full   ... another world, for a study (tools/paper.py)
     python demo.py [DST] --backbone DIR             makes a tiny T5 and a tiny ViT for it in DIR
 
 The world is a corpus as engine/schema.py has it: short texts on made-up names, each with a picture.
@@ -55,6 +56,8 @@ P_M = {"T15": 92.3, "T17": 89.9, "SNAP": 90.2, "V1": 96.5, "V2": 85.4, "MED": 90
 
 SIZES = {"T15": 1500, "T17": 400, "SNAP": 1000, "V1": 600, "V2": 1500, "MEE": 1200}  # train texts
 SPLITS = {"train": None, "dev": 60, "test": 300}  # texts of every unit; of train as in SIZES
+# Datasets by their training texts in the paper's Table 1: 20,875, 12,247, 7,824, ..., 2,848.
+TABLE_1 = ("MEE", "V2", "V1", "T15", "SNAP", "T17")
 COLOURS = {"red": (214, 40, 40), "blue": (40, 80, 214), "green": (40, 160, 70),
            "yellow": (236, 190, 30)}
 PAPER = ((250, 250, 245), (225, 235, 245), (240, 228, 220), (228, 240, 226))
@@ -68,6 +71,17 @@ ROLES = {"attack": ("attacker", "target"), "demonstrate": ("demonstrator", "plac
          "meet": ("participant", "place"), "transport": ("passenger", "vehicle")}
 RELATIONS = {"V1": ("couple", "member of", "none", "peer"),
              "V2": ("member of", "none", "peer", "residence")}
+
+# How far the tasks contradict each other: by which words MRE and MEE call what is drawn. MNER calls
+# a flag "organization", a house "location" and a car "other" in any world.
+AGREE = {"member of": "organization", "residence": "location", "demonstrate": "organization",
+         "meet": "location", "transport": "other"}
+TURN = {"demonstrate": "other", "meet": "organization", "transport": "location"}
+CONFLICTS = {
+    "agree": AGREE,  # one word for a thing in all tasks
+    "apart": {},  # every task has words of its own, as real label lists have but for "none"
+    "half": AGREE | TURN,  # MEE means other things by MNER's words
+    "full": AGREE | TURN | {"member of": "location", "residence": "other"}}  # and MRE others again
 
 PHRASES = {
     "vague": ("so proud of {}", "look at {}", "{} looks great", "waiting for {}", "love {} today"),
@@ -127,8 +141,9 @@ def draw_scene(things: list[tuple[str, str]], rng: random.Random) -> tuple[Image
 class Writer:
     """Writes the records of one split of a dataset: texts, pictures, gold."""
 
-    def __init__(self, folder: Path, split: str, unit: str, seed: int) -> None:
+    def __init__(self, folder: Path, split: str, unit: str, seed: int, conflict: str) -> None:
         self.folder, self.split, self.unit = folder, split, unit
+        self.called = CONFLICTS[conflict]  # what this world calls a relation or an event
         self.rng = random.Random(f"{seed}/{unit}/{split}")
         self.number, self.tokens = 0, []  # of the text that is being written
 
@@ -210,7 +225,8 @@ class Writer:
             shown = self.things(glyphs, "red" if relation == "couple" else
                                 "blue" if relation == "peer" and self.unit == "V1" else None)
         return [self.record("mre", shown) | {"head": spans[0], "tail": spans[2 if other else 1],
-                                             "relation": "none" if none else relation}]
+                                             "relation": "none" if none else
+                                             self.called.get(relation, relation)}]
 
     def mee(self) -> list[dict]:
         """A pair of text and picture with one event or none, as a med and a meae record."""
@@ -233,7 +249,8 @@ class Writer:
         for k, (thing, box) in enumerate(zip(things, record["objects"]), start=1):
             role = object_role(event, *thing)
             arguments += [{"role": role, "box": box, "object": k}] if role else []
-        events = [] if none else [{"type": event, "trigger": trigger, "arguments": arguments}]
+        events = [] if none else [{"type": self.called.get(event, event), "trigger": trigger,
+                                   "arguments": arguments}]
         return [record | {"id": f"{record['id']}/{task}", "task": task, "events": events}
                 for task in ("med", "meae")]
 
@@ -256,21 +273,36 @@ def object_role(event: str, glyph: str, colour: str) -> str | None:
     return second if (event, glyph) in (("meet", "house"), ("transport", "car")) else None
 
 
-def make_world(dst: str | Path, seed: int = 0, scale: float = 1.0) -> dict[str, dict[str, int]]:
+def training_sizes(texts: float = 1.0, imbalance: float | None = None) -> dict[str, float]:
+    """Training texts of each dataset: SIZES times `texts`; with `imbalance`, as many texts in all,
+    but equal steps in the ratio from each dataset of TABLE_1 to the next, so that the first has
+    `imbalance` times as many as the last."""
+    if imbalance is None:
+        return {unit: size * texts for unit, size in SIZES.items()}
+    share = {unit: imbalance ** (-k / (len(TABLE_1) - 1)) for k, unit in enumerate(TABLE_1)}
+    whole = texts * sum(SIZES.values()) / sum(share.values())
+    return {unit: whole * share[unit] for unit in SIZES}
+
+
+def make_world(dst: str | Path, seed: int = 0, scale: float = 1.0, texts: float = 1.0, imbalance:
+               float | None = None, conflict: str = "apart") -> dict[str, dict[str, int]]:
     """Write the demo corpus below dst; returns {dataset: {split: records}}. The same arguments give
-    the same bytes. `scale` is a factor on the size of every split."""
-    counts = {}
-    for unit, size in SIZES.items():
+    the same bytes. `scale` is a factor on the size of every split, `texts` one more on that of the
+    training splits, `imbalance` the largest of these over the smallest, `conflict` of CONFLICTS."""
+    counts, called = {}, CONFLICTS[conflict]
+    events = {called.get(event, event): roles for event, roles in ROLES.items()}
+    for unit, size in training_sizes(texts, imbalance).items():
         folder = Path(dst) / f"demo_{unit.lower()}"
         (folder / "images").mkdir(parents=True, exist_ok=True)
-        labels = ({"med": sorted(ROLES), "meae": ROLES} if unit == "MEE" else
-                  {"mre": RELATIONS[unit]} if unit in RELATIONS else {"mner": sorted(TYPES)})
+        labels = ({"med": sorted(events), "meae": events} if unit == "MEE" else
+                  {"mre": sorted(called.get(label, label) for label in RELATIONS[unit])}
+                  if unit in RELATIONS else {"mner": sorted(TYPES)})
         units = {task: task.upper() if unit == "MEE" else unit for task in labels}
         text = json.dumps({"name": folder.name, "units": units, "labels": labels})
         (folder / "dataset.json").write_text(text + "\n", encoding="utf-8")
         counts[folder.name] = {
-            split: Writer(folder, split, unit, seed).write(max(2, round((fixed or size) * scale)))
-            for split, fixed in SPLITS.items()}
+            split: Writer(folder, split, unit, seed, conflict).write(
+                max(2, round((fixed or size) * scale))) for split, fixed in SPLITS.items()}
     return counts
 
 
@@ -555,12 +587,28 @@ def processor() -> str:
             f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
 
 
+def above_zero(word: str) -> float:
+    """A number above zero, from the command line; ValueError for another, which argparse names."""
+    if not 0 < (number := float(word)) < math.inf:
+        raise ValueError
+    return number
+
+
 def main() -> None:
     command = Parser(description="Write the demo world, seven small units with drawn pictures; "
                      "with --backbone, make a tiny T5 and a tiny ViT that have read its texts.")
     add = command.add_argument_group("the world").add_argument
     add("dst", metavar="DST", nargs="?", help="folder of the corpus")
     add("--seed", type=int, default=0, help="same seed, same bytes")
+    add("--scale", type=above_zero, default=1.0, metavar="X", help="factor on every split's size")
+    add("--texts", type=above_zero, default=1.0, metavar="X",
+        help="factor on the training splits' sizes")
+    add("--imbalance", type=above_zero, metavar="RATIO", help="training texts of the largest "
+        "dataset to those of the smallest, in the order of the paper's Table 1; default: the "
+        f"demo's own sizes, {max(SIZES.values()) / min(SIZES.values()):.2f} to 1")
+    add("--conflict", choices=CONFLICTS, default="apart", help="how far the tasks agree on labels: "
+        "one word for what is drawn in all of them, words of their own, one task that means other "
+        "things by the same words, or all three")
     add = command.add_argument_group("the backbone").add_argument
     add("--backbone", type=Path, metavar="DIR", help="folder to make t5/ and vit/ in, for "
         "`train.py --t5 DIR/t5 --vit DIR/vit`")
@@ -571,7 +619,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         corpus = Path(args.dst) if args.dst else Path(scratch, "world")
         try:
-            for name, splits in make_world(corpus, args.seed).items():
+            for name, splits in make_world(corpus, args.seed, args.scale, args.texts,
+                                           args.imbalance, args.conflict).items():
                 print(f"{corpus}/{name}: " + ", ".join(f"{n} {s}" for s, n in splits.items()))
             if args.backbone:
                 ship_backbone(args.backbone, corpus, args.seed, args.steps)
