@@ -8,6 +8,7 @@ import csv
 import io
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -32,6 +33,7 @@ def t_two_sided(t: float, freedom: int) -> float:
     return min(1.0, constant * float(numpy.trapezoid(numpy.cos(angles) ** (freedom - 1), angles)))
 
 
+@cache
 def t_quantile(two_sided: float, freedom: int) -> float:
     """The t that |T| exceeds with this probability, by bisection."""
     low, high = 0.0, 1e4
@@ -58,8 +60,10 @@ def p_value(differences: Sequence[float]) -> float:
 def least_difference(spread: float, n: int) -> float:
     """The smallest true mean of n paired differences with this standard deviation that a two-sided
     t test at 5 % finds with a probability of 80 %, by (t_0.975 + t_0.8) spread / sqrt(n)."""
+    if n < 2:
+        return math.inf
     quantiles = t_quantile(ALPHA, n - 1) + t_quantile(2 * (1 - POWER), n - 1)
-    return quantiles * spread / math.sqrt(n) if n > 1 else math.inf
+    return quantiles * spread / math.sqrt(n)
 
 
 def holm(p_values: Sequence[float], tried: int | None = None) -> list[float]:
@@ -122,10 +126,10 @@ def append_row(path: Path, columns: Sequence[str], row: Row) -> None:
 
 
 # ------------------------------------------------------------------------------------- the report
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table in Markdown."""
-    return ["", *(f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows)),
-            ""]
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    """A table in Markdown, empty without rows."""
+    lines = [f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows)]
+    return ["", *lines, ""] if rows else []
 
 
 def number(value: float | None, form: str = ".1f") -> str:
@@ -133,131 +137,125 @@ def number(value: float | None, form: str = ".1f") -> str:
     return "-" if value is None or not math.isfinite(value) else format(value, form)
 
 
-def score(row: Row, unit: str = "mean") -> float:
-    """F1 on test, in %."""
-    return float(row[f"test_{unit}"])
+def score(rows: dict[int, Row], unit: str = "mean") -> list[float]:
+    """F1 on test, in %, of each seed."""
+    return [float(row[f"test_{unit}"]) for row in rows.values()]
 
 
-def differences(first: dict[int, Row], second: dict[int, Row]) -> dict[int, float]:
-    """{seed: second less first} in the mean F1 on test, of the seeds that both have."""
-    return {seed: score(second[seed]) - score(first[seed]) for seed in first if seed in second}
+def differences(first: dict[int, Row], second: dict[int, Row]) -> list[float]:
+    """Second less first in the mean F1 on test, of each seed that both have."""
+    both = [{seed: rows[seed] for seed in first if seed in second} for rows in (first, second)]
+    return [b - a for a, b in zip(*map(score, both))]
 
 
-def rate_lines(study: Any, experiment: Any, world: dict) -> list[str]:
+def rate_table(study: Any, experiment: Any, world: dict) -> list[str]:
     """The dev F1 by which each system's rate was chosen."""
-    lines = []
+    rows = []
     for system in experiment.systems:
-        dev, _ = study.grid(experiment.name, system, world) if not experiment.rate else ({}, [])
-        if dev:
-            best = max(dev, key=dev.get)
-            lines.append([system, ", ".join(f"**{f1:.1f} at {lr:g}**" if lr == best else
-                                            f"{f1:.1f} at {lr:g}" for lr, f1 in dev.items())])
-    return ["Rates, by the mean F1 on dev over two seeds that no comparison uses:",
-            *table(("system", "dev F1 at rate, chosen in bold"), lines)] if lines else []
+        dev = {} if experiment.rate or study.data else study.grid(experiment, system, world)[0]
+        tried = [f"**{f1:.1f} at {lr:g}**" if f1 == max(dev.values()) else f"{f1:.1f} at {lr:g}"
+                 for lr, f1 in dev.items()]
+        rows += [[system, ", ".join(tried)]] if tried else []
+    return table(("", "mean F1 on dev, two seeds that no comparison uses; bold: chosen"), rows)
 
 
 def f1_table(results: dict[str, dict[int, Row]], published: dict) -> list[str]:
     """F1 of each unit, the paper's figure beside ours, and the mean with its interval."""
     lines = []
     for system, rows in results.items():
-        paper = published.get(system, (None,) * len(UNITS))
-        cells = [f"{number(fmean([score(row, unit) for row in rows.values()]))} ({number(p)})"
-                 for unit, p in zip(UNITS, paper) if next(iter(rows.values()))[f"test_{unit}"]]
-        means, every = [score(row) for row in rows.values()], None not in paper
-        one = next(iter(rows.values()))
-        lines.append([system, one["lr"], f"{int(one['parameters']):,}", len(rows), *cells,
-                      f"{fmean(means):.2f} ± {number(half_width(means), '.2f')}",
-                      number(sum(paper) if every else None)])
-    head = ("system", "rate", "trained", "seeds", *(f"{unit} (paper)" for unit in UNITS),
-            "mean, 95 % over seeds", "All in the paper")
-    return table(head, lines)
+        one, paper = next(iter(rows.values())), published.get(system, (None,) * len(UNITS))
+        cells = [f"{fmean(score(rows, unit)):.1f} ({number(p)})" if one[f"test_{unit}"] else "-"
+                 for unit, p in zip(UNITS, paper)]
+        lines.append([system, one["lr"], one["parameters"], len(rows), *cells,
+                      f"{fmean(score(rows)):.2f} ± {number(half_width(score(rows)), '.2f')}",
+                      number(None if None in paper else sum(paper))])
+    return table(("", "rate", "trained", "seeds", *(f"{unit} (paper)" for unit in UNITS),
+                  "mean, 95 % by t over seeds", "All in the paper"), lines)
 
 
 def comparison(cases: Sequence[tuple[str, dict[int, Row], dict[int, Row]]], baseline: str,
                tried: int, records: Callable[[Row], dict | None]) -> list[str]:
     """Paired differences to a baseline: what could be told, what is, and what it means.
     cases: a name, the baseline's rows by seed and another system's.  tried: how many there are."""
-    cases = [(name, paired, [(records(first[seed]), records(second[seed])) for seed in paired])
-             for name, first, second in cases
-             if (paired := differences(first, second))]
-    corrected, lines = holm([p_value(list(paired.values())) for _, paired, _ in cases], tried), []
-    for (name, paired, pairs), p in zip(cases, corrected):
-        values, n = list(paired.values()), len(paired)
-        mean, width, spread = fmean(values), half_width(values), stdev(values) if n > 1 else None
+    cases = [case for case in cases if differences(*case[1:])]
+    corrected, lines = holm([p_value(differences(*case[1:])) for case in cases], tried), []
+    for (name, first, second), p in zip(cases, corrected):
+        values = differences(first, second)
+        n, mean, width = len(values), fmean(values), half_width(values)
+        spread = stdev(values) if n > 1 else math.nan
+        pairs = [(records(first[seed]), records(second[seed])) for seed in first if seed in second]
         low, high = bootstrap(pairs) if all(a and b for a, b in pairs) else (None, None)
-        told = "cannot tell" if p >= ALPHA else "higher" if mean > 0 else "lower"
-        lines.append([name, n, number(spread, ".2f"),
-                      number(spread and least_difference(spread, n), ".2f"), f"{mean:+.2f}",
-                      f"[{number(mean - width, '+.2f')}, {number(mean + width, '+.2f')}]",
-                      f"[{number(low, '+.2f')}, {number(high, '+.2f')}]", f"{p:.3f}", told])
+        lines.append([name, n, number(spread, ".2f"), number(least_difference(spread, n), ".2f"),
+                      f"{mean:+.2f}", *(f"[{number(a, '+.2f')}, {number(b, '+.2f')}]" for a, b in (
+                          (mean - width, mean + width), (low, high))), f"{p:.3f}",
+                      "cannot tell" if p >= ALPHA else "higher" if mean > 0 else "lower"])
     return table(("", "seeds", "paired spread", "least difference these seeds can tell",
-                  f"mean F1 less that of {baseline}", "95 %, t over seeds",
-                  "95 %, bootstrap over seeds and records (-: records not at hand)",
-                  f"p, Holm of {tried}", "reading"), lines) if lines else ["Not run yet.", ""]
+                  f"mean F1 less that of {baseline}", "95 %, t over seeds", "95 %, bootstrap over "
+                  "seeds and records (-: records not at hand, seeds alone)", f"p, Holm of {tried}",
+                  "reading"), lines) or ["Not run yet.", ""]
 
 
 def curve(experiment: Any, points: list[tuple[dict, dict[str, dict[int, Row]]]],
           path: Path) -> list[str]:
     """Draw F1 of both systems over a knob, and their paired difference, with 95 % t intervals."""
     figure, (left, right) = canvas(9, 3.4, 1, 2)
-    names = [str(world[experiment.knob]) for world, _ in points]
     first, second = experiment.systems
-    for k, system in enumerate((first, second, None)):
-        series = {name: [score(row) for row in results.get(system, {}).values()] if system else
-                  list(differences(results.get(first, {}), results.get(second, {})).values())
-                  for name, (_, results) in zip(names, points)}
-        places = [i for i, name in enumerate(names) if len(series[name]) > 1]
-        kept = [series[names[i]] for i in places]
-        (left if system else right).errorbar(
-            places, [fmean(values) for values in kept], [half_width(values) for values in kept],
-            color=COLOURS[k], marker="o", capsize=3, label=system)
-    for axes, title in ((left, "mean F1 on test"), (right, f"{second} less {first}")):
-        axes.set(title=title, xlabel=experiment.knob, xticks=range(len(names)), xticklabels=names)
-    left.legend()
+    for axes, label, values_of in (
+            (left, first, lambda results: score(results.get(first, {}))),
+            (left, second, lambda results: score(results.get(second, {}))),
+            (right, f"{second} less {first}", lambda results: differences(
+                results.get(first, {}), results.get(second, {})))):
+        seeds = {str(world[experiment.knob]): values_of(results) for world, results in points}
+        seeds = {setting: values for setting, values in seeds.items() if len(values) > 1}
+        axes.errorbar(list(seeds), list(map(fmean, seeds.values())),
+                      list(map(half_width, seeds.values())), marker="o", capsize=3, label=label,
+                      color=COLOURS[3 if axes is right else label == second])
+        axes.set(xlabel=experiment.knob, ylabel="mean F1 on test")
+        axes.legend()
     right.axhline(0, color="#888888", linewidth=0.8)
     write_figure(figure, path)
     return [f"![{experiment.name}]({path.name})", ""]
 
 
-def spread_lines(study: Any) -> list[str]:
-    """What the pilot's paired spread lets the planned numbers of seeds tell."""
-    pilot = study.experiments[0]
-    results = study.results(pilot, pilot.worlds()[0])
-    values = list(differences(*(results.get(name, {}) for name in pilot.systems)).values())
-    if len(values) < 2:
-        return ["The pilot is not finished: nothing is known of the spread.", ""]
-    spread = stdev(values)
-    told = ", ".join(f"{n} seeds {least_difference(spread, n):.2f}" for n in (3, 6, 8, 16))
-    return [f"Pilot: the differences of {len(values)} seeds spread by {spread:.2f} points (sample "
-            f"standard deviation). With power {POWER:.0%} at {ALPHA:.0%} the smallest difference "
-            f"that can be told is, in points: {told}.", ""]
-
-
-def write(study: Any, published: dict, markdown: Path,
-          records: Callable[[Row], dict | None] = lambda row: None) -> None:
-    """Write the report and its pictures.  study: tools.paper.Study.  records: {unit: {record: [tp,
-    pred, gold]}} of a run on test, None where it is no longer at hand."""
-    rows, size = list(study.rows.values()), "large" if study.size == "tiny" else study.size
-    hours = sum(float(row["cpu_seconds"] or 0) for row in rows) / 3600
-    told = {name: ", ".join(sorted({row[name][:60] for row in rows}))
-            for name in ("commit", "processor", "backbone")}
+def head(study: Any, published: str) -> list[str]:
+    """What the report is made of, and what the pilot's spread lets the planned seeds tell."""
+    rows, pilot = list(study.rows.values()), study.experiments[0]
+    hours = sum(float(row["cpu_seconds"]) for row in rows) / 3600
     lines = ["# The study", "", f"Made by `python -m tools.paper --report` from {len(rows)} runs, "
-             f"{hours:.1f} CPU hours. Processor: {told['processor']}. Commits: {told['commit']}. "
-             f"Backbone, sha256: {told['backbone']}. docs/study.md tells what was planned. F1 in "
-             f"%, on test; the paper's figures are those of its size {size}.", "",
-             *(spread_lines(study) if study.data is None else [])]
+             f"{hours:.1f} CPU hours. F1 in %, on test; the paper's figures are those of its size "
+             f"{published}. docs/study.md tells what was planned.", "",
+             *(f"- {name}: {', '.join(sorted({row[name] for row in rows}))}"
+               for name in ("processor", "commit", "backbone")), ""]
+    results = study.results(pilot, pilot.worlds()[0]) if pilot.rate else {}
+    values = differences(*results.values()) if len(results) == 2 else []
+    if len(values) > 1:
+        told = ", ".join(f"{n} seeds {least_difference(stdev(values), n):.2f}"
+                         for n in (3, 6, 8, 16))
+        lines += [f"The pilot's {len(values)} paired differences have a standard deviation of "
+                  f"{stdev(values):.2f} points. With a power of {POWER:.0%} at {ALPHA:.0%} the "
+                  f"smallest difference that can be told is, in points: {told}.", ""]
+    return lines
+
+
+def write(study: Any, published: dict, path: Path,
+          records: Callable[[Row], dict | None] = lambda row: None) -> None:
+    """Write the report, and its pictures beside it.  study: tools.paper.Study.  records: {unit:
+    {record: [tp, pred, gold]}} of a run on test, None where it is no longer at hand."""
+    size = "large" if study.size == "tiny" else study.size
+    lines = head(study, size)
     for experiment in study.experiments:
-        lines += [f"## {experiment.name}: {experiment.question}", "", experiment.source, ""]
+        knob, baseline = experiment.knob, experiment.baseline
         points = [(world, study.results(experiment, world)) for world in experiment.worlds()]
-        if experiment.knob and any(len(results) == 2 for _, results in points):
-            lines += curve(experiment, points, markdown.with_name(f"study_{experiment.name}.png"))
-        cases = [(f"{experiment.knob} {world[experiment.knob]}" if experiment.knob else system,
-                  results.get(experiment.baseline, {}), rows) for world, results in points
-                 for system, rows in results.items() if system != experiment.baseline]
-        tried = max(len(cases), experiment.confirm * (len(experiment.systems) - 1))
-        lines += comparison(cases, experiment.baseline, tried, records)
+        lines += [f"## {experiment.name}", "", experiment.question, ""]
+        if knob and any(len(results) == 2 for _, results in points):
+            lines += curve(experiment, points, path.with_name(f"study_{knob}.png"))
+        cases = [(f"{knob} {world[knob]}" if knob else system, results.get(baseline, {}), rows)
+                 for world, results in points for system, rows in results.items()
+                 if system != baseline]
+        tried = experiment.readings * (len(experiment.systems) - 1) or len(cases)
+        lines += comparison(cases, baseline, tried, records)
         for world, results in points:
-            lines += [f"{experiment.knob} {world[experiment.knob]}:"] if experiment.knob else []
-            lines += rate_lines(study, experiment, world) if study.data is None else []
-            lines += f1_table(results, published.get(size, {})) if results else []
-    write_whole(markdown, "\n".join(lines))
+            lines += [f"{knob} {world[knob]}:"] if knob and results else []
+            lines += rate_table(study, experiment, world)
+            lines += f1_table(results, published.get(size, {}))
+    write_whole(path, "\n".join(lines))
