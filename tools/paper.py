@@ -99,13 +99,17 @@ EXPERIMENTS = (
     Experiment("pilot", "How far do seeds spread the difference of two systems?",
                ("lora", "clorae"), range(100, 103), rate=2e-3),
     Experiment("main", "Tables 2 and 3, Fig. 4: does C-LoRAE help, and each of its parts?",
-               MAIN, range(8)),
+               MAIN, range(10, 18)),
+    Experiment("equal", "The same runs: C-LoRAE against LoRA of equal parameters",
+               (LORA_2R, "clorae"), range(10, 18), LORA_2R),
+    Experiment("parts", "The same runs, as Table 3 has them: what each part adds to C-LoRAE",
+               ("clorae", *MAIN[6:9], "lora", "tlora"), range(10, 18), "clorae"),
     Experiment("conflict", "Sec. 1: does it help where tasks contradict each other?",
-               (LORA_2R, "clorae"), range(6), LORA_2R, "conflict", tuple(demo.CONFLICTS)),
+               (LORA_2R, "clorae"), range(10, 16), LORA_2R, "conflict", tuple(demo.CONFLICTS)),
     Experiment("imbalance", "Sec. 2.4: does it help where tasks differ in size?",
-               (LORA_2R, "clorae"), range(6), LORA_2R, "imbalance", (1.0, 3.0, 7.3, 30.0)),
+               (LORA_2R, "clorae"), range(10, 16), LORA_2R, "imbalance", (1.0, 3.0, 7.3, 30.0)),
     Experiment("texts", "Does it help where texts are few?",
-               (LORA_2R, "clorae"), range(6), LORA_2R, "texts", (0.1, 0.2, 0.4, 0.8)),
+               (LORA_2R, "clorae"), range(10, 16), LORA_2R, "texts", (0.1, 0.2, 0.4, 0.8)),
     Experiment("aml", "Eq. (9), where the paper is silent: which reading, at 30:1?",
                options("no-aml", "aml-temperature 0.1", "aml-temperature 0.01",
                        "aml-reference 100"), range(200, 208), "clorae",
@@ -114,11 +118,11 @@ EXPERIMENTS = (
                options("beta 0.1", "beta 1", "beta 1.28", "mim-mean affine", "mim-mean map",
                        "alpha 4R"), range(300, 308), "clorae", readings=True),
     Experiment("table4", "Table 4: T17 and V2, never trained on",
-               (f"full {HELD_OUT}", f"{LORA_2R} {HELD_OUT}", f"clorae {HELD_OUT}"), range(6),
+               (f"full {HELD_OUT}", f"{LORA_2R} {HELD_OUT}", f"clorae {HELD_OUT}"), range(10, 16),
                f"{LORA_2R} {HELD_OUT}"),
     Experiment("fig5", "Fig. 5: rank and dropout (the paper: rank saturates, dropout 0.1 to 0.4 is "
                "best, 0 and 0.8 are worst)", options("rank 0.5R", "rank 2R", "rank 4R", *(
-                   f"dropout {p}" for p in (0.1, 0.2, 0.4, 0.8))), range(3), "clorae"))
+                   f"dropout {p}" for p in (0.1, 0.2, 0.4, 0.8))), range(10, 13), "clorae"))
 
 IDENTITY = ("size", "options", "rank", "lr", "seed", "data", *WORLD, "backbone")  # of a run
 COLUMNS = ("experiment", "system", *IDENTITY, "commit", "processor", "seconds", "cpu_seconds",
