@@ -50,7 +50,7 @@ def half_width(values: Sequence[float]) -> float:
 
 
 def p_value(differences: Sequence[float]) -> float:
-    """Of the paired t test, two-sided, that the mean is 0; 1 for a single difference."""
+    """Of the paired t test, two-sided, that the mean is 0; 1 where no spread is known."""
     n = len(differences)
     if n < 2 or not (spread := stdev(differences)):
         return 1.0
@@ -148,29 +148,25 @@ def differences(first: dict[int, Row], second: dict[int, Row]) -> list[float]:
     return [b - a for a, b in zip(*map(score, both))]
 
 
-def rate_table(study: Any, experiment: Any, world: dict) -> list[str]:
-    """The dev F1 by which each system's rate was chosen."""
-    rows = []
+def f1_table(study: Any, experiment: Any, world: dict, published: dict) -> list[str]:
+    """F1 of each unit, the paper's figure beside ours, the mean with its interval, and the dev F1
+    by which a system's rate was chosen."""
+    lines, results = [], study.results(experiment, world)
     for system in experiment.systems:
-        dev = {} if experiment.rate or study.data else study.grid(experiment, system, world)[0]
-        tried = [f"**{f1:.1f} at {lr:g}**" if f1 == max(dev.values()) else f"{f1:.1f} at {lr:g}"
+        rows, paper = results.get(system, {}), published.get(system, (None,) * len(UNITS))
+        dev = {} if study.data or experiment.rate else study.grid(experiment, system, world)[0]
+        rates = [f"**{lr:g}: {f1:.1f}**" if f1 == max(dev.values()) else f"{lr:g}: {f1:.1f}"
                  for lr, f1 in dev.items()]
-        rows += [[system, ", ".join(tried)]] if tried else []
-    return table(("", "mean F1 on dev, two seeds that no comparison uses; bold: chosen"), rows)
-
-
-def f1_table(results: dict[str, dict[int, Row]], published: dict) -> list[str]:
-    """F1 of each unit, the paper's figure beside ours, and the mean with its interval."""
-    lines = []
-    for system, rows in results.items():
-        one, paper = next(iter(rows.values())), published.get(system, (None,) * len(UNITS))
-        cells = [f"{fmean(score(rows, unit)):.1f} ({number(p)})" if one[f"test_{unit}"] else "-"
-                 for unit, p in zip(UNITS, paper)]
-        lines.append([system, one["lr"], one["parameters"], len(rows), *cells,
-                      f"{fmean(score(rows)):.2f} ± {number(half_width(score(rows)), '.2f')}",
-                      number(None if None in paper else sum(paper))])
-    return table(("", "rate", "trained", "seeds", *(f"{unit} (paper)" for unit in UNITS),
-                  "mean, 95 % by t over seeds", "All in the paper"), lines)
+        one, means = next(iter(rows.values()), {}), score(rows)
+        cells = [f"{fmean(score(rows, unit)):.1f} ({number(p)})" if one.get(f"test_{unit}") else
+                 f"- ({number(p)})" for unit, p in zip(UNITS, paper)]
+        mean = f"{fmean(means):.2f} ± {number(half_width(means), '.2f')}" if means else "-"
+        lines += [[system, one.get("parameters", "-"), len(rows), *cells, mean,
+                   number(None if None in paper else sum(paper)), ", ".join(rates) or one["lr"]]
+                  ] if rows or rates else []
+    return table(("", "trained", "seeds", *(f"{unit} (paper)" for unit in UNITS), "mean, 95 % by t "
+                  "over seeds", "All in the paper", "rate: mean F1 on dev of two seeds that no "
+                  "comparison uses; bold: chosen"), lines)
 
 
 def comparison(cases: Sequence[tuple[str, dict[int, Row], dict[int, Row]]], baseline: str,
@@ -247,7 +243,7 @@ def write(study: Any, published: dict, path: Path,
         knob, baseline = experiment.knob, experiment.baseline
         points = [(world, study.results(experiment, world)) for world in experiment.worlds()]
         lines += [f"## {experiment.name}", "", experiment.question, ""]
-        if knob and any(len(results) == 2 for _, results in points):
+        if knob and sum(len(results) == 2 for _, results in points) > 1:
             lines += curve(experiment, points, path.with_name(f"study_{knob}.png"))
         cases = [(f"{knob} {world[knob]}" if knob else system, results.get(baseline, {}), rows)
                  for world, results in points for system, rows in results.items()
@@ -256,6 +252,5 @@ def write(study: Any, published: dict, path: Path,
         lines += comparison(cases, baseline, tried, records)
         for world, results in points:
             lines += [f"{knob} {world[knob]}:"] if knob and results else []
-            lines += rate_table(study, experiment, world)
-            lines += f1_table(results, published.get(size, {}))
+            lines += f1_table(study, experiment, world, published.get(size, {}))
     write_whole(path, "\n".join(lines))
