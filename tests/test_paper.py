@@ -188,9 +188,14 @@ def test_options_name_method_rank_and_numbers_of_the_rank():
     assert "--alpha 24" in study.job("", "clorae --alpha 4R", WORLD, 1e-3, 0)["options"]
 
 
-def test_systems_that_train_py_does_not_know_are_told_apart():
-    assert paper.accepts("clorae --no-egr") and paper.accepts(LORA_2R)
-    assert not paper.accepts("nonsense") and not paper.accepts("clorae --no-such 1")
+def test_systems_that_train_py_does_not_know_are_skipped_with_a_line(monkeypatch, capsys):
+    unknown = ("lora --no-such 1", "clorae --no-such 2")
+    known = ("clorae --no-egr", "clorae --aml-reference 100", LORA_2R)
+    study = Study("tiny", None, [])
+    study.experiments = (paper.Experiment("a", "", known + unknown, range(1)),)
+    study.skip_unknown()
+    assert study.refused == set(unknown) and capsys.readouterr().out.count("skipped: ") == 2
+    assert not {job["system"] for job in study.queue(study.experiments[0])} & set(unknown)
 
 
 def test_the_command_of_a_run_is_one_that_train_py_takes(tmp_path, monkeypatch):
@@ -204,7 +209,7 @@ def test_the_command_of_a_run_is_one_that_train_py_takes(tmp_path, monkeypatch):
     real = Study("large", "corpus", [])
     words = paper.command(real.job("main", "clorae", WORLD, 1e-4, 0), tmp_path)
     config, _ = parse_arguments(words[words.index("train.py") + 1:], "", clorae.METHODS)
-    assert (config.size, config.rank, config.data) == ("large", 64, "corpus")
+    assert (config.size, config.rank, config.data) == ("large", 64, str(Path("corpus").resolve()))
     assert {e.name for e in real.experiments} >= {"main", "table4", "fig5"}
     assert all(not e.knob for e in real.experiments)
 
@@ -296,7 +301,7 @@ def test_a_row_is_appended_whole_or_not_at_all(tmp_path):
 
 
 @pytest.mark.parametrize("text, line, told", [
-    ("a,b\n1,2\n3", 3, "cut or torn"), ("a,b\n1,2\n3,4", 3, "cut or torn"),
+    ("a,b\n1,2\n3", 3, "that is cut"), ("a,b\n1,2\n3,4", 3, "that is cut"),
     ("a,c\n1,2\n", 1, "expected the columns a,b"), ("", 1, "expected the columns")])
 def test_a_file_that_is_no_study_is_refused_by_its_line(tmp_path, text, line, told):
     (tmp_path / "s.csv").write_text(text)

@@ -9,7 +9,6 @@ does.  A seed draws another world and another training.  Rates are chosen on the
 worlds that no comparison uses; all worlds share demo_backbone/.  docs/study.md is the plan.
 """
 
-import argparse
 import json
 import os
 import re
@@ -148,6 +147,17 @@ class Study:
         self.experiments = tuple(  # a corpus has no knobs to turn, and the paper's rate
             e for e in EXPERIMENTS if not (data and (e.knob or e.rate or e.world)))
 
+    def skip_unknown(self) -> None:
+        """Leave out, with a line, the systems whose options this train.py does not know."""
+        for system in dict.fromkeys(name for e in self.experiments for name in e.systems):
+            words = self.job("", system, WORLD, 1e-3, 0)["options"].split()
+            try:
+                with redirect_stderr(StringIO()):
+                    parse_arguments(words, "", clorae.METHODS)
+            except (SystemExit, UsageError):
+                self.refused.add(system)
+                print(f"skipped: this train.py does not know {system}", flush=True)
+
     def job(self, experiment: str, system: str, world: dict, lr: float, seed: int) -> Row:
         """A run: as much of its row as is known before it starts."""
         words = re.sub(r"([\d.]+)R", lambda x: str(round(float(x[1]) * self.rank)),
@@ -250,7 +260,8 @@ def command(job: Row, out: Path) -> list[str]:
     if job["data"]:
         gpus = torch.cuda.device_count()
         torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={gpus}"] if gpus > 1 else []
-        return [sys.executable, *torchrun, "train.py", "--data", job["data"], *words]
+        return [sys.executable, *torchrun, "train.py", "--data",
+                str(Path(job["data"]).resolve()), *words]
     write_whole(file := out / f"p_m-{references['T15']:g}.json", json.dumps(references))
     knobs = {name: job[name] if name == "conflict" else float(job[name]) for name in WORLD}
     world = out / "worlds" / "-".join([job["seed"], *map(str, knobs.values())])
@@ -258,17 +269,6 @@ def command(job: Row, out: Path) -> list[str]:
         whole(world, lambda aside: demo.make_world(aside, int(job["seed"]), **knobs))
     return [sys.executable, "train.py", "--data", str(world), "--t5", str(SHIPPED / "t5"), "--vit",
             str(SHIPPED / "vit"), "--aml-reference", str(file), *words]
-
-
-def accepts(system: str) -> bool:
-    """Whether train.py of this version knows a system's options."""
-    try:
-        with redirect_stderr(StringIO()):
-            parse_arguments(f"--method {re.sub('[0-9.]+R', '24', system)}".split(), "",
-                            clorae.METHODS)
-    except (SystemExit, UsageError):
-        return False
-    return True
 
 
 def made_by() -> Row:
@@ -348,26 +348,6 @@ def record(study: Study, row: Row, code: int, folder: Path, table: Path) -> None
     print(f"{told}: dev F1 {row['dev_mean']}", flush=True)
 
 
-def carry_out(args: argparse.Namespace) -> None:
-    """Run what is missing, if it is wanted, and report."""
-    study = Study(args.size, args.data and str(Path(args.data).resolve()),
-                  report.read_rows(args.csv, COLUMNS), args.seeds)
-    for system in dict.fromkeys(name for e in study.experiments for name in e.systems):
-        if not accepts(system):
-            study.refused.add(system)
-            print(f"skipped: this train.py does not know {system}", flush=True)
-    out = args.out.resolve()
-    if not args.report:
-        with claim(out):
-            run(study, args.experiments, out, args.csv, args.jobs)
-
-    def records(row: Row) -> dict | None:
-        file = folder_of(row, out) / "scores-test.json"
-        return json.loads(file.read_bytes())["records"] if file.exists() else None
-
-    report.write(study, PUBLISHED, args.csv.with_name(f"{args.csv.stem}_report.md"), records)
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m tools.paper", description="Run the paper's experiments, as far "
                     "as they have not been run, and report them.")
@@ -389,8 +369,19 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"expected --size base, large or xl with --data and tiny without, got --size "
                      f"{args.size}, --data {args.data}; correct one of them")
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    out = args.out.resolve()
+
+    def records(row: Row) -> dict | None:
+        file = folder_of(row, out) / "scores-test.json"
+        return json.loads(file.read_bytes())["records"] if file.exists() else None
+
     with exit_codes():
-        carry_out(args)
+        study = Study(args.size, args.data, report.read_rows(args.csv, COLUMNS), args.seeds)
+        study.skip_unknown()
+        if not args.report:
+            with claim(out):
+                run(study, args.experiments, out, args.csv, args.jobs)
+        report.write(study, PUBLISHED, args.csv.with_name(f"{args.csv.stem}_report.md"), records)
 
 
 if __name__ == "__main__":

@@ -102,16 +102,15 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
     """The rows of a study's CSV, none if there is no file yet; UsageError if it is not one."""
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
-    reader = csv.DictReader(io.StringIO(text))
-    rows = list(reader)
-    if tuple(reader.fieldnames or ()) != tuple(columns):
+    lines = list(csv.reader(io.StringIO(text := path.read_text(encoding="utf-8")))) or [[]]
+    if lines[0] != list(columns):
         raise UsageError(f"{path}:1: expected the columns {','.join(columns)}, got "
-                         f"{reader.fieldnames}; name another file with --csv")
-    if not text.endswith("\n") or any(None in row.values() or None in row for row in rows):
-        raise UsageError(f"{path}:{text.count(chr(10)) + 1}: expected whole lines of {len(columns)}"
-                         " cells, got one that is cut or torn; delete it: its run is made again")
-    return rows
+                         f"{','.join(lines[0])}; name another file with --csv")
+    for number, line in enumerate(lines, 1):
+        if len(line) != len(columns) or number == len(lines) and not text.endswith("\n"):
+            raise UsageError(f"{path}:{number}: expected a whole line of {len(columns)} cells, got "
+                             f"one that is cut, of {len(line)}; delete it: its run is made again")
+    return [dict(zip(columns, line)) for line in lines[1:]]
 
 
 def append_row(path: Path, columns: Sequence[str], row: Row) -> None:
@@ -195,17 +194,14 @@ def curve(experiment: Any, points: list[tuple[dict, dict[str, dict[int, Row]]]],
           path: Path) -> list[str]:
     """Draw F1 of both systems over a knob, and their paired difference, with 95 % t intervals."""
     figure, (left, right) = canvas(9, 3.4, 1, 2)
-    first, second = experiment.systems
-    for axes, label, values_of in (
-            (left, first, lambda results: score(results.get(first, {}))),
-            (left, second, lambda results: score(results.get(second, {}))),
-            (right, f"{second} less {first}", lambda results: differences(
-                results.get(first, {}), results.get(second, {})))):
-        seeds = {str(world[experiment.knob]): values_of(results) for world, results in points}
-        seeds = {setting: values for setting, values in seeds.items() if len(values) > 1}
-        axes.errorbar(list(seeds), list(map(fmean, seeds.values())),
-                      list(map(half_width, seeds.values())), marker="o", capsize=3, label=label,
-                      color=COLOURS[3 if axes is right else label == second])
+    series = {name: {} for name in (*experiment.systems, "second less first")}
+    for world, results in points:
+        rows = [results.get(name, {}) for name in experiment.systems]
+        for name, values in zip(series, (*map(score, rows), differences(*rows))):
+            series[name] |= {str(world[experiment.knob]): values} if len(values) > 1 else {}
+    for colour, (name, seeds), axes in zip(COLOURS, series.items(), (left, left, right)):
+        axes.errorbar(list(seeds), list(map(fmean, seeds.values())), label=name, marker="o",
+                      yerr=list(map(half_width, seeds.values())), capsize=3, color=colour)
         axes.set(xlabel=experiment.knob, ylabel="mean F1 on test")
         axes.legend()
     right.axhline(0, color="#888888", linewidth=0.8)
@@ -218,19 +214,19 @@ def head(study: Any, published: str) -> list[str]:
     rows, pilot = list(study.rows.values()), study.experiments[0]
     hours = sum(float(row["cpu_seconds"]) for row in rows) / 3600
     lines = ["# The study", "", f"Made by `python -m tools.paper --report` from {len(rows)} runs, "
+             f"of which {sum(row['error'] > '' for row in rows)} diverged and are left out; "
              f"{hours:.1f} CPU hours. F1 in %, on test; the paper's figures are those of its size "
              f"{published}. docs/study.md tells what was planned.", "",
              *(f"- {name}: {', '.join(sorted({row[name] for row in rows}))}"
                for name in ("processor", "commit", "backbone")), ""]
     results = study.results(pilot, pilot.worlds()[0]) if pilot.rate else {}
     values = differences(*results.values()) if len(results) == 2 else []
-    if len(values) > 1:
-        told = ", ".join(f"{n} seeds {least_difference(stdev(values), n):.2f}"
-                         for n in (3, 6, 8, 16))
-        lines += [f"The pilot's {len(values)} paired differences have a standard deviation of "
-                  f"{stdev(values):.2f} points. With a power of {POWER:.0%} at {ALPHA:.0%} the "
-                  f"smallest difference that can be told is, in points: {told}.", ""]
-    return lines
+    told = [f"{n} seeds {least_difference(stdev(values), n):.2f}"
+            for n in (3, 6, 8, 16) if len(values) > 1]
+    return lines + [f"The pilot's {len(values)} paired differences have a standard deviation of "
+                    f"{stdev(values):.2f} points. With a power of {POWER:.0%} at {ALPHA:.0%} the "
+                    f"smallest difference that can be told is, in points: {', '.join(told)}.", ""
+                    ] if told else lines
 
 
 def write(study: Any, published: dict, path: Path,
