@@ -556,15 +556,16 @@ def training_text(corpus: Path) -> tuple[list[str], set[str]]:
     return texts, set(re.findall(r"\w+", labels))
 
 
-def ship_backbone(folder: Path, corpus: Path, seed: int, steps: int) -> None:
+def ship_backbone(folder: Path, corpus: Path, seed: int, steps: int, knobs: str = "") -> None:
     """Make a backbone for a corpus in half precision, with manifest.json beside it: the command,
-    commit, processor and versions that made it, and the sha256 of each file."""
+    which ends in `knobs`, commit, processor and versions that made it, sha256 of each file."""
     texts, avoid = training_text(corpus)
     tiny = Tiny(steps=steps, vit_steps=max(1, 2 * steps // 5))
     make_backbone(folder, texts, seed, tiny, avoid)
     for model, name in ((T5, "t5"), (ViT, "vit")):
         model.from_pretrained(folder / name).half().save_pretrained(folder / name)
-    made_by = {"command": f"python demo.py --backbone {folder.name} --seed {seed} --steps {steps}",
+    made_by = {"command": f"python demo.py --backbone {folder.name} --seed {seed} --steps {steps}"
+               + knobs,
                "commit": commit(), "processor": processor(), "python": platform.python_version(),
                "torch": torch.__version__, "sentencepiece": sentencepiece.__version__,
                "sha256": {file.relative_to(folder).as_posix(): file_hash(file)
@@ -616,14 +617,16 @@ def main() -> None:
     args = command.parse_args()
     if not (args.dst or args.backbone):
         command.error("expected DST, --backbone DIR or both, got neither; name a folder to write")
+    knobs = {name: vars(args)[name] for name in ("scale", "texts", "imbalance", "conflict")}
     with tempfile.TemporaryDirectory() as scratch:
         corpus = Path(args.dst) if args.dst else Path(scratch, "world")
         try:
-            for name, splits in make_world(corpus, args.seed, args.scale, args.texts,
-                                           args.imbalance, args.conflict).items():
+            for name, splits in make_world(corpus, args.seed, **knobs).items():
                 print(f"{corpus}/{name}: " + ", ".join(f"{n} {s}" for s, n in splits.items()))
             if args.backbone:
-                ship_backbone(args.backbone, corpus, args.seed, args.steps)
+                turned = (f" --{name} {value}" for name, value in knobs.items()
+                          if value != command.get_default(name))
+                ship_backbone(args.backbone, corpus, args.seed, args.steps, "".join(turned))
         except OSError as error:
             command.exit(2, f"error: {error.filename or corpus}: cannot be written "
                          f"({error.strerror}): give another folder or make room\n")

@@ -7,7 +7,6 @@ import json
 import random
 import re
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -299,11 +298,12 @@ def test_the_backbone_that_comes_along_is_the_one_that_its_manifest_describes() 
 def test_the_command_makes_a_backbone_in_half_precision_beside_its_manifest(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps of it; what is trained on is as exact as the files, so both tell the same."""
-    monkeypatch.setattr(demo, "make_world", partial(demo.make_world, scale=0.02))
-    monkeypatch.setattr("sys.argv", ["demo.py", "--backbone", str(tmp_path / "b"), "--steps", "2"])
+    monkeypatch.setattr("sys.argv", ["demo.py", "--backbone", str(tmp_path / "b"), "--steps", "2",
+                                     "--scale", "0.02", "--conflict", "full"])
     demo.main()
     told = json.loads((tmp_path / "b" / "manifest.json").read_text(encoding="utf-8"))
-    assert told["command"] == "python demo.py --backbone b --seed 0 --steps 2"
+    assert told["command"] == ("python demo.py --backbone b --seed 0 --steps 2 --scale 0.02 "
+                               "--conflict full")
     assert set(told["sha256"]) == {"t5/config.json", "t5/model.safetensors", "t5/spiece.model",
                                    "vit/config.json", "vit/model.safetensors",
                                    "vit/preprocessor_config.json"}
