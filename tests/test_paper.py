@@ -214,6 +214,20 @@ def test_the_command_of_a_run_is_one_that_train_py_takes(tmp_path, monkeypatch):
     assert all(not e.knob for e in real.experiments)
 
 
+def test_fig_6_is_drawn_once_from_the_first_run_of_clorae(tmp_path, monkeypatch):
+    study, asked = Study("tiny", None, []), []
+    monkeypatch.setattr(paper.subprocess, "run", lambda words, **_: asked.append(words))
+    paper.draw_gates(study, tmp_path, tmp_path / "s_fig6" / "routing.png")
+    assert not asked  # there is no run yet
+    fill(study, "main")
+    paper.draw_gates(study, tmp_path, tmp_path / "s_fig6" / "routing.png")
+    (tmp_path / "s_fig6").mkdir()
+    (tmp_path / "s_fig6" / "routing.png").touch()
+    paper.draw_gates(study, tmp_path, tmp_path / "s_fig6" / "routing.png")
+    assert [words[1:3] for words in asked] == [["-m", "tools.routing"]]
+    assert not list(study.queue(experiment("fig6")))  # it is a run of the main block
+
+
 # ------------------------------------------------------------------------------------ the runner
 
 @pytest.fixture
@@ -335,7 +349,7 @@ def test_the_report_is_made_from_the_csv_alone(tmp_path, study):
         texts.append((tmp_path / "s_report.md").read_text())
         (tmp_path / "s_report.md").unlink()
     assert texts[0] == texts[1]
-    assert (tmp_path / "study_conflict.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "s_conflict.png").read_bytes()[:4] == b"\x89PNG"
     assert not (tmp_path / "none" / "runs").exists()
 
 
@@ -351,7 +365,7 @@ def test_the_report_says_what_can_be_told_before_what_was_seen(tmp_path, study, 
     assert rows["moslora"].endswith("| cannot tell |") and "p, Holm of 11" in main
     assert "(75.9)" in main and "521.3" in main  # the paper's, beside ours
     assert "**0.002: 60.0**" in main  # the rate that was chosen on dev
-    assert "![conflict](study_conflict.png)" in text and "conflict full" in text
+    assert "![conflict](r_conflict.png)" in text and "conflict full" in text
 
 
 def test_the_report_uses_records_where_they_are_at_hand(tmp_path, study, monkeypatch):

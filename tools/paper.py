@@ -120,8 +120,12 @@ EXPERIMENTS = (
                (f"full {HELD_OUT}", f"{LORA_2R} {HELD_OUT}", f"clorae {HELD_OUT}"), range(10, 16),
                f"{LORA_2R} {HELD_OUT}"),
     Experiment("fig5", "Fig. 5: rank and dropout (the paper: rank saturates, dropout 0.1 to 0.4 is "
-               "best, 0 and 0.8 are worst)", options("rank 0.5R", "rank 2R", "rank 4R", *(
-                   f"dropout {p}" for p in (0.1, 0.2, 0.4, 0.8))), range(10, 13), "clorae"))
+               "best, 0 and 0.8 are worst)",
+               options("rank 0.5R", "rank 2R", "rank 4R", *(
+                   f"dropout {p}" for p in (0.1, 0.2, 0.4, 0.8))), range(10, 13), "clorae"),
+    Experiment("fig6", "Fig. 6: which expert is heard?  (The paper: MRE and MEE hear their own, so "
+               "do lower layers; MNER and upper layers hear the universal one.)", ("clorae",),
+               range(10, 11), "clorae"))
 
 IDENTITY = ("size", "options", "rank", "lr", "seed", "data", *WORLD, "backbone")  # of a run
 COLUMNS = ("experiment", "system", *IDENTITY, "commit", "processor", "seconds", "cpu_seconds",
@@ -348,6 +352,15 @@ def record(study: Study, row: Row, code: int, folder: Path, table: Path) -> None
     print(f"{told}: dev F1 {row['dev_mean']}", flush=True)
 
 
+def draw_gates(study: Study, out: Path, picture: Path) -> None:
+    """Fig. 6 of C-LoRAE's first run, by tools.routing, unless it is drawn already."""
+    fig6 = study.experiments[-1]
+    for row in study.results(fig6, fig6.worlds()[0]).get("clorae", {}).values():
+        if not picture.exists():
+            words = ["-m", "tools.routing", str(folder_of(row, out)), "--out", str(picture.parent)]
+            subprocess.run([sys.executable, *words], check=False)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m tools.paper", description="Run the paper's experiments, as far "
                     "as they have not been run, and report them.")
@@ -381,6 +394,7 @@ def main(argv: list[str] | None = None) -> None:
         if not args.report:
             with claim(out):
                 run(study, args.experiments, out, args.csv, args.jobs)
+                draw_gates(study, out, args.csv.with_name(f"{args.csv.stem}_fig6") / "routing.png")
         report.write(study, PUBLISHED, args.csv.with_name(f"{args.csv.stem}_report.md"), records)
 
 

@@ -234,18 +234,20 @@ def write(study: Any, published: dict, path: Path,
     """Write the report, and its pictures beside it.  study: tools.paper.Study.  records: {unit:
     {record: [tp, pred, gold]}} of a run on test, None where it is no longer at hand."""
     size = "large" if study.size == "tiny" else study.size
-    lines = head(study, size)
+    lines, stem = head(study, size), path.stem.removesuffix("_report")
     for experiment in study.experiments:
         knob, baseline = experiment.knob, experiment.baseline
         points = [(world, study.results(experiment, world)) for world in experiment.worlds()]
         lines += [f"## {experiment.name}", "", experiment.question, ""]
         if knob and sum(len(results) == 2 for _, results in points) > 1:
-            lines += curve(experiment, points, path.with_name(f"study_{knob}.png"))
+            lines += curve(experiment, points, path.with_name(f"{stem}_{knob}.png"))
         cases = [(f"{knob} {world[knob]}" if knob else system, results.get(baseline, {}), rows)
                  for world, results in points for system, rows in results.items()
                  if system != baseline]
         tried = experiment.readings * (len(experiment.systems) - 1) or len(cases)
-        lines += comparison(cases, baseline, tried, records)
+        gates = path.with_name(f"{stem}_{experiment.name}") / "routing.png"
+        lines += [f"![gates]({gates.parent.name}/{gates.name})", ""] if gates.exists() else []
+        lines += comparison(cases, baseline, tried, records) if len(experiment.systems) > 1 else []
         for world, results in points:
             lines += [f"{knob} {world[knob]}:"] if knob and results else []
             lines += f1_table(study, experiment, world, published.get(size, {}))
