@@ -366,6 +366,7 @@ def test_the_report_says_what_can_be_told_before_what_was_seen(tmp_path, study, 
     assert "(75.9)" in main and "521.3" in main  # the paper's, beside ours
     assert "**0.002: 60.0**" in main  # the rate that was chosen on dev
     assert "![conflict](r_conflict.png)" in text and "conflict full" in text
+    assert "conflict full less conflict agree" in text and "p, Holm of 5" in text
 
 
 def test_the_report_uses_records_where_they_are_at_hand(tmp_path, study, monkeypatch):

@@ -141,10 +141,10 @@ def score(rows: dict[int, Row], unit: str = "mean") -> list[float]:
     return [float(row[f"test_{unit}"]) for row in rows.values()]
 
 
-def differences(first: dict[int, Row], second: dict[int, Row]) -> list[float]:
-    """Second less first in the mean F1 on test, of each seed that both have."""
-    both = [{seed: rows[seed] for seed in first if seed in second} for rows in (first, second)]
-    return [b - a for a, b in zip(*map(score, both))]
+def differences(first: dict[int, Row], second: dict[int, Row]) -> dict[int, float]:
+    """{seed: second less first in the mean F1 on test} of the seeds that both have."""
+    return {seed: float(second[seed]["test_mean"]) - float(first[seed]["test_mean"])
+            for seed in first if seed in second}
 
 
 def f1_table(study: Any, experiment: Any, world: dict, published: dict) -> list[str]:
@@ -168,18 +168,16 @@ def f1_table(study: Any, experiment: Any, world: dict, published: dict) -> list[
                   "comparison uses; bold: chosen"), lines)
 
 
-def comparison(cases: Sequence[tuple[str, dict[int, Row], dict[int, Row]]], baseline: str,
-               tried: int, records: Callable[[Row], dict | None]) -> list[str]:
+def comparison(cases: Sequence[tuple[str, Sequence[float], Sequence[tuple]]], baseline: str,
+               tried: int) -> list[str]:
     """Paired differences to a baseline: what could be told, what is, and what it means.
-    cases: a name, the baseline's rows by seed and another system's.  tried: how many there are."""
-    cases = [case for case in cases if differences(*case[1:])]
-    corrected, lines = holm([p_value(differences(*case[1:])) for case in cases], tried), []
-    for (name, first, second), p in zip(cases, corrected):
-        values = differences(first, second)
+    cases: a name, the differences over seeds, and of each seed the records of both, see bootstrap,
+    or None.  tried: how many there are, those that were not tested counted."""
+    corrected, lines = holm([p_value(values) for _, values, _ in cases], tried), []
+    for (name, values, pairs), p in zip(cases, corrected):
         n, mean, width = len(values), fmean(values), half_width(values)
         spread = stdev(values) if n > 1 else math.nan
-        pairs = [(records(first[seed]), records(second[seed])) for seed in first if seed in second]
-        low, high = bootstrap(pairs) if all(a and b for a, b in pairs) else (None, None)
+        low, high = bootstrap(pairs) if pairs and all(map(all, pairs)) else (None, None)
         lines.append([name, n, number(spread, ".2f"), number(least_difference(spread, n), ".2f"),
                       f"{mean:+.2f}", *(f"[{number(a, '+.2f')}, {number(b, '+.2f')}]" for a, b in (
                           (mean - width, mean + width), (low, high))), f"{p:.3f}",
@@ -194,10 +192,10 @@ def curve(experiment: Any, points: list[tuple[dict, dict[str, dict[int, Row]]]],
           path: Path) -> list[str]:
     """Draw F1 of both systems over a knob, and their paired difference, with 95 % t intervals."""
     figure, (left, right) = canvas(9, 3.4, 1, 2)
-    series = {name: {} for name in (*experiment.systems, "second less first")}
+    series = {name: {} for name in (*experiment.systems, " less ".join(experiment.systems[::-1]))}
     for world, results in points:
         rows = [results.get(name, {}) for name in experiment.systems]
-        for name, values in zip(series, (*map(score, rows), differences(*rows))):
+        for name, values in zip(series, (*map(score, rows), differences(*rows).values())):
             series[name] |= {str(world[experiment.knob]): values} if len(values) > 1 else {}
     for colour, (name, seeds), axes in zip(COLOURS, series.items(), (left, left, right)):
         axes.errorbar(list(seeds), list(map(fmean, seeds.values())), label=name, marker="o",
@@ -220,13 +218,31 @@ def head(study: Any, published: str) -> list[str]:
              *(f"- {name}: {', '.join(sorted({row[name] for row in rows}))}"
                for name in ("processor", "commit", "backbone")), ""]
     results = study.results(pilot, pilot.worlds()[0]) if pilot.rate else {}
-    values = differences(*results.values()) if len(results) == 2 else []
+    values = differences(*results.values()).values() if len(results) == 2 else []
     told = [f"{n} seeds {least_difference(stdev(values), n):.2f}"
             for n in (3, 6, 8, 16) if len(values) > 1]
     return lines + [f"The pilot's {len(values)} paired differences have a standard deviation of "
                     f"{stdev(values):.2f} points. With a power of {POWER:.0%} at {ALPHA:.0%} the "
                     f"smallest difference that can be told is, in points: {', '.join(told)}.", ""
                     ] if told else lines
+
+
+def paired(experiment: Any, points: list[tuple[dict, dict[str, dict[int, Row]]]],
+           records: Callable[[Row], dict | None]) -> list[tuple[str, list[float], list]]:
+    """The cases of `comparison`; where a knob is turned, the last is what turning it changes."""
+    cases, by_seed, knob = [], [], experiment.knob
+    for world, results in points:
+        first = results.get(experiment.baseline, {})
+        for system, rows in results.items():
+            if system != experiment.baseline and (values := differences(first, rows)):
+                cases.append((f"{knob} {world[knob]}" if knob else system, list(values.values()),
+                              [(records(first[seed]), records(rows[seed])) for seed in values]))
+                by_seed.append(values)
+    if len(cases) == len(experiment.settings) > 1:
+        both = [seed for seed in by_seed[0] if seed in by_seed[-1]]
+        cases.append((f"{cases[-1][0]} less {cases[0][0]}",
+                      [by_seed[-1][seed] - by_seed[0][seed] for seed in both], []))
+    return cases
 
 
 def write(study: Any, published: dict, path: Path,
@@ -236,19 +252,19 @@ def write(study: Any, published: dict, path: Path,
     size = "large" if study.size == "tiny" else study.size
     lines, stem = head(study, size), path.stem.removesuffix("_report")
     for experiment in study.experiments:
-        knob, baseline = experiment.knob, experiment.baseline
+        knob = experiment.knob
         points = [(world, study.results(experiment, world)) for world in experiment.worlds()]
         lines += [f"## {experiment.name}", "", experiment.question, ""]
         if knob and sum(len(results) == 2 for _, results in points) > 1:
             lines += curve(experiment, points, path.with_name(f"{stem}_{knob}.png"))
-        cases = [(f"{knob} {world[knob]}" if knob else system, results.get(baseline, {}), rows)
-                 for world, results in points for system, rows in results.items()
-                 if system != baseline]
+        cases = paired(experiment, points, records)
         tried = experiment.readings * (len(experiment.systems) - 1) or len(cases)
         gates = path.with_name(f"{stem}_{experiment.name}") / "routing.png"
         lines += [f"![gates]({gates.parent.name}/{gates.name})", ""] if gates.exists() else []
-        lines += comparison(cases, baseline, tried, records) if len(experiment.systems) > 1 else []
+        lines += comparison(
+            cases, experiment.baseline, tried) if len(experiment.systems) > 1 else []
         for world, results in points:
             lines += [f"{knob} {world[knob]}:"] if knob and results else []
-            lines += f1_table(study, experiment, world, published.get(size, {}))
+            papers = not (knob or experiment.rate or experiment.readings)  # that the paper has, too
+            lines += f1_table(study, experiment, world, published.get(size, {}) if papers else {})
     write_whole(path, "\n".join(lines))
