@@ -124,9 +124,9 @@ def test_choosing_and_comparing_share_no_world():
 
 def test_the_edge_of_a_grid_is_extended():
     study = Study("tiny", None, [])
-    fill(study, "main", dev=lambda job: rated(job, 1.6e-2))
+    fill(study, "main", dev=lambda job: rated(job, 6.4e-2))
     dev, missing = study.grid(experiment("main"), "lora", WORLD)
-    assert not missing and list(dev) == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]  # twice, no more
+    assert not missing and list(dev) == [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2]  # twice, no more
     study = Study("tiny", None, [])
     fill(study, "main")
     assert list(study.grid(experiment("main"), "full", WORLD)[0])[-1] == 3.2e-3
@@ -169,7 +169,8 @@ def test_texts_change_epochs_not_steps():
     study = Study("tiny", None, [])
     for world in experiment("texts").worlds():
         words = study.job("", "clorae", world, 1e-3, 0)["options"].split()
-        assert int(words[words.index("--epochs") + 1]) * world["texts"] == pytest.approx(1.6)
+        epochs, halved = (int(words[words.index(name) + 1]) for name in ("--epochs", "--lr-epochs"))
+        assert epochs * world["texts"] == pytest.approx(1.6) and epochs == 4 * halved
 
 
 def test_only_readings_that_are_better_on_dev_are_tested():
@@ -450,7 +451,6 @@ def test_a_knob_that_is_no_number_above_zero_is_refused(word):
 @pytest.mark.slow
 def test_a_small_study_runs_to_its_report(tmp_path, monkeypatch):
     monkeypatch.setitem(WORLD, "scale", 0.05)
-    monkeypatch.setattr(paper, "EPOCHS", 1)
     paper.main(["--experiments", "pilot", "--seeds", "1", "--out", str(tmp_path / "runs"), "--csv",
                 str(tmp_path / "s.csv")])
     rows = report.read_rows(tmp_path / "s.csv", paper.COLUMNS)
