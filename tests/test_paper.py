@@ -149,7 +149,7 @@ def test_the_queue_leaves_whole_seeds():
     study = Study("tiny", None, [])
     rows = fill(study, "main")
     seeds = [int(row["seed"]) for row in rows if int(row["seed"]) not in paper.CHOICE]
-    assert seeds == sorted(seeds) and len(seeds) == 8 * len(MAIN)
+    assert seeds == sorted(seeds) and len(seeds) == 16 * len(MAIN)
     blocks = [row["system"] for row in rows[-len(MAIN):]]
     assert blocks == list(MAIN)
     assert not list(study.queue(experiment("equal"))) + list(study.queue(experiment("parts")))
