@@ -34,10 +34,9 @@ import sentencepiece
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
-from tqdm import tqdm
 
 from data import Tokenizer, prompt
-from engine.command import Parser
+from engine.command import Bar, Parser
 from engine.corpus import load_corpus, load_datasets
 from engine.files import file_hash
 from engine.weights import SHIPPED
@@ -457,7 +456,7 @@ def train(loss_of: Callable[[float], Tensor], parameters: list[torch.nn.Paramete
     """Adam on loss_of(progress in 0..1): a short warmup, then half a cosine of the rate to zero."""
     optimizer = torch.optim.Adam(parameters, rate, betas=(.9, .98), fused=True)
     mean, warmup = None, max(1, min(50, steps // 10))
-    bar = tqdm(range(steps), desc=title, unit="step")
+    bar = Bar(range(steps), desc=title, unit="step")
     for step in bar:
         factor = min(1.0, (step + 1) / warmup) * (.5 + .5 * math.cos(math.pi * step / steps))
         optimizer.param_groups[0]["lr"] = rate * factor

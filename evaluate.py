@@ -23,7 +23,6 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from tqdm import tqdm
 
 import clorae
 import data
@@ -31,7 +30,7 @@ import fast
 from data import Example, Item
 from engine.checkpoints import (Sources, find_checkpoint, load_trainables, read_state,
                                 stored_config, stored_sources)
-from engine.command import Parser, moved
+from engine.command import Bar, Parser, moved
 from engine.compare import compare
 from engine.corpus import corpus_of, load_corpus, load_datasets, split_digest
 from engine.features import Features
@@ -461,7 +460,7 @@ def evaluate_split(setup: Setup, examples: Sequence[Example], features: Features
     batches = deal(lengths, decoding.batch_size, world.rank, world.size)
     was_training, quiet = model.training, not world.main or len(batches) < 2
     model.eval()
-    for chosen in tqdm(batches, desc="decoding", unit="batch", disable=quiet, leave=False):
+    for chosen in Bar(batches, desc="decoding", unit="batch", disable=quiet, leave=False):
         batch = data.collate([examples[i] for i in chosen], features, features.width).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=decoding.precision == "bf16"):
             ids = model.generate(batch, decoding.max_new_tokens, num_beams=decoding.beams,

@@ -29,7 +29,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import clorae
 import data
@@ -38,6 +37,7 @@ import evaluate
 import fast
 import losses
 from engine.checkpoints import Checkpoints, Logs, Progress, Sources, find_checkpoint, standing
+from engine.command import Bar
 from engine.corpus import corpus_hash, corpus_of, hold_out, read_splits, unit_rows
 from engine.features import Features
 from engine.files import Stopped, UsageError, claim, locked, whole, write_whole
@@ -213,8 +213,8 @@ class Run:
         limit = config.steps or math.inf
         while progress.epoch < config.epochs and progress.step < limit:
             batches = self.rows.batches(progress.epoch)
-            with tqdm(total=len(batches), initial=progress.cursor, disable=not self.world.main,
-                      desc=f"epoch {progress.epoch + 1}/{config.epochs}", mininterval=1.0) as bar:
+            with Bar(total=len(batches), initial=progress.cursor, disable=not self.world.main,
+                     desc=f"epoch {progress.epoch + 1}/{config.epochs}") as bar:
                 while progress.cursor < len(batches) and progress.step < limit:
                     self.step(batches[progress.cursor], bar)
             self.finish_epoch()
@@ -222,7 +222,7 @@ class Run:
         self.world.print(f"trained to step {progress.step} in {seconds:.0f} s; best dev epoch "
                          f"ended at step {progress.best_step}")
 
-    def step(self, indices: list[int], bar: tqdm) -> None:
+    def step(self, indices: list[int], bar: Bar) -> None:
         """One step, logged and shown, and a checkpoint if it is time; after a signal Stopped."""
         started = time.perf_counter()
         row = self.trainer.train_step(indices)

@@ -1,14 +1,18 @@
-"""How every command declares its options, answers mistakes, and says where it has moved."""
+"""How every command declares its options, answers mistakes, shows how far it is, and says where it
+has moved."""
 
 import argparse
 import codecs
 import difflib
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
+
+from tqdm import tqdm
 
 
 def escape(problem: UnicodeError) -> tuple[str, int]:
@@ -62,6 +66,29 @@ class Parser(argparse.ArgumentParser):
             if word.startswith("--") and near and word not in self.flags:
                 message += f" (did you mean {near[0]}?)"
         self.exit(2, f"error: {message}; see `{self.prog} --help`\n")
+
+
+class Bar(tqdm):
+    """A progress bar of tqdm. In a log that is no terminal it writes a line every ten seconds, the
+    first after ten."""
+
+    def __init__(self, *args: object, **options: object):
+        self.terminal = sys.stderr.isatty()
+        pace = {} if self.terminal else {"mininterval": 10.0, "delay": 10.0, "miniters": 1}
+        super().__init__(*args, **{"mininterval": 0.5, **options, **pace})
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Show how far it is (or msg)."""
+        if self.terminal:
+            super().display(msg, pos)
+        else:
+            print(self, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it is, or take it away; a log needs neither."""
+        if not self.terminal:
+            self.delay = math.inf  # until then tqdm has nothing to put in order
+        super().close()
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

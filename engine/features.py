@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from engine.checkpoints import Sources
+from engine.command import Bar
 from engine.files import ImageError, UsageError, file_hash, locked, note, regular, write_whole
 from engine.images import Extent, PathLike, look, resolve_image
 from engine.schema import Box, Problems, Record
@@ -62,8 +62,8 @@ class FeatureCache:
             with lock:  # four pictures at most are in memory at once
                 self.scan()  # computed meanwhile by the process that held the lock
                 missing = [item for item in wanted.items() if item[0] not in self.index]
-                with tqdm(total=len(missing), desc="image features", unit="image",
-                          disable=len(missing) < 2) as bar, ThreadPoolExecutor(4) as pool:
+                with Bar(total=len(missing), desc="image features", unit="image",
+                         disable=len(missing) < 2) as bar, ThreadPoolExecutor(4) as pool:
                     for start in range(0, len(missing), self.SHARD):
                         self.store(folder, missing[start:start + self.SHARD], pool, bar)
         return [self.names[request] for request in requests]
@@ -115,7 +115,7 @@ class FeatureCache:
 
     @torch.no_grad()
     def store(self, folder: Path, items: list[tuple[str, Request]], pool: ThreadPoolExecutor,
-              bar: tqdm) -> None:
+              bar: Bar) -> None:
         """Compute one shard and add it to a folder."""
         features, device = {}, next(self.tower.parameters()).device
         for start in range(0, len(items), self.AHEAD):

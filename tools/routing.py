@@ -14,12 +14,11 @@ from statistics import fmean
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import clorae
 import data
 from data import Example
-from engine.command import Parser
+from engine.command import Bar, Parser
 from engine.features import Features
 from engine.files import UsageError, save_csv
 from engine.processes import World, carry_out
@@ -58,8 +57,8 @@ def gate_sums(model: nn.Module, examples: Sequence[Example], groups: Sequence[in
                        device=world.device)
     group_of = {example.row: group for example, group in zip(examples, groups, strict=True)}
     lengths = [len(example.input_ids) for example in examples]
-    for chosen in tqdm(deal(lengths, decoding.batch_size, world.rank, world.size), desc="routing",
-                       unit="batch", disable=not world.main, leave=False):
+    for chosen in Bar(deal(lengths, decoding.batch_size, world.rank, world.size), desc="routing",
+                      unit="batch", disable=not world.main, leave=False):
         batch = data.collate([examples[i] for i in chosen], features, features.width)
         rows = torch.tensor([group_of[row] for row in batch.rows.tolist()], device=world.device)
         for layer, gates in gates_on(model, batch.to(world.device), decoding.precision).items():
