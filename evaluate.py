@@ -37,7 +37,7 @@ from engine.features import Features
 from engine.files import UsageError, WeightsError, read_json, write_whole
 from engine.processes import World, carry_out
 from engine.schema import TASKS, UNIT_TASK, UNITS, Dataset, Record, iou
-from engine.settings import Config, computed_in, run_options
+from engine.settings import SIZES, Config, computed_in, run_options
 from engine.weights import open_weights
 from fast import int8
 from t5 import HEAD, T5, Stack, T5Config, embedding_key
@@ -430,9 +430,11 @@ class Decoding:
     weights: str = "stored"  # "int8": see fast/int8.py
 
     @classmethod
-    def of(cls, config: Config, batch_size: int = 32, beams: int = 1,
+    def of(cls, config: Config, batch_size: int | None = None, beams: int = 1,
            weights: str = "stored") -> "Decoding":
-        return cls(batch_size, beams, config.max_target, computed_in(config.precision), weights)
+        """By a run's settings.  batch_size: None means that of the run's size."""
+        return cls(batch_size or SIZES[config.size].decoded, beams, config.max_target,
+                   computed_in(config.precision), weights)
 
     def __str__(self) -> str:
         search = "greedy" if self.beams == 1 else f"{self.beams} beams"

@@ -51,13 +51,13 @@ def computed_in(precision: str) -> str:
 
 
 # Defaults that come with a backbone.  t5, vit: names on the hub, None for what demo.py makes;
-# batch: rows of a global batch (paper: 10, 4, 2 a GPU on 4 GPUs).
+# batch: rows of a global batch (paper: 10, 4, 2 a GPU on 4 GPUs); decoded: rows decoded together.
 Size = make_dataclass("Size", ("t5", "vit", "rank", "batch", "micro_batch", "epochs", "lr",
-                               "lr_epochs", "dropout", "max_target"), frozen=True)
-SIZES = {"tiny": Size(None, None, 24, 32, 32, 3, 1e-3, 2, 0.0, 40),
-         "base": Size("google/flan-t5-base", VIT, 128, 40, 10, 20, 1e-4, 5, 0.1, 192),
-         "large": Size("google/flan-t5-large", VIT, 64, 16, 4, 20, 1e-4, 5, 0.1, 192),
-         "xl": Size("google/flan-t5-xl", VIT, 64, 8, 2, 20, 1e-4, 5, 0.1, 192)}
+                               "lr_epochs", "dropout", "max_target", "decoded"), frozen=True)
+SIZES = {"tiny": Size(None, None, 24, 32, 32, 3, 1e-3, 2, 0.0, 40, 128),
+         "base": Size("google/flan-t5-base", VIT, 128, 40, 10, 20, 1e-4, 5, 0.1, 192, 32),
+         "large": Size("google/flan-t5-large", VIT, 64, 16, 4, 20, 1e-4, 5, 0.1, 192, 32),
+         "xl": Size("google/flan-t5-xl", VIT, 64, 8, 2, 20, 1e-4, 5, 0.1, 192, 32)}
 
 
 def option(default: object, text: str, convert: Callable = str, **more: object) -> object:
@@ -147,7 +147,7 @@ class Config:
     def resolved(self) -> "Config":
         """The same with every default that depends on another field filled in."""
         filled = {name: value for name, value in vars(SIZES[self.size]).items()
-                  if name not in ("t5", "vit") and getattr(self, name) is None}
+                  if name not in ("t5", "vit", "decoded") and getattr(self, name) is None}
         if self.aml is None:
             filled["aml"] = self.method == "clorae"
         if self.precision is None:
@@ -237,7 +237,8 @@ def run_options(result: Parser, several: bool = False, required: bool = True) ->
     add = result.add_argument_group("decoding").add_argument
     add("--beams", type=positive, default=1, metavar="N",
         help="beam search over N beams; 1 is greedy")
-    add("--batch-size", type=positive, default=32, metavar="N", help="rows decoded together")
+    add("--batch-size", type=positive, metavar="N",
+        help=f"rows decoded together; default: 32, of the tiny size {SIZES['tiny'].decoded}")
     add("--weights", choices=("stored", "int8"), default="stored",
         help="int8: on a CPU, decode with the matrices of T5 and its experts in 8 bits: faster, "
              "but some answers change")
