@@ -1,5 +1,6 @@
 """Shared ground of all tests: importable root, fixed seeds, a small world and a random backbone."""
 
+import json
 import os
 import runpy
 import shutil
@@ -19,6 +20,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+REAL = os.environ.get("CLORAE_REALDATA")  # a folder of the published files, see test_convert.py
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits for the first
 
@@ -56,6 +58,42 @@ def make_small(root: Path) -> dict[str, str]:
     ViT(ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
                   image_size=16, patch_size=8)).save_pretrained(vit)
     return {"data": str(world), "t5": str(t5), "vit": str(vit)}
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The corpus made of every published file that is there."""
+    from tools import convert
+    root = tmp_path_factory.mktemp("published")
+    for kind in convert.PUBLISHED:
+        if (Path(REAL) / kind).is_dir() and kind != "m2e2":
+            convert.convert(kind, Path(REAL) / kind, root)
+    if all((Path(REAL) / name).is_dir() for name in ("m2e2", "extra")):
+        convert.convert("m2e2_gold", linked_m2e2(tmp_path_factory.mktemp("gold")), root)
+    return root if any(root.iterdir()) else pytest.skip("CLORAE_REALDATA holds no whole dataset")
+
+
+def published_path(name: str) -> Path:
+    """A file or folder below CLORAE_REALDATA, which need not hold every one; else a skip."""
+    if not (path := Path(REAL) / name).exists():
+        pytest.skip(f"CLORAE_REALDATA holds no {name}")
+    return path
+
+
+def linked_m2e2(folder: Path) -> Path:
+    """M2E2's files, its detections and its text-only events, made of a copy without parses."""
+    from tools import convert
+    extra = published_path("extra")
+    for path in (*published_path("m2e2").iterdir(), extra / convert.DETECTIONS):
+        (folder / path.name).symlink_to(path)
+    compact = extra / "m2e2_text_only_event_compact.json"
+    (folder / "text_only_event.json").write_text(json.dumps([
+        one | {"golden-event-mentions": [
+            {"event_type": event["type"], "trigger": dict(zip(("start", "end"), event["trigger"])),
+             "arguments": [dict(zip(("role", "start", "end"), argument))
+                           for argument in event["arguments"]]} for event in one["events"]]}
+        for one in json.loads(compact.read_text(encoding="utf-8"))]))
+    return folder
 
 
 @pytest.fixture(scope="session")

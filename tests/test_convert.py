@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conftest import ROOT, run
+from conftest import REAL, ROOT, linked_m2e2, published_path, run
 from samples import MEAE, MNER, MRE, STRIKE, assert_reads_back, changed, write_corpus
 
 import data
@@ -716,7 +716,6 @@ def test_the_old_spelling_of_a_command_is_answered_with_the_new_one(tool: str) -
 
 # ---------------------------------------------------------------------------- published files
 
-REAL = os.environ.get("CLORAE_REALDATA")
 real = pytest.mark.skipif(not REAL, reason="CLORAE_REALDATA names no folder of published files")
 T15 = {"train": (4000, 6352, (2285, 2135, 957, 975), 104, 37),
        "dev": (1000, 1594, (567, 543, 251, 233), 31, 41),
@@ -724,40 +723,6 @@ T15 = {"train": (4000, 6352, (2285, 2135, 957, 975), 104, 37),
 T17 = {"train": (3373, 6049, (2943, 731, 1674, 701), 392, 50),
        "dev": (723, 1324, (626, 173, 375, 150), 76, 33),
        "test": (723, 1351, (621, 178, 395, 157), 86, 33)}
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The corpus made of every published file that is there."""
-    root = tmp_path_factory.mktemp("published")
-    for kind in convert.PUBLISHED:
-        if (Path(REAL) / kind).is_dir() and kind != "m2e2":
-            convert.convert(kind, Path(REAL) / kind, root)
-    if all((Path(REAL) / name).is_dir() for name in ("m2e2", "extra")):
-        convert.convert("m2e2_gold", linked_m2e2(tmp_path_factory.mktemp("gold")), root)
-    return root if any(root.iterdir()) else pytest.skip("CLORAE_REALDATA holds no whole dataset")
-
-
-def published_path(name: str) -> Path:
-    """A file or folder below CLORAE_REALDATA, which need not hold every one; else a skip."""
-    if not (path := Path(REAL) / name).exists():
-        pytest.skip(f"CLORAE_REALDATA holds no {name}")
-    return path
-
-
-def linked_m2e2(folder: Path) -> Path:
-    """M2E2's files, its detections and its text-only events, made of a copy without parses."""
-    extra = published_path("extra")
-    for path in (*published_path("m2e2").iterdir(), extra / convert.DETECTIONS):
-        (folder / path.name).symlink_to(path)
-    compact = extra / "m2e2_text_only_event_compact.json"
-    (folder / "text_only_event.json").write_text(json.dumps([
-        one | {"golden-event-mentions": [
-            {"event_type": event["type"], "trigger": dict(zip(("start", "end"), event["trigger"])),
-             "arguments": [dict(zip(("role", "start", "end"), argument))
-                           for argument in event["arguments"]]} for event in one["events"]]}
-        for one in json.loads(compact.read_text(encoding="utf-8"))]))
-    return folder
 
 
 def published_records(root: Path, unit: str, split: str) -> list[Record]:
