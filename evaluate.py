@@ -18,7 +18,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from statistics import fmean
 
@@ -222,6 +222,7 @@ def score_rows(records: Sequence[Record], answers: Sequence[Answer],
     same sentence-image pair, never to the gold trigger: triggers come first.  written: that of the
     tokenizer which decoded the answers, see data.predicted_items."""
     rows, triggers = {}, defaultdict(dict)  # pair: {event type: its triggers' starts}
+    written = cache(written)  # most words come again
     given = enumerate(zip(records, answers, strict=True))
     for i, (record, answer) in sorted(given, key=lambda entry: entry[1][0].task == "meae"):
         dataset, task, gold = datasets[record.dataset], record.task, data.gold_items(record)
