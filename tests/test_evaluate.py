@@ -1135,6 +1135,19 @@ def test_head_and_tail_are_found_in_the_text() -> None:
     assert answer.find_words(("Kim", "'s", "win"), "Kim's", "--head") == (0, 2)
 
 
+def test_scoring_asks_the_tokenizer_for_each_word_once(lean):
+    """Words of a corpus come again and again, and the tokenizer takes most of the time."""
+    asked = Counter()
+
+    def written(word: str) -> str:
+        asked[word] += 1
+        return lean.written(word)
+
+    records = [tweet("Bob and Bob", []) for _ in range(3)]
+    evaluate.score_rows(records, [Answer("person, Bob")] * 3, DATASETS, written)
+    assert asked == {"Bob": 1, "and": 1}
+
+
 @pytest.mark.skipif("CLORAE_REALDATA" not in os.environ, reason="CLORAE_REALDATA names no folder "
                     "with the published files")
 def test_gold_scored_against_itself_reaches_the_ceilings_on_the_published_files(published):

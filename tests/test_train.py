@@ -29,6 +29,7 @@ from conftest import ROOT, run, sums
 from engine import settings
 from engine.checkpoints import (Checkpoints, Progress, find_checkpoint, load_trainables, read_state,
                                 stored_config, write_checkpoint, write_state)
+from engine.command import Bar
 from engine.corpus import hold_out, load_corpus, load_datasets, read_splits
 from engine.files import UsageError, file_hash, note
 from engine.parameters import FlatParameters
@@ -696,3 +697,25 @@ def test_checkpoints_may_be_read_by_whom_the_umask_lets(tmp_path):
     write_checkpoint(tmp_path / "step-1", flat, {})
     modes = {file.stat().st_mode for file in (tmp_path / "step-1").iterdir()}
     assert len(modes) == 1
+
+
+# -------------------------------------------------------------------------------------- progress
+
+@pytest.mark.parametrize("seconds, lines", [(5, 0), (99, 9), (1000, 100)])
+@pytest.mark.parametrize("leave", [True, False])
+def test_a_bar_adds_a_line_every_ten_seconds_to_a_log(seconds, lines, leave, monkeypatch, capfd):
+    """A step a second; the first line comes after ten, and the log is not redrawn."""
+    now = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    for _ in Bar(range(seconds), desc="epoch 1/3", leave=leave):
+        now[0] += 1
+    said = capfd.readouterr().err
+    assert said.count("\n") == lines == said.count("epoch 1/3") and "\r" not in said
+
+
+def test_a_bar_redraws_itself_on_a_terminal(monkeypatch, capfd):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    for _ in Bar(range(3), mininterval=0):
+        pass
+    said = capfd.readouterr().err
+    assert said.count("\r") > 2 and said.count("\n") == 1
