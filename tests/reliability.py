@@ -237,7 +237,7 @@ class Lab:
     def flags(self, out: Path, *more: object) -> list[str]:
         files = [word for name, folder in self.small.items() for word in (f"--{name}", folder)]
         return [*files, "--units", "T17", "V1", "--max-target", "24", "--rank", "6", "--batch",
-                "10", "--micro-batch", "3", "--lr", "0.003", "--save-every", "2", "--out", str(out),
+                "10", "--micro-batch", "4", "--lr", "0.003", "--save-every", "2", "--out", str(out),
                 *map(str, more)]
 
     def start(self, out: Path, *more: object, processes: int = 1, fault: Fault = telling,
