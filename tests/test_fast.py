@@ -145,16 +145,6 @@ def test_tokens_stay_in_rows_where_all_are_real():
         assert torch.equal(heads[1, 2, 0], x[1, 0, 4:]) and torch.equal(rows.merge(heads), x)
 
 
-@pytest.mark.parametrize("S, wide", [(1, 16), (15, 16), (16, 16), (43, 48)])
-def test_keys_come_in_whole_vectors_with_the_same_real_tokens(S, wide):
-    """Where no padding is taken out, none is put in."""
-    mask = torch.arange(S) < torch.tensor([[S], [S - 1]])
-    keys = padding.widened(mask)
-    assert keys.shape == (2, wide) and torch.equal(keys.nonzero(), mask.nonzero())
-    assert padding.widened(None) is None
-    assert torch.equal(padding.widened(mask[:1]), mask[:1])  # all real
-
-
 @pytest.mark.parametrize("B, S, T", [(3, 7, 5), (1, 7, 5), (3, 1, 1), (1, 1, 1)])
 def test_frozen_weights_give_the_logits_and_input_gradients_of_the_plain_form(config, B, S, T):
     """Gradients reach the input where no weight has one; also one row, one token."""
