@@ -130,6 +130,9 @@ class JoinedDecoder(t5.CachedDecoder):
         self.products = [joined(block, dtype, model.pack) for block in model.decoder.blocks]
         self.head = remembered(weight, [weight], (dtype, model.pack),
                                lambda: model.pack([weight], dtype))
+        if memory.device.type == "cpu":  # as the products of `attend` read them best
+            self.memory_cache = [[k.mT.contiguous().mT, v.contiguous()]
+                                 for k, v in self.memory_cache]
         rows, H, _, K = self.cache[0][0].shape
         self.cache = [keys.new_empty(2, rows, H, steps, K) for keys, _ in self.cache]
         self.captures, self.width = model.graphs and memory.is_cuda, 0
@@ -161,19 +164,31 @@ class JoinedDecoder(t5.CachedDecoder):
         block, products, width = self.model.decoder.blocks[i], self.products[i], bias.shape[-1]
         layer = block.self_attention
         q, *new = products["qkv"](block.self_attention_norm(x))
-        for cache, token in zip(self.cache[i], new):
-            token = t5.split_heads(token, layer.heads)
+        for cache, token in zip(self.cache[i].unbind(), new):
+            token = token.view(len(token), layer.heads, 1, -1)
             if place is None:
-                cache[:, :, width - 1:width] = token
+                cache.narrow(2, width - 1, 1).copy_(token)
             else:
                 cache.index_copy_(2, place, token.to(cache.dtype))
-        x = x + products["o"](self.attend(layer, q, self.cache[i][:, :, :, :width], bias))[0]
+        x = x + products["o"](self.attend(layer, q, self.cache[i].narrow(3, 0, width), bias))[0]
         layer, (q,) = block.cross_attention, products["cross q"](block.cross_attention_norm(x))
         out = self.attend(layer, q, self.memory_cache[i], self.memory_bias)
         x = x + products["cross o"](out)[0]
         *gate, up = products["up"](block.feed_forward_norm(x))
-        hidden = F.gelu(gate[0], approximate="tanh") * up if gate else F.relu(up)
+        hidden = F.gelu(gate[0], approximate="tanh").mul_(up) if gate else F.relu(up)
         return x + products["down"](hidden)[0]
+
+    def attend(self, layer: t5.Attention, q: Tensor, cache: Sequence[Tensor],
+               bias: Tensor) -> Tensor:
+        """As t5.CachedDecoder; on a CPU by two products, since SDPA is made for many queries."""
+        if q.is_cuda or torch.is_autocast_enabled("cpu"):
+            return super().attend(layer, q, cache, bias)
+        (B, H, M, K), (k, v) = cache[0].shape, cache
+        queries = q.view(B, -1, H, K).transpose(1, 2).reshape(B * H, -1, K).to(k.dtype)
+        scores = queries @ k.view(B * H, M, K).mT
+        scores.view(B, H, -1, M).add_(bias)
+        out = scores.softmax(-1) @ v.view(B * H, M, K)
+        return out.view(B, H, -1, K).transpose(1, 2).reshape(q.shape).to(q.dtype)
 
     def step_at_place(self) -> Tensor:
         """`step` from tensors alone."""
@@ -219,6 +234,18 @@ def joined(block: t5.Block, dtype: torch.dtype, pack: type[Packed]) -> dict[str,
     return {name: JoinedProduct(layers, dtype, pack) for name, layers in groups.items()}
 
 
+class FastRMSNorm(t5.RMSNorm):
+    """t5.RMSNorm by one pass over x and a few operations on its norm, in fp32 without gradients on
+    a CPU: there F.rms_norm does each of its eight steps to all of x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or x.dtype != torch.float32 or x.is_cuda:
+            return super().forward(x)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = norm.square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
+        return (x * scale).mul_(self.weight)
+
+
 class FastT5(t5.T5):
     """t5.T5 that decodes with joined products."""
     decoder_class = JoinedDecoder
@@ -234,4 +261,4 @@ class FastT5(t5.T5):
         return super().train(mode)
 
 
-FORMS = {t5.T5: FastT5}
+FORMS = {t5.T5: FastT5, t5.RMSNorm: FastRMSNorm}
