@@ -1,12 +1,15 @@
-"""Time layer, training step and decoding as ratios within one run; a command, never a timed test.
+"""Time training step, decoding and layer as ratios within one run; a command, never a timed test.
 
-    python tests/benchmark.py [layer] [step] [decode] [memory] [--size base] [--device cuda] ...
+    python tests/benchmark.py [step] [decode] [memory] [layer] [--beside TREE] [--minutes 10] ...
     python tests/benchmark.py padding --data CORPUS --t5 FOLDER
 
-Random weights at flan-t5's geometry, text only.  The layer is set beside its frozen linear and the
-floor of its arithmetic, 1 + 3 (R + r + 1) / D; step and decoding beside transformers with peft's
-LoRA (R on q and v), if this environment has them: they belong into one of their own.  All variants
-take turns; printed are medians over the repeats, after warm-up, and their ratio to the first.
+Random weights at flan-t5's geometry, text only.  Step and memory stand beside transformers with
+peft's LoRA (R on q and v), decoding beside transformers and CTranslate2, where these are installed;
+with --beside also beside another checkout of this project.  Each variant lives in a process of its
+own, and they take turns (turns.py).  The layer, in this process, stands beside its frozen linear and
+the floor of its arithmetic, 1 + 3 (R + r + 1) / D.  Printed are medians over the turns after
+warm-up, the least and the largest, and ratios of medians.  The time limit is kept: there are fewer
+turns where one takes long, and what does not fit is said to be left out.
 tokens/s: source and target of a step, new tokens of a decoding; share: of the arithmetic rate that
 a large matrix product reaches here in the same type.  memory: peak of a process that does five
 steps (of the allocator on a GPU), without Adam's moments.  padding: the share of real tokens among
@@ -15,11 +18,12 @@ those of the rows that training computes.
 
 import argparse
 import ctypes
+import importlib.metadata
 import importlib.util
-import re
-import statistics
-import subprocess
+import os
+import platform
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,14 +39,17 @@ import fast
 import losses
 from engine.corpus import load_corpus, load_datasets
 from engine.settings import SIZES, slow_bf16
-from fast import cuda
+from fast import cuda, int8
 from fast.experts import mutual_information
 from fast.graphs import Graphs
 from t5 import T5, Linear, T5Config
 from tools.costs import GEOMETRY, FlopCounter
+from turns import GONE, SETTINGS, Variant, take_turns
 from vision import UMIE
 
-PEER = all(importlib.util.find_spec(name) for name in ("transformers", "peft"))
+PEERS = {name: importlib.util.find_spec(name) is not None
+         for name in ("transformers", "peft", "ctranslate2")}
+INSTRUCTIONS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 TASKS = [0, 0, 0, 1, 1, 1, 2, 2]
 SOURCE, TARGET, NEW = 95, 16, 32  # tokens of a row of the step; new tokens of a decoding
 
@@ -82,28 +89,6 @@ def peak_rate(dtype: torch.dtype) -> float:
     return 2 * n ** 3 / min(timed(lambda: a @ b) for _ in range(9))
 
 
-def take_turns(title: str, variants: dict[str, Callable[[], object]], repeats: int,
-               tokens: int = 0, work: dict[str, tuple[float, torch.dtype]] | None = None) -> None:
-    """Print the median wall time of every variant and its ratio to the first; the tokens of a run
-    and work, {variant: (FLOPs, type)}, add its rate and the share of the device's own."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in range(repeats + 2):
-        for name, run in variants.items():
-            seconds = timed(run)
-            if turn >= 2:
-                times[name].append(seconds)
-    first = statistics.median(next(iter(times.values())))
-    print(f"\n{title}")
-    for name, some in times.items():
-        middle = statistics.median(some)
-        rate = f"{tokens / middle:9.0f} tokens/s" if tokens else ""
-        if work and name in work:
-            flops, dtype = work[name]
-            rate += f"{100 * flops / middle / peak_rate(dtype):4.0f} % of peak"
-        print(f"  {name:28}{1e3 * middle:10.1f} ms {middle / first:8.2f}x   "
-              f"({1e3 * min(some):.1f} .. {1e3 * max(some):.1f}) {rate}", flush=True)
-
-
 def passed_over(dtype: torch.dtype) -> bool:
     """Whether a type would take hours here, which is said: bf16 on a CPU that is slow in it."""
     on_cpu = torch.get_default_device().type == "cpu"
@@ -119,8 +104,9 @@ def geometry(size: str) -> T5Config:
                     tie_head=False, scale_logits=False)
 
 
-def layer(size: str, repeats: int) -> None:
-    """2,048 tokens of three tasks, forward and backward."""
+def layer(size: str, groups: int) -> None:
+    """2,048 tokens of three tasks, forward and backward, in this process."""
+    keep_memory()
     D, R = GEOMETRY[size][0], SIZES[size].rank
     rows = torch.arange(3).repeat_interleave(6)[:16]
     types = [t for t in (torch.float32, torch.bfloat16) if not passed_over(t)]
@@ -143,10 +129,12 @@ def layer(size: str, repeats: int) -> None:
             torch.autograd.backward([y, *extra], [dy, *map(torch.ones_like, extra)])
 
         floor = 1 + 3 * (R + R // 3 + 1) / D
-        take_turns(f"layer, {size}, {dtype}, dropout {dropout}, floor {floor:.2f}x", {
-            "frozen nn.Linear": lambda: plain(x).backward(dy),
-            "frozen t5.Linear": lambda: base(x).backward(dy), "experts": lambda: experts(False),
-            "experts with L_MIM": lambda: experts(True)}, repeats)
+        runs = {"frozen nn.Linear": lambda: plain(x).backward(dy),
+                "frozen t5.Linear": lambda: base(x).backward(dy), "experts": lambda: experts(False),
+                "experts with L_MIM": lambda: experts(True)}
+        take_turns(f"layer, {size}, {dtype}, dropout {dropout}, floor {floor:.2f}x",
+                   {name: lambda run=run: timed(run) for name, run in runs.items()}, groups)
+        groups -= 1
 
 
 def ours(size: str) -> UMIE:
@@ -219,9 +207,7 @@ def our_steps(size: str, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
 
 
 def peer_steps(size: str, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """The same of the peer, if it is installed."""
-    if not PEER:
-        return {}
+    """The same of the peer."""
     model, b = peer(size, lora=True), batch(8).to(torch.get_default_device())
     autocast = in_type(model, dtype)
 
@@ -240,70 +226,124 @@ def types() -> list[torch.dtype]:
     return [torch.bfloat16] * cuda + [torch.float32]
 
 
-def step(size: str, repeats: int) -> None:
+def step_names() -> list[str]:
+    """The variants of a step that can be had here, but for another tree's."""
+    peer = ["transformers + peft LoRA"] * (PEERS["transformers"] and PEERS["peft"])
+    graph = ["C-LoRAE, CUDA graph"] * (fast.form_on(torch.get_default_device()) == "cuda")
+    return [*peer, "C-LoRAE", "C-LoRAE without L_MIM", *graph]
+
+
+def variants(what: str, names: list[str], other: str) -> dict[str, Variant]:
+    """These variants of this tree, and one of the tree that --beside gives."""
+    started = {name: Variant(what, name) for name in names}
+    if SETTINGS.beside:
+        started[f"{SETTINGS.label}, {other}"] = Variant(what, other, SETTINGS.beside)
+    return started
+
+
+def step(size: str, groups: int) -> None:
+    """Forward and backward of a training step; on a GPU in bf16, and also as a CUDA graph."""
+    dtype, names = types()[0], step_names()
     with torch.device("meta"):
         counter = FlopCounter(ours(size), SOURCE, TARGET, 0)
-    for dtype in types():
-        take_turns(f"training step, {size}, {dtype}, 8 x ({SOURCE} + {TARGET}) tokens",
-                   peer_steps(size, dtype) | our_steps(size, dtype), repeats,
-                   8 * (SOURCE + TARGET),
-                   {"C-LoRAE without L_MIM": (8 * (counter.forward + counter.backward), dtype)})
+    ideal = 8 * (counter.forward + counter.backward) / peak_rate(dtype)
+    started = variants("step", names, "C-LoRAE")
+    take_turns(f"training step, {size}, {dtype}, 8 x ({SOURCE} + {TARGET}) tokens",
+               {name: lambda each=each: each.ask(8) for name, each in started.items()}, groups,
+               8 * (SOURCE + TARGET), (names[0], *set(started).difference(names)),
+               {"C-LoRAE without L_MIM": ideal})
 
 
-def memory(size: str, repeats: int) -> None:
-    """Each variant in a process of its own."""
-    print(f"\npeak memory of five training steps, {size}")
-    for name in (*(["transformers + peft LoRA"] if PEER else []), "C-LoRAE"):
-        subprocess.run([sys.executable, __file__, "--size", size, "--peak-of", name, "--device",
-                        torch.get_default_device().type], check=True)
+def memory(size: str, groups: int) -> None:
+    """Peak memory, one variant after the other."""
+    print(f"\npeak memory of five training steps, {size}", flush=True)
+    names = [name for name in step_names() if name in ("transformers + peft LoRA", "C-LoRAE")]
+    peaks: dict[str, float] = {}
+    for name, variant in variants("memory", names, "C-LoRAE").items():
+        try:
+            for _ in range(5):
+                variant.ask(8)
+            peaks[name] = variant.ask("peak")
+            ratios = "".join(f"   {peaks[name] / peak:.2f}x of {other}"
+                             for other, peak in peaks.items() if other != name)
+            print(f"  {name:28}{peaks[name]:9.0f} MiB{ratios}", flush=True)
+        except (TimeoutError, *GONE) as problem:
+            print(f"  {name:28} left out: {problem}", flush=True)
+        variant.end()
 
 
-def peak_of(name: str, size: str) -> None:
-    """Five times forward and backward of one variant, then the peak."""
-    make = our_steps if name == "C-LoRAE" else peer_steps
-    run = make(size, types()[0])[name]
-    for _ in range(5):
-        run()
-    wait()
-    cuda = torch.get_default_device().type == "cuda"
-    if cuda:
-        peak = torch.cuda.max_memory_allocated() / 2 ** 20
-    else:  # ru_maxrss would be the parent's, if that was larger before this process began
-        status = Path("/proc/self/status").read_text()
-        peak = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2 ** 10
-    print(f"  {name:28}{peak:10.0f} MiB", flush=True)
-
-
-def decode(size: str, repeats: int) -> None:
+def decode(size: str, groups: int) -> None:
     """Greedy tokens of T5 alone and through experts, for one sequence and for eight."""
-    single, half = T5(geometry(size)).eval(), T5(geometry(size)).to(torch.bfloat16).eval()
-    for model in (single, half):
+    gpu = torch.get_default_device().type == "cuda"
+    half = ["T5, bf16", "T5, bf16, CUDA graphs"] if gpu else ["T5, int8"]
+    peers = ["transformers, fp32"] * PEERS["transformers"]
+    if PEERS["transformers"] and PEERS["ctranslate2"] and not gpu:
+        peers += ["CTranslate2, fp32", "CTranslate2, int8"]
+    adapted = ["C-LoRAE, fp32", "C-LoRAE, fp32, CUDA graphs" if gpu else "C-LoRAE, int8"]
+    for names in (["T5, fp32", *half, *peers], adapted):
+        started = variants("decode", names, names[0])
+        others = set(started).difference(names)
+        for rows in (1, 8):
+            take_turns(f"{NEW} greedy tokens, {size}, {rows} sequence(s), {SOURCE} source tokens",
+                       {name: lambda each=each: each.ask(rows) for name, each in started.items()},
+                       groups, rows * NEW, (names[0], *others, *peers))
+            groups -= 1
+        for variant in started.values():
+            variant.end()
+
+
+def decoding(name: str, size: str) -> Callable[[int], Callable[[], object]]:
+    """A variant of `decode`: number of rows -> one decoding."""
+    engine, how, *_ = name.split(", ")
+    if engine == "CTranslate2":
+        return ctranslate2_decoding(size, how)
+    if engine == "transformers":
+        model, options = peer(size, lora=False).eval(), {
+            "max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
+    else:
+        model = ours(size).eval() if engine == "C-LoRAE" else T5(geometry(size)).eval()
+        model.to(torch.bfloat16 if how == "bf16" else torch.float32)
         fast.speed_up(model)
-    adapted, theirs = ours(size).eval(), peer(size, lora=False).eval() if PEER else None
-    models = [("fp32", single)] + [("bf16", half)] * (not passed_over(torch.bfloat16))
-    for rows in (1, 8):
+        if how == "int8":
+            int8.quantize(model)
+        (model.t5 if engine == "C-LoRAE" else model).graphs = "CUDA graphs" in name
+        options = {"max_new_tokens": NEW, "banned_ids": [1]}
+
+    def runs(rows: int) -> Callable[[], object]:
         b = batch(rows).to(torch.get_default_device())
-        variants = {f"T5, {name}": lambda model=model: model.generate(
-            b.input_ids, b.attention_mask, NEW, banned_ids=[1])
-            for name, model in models}
-        variants["C-LoRAE, fp32"] = lambda: adapted.generate(b, NEW, banned_ids=[1])
-        if torch.get_default_device().type == "cuda":
-            variants |= {
-                "T5, bf16, CUDA graphs": lambda: by_graphs(half, variants["T5, bf16"]),
-                "C-LoRAE, CUDA graphs": lambda: by_graphs(adapted.t5, variants["C-LoRAE, fp32"])}
-        if PEER:
-            variants = {"transformers, fp32": lambda: theirs.generate(
-                input_ids=b.input_ids, attention_mask=b.attention_mask.long(), max_new_tokens=NEW,
-                min_new_tokens=NEW, do_sample=False), **variants}
-        take_turns(f"{NEW} greedy tokens, {size}, {rows} sequence(s)", variants, repeats,
-                   rows * NEW)
+        if engine == "C-LoRAE":
+            return lambda: model.generate(b, **options)
+        return lambda: model.generate(input_ids=b.input_ids,
+                                      attention_mask=b.attention_mask.long(), **options)
+
+    return runs
 
 
-def by_graphs(t5: T5, decodes: Callable[[], object]) -> None:
-    """A decoding whose steps are captured."""
-    t5.graphs = True
-    decodes()
-    t5.graphs = False
+def ctranslate2_decoding(size: str, how: str) -> Callable[[int], Callable[[], object]]:
+    """The same by CTranslate2, from transformers' model with a vocabulary that names its ids."""
+    import ctranslate2
+    from ctranslate2.converters.transformers import T5Loader
+    model = peer(size, lora=False)
+    words = ["<pad>", "</s>", "<unk>", *(f"<{i}>" for i in range(3, model.config.vocab_size))]
+    with torch.no_grad():
+        spec = T5Loader().get_model_spec(model)
+    spec.register_source_vocabulary(words)
+    spec.register_target_vocabulary(words)
+    spec.config.bos_token = spec.config.decoder_start_token = "<pad>"
+    spec.config.eos_token, spec.config.unk_token = "</s>", "<unk>"
+    spec.validate()
+    spec.optimize()
+    with tempfile.TemporaryDirectory() as folder:
+        spec.save(folder)
+        engine = ctranslate2.Translator(folder, "cpu", intra_threads=torch.get_num_threads(),
+                                        compute_type={"fp32": "float32"}.get(how, how))
+
+    def runs(rows: int) -> Callable[[], object]:
+        sources = [[words[i] for i in row] for row in batch(rows).input_ids.tolist()]
+        return lambda: engine.translate_batch(sources, beam_size=1, max_decoding_length=NEW,
+                                              min_decoding_length=NEW)
+
+    return runs
 
 
 def padding(corpus: str, tokenizer: str) -> None:
@@ -323,31 +363,53 @@ def padding(corpus: str, tokenizer: str) -> None:
               f"source {shares[0]:.3f}, target {shares[1]:.3f} (head: 1; a CPU: all but attention)")
 
 
+def machine() -> str:
+    """The processor, its instructions that matter here, torch, threads, and the peers."""
+    info = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+    lines = dict(line.split(":", 1) for line in info.replace("\t", "").splitlines() if ":" in line)
+    flags = set(lines.get("flags", "").split())
+    gpu = f", {torch.cuda.get_device_name()}" if SETTINGS.device == "cuda" else ""
+    peers = [f"{name} {importlib.metadata.version(name)}" if here else f"no {name} installed"
+             for name, here in PEERS.items()]
+    return (f"{lines.get('model name', platform.processor()).strip()}, family "
+            f"{lines.get('cpu family', '?').strip()}, model {lines.get('model', '?').strip()}, "
+            f"{torch.backends.cpu.get_cpu_capability()} "
+            f"({' '.join(name for name in INSTRUCTIONS if name in flags)}){gpu}, torch "
+            f"{torch.__version__}, {SETTINGS.threads} threads\npeers: {', '.join(peers)}")
+
+
 def main() -> None:
-    sections = {"layer": layer, "step": step, "decode": decode, "memory": memory}
+    sections = {"step": step, "decode": decode, "memory": memory, "layer": layer}
+    calls = {"step": 1, "decode": 4, "memory": 1, "layer": 4}  # of take_turns, as time is shared
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("what", nargs="*", choices=(*sections, "padding", []), default=[])
     parser.add_argument("--size", choices=tuple(GEOMETRY), default="base")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=9, help="turns, where the time allows them")
+    parser.add_argument("--minutes", type=float, default=10, help="in which all must end")
+    parser.add_argument("--beside", type=Path, help="another checkout, measured in the same turns")
     parser.add_argument("--data", help="corpus folder, for padding")
     parser.add_argument("--t5", help="folder with spiece.model, for padding")
-    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(namespace=SETTINGS)
+    args.deadline = time.monotonic() + 60 * args.minutes
+    args.label = args.beside and args.beside.resolve().name
     torch.set_num_threads(args.threads)
     torch.set_default_device(args.device)
     torch.manual_seed(0)
-    if args.peak_of:
-        return peak_of(args.peak_of, args.size)
-    keep_memory()
-    name = torch.cuda.get_device_name() if args.device == "cuda" else f"{args.threads} CPU threads"
-    print(f"torch {torch.__version__}, {name}, peer {'at hand' if PEER else 'not installed here'}")
-    for what in args.what or sections:
-        if what == "padding":
-            padding(args.data, args.t5)
-        else:
-            sections[what](args.size, args.repeats)
+    print(machine(), flush=True)
+    what = args.what or list(sections)
+    for i, name in enumerate(what):
+        try:
+            if name == "padding":
+                padding(args.data, args.t5)
+            elif time.monotonic() > args.deadline:
+                print(f"\nleft out, since the time is up: {name}")
+            else:
+                sections[name](args.size, sum(calls.get(each, 0) for each in what[i:]))
+        finally:
+            for variant in list(Variant.running):
+                variant.end()
 
 
 if __name__ == "__main__":
