@@ -6,8 +6,8 @@
 Random weights at flan-t5's geometry, text only.  Step and memory stand beside transformers with
 peft's LoRA (R on q and v), decoding beside transformers and CTranslate2, where these are installed;
 with --beside also beside another checkout of this project.  Each variant lives in a process of its
-own, and they take turns (turns.py).  The layer, in this process, stands beside its frozen linear and
-the floor of its arithmetic, 1 + 3 (R + r + 1) / D.  Printed are medians over the turns after
+own, and they take turns (turns.py).  The layer, in this process, stands beside its frozen linear
+and the floor of its arithmetic, 1 + 3 (R + r + 1) / D.  Printed are medians over the turns after
 warm-up, the least and the largest, and ratios of medians.  The time limit is kept: there are fewer
 turns where one takes long, and what does not fit is said to be left out.
 tokens/s: source and target of a step, new tokens of a decoding; share: of the arithmetic rate that
