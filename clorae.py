@@ -401,8 +401,11 @@ class ExpertLinear(nn.Module):
         if self.config.has_tasks:
             experts.append((self.A_T[task], self.B_T[task]))
         weights = [1.0] * len(experts) if gates is None else gates
+        if len(weights) != len(experts):
+            raise ValueError(f"merge: expected a gate for each of {len(experts)} experts of "
+                             f"{self.config.method}, got {len(weights)}; give the means of all")
         return (torch.cat([A for A, _ in experts]),
-                torch.cat([g * B for g, (_, B) in zip(weights, experts, strict=True)], dim=1))
+                torch.cat([g * B for g, (_, B) in zip(weights, experts)], dim=1))
 
     def merged_weight(self, task: int, gates: Sequence[float] | None = None) -> Tensor:
         """W_0 + s (g1 B_U A_U + g2 B_n A_n) [D_out,D_in] for one task, fixed gates."""
@@ -531,9 +534,9 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     check_fresh(model)
     options, tensors = read_adapter(Path(path), shapes)
     adapt(model, **options)
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            model.get_parameter(name).copy_(tensor)
+    for name, tensor in tensors.items():
+        p = model.get_parameter(name)
+        p.data = tensor.to(p.device)  # in the type that was saved, whose bits an answer needs
     return model
 
 

@@ -92,6 +92,8 @@ def read_adapter(path: Path, shapes_of: Callable[..., dict[str, list[int]]],
             got = {name: file.get_slice(name).get_shape() for name in file.keys()}
             check_names(path, expected, got, "load it into the model that it was saved from")
             tensors = {name: file.get_tensor(name).clone() for name in got}
+            if integers := [name for name, t in tensors.items() if not t.is_floating_point()]:
+                raise ValueError(f"{integers[0]} is no tensor of floats")
     except UsageError:
         raise
     except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError) as cause:

@@ -34,7 +34,7 @@ from engine.files import UsageError
 
 TASKS, R, D, B, S = ("count", "colour"), 5, 16, 4, 6
 METHODS = [("clorae", {}), ("clorae", {"egr": False}), ("lora", {}), ("tlora", {}),
-           ("moslora", {}), ("loramoe", {})]
+           ("moslora", {}), ("loramoe", {}), ("hydralora", {}), ("mtllora", {})]
 ROWS = [1, 0, 0, 1]  # the task of each row
 FORMS = ("plain", "fast")
 
@@ -462,6 +462,8 @@ HEAD = "layers.0.self_attn.q_proj"
     (lambda config, tensors: tensors.update({f"{HEAD}.W_g": torch.zeros(3, D)}),
      rf"{HEAD}.W_g: expected \[2, 16\], got \[3, 16\]"),
     (lambda config, tensors: tensors.update(other=torch.zeros(1)), "other: expected nothing, got"),
+    (lambda config, tensors: tensors.update({f"{HEAD}.W_g": torch.zeros(2, D).int()}),
+     f"{HEAD}.W_g is no tensor of floats; name another file"),
     (lambda config, tensors: config.update(rank=6), r"A_T: expected \[2, 3, 16\], got \[2, 2, 16"),
     (lambda config, tensors: config.update(rank=1 << 40), "rank: expected 1 to 65536"),
     (lambda config, tensors: config.update(rank="5"), "rank: expected 1 to 65536, got '5'"),
@@ -515,9 +517,10 @@ def test_merging_leaves_plain_linears_that_answer_the_same(form, method, options
         model, (ids, mask) = adapted(method, form, **options).eval(), words()
         layers, gates = clorae.expert_layers(model), None
         if hasattr(next(iter(layers.values())), "W_g"):
-            gates = {path: (0.3, 0.7 + i / 10) for i, path in enumerate(layers)}
+            experts = len(next(iter(layers.values())).W_g)
+            gates = {path: (0.3 + i / 10, 0.7, 0.2)[:experts] for i, path in enumerate(layers)}
             for path, layer in layers.items():
-                layer.gates = lambda x, g=gates[path]: x.new_tensor(g).expand(*x.shape[:-1], 2)
+                layer.gates = lambda x, g=gates[path]: x.new_tensor(g).expand(*x.shape[:-1], -1)
             with pytest.raises(ValueError, match="live gate router"):
                 clorae.merge(model, task)
         with model.routing.batch([task] * B):
@@ -536,6 +539,7 @@ def test_what_cannot_be_merged_stays_adapted():
     gates = dict.fromkeys(clorae.expert_layers(model), (0.5, 0.5))
     for task, some, sentence in (("red", gates, "got red"), (2, gates, "got 2"),
                                  (0, dict(list(gates.items())[1:]), "gates of all 4"),
+                                 (0, dict.fromkeys(gates, (1, 1, 1)), "each of 2 experts of clo"),
                                  (0, None, "live gate")):
         with pytest.raises(ValueError, match=sentence):
             clorae.merge(model, task, some)
