@@ -37,7 +37,7 @@ from engine.processes import World
 from engine.schema import RECORD_TASKS, UNITS, DataError, Dataset, Record
 from engine.settings import Config
 from evaluate import Answer, Counts, Decoding
-from tools import answer
+from tools import answer, extract
 
 SPIECE = Path(__file__).parent / "golden" / "tokenizer"
 ENTITY_TYPES = ["location", "miscellaneous", "organization", "person"]
@@ -901,7 +901,7 @@ def make_run(tmp_path: Path, corpus: Path, tokenizer: data.Tokenizer,
     make.decoded = []
     monkeypatch.setattr(evaluate, "load_model", load)
     monkeypatch.setattr(evaluate, "Features", lambda *given: NoImages())
-    monkeypatch.setattr(answer, "GivenImages", lambda *given: NoImages())
+    monkeypatch.setattr(extract, "GivenImages", lambda *given: NoImages())
     return make
 
 
@@ -1127,12 +1127,12 @@ def test_a_command_that_cannot_be_carried_out_says_why(
 def test_head_and_tail_are_found_in_the_text() -> None:
     """Whole tokens, compared as answers are; words that are not there are named."""
     tokens = ("Kim", "Lee", "met", "Bo")
-    assert answer.find_words(tokens, "Kim Lee", "--head") == (0, 2)
+    assert answer.find_words(tokens, "Kim Lee", "--head") == [(0, 2)]
     with pytest.raises(DataError, match="--tail.*'Ki'"):
         answer.find_words(tokens, "Ki", "--tail")
-    assert answer.find_words(("#Bears", "win"), "#Bears", "--head") == (0, 1)
-    assert answer.find_words(("#", "Bears", "win"), "#Bears", "--head") == (0, 2)
-    assert answer.find_words(("Kim", "'s", "win"), "Kim's", "--head") == (0, 2)
+    assert answer.find_words(("#Bears", "win"), "#Bears", "--head") == [(0, 1)]
+    assert answer.find_words(("#", "Bears", "win"), "#Bears", "--head") == [(0, 2)]
+    assert answer.find_words(("Kim", "'s", "win"), "Kim's", "--head") == [(0, 2)]
 
 
 def test_scoring_asks_the_tokenizer_for_each_word_once(lean):
