@@ -399,8 +399,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if world.size > 1:  # the node that holds this run's newest checkpoint goes on with it
         world.lead(standing(Path(config.out), launch.resume))
     if table := max(world.share(finished(config, launch) or "")):
-        return world.print(f"{config.out} is finished; its table again (--resume none starts "
-                           "over):", table)
+        world.print(f"{config.out} is finished; its table again (--resume none starts "
+                    "over):", table)
+        return
     lock, sources = world.together(
         lambda: (claim(Path(config.out)) if world.main else None, prepare(config)))
     world.join()

@@ -67,7 +67,8 @@ def load_extension() -> object | None:
         return torch.ops.clorae_kernels
     except Exception as problem:  # of any kind: the PyTorch path needs no extension
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            warnings.warn(f"clorae.cu: not compiled, the PyTorch path is used:\n{problem}")
+            warnings.warn(f"clorae.cu: not compiled, the PyTorch path is used:\n{problem}",
+                          stacklevel=2)
         return None
 
 
@@ -102,7 +103,8 @@ def acquire(lock: IO[str]) -> None:
             return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > deadline:
-                raise TimeoutError(f"another process has held {lock.name} for {BUILD_SECONDS} s")
+                raise TimeoutError(f"another process has held {lock.name} for {BUILD_SECONDS} s"
+                                   ) from None
             time.sleep(0.1)
 
 
@@ -117,7 +119,7 @@ def compile_in(folder: Path, environment: dict[str, str]) -> None:
     except subprocess.TimeoutExpired:
         os.killpg(child.pid, signal.SIGKILL)  # the compilers that it has started, too
         child.communicate()
-        raise TimeoutError(f"the compiler has not finished within {BUILD_SECONDS} s")
+        raise TimeoutError(f"the compiler has not finished within {BUILD_SECONDS} s") from None
     if child.returncode:
         raise RuntimeError("\n".join(output.strip().splitlines()[-12:]))
 

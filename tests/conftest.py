@@ -97,7 +97,7 @@ def linked_m2e2(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def lean(tmp_path_factory: pytest.TempPathFactory) -> "data.Tokenizer":
+def lean(tmp_path_factory: pytest.TempPathFactory) -> object:
     """A tokenizer that has % and >, as T5's, but neither < { } ~ nor letters with accents."""
     import data
     import demo
@@ -157,7 +157,7 @@ def run(line: list[str], processes: int = 1,
     It is run in forks of this process, which has imported everything: half of the time of a short
     command is the importing of torch.
     """
-    import torch._dynamo  # a second's work that torch.optim would do in every fork
+    import torch._dynamo  # noqa: F401, a second's work that torch.optim would do in every fork
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

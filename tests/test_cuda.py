@@ -24,7 +24,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils import cpp_extension
 
 import fast.cuda
 from clorae import ExpertConfig, ExpertLinear, Routing

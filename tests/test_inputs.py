@@ -28,7 +28,7 @@ def test_a_mistake_of_each_kind_is_counted_and_ends_the_command_with_2(
         tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Twenty problems are shown, all are counted, and nothing of Python is seen."""
     rng, lines = hostile.random.Random(1), []
-    for kind, mutate in hostile.MUTATIONS.items():
+    for mutate in hostile.MUTATIONS.values():
         mutants = (mutate(rng, row) for row in hostile.ROWS * 20 if row["dataset"] == "news")
         lines += [next(m for m in mutants if m is not None and not hostile.valid(m, "news"))]
     folder = tmp_path / "news"

@@ -89,7 +89,7 @@ def test_a_units_weight_never_rises_with_its_own_score(gamma):
     """Non-increasing in s, also beyond margin * p, and never NaN."""
     others = dict.fromkeys(UNITS, 30.0)
     values = [losses.achievement_weights({**others, "MEAE": s / 2}, SINGLE, gamma=gamma)["MEAE"]
-              for s in range(0, 200)]
+              for s in range(200)]
     assert all(math.isfinite(v) for v in values)
     assert all(a >= b for a, b in zip(values, values[1:]))
 

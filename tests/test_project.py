@@ -1,6 +1,7 @@
 """The rules of the house, checked: who imports whom, sizes, equations beside code, no pickle.
 
-The product is every Python file of the top level and of engine/, fast/ and tools/.
+The product is every Python file of the top level and of engine/, fast/ and tools/.  What ruff can
+see (width, annotations, docstrings, unused names) stands in pyproject.toml.
 """
 
 import ast
@@ -24,7 +25,7 @@ CHAPTERS = ("t5.py", "vision.py", "clorae.py", "losses.py", "data.py", "train.py
 FORBIDDEN = {"transformers", "peft", "pickle", "pandas", "sklearn", "torchvision", "dill", "joblib"}
 HEAVY = ("matplotlib", "huggingface_hub", "fcntl", "torch.utils.cpp_extension")  # may come late
 TOP = {*CHAPTERS, "demo.py", "engine", "fast", "tools", "docs", "tests", "findings",
-       "demo_backbone", "README.md", "requirements.txt", "pytest.ini", "pyproject.toml", ".ci",
+       "demo_backbone", "README.md", "requirements.txt", "pyproject.toml", ".ci",
        ".gitignore"}
 
 # Who may import what; the first line that fits a file holds for it.  A circle is forbidden anyway.
@@ -115,12 +116,6 @@ def test_the_graph_knows_packages_files_in_them_and_late_imports(tmp_path):
 # ---------------------------------------------------------------------------------- sizes, forms
 
 @pytest.mark.parametrize("path", EVERY, ids=name_of)
-def test_lines_are_at_most_100_wide(path):
-    wide = [i for i, line in enumerate(text_of(path).split("\n"), 1) if len(line) > 100]
-    assert not wide, f"{path.name}: lines {wide}"
-
-
-@pytest.mark.parametrize("path", EVERY, ids=name_of)
 def test_functions_are_at_most_60_lines_long(path):
     long = [node.name for node in nodes(path)
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
@@ -141,14 +136,6 @@ def test_chapters_and_product_keep_their_budgets():
     kernels = [path for folder in (".", "fast") for path in (ROOT / folder).iterdir()
                if path.suffix in (".cu", ".cuh", ".cpp", ".h")]
     assert lines_of(kernels) <= 1000
-
-
-@pytest.mark.parametrize("path", PRODUCT, ids=name_of)
-def test_files_open_with_a_docstring_and_annotate_every_function(path):
-    assert ast.get_docstring(ast.parse(text_of(path)))
-    bare = [node.name for node in nodes(path) if isinstance(node, ast.FunctionDef)
-            and node.returns is None and node.name != "__init__"]
-    assert not bare, f"{path.name}: without return annotation: {bare}"
 
 
 # -------------------------------------------------------------------------------- what is refused
