@@ -170,7 +170,7 @@ def test_texts_change_epochs_not_steps():
     for world in experiment("texts").worlds():
         words = study.job("", "clorae", world, 1e-3, 0)["options"].split()
         epochs, halved = (int(words[words.index(name) + 1]) for name in ("--epochs", "--lr-epochs"))
-        assert epochs * world["texts"] == pytest.approx(1.6) and epochs == 4 * halved
+        assert epochs * world["texts"] == pytest.approx(2.0) and epochs == 4 * halved
 
 
 def test_only_readings_that_are_better_on_dev_are_tested():

@@ -61,7 +61,6 @@ def take_turns(title: str, runs: dict[str, Callable[[], float]], groups: int, to
     `groups`: how many calls the time that is left must do for, this one among them.  The tokens of
     a run add its rate, and ideal, the seconds of its arithmetic at the device's peak, the share."""
     print(f"\n{title}", flush=True)
-    until = (now := time.monotonic()) + (SETTINGS.deadline - now) / groups
     times: dict[str, list[float]] = {}
     try:
         for name, run in runs.items():
@@ -70,6 +69,7 @@ def take_turns(title: str, runs: dict[str, Callable[[], float]], groups: int, to
                 times[name] = []
             except GONE as problem:
                 print(f"  {name:28} left out: {problem}", flush=True)
+        until = (now := time.monotonic()) + (SETTINGS.deadline - now) / groups  # all have begun
         for _ in range(SETTINGS.repeats):
             started = time.monotonic()
             for name, each in times.items():
