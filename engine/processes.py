@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -58,7 +58,8 @@ class World:
                                     rank=self.rank, world_size=self.size)
 
     def share(self, value: Any, last: bool = False) -> list[Any]:
-        """All processes' values by rank, in JSON.  last: this one ends, and waits for none."""
+        """All processes' values by rank, in JSON.  last: this one ends, and waits for none, but for
+        rank 0, which may hold the store: 3 s, so that the others can read why."""
         if self.size == 1:
             return [value]
         self.shared += 1
@@ -67,8 +68,9 @@ class World:
         self.store.set(given[self.rank], json.dumps(value))
         values = [] if last else list(map(json.loads, self.store.multi_get(given)))
         self.store.set(read[self.rank], "")
-        if self.rank == 0 and not last:
-            self.store.wait(read)  # this process may hold the store, and end now
+        if self.rank == 0:  # this process may hold the store, and end now
+            with suppress(dist.DistError) if last else nullcontext():
+                self.store.wait(read, timedelta(seconds=3 if last else self.timeout))
         return values
 
     def lead(self, standing: list[int]) -> None:

@@ -19,6 +19,8 @@ import pytest
 import evaluate
 import train
 from conftest import ENVIRONMENT, ROOT, descendants, sums
+from engine.checkpoints import read_state
+from engine.processes import World, carry_out
 from reliability import Job, Mark, before, fork, free_port, telling
 
 FLAGS = ("--data data --t5 t5 --vit vit --units T17 V1 --max-target 24 --rank 6 --batch 10 "
@@ -113,6 +115,18 @@ def test_a_checkpoint_that_is_named_is_read_where_it_is(nodes):
         assert (nodes["a"] / "new" / name).read_bytes() == (nodes["a"] / "run" / name).read_bytes()
     text = nodes.refusal("ca", partial(train.main, [*flags[:-1], "run/step-00000009"]))
     assert "run/step-00000009: expected a checkpoint" in text
+
+
+def test_a_node_that_comes_late_reads_why_the_first_has_ended(nodes):
+    """Rank 0 holds the store in which the reason stands, and would end at once."""
+    def opens(args: None, world: World) -> None:
+        if world.rank:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a torchrun that is late, too
+            return world.together(lambda: time.sleep(1))
+        world.together(lambda: read_state(Path("nothing")))
+    codes, text = nodes.run("ab", partial(carry_out, opens, None))
+    assert codes[0] == 2 and codes[1] in (2, -signal.SIGTERM) and "[c10d]" not in text, text
+    assert "error: nothing: expected a checkpoint" in text
 
 
 def test_starting_over_empties_the_run_folders_of_all_nodes(nodes):
