@@ -99,7 +99,8 @@ class Config:
     max_objects: int = option(16, "object crops used per image", int)
     t5: str | None = option(None, "T5 folder; default: the size's own", metavar="DIR")
     vit: str | None = option(None, "ViT or CLIP folder; default: the size's own", metavar="DIR")
-    backbone_steps: int | None = option(None, "steps to make the tiny T5; default: enough", int)
+    backbone_steps: int | None = option(None, "make a tiny T5 in so many steps; default: the "
+                                        "demo's own is taken, for other data 1500 steps", int)
     rank: int | None = option(None, "universal rank R; default: by size", int)
     alpha: float | None = option(None, "numerator of the scale, Eq. (8); default: 2 R", float)
     dropout: float | None = option(None, "dropout on the experts' input; default: by size", float)
