@@ -223,7 +223,8 @@ def run_options(result: Parser, several: bool = False, required: bool = True) ->
     more = "; several are set side by side, a row per system, which is the runs that differ in " \
            "nothing but their seed" if several else ""
     add("checkpoint", type=Path, metavar="CKPT", nargs="+" if several else 1 if required else "*",
-        help="run folder (its best checkpoint is used) or checkpoint folder" + more)
+        help="run folder (its best checkpoint is used, the newest where no epoch has ended) or "
+             "checkpoint folder" + more)
     add("--split", choices=("test", "dev", "train"), default="test", help="which records")
     add("--data", metavar="DIR", help="corpus folder; default: the one trained on")
     for flag, name in (("t5", "T5"), ("vit", "ViT"), ("init", "full run below the experts")):
