@@ -351,7 +351,7 @@ def encode_records(records: list[Record], datasets: dict[str, Dataset], tokenize
         unit = UNITS.index(dataset.units[record.task])
         examples.append(Example(record, unit, task, input_ids, labels, row))
         counts = unknown.setdefault(f"{record.dataset} {Path(record.source).stem}", Counter())
-        counts.update(rows=1, texts=unk in input_ids, targets=unk in labels)
+        counts.update(rows=1, texts=int(unk in input_ids), targets=int(unk in labels))
     if lost.total():
         announce(f"truncation: {lost['texts']} of {len(records)} texts cut to {max_source} ids; "
                  f"targets lost {lost['items']} items with the text and {lost['too_long']} beyond "

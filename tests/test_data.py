@@ -631,6 +631,8 @@ def test_texts_and_targets_with_unknown_characters_are_counted_by_dataset_and_sp
                     "texts and 1 targets, tweets test 1 of 2 texts and 1 targets"]
     encode(of("train.jsonl", "Ann met O\u2082 \u2026"), lean, announce=said.append)
     assert len(said) == 1
+    encode(of("one.jsonl", "An\u00f1"), lean, announce=said.append)     # a file of a single row
+    assert said[1].endswith("tweets one 1 of 1 texts and 1 targets")
 
 
 def test_a_span_counts_as_seen_only_when_its_last_word_is_whole(tokenizer: data.Tokenizer) -> None:
