@@ -593,5 +593,5 @@ def test_peft_loads_the_exported_lora_and_gives_our_logits(runs, small, tmp_path
     assert done.returncode == 0, done.stderr
     assert "missing" not in done.stderr.lower() and "unexpected" not in done.stderr.lower()
     with torch.no_grad():
-        torch.testing.assert_close(load_file(tmp_path / "batch")["logits"],
-                                   ours.t5(ids, mask, labels)[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(load_file(tmp_path / "batch")["logits"],  # of up to 22
+                                   ours.t5(ids, mask, labels)[0], rtol=1e-5, atol=2e-5)
