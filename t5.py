@@ -367,7 +367,7 @@ class Search:
         """Choose the n-th token by logits [B*beams,C] -> the row that each row continues."""
         (B, beams, steps), C = self.tokens.shape, logits.shape[-1]
         if beams == 1:  # greedy: the best token is enough, no score is needed
-            token = logits.masked_fill(banned, -math.inf).max(-1).indices  # quicker than argmax
+            token = logits.masked_fill(banned, -math.inf).argmax(-1)
             self.tokens[:, 0, n - 1] = token.masked_fill(self.done, self.pad)
             self.best = self.tokens
             self.done |= token == self.eos

@@ -393,14 +393,15 @@ class Extractor:
     def __init__(self, run: str | os.PathLike, *, t5: str | os.PathLike | None = None,
                  vit: str | os.PathLike | None = None, init: str | os.PathLike | None = None,
                  data: str | os.PathLike | None = None, impl: str | None = None,
-                 weights: str = "stored", beams: int = 1, batch_size: int = 32,
+                 weights: str = "stored", beams: int = 1, batch_size: int | None = None,
                  device: str | torch.device | None = None):
         for name, value, holds, wanted in (
                 ("impl", impl, impl in (None, *IMPLS), f"one of {', '.join(IMPLS)}"),
                 ("weights", weights, weights in ("stored", "int8"), "stored or int8"),
                 ("beams", beams, type(beams) is int and beams > 0, "a whole number from 1"),
-                ("batch_size", batch_size, type(batch_size) is int and batch_size > 0,
-                 "a whole number from 1")):
+                ("batch_size", batch_size,
+                 batch_size is None or type(batch_size) is int and batch_size > 0,
+                 "a whole number from 1, or None")):
             if not holds:
                 raise UsageError(f"{name}: expected {wanted}, got {value!r}; correct it")
         args = argparse.Namespace(
