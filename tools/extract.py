@@ -401,7 +401,7 @@ class Extractor:
                 ("beams", beams, type(beams) is int and beams > 0, "a whole number from 1"),
                 ("batch_size", batch_size,
                  batch_size is None or type(batch_size) is int and batch_size > 0,
-                 "a whole number from 1, or None")):
+                 "a whole number from 1")):
             if not holds:
                 raise UsageError(f"{name}: expected {wanted}, got {value!r}; correct it")
         args = argparse.Namespace(
