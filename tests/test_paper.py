@@ -128,8 +128,8 @@ def test_the_edge_of_a_grid_is_extended():
     dev, missing = study.grid(experiment("main"), "lora", WORLD)
     assert not missing and list(dev) == [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2]  # twice, no more
     study = Study("tiny", None, [])
-    fill(study, "main")
-    assert list(study.grid(experiment("main"), "full", WORLD)[0])[-1] == 3.2e-3
+    fill(study, "peers")
+    assert list(study.grid(experiment("peers"), "full", WORLD)[0])[-1] == 3.2e-3
 
 
 def test_a_run_that_diverged_is_not_chosen_and_not_made_again(tmp_path, capsys):
@@ -155,14 +155,23 @@ def test_the_queue_leaves_whole_seeds():
     assert not list(study.queue(experiment("equal"))) + list(study.queue(experiment("parts")))
 
 
-def test_knobs_take_their_own_rates_and_share_the_default_world():
+def test_turning_a_knob_changes_no_rate_and_shares_the_default_world():
+    study = Study("tiny", None, [])
+    fill(study, "main", dev=lambda job: rated(job, 4e-3 if "clorae" in job["options"] else 2e-3))
+    rows = fill(study, "conflict")
+    assert all(row["conflict"] != "apart" for row in rows)  # that one was run before
+    assert {(row["system"], row["lr"]) for row in rows} == {(LORA_2R, "0.002"), ("clorae", "0.004")}
+    assert len(rows) == 6 * 3 * 2  # seeds, settings, systems: none to choose a rate
+    assert set(study.results(experiment("conflict"), WORLD)["clorae"]) == set(range(10, 16))
+
+
+def test_readings_take_their_own_rates():
     study = Study("tiny", None, [])
     fill(study, "main")
-    rows = fill(study, "conflict", dev=lambda job: rated(job, 4e-3))
-    assert all(row["conflict"] != "apart" for row in rows)  # that one was run before
-    harder = WORLD | {"conflict": "full"}
-    assert study.rate(experiment("conflict"), "clorae", harder) == 4e-3
-    assert set(study.results(experiment("conflict"), WORLD)["clorae"]) == set(range(10, 16))
+    fill(study, "mim", dev=lambda job: rated(job, 4e-3 if "alpha" in job["options"] else 2e-3))
+    rates = study.grid(experiment("mim"), "clorae --alpha 4R", WORLD)[0]
+    assert list(rates) == [1e-3, 2e-3, 4e-3, 8e-3]  # three around the method's, one for the edge
+    assert study.rate(experiment("mim"), "clorae --alpha 4R", WORLD) == 4e-3
 
 
 def test_texts_change_epochs_not_steps():
@@ -363,7 +372,7 @@ def test_the_report_says_what_can_be_told_before_what_was_seen(tmp_path, study, 
     main = text[text.index("## main"):text.index("## equal")]
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in main.split("\n")[::-1]}
     assert rows["clorae"].endswith("| higher |")
-    assert rows["moslora"].endswith("| cannot tell |") and "p, Holm of 11" in main
+    assert rows[LORA_2R].endswith("| cannot tell |") and "p, Holm of 5" in main
     assert "(75.9)" in main and "521.3" in main  # the paper's, beside ours
     assert "**0.002: 60.0**" in main  # the rate that was chosen on dev
     assert "![conflict](r_conflict.png)" in text and "conflict full" in text
