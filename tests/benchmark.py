@@ -55,10 +55,11 @@ SOURCE, TARGET, NEW = 95, 16, 32  # tokens of a row of the step; new tokens of a
 
 
 def keep_memory() -> None:
-    """Let glibc keep what is freed, for all variants alike.
+    """Let glibc keep what is freed, for variants that share this process.
 
     By its rules large blocks go back to the system, and come from it page by page: thousands of
-    faults, milliseconds of a layer, that one variant pays or another, as their order has it.
+    faults, milliseconds of a layer, that one variant pays or another, as their order has it.  A
+    variant with a process of its own pays what it would pay in its user's.
     """
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
     try:

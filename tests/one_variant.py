@@ -56,8 +56,6 @@ if __name__ == "__main__":
     torch.set_num_threads(int(THREADS))
     torch.set_default_device(DEVICE)
     torch.manual_seed(0)
-    if WHAT != "memory":
-        benchmark.keep_memory()
     runs = cache(variant())
     print("ready", flush=True)
     for line in sys.stdin:

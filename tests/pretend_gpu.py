@@ -30,6 +30,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve()
 ROOT = HERE.parent.parent
 # What torch's C++ asks of a device that it was not built for: nothing happens, device 0 is there.
+# A torch that was built for GPUs brings hooks and a guard, too: of hooks those of higher priority
+# count, of guards those that came last, after torch.
 GUARD = """
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <ATen/detail/CUDAHooksInterface.h>
@@ -45,7 +47,6 @@ struct Guard : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
     void record(void**, const c10::Stream&, c10::DeviceIndex, c10::EventFlag) const override {}
     void block(void*, const c10::Stream&) const override {}
 };
-c10::impl::DeviceGuardImplRegistrar registrar(c10::DeviceType::CUDA, new Guard());
 struct CUDAHooks : at::CUDAHooksInterface {  // torch looks for this name
     CUDAHooks(at::CUDAHooksArgs) {}
     void init() const override {}
@@ -59,7 +60,10 @@ struct CUDAHooks : at::CUDAHooksInterface {  // torch looks for this name
     at::DeviceIndex getCurrentDevice() const override { return 0; }
 };
 using at::CUDAHooksRegistry, at::RegistererCUDAHooksRegistry;
-REGISTER_CUDA_HOOKS(CUDAHooks)
+C10_REGISTER_CLASS_WITH_PRIORITY(CUDAHooksRegistry, CUDAHooks, c10::REGISTRY_PREFERRED, CUDAHooks)
+}
+extern "C" void put_guard() {
+    c10::impl::DeviceGuardImplRegistrar registrar(c10::DeviceType::CUDA, new Guard());
 }
 """
 
@@ -79,7 +83,7 @@ def build_guard(folder: Path) -> Path:
 
 if __name__ == "__main__":  # torch asks for its hooks once, while it is imported
     with tempfile.TemporaryDirectory() as folder:
-        ctypes.CDLL(os.environ.get("PRETEND_GUARD") or build_guard(Path(folder)))
+        guard = ctypes.CDLL(os.environ.get("PRETEND_GUARD") or build_guard(Path(folder)))
 
 import torch
 from torch import Tensor
@@ -325,6 +329,7 @@ def perform(words: list[str], emulator: str | None) -> None:
 
 
 if __name__ == "__main__":
+    guard.put_guard()
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     import conftest
     if sys.argv[1:] != ["-"]:
