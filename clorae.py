@@ -48,9 +48,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.adapters import read_adapter, replace, wrapped_paths, write_adapter
+from engine.settings import MEANS
 
 METHODS = ("clorae", "lora", "tlora", "moslora", "loramoe", "hydralora", "mtllora", "full")
-MEANS = ("identity", "affine", "map")  # readings of the student's mean in L_MIM
 RHO_INIT = math.log(math.expm1(0.9))  # softplus(RHO_INIT) + VARIANCE_FLOOR = 1
 VARIANCE_FLOOR = 0.1  # bounds L_MIM from below by ln(0.1) / 2
 TAU = 0.5  # temperature of MTL-LoRA's softmax; its authors' scripts have 0.1 and 0.8
@@ -241,30 +241,27 @@ class ExpertLinear(nn.Module):
         def zeros(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.zeros(*shape, device=base.weight.device))
 
+        def drawn(*shape: int) -> nn.Parameter:  # each matrix by itself, as nn.Linear draws its own
+            parameter = zeros(*shape)
+            for matrix in parameter if len(shape) == 3 else [parameter]:
+                nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
+            return parameter
+
         if config.has_universal:
-            self.A_U, self.B_U = zeros(R, d_in), zeros(d_out, R)
-            nn.init.kaiming_uniform_(self.A_U, a=math.sqrt(5))
+            self.A_U, self.B_U = drawn(R, d_in), zeros(d_out, R)
         if config.has_tasks:
-            self.A_T, self.B_T = zeros(N, R // N, d_in), zeros(N, d_out, R // N)
-            for A_n in self.A_T:
-                nn.init.kaiming_uniform_(A_n, a=math.sqrt(5))
+            self.A_T, self.B_T = drawn(N, R // N, d_in), zeros(N, d_out, R // N)
         if config.method == "moslora":
-            self.M_U = zeros(R, R)
-            nn.init.kaiming_uniform_(self.M_U, a=math.sqrt(5))
+            self.M_U = drawn(R, R)
         if config.method == "loramoe":
             E = config.experts
-            self.A_E, self.B_E, self.W_g = zeros(E, R, d_in), zeros(E, d_out, R), zeros(E, d_in)
-            for A_e in (*self.A_E, self.W_g):
-                nn.init.kaiming_uniform_(A_e, a=math.sqrt(5))
+            self.A_E, self.B_E, self.W_g = drawn(E, R, d_in), zeros(E, d_out, R), drawn(E, d_in)
         if config.method in ("hydralora", "mtllora"):
-            self.A_U, self.B_E = zeros(R, d_in), zeros(config.heads, d_out, R)
-            nn.init.kaiming_uniform_(self.A_U, a=math.sqrt(5))
+            self.A_U, self.B_E = drawn(R, d_in), zeros(config.heads, d_out, R)
         if config.method == "hydralora":
-            self.W_g = zeros(config.heads, d_in)
-            nn.init.kaiming_uniform_(self.W_g, a=math.sqrt(5))
+            self.W_g = drawn(config.heads, d_in)
         if config.method == "mtllora":
-            self.L_T, self.w_T = zeros(N, R, R), zeros(N, config.heads)
-            nn.init.kaiming_uniform_(self.w_T, a=math.sqrt(5))
+            self.L_T, self.w_T = zeros(N, R, R), drawn(N, config.heads)
             for L_n in self.L_T:
                 nn.init.eye_(L_n)
         if config.method == "clorae" and config.egr:

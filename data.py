@@ -392,7 +392,7 @@ def encode_target(record: Record, groups: list[list[str]], tokenizer: Tokenizer,
 @dataclass
 class Batch:
     """Padded tensors of some examples, rows sorted by task."""
-    input_ids: Tensor                                # [B,S] long, padded with pad
+    input_ids: Tensor                                # [B,S] long, padded with 0, T5's pad
     attention_mask: Tensor                           # [B,S] bool
     labels: Tensor                                   # [B,T] long, padded with -100
     tasks: Tensor                                    # [B] long, index into TASKS: the expert
@@ -427,9 +427,8 @@ class Batch:
         return Batch(**widened, real=torch.arange(widened["labels"].numel()))
 
 
-def collate(examples: list[Example],
-            features: Callable[[Record], tuple[Tensor, Tensor] | None],
-            feature_width: int, pad_id: int = 0) -> Batch:
+def collate(examples: list[Example], features: Callable[[Record], tuple[Tensor, Tensor] | None],
+            feature_width: int) -> Batch:
     """Examples -> Batch, stably sorted by task so that each task's rows form one segment.
     features(record): (features [V,F], boxes [V,5]), or None for a record without an image."""
     def padded(rows: list, value: int) -> Tensor:
@@ -445,7 +444,7 @@ def collate(examples: list[Example],
     labels = padded([example.labels for example in examples], -100)
     tasks, units, rows = torch.tensor([(e.task, e.unit, e.row) for e in examples]).T.contiguous()
     return Batch(
-        input_ids=padded(ids, pad_id), attention_mask=mask(ids), labels=labels, tasks=tasks,
+        input_ids=padded(ids, 0), attention_mask=mask(ids), labels=labels, tasks=tasks,
         units=units, features=padded(tokens, 0), boxes=padded(boxes, 0), visual_mask=mask(tokens),
         rows=rows, real=(labels.flatten() != -100).nonzero()[:, 0])
 

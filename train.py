@@ -107,12 +107,12 @@ class Trainer:
             ce = losses.token_cross_entropy(hidden, batch.labels, self.model.t5.head,
                                             real=batch.real)  # [B']
         L_MT = (w[batch.units] * ce).sum() / tokens  # a row has the weight of its unit
-        L_MIM = self.mutual_information(B) if config.uses_mim else torch.zeros_like(L_MT)
+        L_MIM = self.mim_loss(B) if config.uses_mim else torch.zeros_like(L_MT)
         loss = L_MT + config.beta * L_MIM  # Eq. (10)
         loss.backward()
         return unit_sums(torch.stack([loss, L_MT, L_MIM]), ce, batch)
 
-    def mutual_information(self, B: Tensor) -> Tensor:
+    def mim_loss(self, B: Tensor) -> Tensor:
         """L_MIM, Eq. (5), a scalar, of the last forward pass.  B: rows of the global batch."""
         if self.form != "plain":
             return mutual_information(self.model, B)
@@ -397,8 +397,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             world.print(*plan(Run(config, sources, world, dry=True), sources, launch, losses.PIECE))
         return
     if world.size > 1:  # the node that holds this run's newest checkpoint goes on with it
-        world.lead(standing(Path(config.out), launch.resume))
-    if table := max(world.share(finished(config, launch) or "")):
+        world.lead(world.together(lambda: standing(Path(config.out), launch.resume)))
+    if table := max(world.share(world.together(lambda: finished(config, launch) or ""))):
         world.print(f"{config.out} is finished; its table again (--resume none starts "
                     "over):", table)
         return

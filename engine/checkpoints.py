@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from engine.adapters import check_names
 from engine.corpus import corpus_of
-from engine.files import DiskFull, UsageError, append, file_hash, sync, whole, write_whole
+from engine.files import DiskFull, UsageError, append, file_hash, note, sync, whole, write_whole
 from engine.parameters import FlatParameters
 from engine.pieces import tokenizer_file
 from engine.processes import World
@@ -98,7 +98,7 @@ def newest_checkpoint(run: Path, prefix: str = "step") -> Path | None:
             read_state(folder)
             return folder
         except UsageError as problem:
-            print(f"passed over: {problem}", file=sys.stderr)
+            note(f"passed over: {problem}")
     return None
 
 

@@ -41,8 +41,8 @@ class Stopped(Exception):
 
 @cache
 def note(text: str) -> None:
-    """Say something once, beside a command's output; of several processes only rank 0 does."""
-    if os.environ.get("RANK", "0") == "0":
+    """Say something once, beside a command's output; of a node's processes the first one does."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"note: {text}", file=sys.stderr, flush=True)
 
 

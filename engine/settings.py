@@ -15,6 +15,7 @@ from engine.schema import TASKS, UNITS
 
 VIT = "google/vit-base-patch16-224-in21k"
 IMPLS = ("auto", "plain", "fast", "cuda")  # --impl: forms of the expert layers
+MEANS = ("identity", "affine", "map")  # --mim-mean: readings of the student's mean in L_MIM
 CACHE = "folder for image features; default: .features in the corpus, else in your cache folder"
 
 
@@ -123,7 +124,7 @@ class Config:
     beta: float = option(0.01, "weight of the mutual-information loss, Eq. (10)", float)
     mim_mean: str = option("identity", "mean of the student's Gaussian, Eq. (5): the task expert's "
                            "output D, 'affine' a D + c for each channel, or 'map' B_U M z_D from "
-                           "its codes", choices=("identity", "affine", "map"))
+                           "its codes", choices=MEANS)
     aml_margin: float = option(1.05, "margin above the reference F1, Eq. (9)", float)
     aml_gamma: float = option(2.0, "exponent, Eq. (9)", float)
     aml_temperature: float = option(1.0, "temperature of the softmax over Eq. (9)", float)

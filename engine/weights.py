@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from engine.files import UsageError, WeightsError, file_hash, read_json
+from engine.files import UsageError, WeightsError, file_hash, note, read_json
 from engine.pieces import tokenizer_file
 from engine.settings import VIT
 
@@ -62,7 +62,7 @@ def find_weights(model: str, given: str | Path | None, name: str | None) -> Path
     for folder in filter(Path.is_dir, (local, *hub_snapshots(name))):
         if not (problem := fault(folder, model)):
             return folder
-        print(f"passed over: {problem}", file=sys.stderr)
+        note(f"passed over: {problem}")
     return download(model, name, local)
 
 

@@ -27,11 +27,6 @@ def onednn_computes(weight: Tensor, dtype: torch.dtype) -> bool:
     return dtype in supported and supported[dtype]()
 
 
-def onednn_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x [...,D_in], weight [D_out,D_in] as it is or packed -> x W^T [...,D_out]; no gradient."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-
-
 class Packed:
     """x -> x [W_1; W_2; ...]^T, or x [W_1, W_2, ...]^T for dim 1, from a copy of the weights.
 
@@ -46,7 +41,9 @@ class Packed:
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.to(self.copy.dtype)
-        return onednn_product(x, self.copy) if self.onednn else F.linear(x, self.copy)
+        if self.onednn:
+            return torch.ops.mkldnn._linear_pointwise(x, self.copy, None, "none", [], "")
+        return F.linear(x, self.copy)
 
 
 def remembered(owner: Tensor, weights: Sequence[Tensor], how: Any, make: Callable) -> Any:

@@ -382,7 +382,7 @@ def test_cache_names_the_folder_for_new_features(small: dict[str, str], tmp_path
 def test_without_locks_one_note_says_what_is_lost(
         name: str, tweets: Path, tmp_path: Path, said: Callable,
         monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run folder, features, the folder of weights: each goes on; on rank 0 alone it is said."""
+    """Run folder, features, the folder of weights: each goes on; of a node one process says it."""
     number = getattr(errno, name)
 
     def flock(file: object, how: int) -> None:
@@ -395,7 +395,7 @@ def test_without_locks_one_note_says_what_is_lost(
                       "unnoticed: start one at a time\n")
     hostile.features(tweets, "error")
     assert "processes may compute the same features" in said() and listing(tweets / ".features")
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     locked(tmp_path / "weights" / ".lock", "a risk").close()
     assert said() == ""
 
