@@ -534,7 +534,6 @@ class T5(nn.Module):
         raw["tie_word_embeddings"] = raw.pop("tie_head")
         raw["scale_decoder_outputs"] = raw.pop("scale_logits")
         tensors = {names[ours]: tensor.contiguous() for ours, tensor in state.items()}
-        folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "model.safetensors", save(tensors, {"format": "pt"}))
         write_whole(folder / "config.json", (json.dumps(raw, indent=2) + "\n").encode())
 

@@ -291,7 +291,7 @@ class Rows:
                  device: torch.device, world: World, cache: str | None = None):
         """device: where features are computed; none are on "meta".  UsageError without rows."""
         self.config, datasets = config, setup.datasets
-        self.records = read_splits(sources.corpus, datasets, config.units)
+        self.records = read_splits(sources.corpus, config.units)
         self.held_out = hold_out(self.records, datasets, config.hold_out)  # to be printed
         self.features = Features(sources, sum(self.records.values(), []), config.missing_images,
                                  config.max_objects, device, ViT, cache)
@@ -333,13 +333,12 @@ def references(config: Config, units: Sequence[str]) -> dict[str, float]:
 
 def check_graphs(config: Config, device: torch.device, form: str) -> None:
     """UsageError where --graphs cannot turn micro-batches into CUDA graphs."""
-    if not (device.type == "cuda" and form == "cuda" and config.method in RANK_SPACE):
-        raise UsageError(f"--graphs: expected a GPU, clorae.cu compiled for it and a method of "
-                         f"{', '.join(RANK_SPACE)}, got device {device}, method {config.method}, "
-                         f"modules in the form {form}; leave --graphs away")
-    if config.checkpoint_activations:
-        raise UsageError("--graphs: expected no --checkpoint-activations beside it, whose second "
-                         "pass cannot be captured; leave one of them away")
+    twice = config.checkpoint_activations  # a second pass, which cannot be captured
+    if twice or device.type != "cuda" or form != "cuda" or config.method not in RANK_SPACE:
+        raise UsageError(f"--graphs: expected a GPU, clorae.cu compiled for it, a method of "
+                         f"{', '.join(RANK_SPACE)} and no --checkpoint-activations, got device "
+                         f"{device}, method {config.method}, modules in the form {form}"
+                         f"{', --checkpoint-activations' * twice}; leave --graphs away")
 
 
 def prepare(config: Config) -> Sources:

@@ -191,7 +191,6 @@ class ViT(nn.Module):
         pictures |= {"image_processor_type": "ViTImageProcessor",
                      "size": {"height": self.size, "width": self.size}}
         tensors = {names[ours]: tensor.contiguous() for ours, tensor in self.state_dict().items()}
-        folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "model.safetensors", save(tensors, {"format": "pt"}))
         write_whole(folder / "preprocessor_config.json", json.dumps(pictures, indent=2).encode())
         write_whole(folder / "config.json", json.dumps(config, indent=2).encode())

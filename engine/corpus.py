@@ -86,39 +86,29 @@ def load_datasets(corpus: str | os.PathLike) -> dict[str, Dataset]:
     return {folder.name: read_dataset(folder) for folder in folders}
 
 
-def load_corpus(corpus: str | os.PathLike, split: str,
-                units: Iterable[str] | None = None) -> list[Record]:
+def load_corpus(corpus: str | os.PathLike, split: str, units: Iterable[str] | None = None,
+                needed: bool = True) -> list[Record]:
     """Every record of one split and these units (default all), datasets in the order of their
-    names, lines in file order. A dataset may lack a split; a split that no dataset has, an unknown
-    name and any faulty line raise DataError."""
+    names, lines in file order. A dataset may lack a split; a split that no dataset has, where it is
+    `needed`, an unknown name and any faulty line raise DataError."""
     wanted = set(units or UNITS)
     if names := sorted({split} - set(SPLITS) | wanted - set(UNITS)):
         raise DataError(f'"{names[0]}" is no split or unit: {nearest(names[0], SPLITS + UNITS)}')
-    datasets, problems = load_datasets(corpus), Problems()
-    folders = folders_with(Path(corpus), split, datasets, wanted)
-    if not folders:
+    problems, records, corpus = Problems(), None, Path(corpus)
+    for name, dataset in load_datasets(corpus).items():
+        if wanted & set(dataset.units.values()) and (corpus / name / f"{split}.jsonl").exists():
+            read = read_split(corpus / name, split, dataset, problems)
+            records = (records or []) + [r for r in read if dataset.units[r.task] in wanted]
+    if records is None and needed:
         raise DataError(f"{corpus}: no {split}.jsonl for the units {', '.join(sorted(wanted))}: "
                         "convert that split or choose other units")
-    records = [record for folder in folders
-               for record in read_split(folder, split, datasets[folder.name], problems)
-               if datasets[folder.name].units[record.task] in wanted]
     problems.raise_if_any()
-    return records
+    return records or []
 
 
-def folders_with(corpus: Path, split: str, datasets: dict[str, Dataset],
-                 units: Iterable[str]) -> list[Path]:
-    """The folders of those datasets that have the split and one of the units."""
-    return [corpus / name for name, dataset in datasets.items()
-            if not set(units).isdisjoint(dataset.units.values())
-            and (corpus / name / f"{split}.jsonl").exists()]
-
-
-def read_splits(corpus: Path, datasets: dict[str, Dataset],
-                units: Sequence[str] | None) -> dict[str, list[Record]]:
+def read_splits(corpus: Path, units: Sequence[str] | None) -> dict[str, list[Record]]:
     """{split: its records of these units (None: all)}; empty lists for splits of no dataset."""
-    return {split: load_corpus(corpus, split, units)
-            if folders_with(corpus, split, datasets, units or UNITS) else [] for split in SPLITS}
+    return {split: load_corpus(corpus, split, units, needed=False) for split in SPLITS}
 
 
 def write_dataset(folder: Path, descriptor: dict, splits: dict[str, Rows]) -> None:

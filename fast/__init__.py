@@ -24,7 +24,11 @@ def form_on(device: torch.device, impl: str = "auto") -> str:
     demanded and cannot be had."""
     if impl in ("plain", "fast"):
         return impl
-    return "cuda" if cuda.available(device, forced=impl == "cuda") else "fast"
+    built = cuda.kernels(device) is not None
+    if impl == "cuda" and not built:
+        raise ValueError("--impl cuda: expected a CUDA device and a compiled extension, got "
+                         f"'{device.type}' without one; use --impl auto for the PyTorch path")
+    return "cuda" if built else "fast"
 
 
 def speed_up(model: nn.Module, impl: str = "auto") -> str:

@@ -38,19 +38,10 @@ KERNELS: dict[str, object] = {"cpu": None}  # device type -> library; tests put 
 
 
 def kernels(device: torch.device) -> object | None:
-    """The operators of clorae.cu for a device; None: there are none, take the PyTorch path."""
+    """The operators of clorae.cu for a device, built now, if need be; None: there are none."""
     if device.type not in KERNELS:
         KERNELS[device.type] = load_extension() if device.type == "cuda" else None
     return KERNELS[device.type]
-
-
-def available(device: torch.device, forced: bool = False) -> bool:
-    """Whether clorae.cu runs on a device; built now, if need be.  ValueError where it is `forced`
-    (--impl cuda) and does not."""
-    if kernels(device) is None and forced:
-        raise ValueError("--impl cuda: expected a CUDA device and a compiled extension, got "
-                         f"'{device.type}' without one; use --impl auto for the PyTorch path")
-    return kernels(device) is not None
 
 
 def load_extension() -> object | None:

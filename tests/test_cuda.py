@@ -485,11 +485,11 @@ def test_nothing_is_compiled_at_import_and_the_cpu_never_asks():
     line = "import fast.cuda, sys, tools.answer, torch; from t5 import T5; " \
            "T5.from_pretrained('tests/golden/t5_v1'); " \
            "assert fast.cuda.KERNELS == {'cpu': None}; " \
-           "assert not fast.cuda.available(torch.device('cpu')); " \
+           "assert fast.form_on(torch.device('cpu')) == 'fast'; " \
            "assert not {'torch._dynamo', 'matplotlib'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", line], check=True, cwd=ROOT)
     with pytest.raises(ValueError, match="--impl cuda: expected a CUDA device"):
-        fast.cuda.available(torch.device("cpu"), forced=True)
+        fast.form_on(torch.device("cpu"), "cuda")
 
 
 # --------------------------------------------------------------------------- a layer of the model

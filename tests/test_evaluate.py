@@ -1157,7 +1157,7 @@ def test_gold_scored_against_itself_reaches_the_ceilings_on_the_published_files(
                 ("twitter2015", "test"): 99.65, ("twitter2017", "train"): 99.79,
                 ("twitter2017", "dev"): 99.77, ("twitter2017", "test"): 99.56}
     datasets, found, tokenizer = load_datasets(published), {}, data.Tokenizer(SPIECE)
-    for split, records in read_splits(published, datasets, None).items():
+    for split, records in read_splits(published, None).items():
         said = [Answer(tokenizer.decode(tokenizer.encode(data.target(r)))) for r in records]
         scores = evaluate.total(evaluate.score_rows(records, said, datasets, tokenizer.written))
         found |= {(name, split): counts for name, counts in scores.items()}

@@ -84,7 +84,7 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> For
         pytest.skip("no CUDA device on this machine")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the extension must build where there is a GPU
-        assert fast.cuda.available(torch.device("cuda"))
+        assert fast.form_on(torch.device("cuda")) == "cuda"
     return Form("cuda", fast.cuda.CudaExpertLinear, "cuda")
 
 

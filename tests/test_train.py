@@ -30,7 +30,7 @@ from engine import settings
 from engine.checkpoints import (Checkpoints, Progress, find_checkpoint, load_trainables, read_state,
                                 stored_config, write_checkpoint, write_state)
 from engine.command import Bar
-from engine.corpus import hold_out, load_corpus, load_datasets, read_splits
+from engine.corpus import hold_out, load_corpus, read_splits
 from engine.files import UsageError, file_hash, note
 from engine.parameters import FlatParameters
 from engine.processes import World
@@ -358,10 +358,9 @@ def test_the_first_epoch_is_not_the_best_where_there_is_no_dev_split(command, co
 def test_a_split_that_none_of_the_chosen_units_has_is_empty_as_without_a_choice(corpus):
     """Other units having one is no reason to refuse."""
     (corpus / "demo_v1" / "test.jsonl").unlink()
-    datasets = load_datasets(corpus)
-    records = read_splits(corpus, datasets, ["V1"])
+    records = read_splits(corpus, ["V1"])
     assert records["train"] and records["dev"] and not records["test"]
-    assert read_splits(corpus, datasets, None)["test"]
+    assert read_splits(corpus, None)["test"]
 
 
 def test_starting_over_deletes_what_a_run_writes_and_nothing_else(tmp_path):

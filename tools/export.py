@@ -8,10 +8,10 @@ A gate, Eq. (6), depends on the token and cannot be merged: the second command f
 their means over the task's dev tokens, and says what that costs in F1."""
 
 import argparse
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import clorae
 import data
 from data import Example
+from engine.adapters import replace
 from engine.checkpoints import find_checkpoint, read_state, stored_config, write_state
 from engine.command import Parser
 from engine.corpus import corpus_of, load_datasets
@@ -75,10 +76,9 @@ def mean_gates(model: nn.Module, sums: Tensor) -> dict[str, tuple[float, ...]]:
 
 def fix_gates(model: nn.Module, task: int, gates: Mapping[str, Sequence[float] | None]) -> None:
     """Put a plain LoRA in the place of each wrapped linear of T5, for one task."""
-    for path, layer in clorae.expert_layers(model).items():
-        if path.startswith("t5."):
-            parent, _, leaf = path.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, layer.as_lora(task, gates[path]))
+    replace(model, {layer: layer.as_lora(task, gates[path])
+                    for path, layer in clorae.expert_layers(model).items()
+                    if path.startswith("t5.")})
 
 
 def write_peft(model: nn.Module, base: str, folder: Path) -> None:
@@ -129,7 +129,8 @@ def plain_lora(args: argparse.Namespace, world: World) -> Export:
         gates = mean_gates(model, sums)
     lines = [f1("before", split)]
     fix_gates(model, task, gates)
-    texts = [replace(example, record=replace(example.record, image=None)) for example in split]
+    texts = [dataclasses.replace(e, record=dataclasses.replace(e.record, image=None))
+             for e in split]
     lines += [f1("after, gates fixed", split), f1("after, without images", texts)]
     rank, record = next(iter(clorae.expert_layers(model.t5).values())).config.rank, split[0].record
     hub = None if config.t5 else SIZES[config.size].t5  # --t5, then or now, may name another

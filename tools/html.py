@@ -141,10 +141,9 @@ def picture(row: Row, answer: Sequence[Place]) -> str:
     for box in drawn_boxes(row.record, answer):
         x1, y1, x2, y2 = (value * scale for value in box.box)
         size = (0.64 * letter * max(map(len, box.lines)) + 8, 1.25 * letter * len(box.lines) + 4)
-        x, y = label_place(size, (x1, y1, x2, y2), taken, space)
-        taken.append((x, y, x + size[0], y + size[1]))
+        x, y, apart = label_place(size, (x1, y1, x2, y2), taken, space)
         frames.append(frame((x1, y1, x2, y2), box.colour, "none", 3 if box.named else 1.5))
-        if not (x <= x2 and x1 <= taken[-1][2] and y <= y2 and y1 <= taken[-1][3]):
+        if apart:
             frames.append(f'<path d="M{x:.1f} {y:.1f}L{x1:.1f} {y1:.1f}" stroke="{box.colour}"/>')
         labels.append(frame(taken[-1], "none", box.colour, 0))
         labels += [f'<text x="{x + 4:.1f}" y="{y + 1.25 * letter * (k + 0.82):.1f}" fill="'

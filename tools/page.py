@@ -286,25 +286,27 @@ def draw_image(ax: "Axes", image: Image, boxes: Sequence[DrawnBox], whole: tuple
                                                 "edgecolor": "none"})
         extent = label.get_window_extent().padded(3)
         w, h = extent.width * pixel, extent.height * pixel
-        x, y = label_place((w, h), box.box, taken, space)
+        x, y, apart = label_place((w, h), box.box, taken, space)
         label.set_position((x + 3 * pixel, y + 3 * pixel))
-        taken.append((x, y, x + w, y + h))
-        if not (x <= x2 and x1 <= x + w and y <= y2 and y1 <= y + h):
+        if apart:
             ax.plot([x, x1], [y, y1], color=colour, linewidth=1, scalex=False, scaley=False)
 
 
-def label_place(size: tuple[float, float], box: Box, taken: Sequence[Box],
-                space: tuple[float, float]) -> tuple[float, float]:
-    """Top left corner for a label of `size` in a `space` where it covers nothing that is `taken`:
-    at a corner of its box, outside or inside, else as near as there is room."""
+def label_place(size: tuple[float, float], box: Box, taken: list[Box],
+                space: tuple[float, float]) -> tuple[float, float, bool]:
+    """Top left corner for a label of `size` in a `space` where it covers nothing that is `taken`,
+    and whether it lies apart from its box: at a corner of that, outside or inside, else as near as
+    there is room.  The label's place is then `taken` as well."""
     (x1, y1, x2, y2), (w, h) = box, size
     right, bottom = max(0, space[0] - w), max(0, space[1] - h)
     corners = [(min(max(0, x), right), min(max(0, y), bottom))
                for y in (y1 - h, y2, y1, y2 - h) for x in (x1, x2 - w)]
     grid = itertools.product(numpy.linspace(0, right, 16), numpy.linspace(0, bottom, 25))
     near = [*corners, *sorted(grid, key=lambda point: math.dist(point, (x1, y1)))]
-    return next(((x, y) for x, y in near if not any(
+    x, y = next(((x, y) for x, y in near if not any(
         iou((x, y, x + w, y + h), other) for other in taken)), corners[0])
+    taken.append((x, y, x + w, y + h))
+    return x, y, not (x <= x2 and x1 <= x + w and y <= y2 and y1 <= y + h)
 
 
 def title_of(record: Record) -> str:
