@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from engine.files import WeightsError, note, read_json, write_whole
-from engine.weights import Unfilled, odd_fields, open_weights, read_weights
+from engine.weights import Unfilled, load_weights, odd_fields, open_weights
 
 FIRST_UNUSED_ID = 32100  # where T5's vocabulary ends; hub files add untrained rows behind it
 POLL = {"cpu": 1, "cuda": 8}  # steps between two looks for finished requests: a look stalls a GPU
@@ -518,8 +518,7 @@ class T5(nn.Module):
         with torch.device("meta"), Unfilled():
             model = cls(config)
         names = hf_names(config) | {"shared.weight": shared}
-        state = read_weights(folder, stored, model, names, {*copies, UNUSED}, dtype)
-        model.load_state_dict(state, assign=True)
+        load_weights(folder, stored, model, names, {*copies, UNUSED}, dtype)
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -29,7 +29,7 @@ from engine.files import ImageError, WeightsError, read_json, write_whole
 from engine.images import PathLike, to_rgb
 from engine.processor import picture_settings
 from engine.schema import Box
-from engine.weights import odd_fields, open_weights, read_weights
+from engine.weights import load_weights, odd_fields, open_weights
 from t5 import (T5, Attention, FeedForward, Linear, RMSNorm, Stack, T5Config, compute_dtype,
                 join_heads, prepare_memory, split_heads)
 
@@ -177,8 +177,7 @@ class ViT(nn.Module):
         prefix = PREFIXES[family] if any(k.startswith(PREFIXES[family]) for k in stored) else ""
         names = {ours: prefix + hub for ours, hub in hub_names(model).items()}
         drop = {key for key in stored if key.removeprefix(prefix).startswith(DROPS[family])}
-        state = read_weights(Path(folder), stored, model, names, drop, torch.float32)
-        model.load_state_dict(state, assign=True)
+        load_weights(Path(folder), stored, model, names, drop, torch.float32)
         return model.eval()
 
     def save_pretrained(self, folder: PathLike) -> None:

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 from tqdm import tqdm
@@ -50,6 +51,13 @@ class Parser(argparse.ArgumentParser):
         declare = group.add_argument
         group.add_argument = lambda *names, **settings: self.noted(declare(*names, **settings))
         return group
+
+    def add_out(self, what: str) -> Any:
+        """Declare --out, as `folder`: the folder for `what` a command writes.  Returns the
+        add_argument of its group."""
+        add = self.add_argument_group("output").add_argument
+        add("--out", dest="folder", type=Path, metavar="DIR", required=True, help=what)
+        return add
 
     def noted(self, action: argparse.Action) -> argparse.Action:
         """A declared argument, with its default in its help."""

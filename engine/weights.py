@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from engine.files import UsageError, WeightsError, file_hash, note, read_json
@@ -147,10 +147,10 @@ class Unfilled(TorchFunctionMode):
         return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **(kwargs or {}))
 
 
-def read_weights(folder: Path, stored: dict[str, safe_open], model: nn.Module,
-                 names: dict[str, str], drop: set[str], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The state dict, in `dtype`, of a model on the meta device.  names: {our name: stored key};
-    every stored key must be used or be in `drop`.  WeightsError before anything is allocated."""
+def load_weights(folder: Path, stored: dict[str, safe_open], model: nn.Module,
+                 names: dict[str, str], drop: set[str], dtype: torch.dtype) -> None:
+    """Fill a model on the meta device, in `dtype`.  names: {our name: stored key}; every stored
+    key must be used or be in `drop`.  WeightsError before anything is allocated."""
     shapes = {names[ours]: list(param.shape) for ours, param in model.state_dict().items()}
     missing, unknown = shapes.keys() - stored.keys(), stored.keys() - shapes.keys() - drop
     if missing or unknown:
@@ -163,4 +163,5 @@ def read_weights(folder: Path, stored: dict[str, safe_open], model: nn.Module,
             raise WeightsError(f"{folder}: expected {key} as {shape} in F32, BF16 or F16; it is "
                                f"{piece.get_shape()} in {piece.get_dtype()}; use its own config")
     # Copied, because a stored tensor is a view of a mapped file that may change or go away.
-    return {ours: stored[key].get_tensor(key).to(dtype, copy=True) for ours, key in names.items()}
+    model.load_state_dict({ours: stored[key].get_tensor(key).to(dtype, copy=True)
+                           for ours, key in names.items()}, assign=True)

@@ -102,9 +102,8 @@ def acquire(lock: IO[str]) -> None:
 def compile_in(folder: Path, environment: dict[str, str]) -> None:
     """Run COMPILER in a process of its own, since a compiler may hang or take all with it."""
     line, env = [*COMPILER, SOURCE, folder, SOURCE.parents[1]], {**os.environ, **environment}
-    child = subprocess.Popen(line, env=env,
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                             start_new_session=True)
+    child = subprocess.Popen(line, env=env, text=True, start_new_session=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         output, _ = child.communicate(timeout=BUILD_SECONDS)
     except subprocess.TimeoutExpired:

@@ -158,9 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="python -m tools.export", description=__doc__.partition("\n\n")[0],
                     usage="%(prog)s CKPT --out DIR [--task TASK] [options]")
     run_options(parser)
-    add = parser.add_argument_group("output").add_argument
-    add("--out", dest="folder", type=Path, metavar="DIR", required=True,
-        help="a new or empty folder")
+    add = parser.add_out("a new or empty folder")
     add("--task", choices=RECORD_TASKS, help="whose experts become a plain LoRA")
     carry_out(run, parser.parse_args(argv))
 

@@ -205,9 +205,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = Parser(prog="python -m tools.plot", description=__doc__.partition("\n\n")[0],
                      usage="%(prog)s CKPT [CKPT ...] --out DIR [options]")
     run_options(command, several=True)
-    add = command.add_argument_group("output").add_argument
-    add("--out", dest="folder", type=Path, metavar="DIR", required=True,
-        help="folder for the pictures")
+    add = command.add_out("folder for the pictures")
     add("--layers", nargs="+", type=int, metavar="N",
         help="layers that the routing picture shows; default: all")
     add("--csv", type=Path, metavar="FILE",

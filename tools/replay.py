@@ -132,9 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="python -m tools.replay", description=__doc__.partition("\n\n")[0],
                     usage="%(prog)s CKPT --out DIR [options]")
     run_options(parser)
-    parser.add_argument_group("output").add_argument(
-        "--out", dest="folder", type=Path, metavar="DIR", required=True,
-        help="folder for aml.csv and aml.png")
+    parser.add_out("folder for aml.csv and aml.png")
     carry_out(run, parser.parse_args(argv))
 
 

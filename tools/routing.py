@@ -157,9 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = Parser(prog="python -m tools.routing", description=__doc__.partition("\n\n")[0],
                      usage="%(prog)s CKPT --out DIR [options]")
     run_options(command)
-    add = command.add_argument_group("output").add_argument
-    add("--out", dest="folder", type=Path, metavar="DIR", required=True,
-        help="folder for routing.csv and routing.png")
+    add = command.add_out("folder for routing.csv and routing.png")
     add("--layers", nargs="+", type=int, metavar="N",
         help="layers that the picture shows; default: all")
     carry_out(run, command.parse_args(argv))
