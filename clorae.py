@@ -324,8 +324,7 @@ class ExpertLinear(nn.Module):
 
         Ahn et al. put a learnt function there, the paper says nothing.  "affine": a * D + c with a
         and c for each channel; "map": B_U M z_D, which takes the task's codes z_D = A_n x to
-        universal ones.  M is shared by the tasks: with one for each, C-LoRAE's parameters at large
-        would round to 40M, where the paper prints 39M."""
+        universal ones by an M that all tasks share: see docs/decisions.md."""
         if hasattr(self, "a_D"):
             return self.a_D * D + self.c_D
         if hasattr(self, "M_D"):

@@ -96,9 +96,7 @@ def mutual_information(outputs: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]],
     L_l is -log p(U | D) for a Gaussian with mean D and variance sigma^2, without its constants: the
     mean over channels, then over the real tokens of a row, then over rows.  U and D are divided by
     the row's RMS of U.  The teacher U gets no gradient.  As B counts the global batch, the values
-    of micro-batches and ranks are to be added.  Eq. (5) can also mean the sum over channels: that
-    is D_out times as much where all wrapped linears are as wide, as in every size of T5 here, and
-    so the same as --beta times D_out (128 tiny, 768 base, 1024 large, 2048 xl)."""
+    of micro-batches and ranks are to be added.  docs/decisions.md weighs a sum over channels."""
     total = torch.zeros(())
     for U, D, mask, variance in outputs:
         U, D = U.detach().to(variance.dtype), D.to(variance.dtype)

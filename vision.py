@@ -354,9 +354,8 @@ class UMIE(nn.Module):
     def free_adapter(self, policy: str) -> None:
         """Choose what learns besides the experts: --visual-policy.
 
-        train: all visual modules, also the linears that experts wrap in VStack; hub checkpoints
-        have no visual adapter, and random frozen weights would be noise. paper: the visual
-        embedding alone, which fits the paper's counts of parameters. frozen: nothing."""
+        train: all visual modules, also the linears that experts wrap in VStack. paper: the visual
+        embedding alone. frozen: nothing. docs/decisions.md says what speaks for each."""
         trained = {"train": ("visual_embedding.", "vstack.", "fusion."),
                    "paper": ("visual_embedding.",), "frozen": ()}[policy]
         for name, parameter in self.named_parameters():

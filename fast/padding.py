@@ -57,13 +57,6 @@ class Source(NamedTuple):
     padding: Padding
 
 
-def packed_memory(memory: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Source:
-    """memory [B,M,D] and its mask [B,M] as a source of attention; see t5.prepare_memory."""
-    memory, bias = t5.prepare_memory(memory, mask, dtype)
-    padding = Padding(mask)
-    return Source(padding.unpad(memory), bias, padding)
-
-
 def attention(layer: t5.Attention, x: Tensor, padding: Padding, source: Source) -> Tensor:
     """t5.Attention of packed tokens x, [t,D] -> [t,D]."""
     q = padding.split(layer.q(x), layer.heads)
@@ -91,8 +84,11 @@ class PackedStack(t5.Stack):
         """As t5.Stack.forward; a decoder's mask [B,S] says which tokens need not be computed."""
         if not self.training or hidden.device.type != "cpu":
             return super().forward(hidden, mask, memory, memory_mask)
-        dtype, padding = t5.compute_dtype(hidden), Padding(mask)
-        source = packed_memory(memory, memory_mask, dtype) if self.decoder else None
+        dtype, padding, source = t5.compute_dtype(hidden), Padding(mask), None
+        if self.decoder:
+            memory, memory_bias = t5.prepare_memory(memory, memory_mask, dtype)
+            read = Padding(memory_mask)
+            source = Source(read.unpad(memory), memory_bias, read)
         bias = self.self_bias(hidden.shape[1], None if self.decoder else mask, dtype)
         x = self.dropout(padding.unpad(hidden))
         for layer in self.blocks:

@@ -648,7 +648,7 @@ def test_parameter_counts_equal_the_table_at_published_geometry(size, method, wi
 
 
 def test_the_experts_of_the_tiny_backbone_are_all_as_wide():
-    """What losses.mutual_information says of the sum over channels holds in every size."""
+    """What docs/decisions.md says of the sum over channels holds in the tiny size, too."""
     with torch.device("meta"):
         raw = json.loads((SHIPPED / "t5" / "config.json").read_text())
         config = T5Config.from_hf(raw, SHIPPED, False)
