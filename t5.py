@@ -512,9 +512,9 @@ class T5(nn.Module):
         tied = HEAD == shared or HEAD in copies or HEAD not in stored
         config = T5Config.from_hf(raw, folder / "config.json", tied)
         if config.gated and config.scale_logits and not tied:
-            note(f"{folder}/config.json: scale_decoder_outputs is true for a gated T5 "
-                     "with a head of its own, a mistake of transformers 5.0.0; logits are scaled "
-                     "as it says: set it to false if this is a T5 v1.1 or flan")
+            note(f"{folder}/config.json: scale_decoder_outputs is true for a gated T5 with a head "
+                 "of its own, a mistake of transformers 5.0.0; logits are scaled as it says: set "
+                 "it to false if this is a T5 v1.1 or flan")
         with torch.device("meta"), Unfilled():
             model = cls(config)
         names = hf_names(config) | {"shared.weight": shared}

@@ -121,9 +121,9 @@ def inline(image: Image.Image) -> str:
     small, content = max(image.size) <= 256, BytesIO()
     if not small:
         image.thumbnail((MOST_PIXELS, MOST_PIXELS))
-    image.save(content, *(("PNG",) if small else ("JPEG",)), quality=88)
-    name = "png" if small else "jpeg"
-    return f"data:image/{name};base64,{base64.b64encode(content.getvalue()).decode()}"
+    form = "png" if small else "jpeg"
+    image.save(content, form, quality=88)
+    return f"data:image/{form};base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 def picture(row: Row, answer: Sequence[Place]) -> str:
