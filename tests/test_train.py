@@ -27,8 +27,9 @@ import tools.answer
 import train
 from conftest import ROOT, run, sums
 from engine import settings
-from engine.checkpoints import (Checkpoints, Progress, find_checkpoint, load_trainables, read_state,
-                                stored_config, write_checkpoint, write_state)
+from engine.checkpoints import (Checkpoints, Progress, find_checkpoint, load_trainables,
+                                newest_checkpoint, read_state, stored_config, write_checkpoint,
+                                write_state)
 from engine.command import Bar
 from engine.corpus import hold_out, load_corpus, read_splits
 from engine.files import UsageError, file_hash, note
@@ -476,6 +477,14 @@ def test_beta_zero_is_bitwise_the_run_without_mim(command, tmp_path):
         assert done.returncode == 0, done.stderr
         ends.append((tmp_path / name / "step-00000003" / "model.safetensors").read_bytes())
     assert ends[0] == ends[1]
+
+
+def test_a_torn_checkpoint_is_named_once_however_often_it_is_looked_for(tmp_path, capsys):
+    """A start looks for the newest checkpoint up to three times."""
+    torn = tmp_path / "step-00000003"
+    torn.mkdir()
+    assert [newest_checkpoint(tmp_path) for _ in range(3)] == [None] * 3
+    assert capsys.readouterr().err.count(f"passed over: {torn}") == 1
 
 
 def test_resume_restores_the_achievement_weights(finished):
