@@ -8,7 +8,6 @@ import csv
 import dataclasses
 import json
 import math
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -269,7 +268,14 @@ def test_every_valid_token_that_meets_a_layer_is_counted_once(world):
 def test_neither_amount_nor_content_of_padding_changes_a_sum(world, monkeypatch):
     single = sums_of(world, rows=1)  # no padding at all
     assert torch.allclose(sums_of(world, rows=7), single, rtol=1e-5)
-    monkeypatch.setattr(routing.data, "collate", partial(data.collate, pad_id=9))
+    collate = data.collate
+
+    def filled(*given):
+        batch = collate(*given)
+        batch.input_ids[~batch.attention_mask] = 9
+        return batch
+
+    monkeypatch.setattr(routing.data, "collate", filled)
     assert torch.allclose(sums_of(world, rows=7), single, rtol=1e-5)
 
 
