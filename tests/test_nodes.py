@@ -147,6 +147,14 @@ def test_a_finished_run_is_reprinted_wherever_its_table_is(nodes):
     assert codes == [0, 0] and "run is finished" in text
 
 
+def test_a_table_that_one_node_cannot_read_ends_all_with_the_name_of_that_node(nodes):
+    shutil.copytree(nodes["a"] / "run", nodes["t"] / "run")
+    (nodes["t"] / "run" / "table.txt").unlink()
+    (nodes["t"] / "run" / "table.txt").mkdir()
+    text = nodes.refusal("ut", training)
+    assert "error: node 1 (" in text and "Is a directory" in text
+
+
 def test_nodes_without_the_checkpoint_or_with_another_are_named_before_anything_slow(nodes):
     """evaluate.py on all: c has no run, d another checkpoint than a."""
     score = partial(evaluate.main, ["run", "--out", "predictions.jsonl"])
