@@ -58,6 +58,8 @@ struct CUDAHooks : at::CUDAHooksInterface {  // torch looks for this name
     at::DeviceIndex deviceCount() const override { return 1; }
     at::DeviceIndex current_device() const override { return 0; }
     at::DeviceIndex getCurrentDevice() const override { return 0; }
+    long versionCuDNN() const override { return 0; }
+    long versionRuntimeCuDNN() const override { return 0; }
 };
 using at::CUDAHooksRegistry, at::RegistererCUDAHooksRegistry;
 C10_REGISTER_CLASS_WITH_PRIORITY(CUDAHooksRegistry, CUDAHooks, c10::REGISTRY_PREFERRED, CUDAHooks)
@@ -96,6 +98,7 @@ WAITS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal,
          aten.repeat_interleave, aten._unique2, aten.bincount}
 INDEXING = {aten.index, aten.index_put_, aten.index_put}
 ANYWHERE = {aten.copy_, aten._to_copy, *INDEXING}  # these take tensors of two devices
+OPERATORS = torch.library.Library("aten", "IMPL")  # lives as long as what it registers
 waits: Counter[str] = Counter()  # "operator at file:line" -> times
 
 
@@ -289,6 +292,17 @@ def device_states(*_: object) -> tuple[list, list]:
     return [], []
 
 
+def rms_norm_backward(dy: Tensor, x: Tensor, shape: list[int], rstd: Tensor, weight: Tensor | None,
+                      needed: list[bool]) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of y = x rstd weight: torch has this operator for GPUs alone, and calls it where it
+    was built for them."""
+    normed, g = x.float() * rstd, dy.float() if weight is None else dy.float() * weight.float()
+    dx = rstd * (g - normed * (g * normed).mean(dim=-1, keepdim=True))
+    dw = (dy.float() * normed).flatten(0, -2).sum(dim=0)
+    return (dx.to(x.dtype) if needed[0] else None,
+            dw.to(weight.dtype) if weight is not None and needed[1] else None)
+
+
 def pretend(emulator: str | None = None) -> PretendedGPU:
     """Let torch.cuda speak of one GPU; the mode to be entered.  emulator: library of clorae.cu."""
     from fast import cuda
@@ -301,6 +315,7 @@ def pretend(emulator: str | None = None) -> PretendedGPU:
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
     torch.cuda.CUDAGraph, torch.cuda.graph = Graph, capture
+    OPERATORS.impl("_fused_rms_norm_backward", rms_norm_backward, "CPU")
     torch.cuda.is_current_stream_capturing = lambda: Graph.capturing is not None
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device) is a copy to it
     torch.autograd.grad_mode.set_multithreading_enabled(False)  # modes belong to a thread
