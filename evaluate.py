@@ -31,7 +31,7 @@ from data import Example, Item
 from engine.checkpoints import (Sources, find_checkpoint, load_trainables, read_state,
                                 stored_config, stored_sources)
 from engine.command import Bar, Parser, moved
-from engine.compare import compare
+from engine.compare import compare, differences
 from engine.corpus import corpus_of, load_corpus, load_datasets, split_digest
 from engine.features import Features
 from engine.files import UsageError, WeightsError, read_json, write_whole
@@ -521,8 +521,7 @@ def counts_json(name: str, counts: Counts) -> dict[str, float]:
     """One entry of `Scores` as JSON; only whole units have classes of errors."""
     if name.endswith("~umie"):
         return {"tp": counts.tp, "pred": counts.pred, "gold": counts.gold, "f1": counts.rounded_f1}
-    shown = ["tp", "pred", "gold", "f1", "precision", "recall"]
-    shown += COUNTED[3:] if name in UNITS else ()
+    shown = [*COUNTED[:3], "f1", "precision", "recall", *(COUNTED[3:] if name in UNITS else ())]
     shown += ["accuracy"] if UNIT_TASK.get(name) == "mre" else ()
     return {value: getattr(counts, value) for value in shown}
 
@@ -548,15 +547,22 @@ class Job:
         self.config = stored_config(self.checkpoint, **self.changes)
         self.decoding = Decoding.of(self.config, args.batch_size, args.beams, args.weights)
         self.cache = args.cache
-        out = getattr(args, "out", None) or folder / f"predictions-{args.split}.jsonl"
-        if out.is_dir():
-            raise UsageError(f"--out {out}: expected a file, got a folder; name a file in it")
-        self.predictions = out
-        self.scores = out.with_name(f"scores-{out.stem.removeprefix('predictions-')}.json")
+        self.out = getattr(args, "out", None)
+        if self.out and self.out.is_dir():
+            raise UsageError(f"--out {self.out}: expected a file, got a folder; name a file in it")
 
     @cached_property
-    def made_from(self) -> dict:
-        return made_from(self.checkpoint, self.config, self.split, self.decoding)
+    def predictions(self) -> Path:
+        """The file of the answers; only the run's own test has a name without further words."""
+        own = stored_config(self.checkpoint)
+        words = [f"predictions-{self.split}", *differences(self, own, Decoding.of(own))]
+        return self.out or self.folder / f"{'.'.join(words)}.jsonl"
+
+    scores = property(lambda self: self.predictions.with_name(
+        f"scores-{self.predictions.stem.removeprefix('predictions-')}.json"))
+
+    made_from = cached_property(lambda self: made_from(self.checkpoint, self.config, self.split,
+                                                       self.decoding))
 
     def load_model(self, world: World) -> Setup:
         """The model, as it decodes."""
@@ -620,8 +626,7 @@ MOVED = {"--text": "answer", "--examples": "answer", "--costs": "costs", "--rout
 
 def main(argv: Sequence[str] | None = None) -> None:
     for word in sys.argv[1:] if argv is None else argv:
-        flag = word.partition("=")[0]
-        if flag in MOVED:
+        if (flag := word.partition("=")[0]) in MOVED:
             moved(f"evaluate.py {flag}", f"python -m tools.{MOVED[flag]}")
     command = Parser(
         description="Score a trained model on a split, or compare several.",
@@ -631,8 +636,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_options(command, several=True)
     add = command.add_argument_group("output").add_argument
     add("--out", type=Path, metavar="FILE",
-        help="predictions, one JSON object a row; scores go beside them; default: "
-             "CKPT/predictions-SPLIT.jsonl and CKPT/scores-SPLIT.json")
+        help="predictions, one JSON object a row, with scores beside them; default: in CKPT, "
+             "under names that say the split and what is unlike the run's own test")
     add("--details", action="store_true", help="print P, R, F1 and counts of every type, too")
     add("--csv", type=Path, metavar="FILE", help="write the rows of the comparison there, too")
     args = command.parse_args(argv)

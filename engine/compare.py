@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import Any
 import numpy
 from safetensors import safe_open
 
-from engine.corpus import corpus_of
+from engine.corpus import corpus_hash, corpus_of
 from engine.files import UsageError, save_csv
 from engine.processes import World
 from engine.schema import UNITS
@@ -64,6 +65,29 @@ def refresh(jobs: Sequence[Any], world: World) -> None:
         world.print(f"{job.checkpoint}: " + (f"scores of {job.scores}" if fresh else "decoding"))
         if not fresh:
             job.score(world)
+
+
+def differences(job: Any, own: Config, usual: Any) -> list[str]:
+    """What decides a job's scores and is not as in its run's own test, as words for file names.
+
+    own, usual: the settings of the run and how it decodes.  A corpus counts by the hash in the
+    checkpoint, so that it may move, and by its path where a checkpoint has none."""
+    config, decoding = job.config, job.decoding
+    corpus, units = corpus_of(config), config.units or UNITS
+    digest = corpus_hash(corpus)
+    trained_on = json.loads((job.checkpoint / "state.json").read_bytes()).get("corpus_sha256")
+    same = (digest == trained_on if trained_on
+            else corpus.resolve() == corpus_of(own).resolve())
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", corpus.resolve().name)[:40]
+    chosen = "all" if set(units) == set(UNITS) else "-".join(u for u in UNITS if u in units)
+    words = ((not same, f"data-{name}-{digest[:8]}"),
+             (set(units) != set(own.units or UNITS), f"units-{chosen}"),
+             (config.missing_images != own.missing_images, f"images-{config.missing_images}"),
+             (decoding.batch_size != usual.batch_size, f"batch-{decoding.batch_size}"),
+             (decoding.beams != usual.beams, f"beams-{decoding.beams}"),
+             (decoding.precision != own.precision, decoding.precision),
+             (decoding.weights != usual.weights, decoding.weights))
+    return [word for holds, word in words if holds]
 
 
 def still_true(path: Path, wanted: dict) -> bool:

@@ -993,13 +993,38 @@ def test_stored_scores_are_used_as_long_as_nothing_they_depend_on_changes(
     (first / "scores-test.json").write_text("half a fi")
     assert decoded() == ["a"]
     for flags in (["--beams", "2"], ["--missing-images", "mask"]):
-        assert decoded(*flags) == ["a", "b"]  # and now their scores lie there
-        assert decoded() == ["a", "b"]
+        assert decoded(*flags) == ["a", "b"]
+        assert decoded(*flags) == decoded() == []  # both are stored, each in a file of its own
     (corpus / "tweets" / "images" / "new.jpg").touch()
     assert decoded() == ["a", "b"]
     lines = (corpus / "tweets" / "test.jsonl").read_text().splitlines()
     (corpus / "tweets" / "test.jsonl").write_text("\n".join(lines[:3]) + "\n")
     assert decoded() == ["a", "b"] and decoded() == []
+
+
+def test_nothing_is_written_over_the_scores_of_the_runs_own_test(
+        make_run: Callable[..., Path], corpus: Path, tmp_path: Path,
+        capsys: pytest.CaptureFixture) -> None:
+    """Other data, units, images or decoding have files of their own, whose names say which."""
+    folder = make_run("a", units=["T15"])
+    own = {folder / name: "own" for name in ("scores-test.json", "predictions-test.jsonl")}
+    for path, text in own.items():
+        path.write_text(text)
+    other = shutil.copytree(corpus, tmp_path / "other")
+    mine = ["--units", "T15"]
+    for flags, name in ((["--data", str(other), *mine], "data-other-*"), ([], "units-all"),
+                        (["--missing-images", "mask", *mine], "images-mask"),
+                        (["--beams", "2", *mine], "beams-2"),
+                        (["--batch-size", "3", *mine], "batch-3"),
+                        (["--beams", "2", "--batch-size", "3", *mine], "batch-3.beams-2")):
+        evaluate.main([str(folder), *flags])
+        scores, = folder.glob(f"scores-test.{name}.json")
+        predictions, = folder.glob(f"predictions-test.{name}.jsonl")
+        printed = capsys.readouterr().out
+        assert str(scores) in printed and str(predictions) in printed
+        assert {path: path.read_text() for path in own} == own
+    evaluate.main([str(folder), *mine])
+    assert json.loads((folder / "scores-test.json").read_text())["made_from"]["units"] == ["T15"]
 
 
 def test_training_stores_scores_that_a_comparison_takes(

@@ -137,7 +137,8 @@ def test_the_option_is_named_beside_every_score(small, tmp_path, capsys):
     capsys.readouterr()
     evaluate.main([str(out), "--weights", "int8", "--units", "T15"])
     assert "greedy, weights rounded to 8 bits" in capsys.readouterr().out
-    made_from = json.loads((out / "scores-test.json").read_text())["made_from"]
+    assert json.loads((out / "scores-test.json").read_text())["made_from"] == stored
+    made_from = json.loads((out / "scores-test.int8.json").read_text())["made_from"]
     assert made_from["decoding"] == stored["decoding"] | {"weights": "int8"}
     assert made_from["checkpoint"] == stored["checkpoint"]
     with pytest.raises(SystemExit) as stop:
