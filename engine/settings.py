@@ -218,9 +218,26 @@ def parse_arguments(argv: Sequence[str] | None, description: str = "",
     return config, launch
 
 
-def run_options(result: Parser, several: bool = False, required: bool = True) -> None:
-    """The options that say which checkpoint is loaded, on which data, and how it decodes."""
-    add = result.add_argument_group("what to evaluate").add_argument
+# How answers are decoded, where a command has any decoded.
+DECODING = ("beams", "batch_size", "weights", "impl", "graphs")
+
+
+def run_options(result: Parser, several: bool = False, required: bool = True,
+                without: Sequence[str] = ()) -> None:
+    """The options that say which checkpoint is loaded, on which data, and how it decodes.
+    without: those that would do nothing in a command; it has them at their defaults, unlisted."""
+    def group(title: str) -> Callable:
+        listed = result.add_argument_group(title).add_argument
+
+        def add(flag: str, **given: object) -> None:
+            name = flag.removeprefix("--").replace("-", "_")
+            if name in without:
+                result.set_defaults(**{name: given.get("default")})
+            else:
+                listed(flag, **given)
+        return add
+
+    add = group("what to evaluate")
     more = "; several are set side by side, a row per system, which is the runs that differ in " \
            "nothing but their seed" if several else ""
     add("checkpoint", type=Path, metavar="CKPT", nargs="+" if several else 1 if required else "*",
@@ -237,7 +254,7 @@ def run_options(result: Parser, several: bool = False, required: bool = True) ->
     add("--missing-images", choices=("error", "mask"),
         help="mask: rows whose image file is missing are answered without it, and counted; "
              "default: as in training")
-    add = result.add_argument_group("decoding").add_argument
+    add = group("decoding")
     add("--beams", type=positive, default=1, metavar="N",
         help="beam search over N beams; 1 is greedy")
     add("--batch-size", type=positive, metavar="N",

@@ -621,6 +621,29 @@ def extractor(finished: Path) -> Extractor:
     return Extractor(finished)
 
 
+def test_a_run_that_has_not_ended_is_used_and_said_to_be_unfinished(finished, tmp_path, capsys):
+    """Once, with the step; of a finished run or a checkpoint folder nothing is said."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "table.txt").unlink()
+    best, = run.glob("best-*")
+    for folder in (finished, best):
+        Extractor(folder)
+        assert "has not ended" not in capsys.readouterr().err
+    Extractor(run)
+    said = capsys.readouterr().err
+    assert said.count("has not ended") == 1 and f"{best.name}, of step 2;" in said
+
+
+@pytest.mark.parametrize("tool, idle", (
+    ("answer", "split units cache"), ("costs", "cache missing-images beams weights impl graphs"),
+    ("replay", "split t5 vit init cache units missing-images beams batch-size weights impl")))
+def test_help_lists_no_option_that_does_nothing(tool, idle, capsys):
+    with pytest.raises(SystemExit):
+        sys.modules[f"tools.{tool}"].main(["--help"])
+    listed = re.findall(r"^  --([a-z-]+)", capsys.readouterr().out, re.M)
+    assert "data" in listed and not set(listed) & set(idle.split())
+
+
 def told(extractor: Extractor, monkeypatch: pytest.MonkeyPatch, *answers: str) -> None:
     """Let a model answer this from now on."""
     def split(setup: object, examples: list, *_: object) -> list[Row]:

@@ -248,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> None:
              "(jpg, webp, gif). Images are looked for beside the file and in images/ there")
     add("--dataset", metavar="NAME", help="whose labels to offer where a row does not say; "
         "default: the first dataset with the task")
-    run_options(command)
+    run_options(command, without=("split", "units", "cache"))
     add = command.add_argument_group("output").add_argument
     add("--out", type=Path, metavar="FILE", help="the lines of JSON; default: they are printed")
     add("--json", action="store_true", help="print the JSON alone")

@@ -17,7 +17,7 @@ from engine.command import Parser, aligned
 from engine.files import UsageError
 from engine.processes import World, carry_out
 from engine.schema import TASKS
-from engine.settings import SIZES
+from engine.settings import DECODING, SIZES
 from evaluate import Job, Setup, run_options
 from t5 import T5, Attention, RMSNorm, T5Config
 from vision import UMIE, ViT
@@ -267,7 +267,7 @@ def run(args: argparse.Namespace, world: World) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="python -m tools.costs", description=__doc__.partition("\n\n")[0],
                     usage="%(prog)s [CKPT] [options]")
-    run_options(parser, required=False)
+    run_options(parser, required=False, without=("cache", "missing_images", *DECODING))
     add = parser.add_argument_group("without CKPT").add_argument
     add("--size", choices=tuple(GEOMETRY), default="base", help="the backbone")
     add("--lengths", nargs=3, type=int, default=PAPER_LENGTHS, metavar=("N_E", "N_D", "N_V"),

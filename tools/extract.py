@@ -29,7 +29,7 @@ import data
 from engine.checkpoints import Sources, find_checkpoint, read_state
 from engine.corpus import frozen
 from engine.features import FeatureCache
-from engine.files import ImageError, UsageError
+from engine.files import ImageError, UsageError, note
 from engine.images import MAX_PIXELS, load_image, upright
 from engine.processes import World
 from engine.schema import RECORD_TASKS, Box, DataError, Dataset, Problems, Record, show
@@ -420,6 +420,11 @@ class Extractor:
         return extractor
 
     def load(self, job: Job, world: World) -> None:
+        if not any((job.folder / name).exists() for name in ("state.json", "table.txt")):
+            step = read_state(job.checkpoint)["step"]
+            note(f"{job.folder}: its training has not ended (no table.txt there), so the answers "
+                 f"are those of {job.checkpoint.name}, of step {step}; train.py with the same "
+                 "options goes on with it")
         self.decoding, self.world, self.setup = job.decoding, world, job.load_model(world)
         self.no_gate = no_gate_reason(self.setup.config)
 

@@ -15,7 +15,8 @@ from engine.command import Parser, aligned
 from engine.corpus import corpus_of, load_corpus, load_datasets, unit_rows
 from engine.files import UsageError, save_csv
 from engine.processes import World, carry_out
-from evaluate import Job, run_options
+from engine.settings import DECODING, run_options
+from evaluate import Job
 from losses import SINGLE_TASK_F1, SOTA_F1, achievement_weights
 from tools.figures import STYLES, canvas, write_figure
 
@@ -131,7 +132,8 @@ def run(args: argparse.Namespace, world: World) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="python -m tools.replay", description=__doc__.partition("\n\n")[0],
                     usage="%(prog)s CKPT --out DIR [options]")
-    run_options(parser)
+    run_options(parser, without=("split", "t5", "vit", "init", "cache", "units", "missing_images",
+                                 *DECODING))
     parser.add_out("folder for aml.csv and aml.png")
     carry_out(run, parser.parse_args(argv))
 
