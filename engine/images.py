@@ -72,6 +72,8 @@ def load_image(path: PathLike) -> Image.Image:
     with suppress(Exception):  # what was wrong at first is reported
         if not isinstance(problem, ImageError):
             return decoded(BytesIO(mended(path)))
+    if isinstance(problem, FileNotFoundError):
+        raise ImageError(f"{path}: expected a picture, got no file; correct the path") from problem
     got = ("a file that begins like none of them" if isinstance(problem, UnidentifiedImageError)
            else f"{type(problem).__name__}: {problem}")
     raise ImageError(f"{path}: expected a whole {', '.join(FORMATS)} picture, got {got}; "

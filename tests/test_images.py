@@ -152,6 +152,11 @@ def test_a_jpeg_filled_up_to_its_length_is_refused(tmp_path: Path) -> None:
             pixels(whole[:len(whole) // 2] + filler, tmp_path)
 
 
+def test_a_picture_that_is_not_there_is_not_called_damaged(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=r"none\.png: expected a picture, got no file; correct"):
+        load_image(tmp_path / "none.png")
+
+
 def test_a_small_file_that_claims_many_pixels_is_refused(tmp_path: Path) -> None:
     """libjpeg would draw what is missing in grey."""
     with pytest.raises(ImageError, match=r"\(2000, 2000\) in (\d+) bytes, more than"):

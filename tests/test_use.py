@@ -622,7 +622,7 @@ def extractor(finished: Path) -> Extractor:
 
 
 def test_a_run_that_has_not_ended_is_used_and_said_to_be_unfinished(finished, tmp_path, capsys):
-    """Once, with the step; of a finished run or a checkpoint folder nothing is said."""
+    """Once, with the checkpoint; of a finished run or a checkpoint folder nothing is said."""
     run = shutil.copytree(finished, tmp_path / "run")
     (run / "table.txt").unlink()
     best, = run.glob("best-*")
@@ -631,7 +631,7 @@ def test_a_run_that_has_not_ended_is_used_and_said_to_be_unfinished(finished, tm
         assert "has not ended" not in capsys.readouterr().err
     Extractor(run)
     said = capsys.readouterr().err
-    assert said.count("has not ended") == 1 and f"{best.name}, of step 2;" in said
+    assert said.count("has not ended") == 1 and f"those of {best.name};" in said
 
 
 @pytest.mark.parametrize("tool, idle", (

@@ -421,10 +421,9 @@ class Extractor:
 
     def load(self, job: Job, world: World) -> None:
         if not any((job.folder / name).exists() for name in ("state.json", "table.txt")):
-            step = read_state(job.checkpoint)["step"]
             note(f"{job.folder}: its training has not ended (no table.txt there), so the answers "
-                 f"are those of {job.checkpoint.name}, of step {step}; train.py with the same "
-                 "options goes on with it")
+                 f"are those of {job.checkpoint.name}; train.py with the same options goes on "
+                 "with it")
         self.decoding, self.world, self.setup = job.decoding, world, job.load_model(world)
         self.no_gate = no_gate_reason(self.setup.config)
 

@@ -317,6 +317,8 @@ def run(study: Study, names: list[str], out: Path, table: Path, jobs: int) -> No
             if not running:
                 return
             pid, status, usage = os.wait3(0)
+            if pid not in running:  # a child of somebody else in this process
+                continue
             process, job, started = running.pop(pid)
             process.returncode = os.waitstatus_to_exitcode(status)
             seconds = {"seconds": time.time() - started,
