@@ -358,7 +358,7 @@ def test_a_folder_of_texts_and_images_pairs_them_by_name(small, folder):
     ('{"text": "Kim", "task": "mre", "head": "Kim"}', 'key "tail" is missing'),
     ('{"tokens": 5, "task": "mre", "head": "Kim", "tail": "Bo"}', "head: .*not in ''"),
     ('{"text": "Kim", "task": "mner", "imge": null}', 'key "imge" is unknown: .*"image"'),
-    ('{"text": "Kim", "task": "mner", "image": "b.png"}', "b.png: expected a whole .* picture"),
+    ('{"text": "Kim", "task": "mner", "image": "b.png"}', "b.png: expected a picture, got no file"),
     ('{"text": "Kim", "task": "mner", "image": "../b.png"}', "expected a relative path"),
     ('{"text": "Kim", "task": "mner", "image": "a.png", "size": [1, 1]}', "size: .*not that of"),
     ('{"text": "Kim", "task": "med", "image": "a.png", "objects": [[0, 0, 30, 5]]}',
@@ -417,7 +417,7 @@ def test_examples_are_answered_in_words_as_json_and_as_pictures(finished, folder
     (["--draw", "a.png"], "give either --text or --examples"),
     (["--examples", "x", "--draw", "README.md"], "name a folder for --examples"),
     (["--examples", "tests/golden", "--task", "mner"], "expected one .txt and at most one image"),
-    (["--text", "hi", "--task", "med", "--image", "nowhere.png"], "nowhere.png: expected a whole"),
+    (["--text", "hi", "--task", "med", "--image", "nowhere.png"], "nowhere.png: expected a picture, got no file"),
     (["--text", "hi", "--task", "mre"], "head: expected words of the text"),
     (["--examples", "nowhere.jsonl"], "nowhere.jsonl: cannot be read")])
 def test_what_cannot_be_answered_is_refused_with_the_reason(finished, capsys, words, reason):
@@ -794,7 +794,7 @@ WRONG = [  # arguments of extract, what is said
     ({"text": "Kim", "task": ["mner"]}, r"task: expected one of .*, got \["),
     ({"text": "Kim", "dataset": "x"}, "dataset: expected one with the task mner, got 'x'; use"),
     ({"text": "Kim", "task": "mee", "dataset": "demo_v1"}, "with the task med and meae"),
-    ({"text": "Kim", "image": "nowhere.png"}, "nowhere.png: expected a whole .* picture"),
+    ({"text": "Kim", "image": "nowhere.png"}, "nowhere.png: expected a picture, got no file"),
     ({"text": "Kim", "image": [RED]}, "image: expected a path, a PIL image or .*, got list"),
     ({"text": "Kim", "image": numpy.zeros((4, 4, 3))}, r"got ndarray float64 \(4, 4, 3\)"),
     ({"text": "Kim", "image": numpy.zeros((4, 4), numpy.uint8)}, r"got ndarray uint8 \(4, 4\)"),
