@@ -417,7 +417,7 @@ def test_examples_are_answered_in_words_as_json_and_as_pictures(finished, folder
     (["--draw", "a.png"], "give either --text or --examples"),
     (["--examples", "x", "--draw", "README.md"], "name a folder for --examples"),
     (["--examples", "tests/golden", "--task", "mner"], "expected one .txt and at most one image"),
-    (["--text", "hi", "--task", "med", "--image", "nowhere.png"], "nowhere.png: expected a picture"),
+    (["--text", "hi", "--task", "med", "--image", "nowhere.png"], "png: expected a picture"),
     (["--text", "hi", "--task", "mre"], "head: expected words of the text"),
     (["--examples", "nowhere.jsonl"], "nowhere.jsonl: cannot be read")])
 def test_what_cannot_be_answered_is_refused_with_the_reason(finished, capsys, words, reason):
