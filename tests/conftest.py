@@ -11,13 +11,15 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 import torch
+
+from side_by_side import pytest_runtestloop  # noqa: F401 - the hook by which pytest runs tests
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = os.environ.get("CLORAE_REALDATA")  # a folder of the published files, see test_convert.py
@@ -29,26 +31,6 @@ torch.set_num_threads(1)  # the models are tiny: a second thread only waits for 
 def fixed_seed() -> None:
     """Every test starts from the same random state."""
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def labs(request: pytest.FixtureRequest) -> Iterator[dict[str, subprocess.Popen]]:
-    """The process that tries each promise that test_reliability.py asks for, by the promise's name.
-
-    Two try them side by side, from the session's first test on, since they start slowly, and half
-    of the time they wait: meanwhile other tests are run.
-    """
-    names = [item.function.__doc__.split(":")[0].split(",")[0] for item in request.session.items
-             if "holds" in item.fixturenames]
-    started = {}
-    for share in (names[::2], names[1::2]):
-        line = [sys.executable, "tests/reliability.py", "--quick", *share]
-        started |= dict.fromkeys(share, share and subprocess.Popen(
-            line, cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE))
-    yield started
-    for lab in started.values():  # where the session ends before it, as after Ctrl-C
-        lab.send_signal(signal.SIGINT)
-        lab.wait()
 
 
 @pytest.fixture(scope="session")

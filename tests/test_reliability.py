@@ -6,21 +6,34 @@ The long form is a command: python tests/reliability.py
 import fcntl
 import os
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from conftest import run
+from conftest import ENVIRONMENT, ROOT, run
 from engine.files import UsageError, claim
 
 
-@pytest.fixture
-def holds(labs: dict[str, subprocess.Popen]) -> Callable[[str], None]:
-    """holds("R1") asserts the promise."""
+@pytest.fixture(scope="module")
+def holds(request: pytest.FixtureRequest) -> Iterator[Callable[[str], None]]:
+    """holds("R1") asserts the promise.
+
+    Two processes try the promises that are asked for side by side, from the first question on: they
+    start slowly, and half of the time they wait.
+    """
+    names = [item.function.__doc__.split(":")[0].split(",")[0] for item in request.session.items
+             if item.path == request.path and "holds" in item.fixturenames]
+    labs = [subprocess.Popen([sys.executable, "tests/reliability.py", "--quick", *share], cwd=ROOT,
+                             env=ENVIRONMENT, text=True, stdout=subprocess.PIPE)
+            for share in (names[::2], names[1::2]) if share]
+
     def ask(name: str) -> None:
-        line = labs[name].stdout.readline()
+        line = labs[names.index(name) % 2].stdout.readline()
         assert line.split()[:2] == [name, "PASS"], line
-    return ask
+    yield ask
+    for lab in labs:
+        lab.communicate()
 
 
 def test_a_run_killed_at_any_moment_ends_with_the_bytes_of_one_that_was_not(holds):
