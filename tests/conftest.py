@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny: a second thread only waits for the first
+
 import torch
 
 from side_by_side import pytest_runtestloop  # noqa: F401 - the hook by which pytest runs tests
@@ -24,7 +27,6 @@ from side_by_side import pytest_runtestloop  # noqa: F401 - the hook by which py
 ROOT = Path(__file__).resolve().parent.parent
 REAL = os.environ.get("CLORAE_REALDATA")  # a folder of the published files, see test_convert.py
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(1)  # the models are tiny: a second thread only waits for the first
 
 
 @pytest.fixture(autouse=True)
@@ -138,7 +140,7 @@ def command(small: dict[str, str]) -> Callable[..., list[str]]:
 
 
 # One thread per process: sums over threads would depend on how many there are.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
 
 
 def play(words: list[str]) -> None:
