@@ -4,10 +4,11 @@ CSV, the report; and the knobs of the demo world that they turn."""
 import hashlib
 import json
 import math
+import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -257,23 +258,23 @@ def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_study_that_was_killed_goes_on_with_what_it_lacks(tmp_path, pretended, monkeypatch):
-    table, wait = tmp_path / "s.csv", paper.os.wait3
+    table, wait = tmp_path / "s.csv", paper.next_to_end
 
-    def killed(options: int) -> tuple:
+    def killed(pids: Iterable[int]) -> tuple:
         if len(report.read_rows(table, paper.COLUMNS)) == 4:  # two of the third seed are running
             raise SystemExit(143)
-        return wait(options)
+        return wait(pids)
 
     def run() -> Study:
         study = Study("tiny", None, report.read_rows(table, paper.COLUMNS))
         paper.run(study, ["pilot"], tmp_path, table, jobs=2)
         return study
 
-    monkeypatch.setattr(paper.os, "wait3", killed)
+    monkeypatch.setattr(paper, "next_to_end", killed)
     with pytest.raises(SystemExit):
         run()
     assert len(report.read_rows(table, paper.COLUMNS)) == 4
-    monkeypatch.setattr(paper.os, "wait3", wait)
+    monkeypatch.setattr(paper, "next_to_end", wait)
     (tmp_path / "go").touch()
     assert set(run().results(experiment("pilot"), WORLD)["clorae"]) == {100, 101, 102}
     assert len(report.read_rows(table, paper.COLUMNS)) == 6
@@ -283,6 +284,13 @@ def test_a_study_that_was_killed_goes_on_with_what_it_lacks(tmp_path, pretended,
     assert all(starts.count(run) == 1 for run in starts if "102" not in run)  # that was stopped
     run()
     assert pretended.read_text().split("\n")[:-1] == starts  # nothing was left to do
+
+
+def test_other_children_of_the_process_are_left_to_who_started_them(tmp_path, pretended):
+    (tmp_path / "go").touch()
+    other = os.posix_spawn("/bin/sh", ["sh", "-c", "exit 3"], os.environ)
+    paper.run(Study("tiny", None, []), ["pilot"], tmp_path, tmp_path / "s.csv", jobs=1)
+    assert os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) == 3
 
 
 def test_a_run_that_fails_is_named_and_does_not_stop_the_others(tmp_path, pretended, monkeypatch,

@@ -12,12 +12,13 @@ worlds that no comparison uses; all worlds share demo_backbone/.  docs/study.md 
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from io import StringIO
@@ -316,9 +317,7 @@ def run(study: Study, names: list[str], out: Path, table: Path, jobs: int) -> No
                 running[process.pid] = process, job | made_by(), time.time()
             if not running:
                 return
-            pid, status, usage = os.wait3(0)
-            if pid not in running:  # a child of somebody else in this process
-                continue
+            pid, status, usage = next_to_end(running)
             process, job, started = running.pop(pid)
             process.returncode = os.waitstatus_to_exitcode(status)
             seconds = {"seconds": time.time() - started,
@@ -330,6 +329,16 @@ def run(study: Study, names: list[str], out: Path, table: Path, jobs: int) -> No
             process.send_signal(signal.SIGTERM)
         for process, *_ in running.values():
             process.wait()
+
+
+def next_to_end(pids: Iterable[int]) -> tuple[int, int, resource.struct_rusage]:
+    """The pid, status and usage of the run that ends next.  No other child of this process is
+    waited for, since that would take its status from whoever started it."""
+    while True:
+        for pid in pids:
+            if (ended := os.wait4(pid, os.WNOHANG))[0]:
+                return ended
+        time.sleep(0.1)
 
 
 def record(study: Study, row: Row, code: int, folder: Path, table: Path) -> None:
