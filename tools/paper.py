@@ -12,7 +12,6 @@ worlds that no comparison uses; all worlds share demo_backbone/.  docs/study.md 
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -308,22 +307,19 @@ def run(study: Study, names: list[str], out: Path, table: Path, jobs: int) -> No
                      for job in study.queue(experiment)
                      if key(job) not in [key(other) for _, other, _ in running.values()])
             while len(running) < jobs and (job := next(queue, None)):
-                words, folder = command(job, out), folder_of(job, out)
-                folder.mkdir(parents=True, exist_ok=True)
+                (folder := folder_of(job, out)).mkdir(parents=True, exist_ok=True)
                 threads = {} if job["data"] else {"OMP_NUM_THREADS": "1"}
                 with open(folder / "log.txt", "ab") as log:
-                    process = subprocess.Popen(words, cwd=SHIPPED.parent, stdout=log, stderr=log,
-                                               env=os.environ | threads)
+                    process = subprocess.Popen(command(job, out), cwd=SHIPPED.parent, stdout=log,
+                                               stderr=log, env=os.environ | threads)
                 running[process.pid] = process, job | made_by(), time.time()
             if not running:
                 return
-            pid, status, usage = next_to_end(running)
+            pid, code, used = next_to_end(running)
             process, job, started = running.pop(pid)
-            process.returncode = os.waitstatus_to_exitcode(status)
-            seconds = {"seconds": time.time() - started,
-                       "cpu_seconds": usage.ru_utime + usage.ru_stime}
-            record(study, job | {name: f"{value:.0f}" for name, value in seconds.items()},
-                   process.returncode, folder_of(job, out), table)
+            process.returncode = code
+            job |= {"seconds": f"{time.time() - started:.0f}", "cpu_seconds": f"{used:.0f}"}
+            record(study, job, code, folder_of(job, out), table)
     finally:
         for process, *_ in running.values():  # it stops after its step; the same command goes on
             process.send_signal(signal.SIGTERM)
@@ -331,13 +327,13 @@ def run(study: Study, names: list[str], out: Path, table: Path, jobs: int) -> No
             process.wait()
 
 
-def next_to_end(pids: Iterable[int]) -> tuple[int, int, resource.struct_rusage]:
-    """The pid, status and usage of the run that ends next.  No other child of this process is
-    waited for, since that would take its status from whoever started it."""
+def next_to_end(pids: Iterable[int]) -> tuple[int, int, float]:
+    """The pid, exit code and CPU seconds of the run that ends next; other children are left."""
     while True:
         for pid in pids:
-            if (ended := os.wait4(pid, os.WNOHANG))[0]:
-                return ended
+            ended, status, usage = os.wait4(pid, os.WNOHANG)
+            if ended:
+                return pid, os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
         time.sleep(0.1)
 
 
