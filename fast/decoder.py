@@ -182,9 +182,9 @@ class JoinedDecoder(t5.CachedDecoder):
             return super().attend(layer, q, cache, bias)
         (B, H, M, K), (k, v) = cache[0].shape, cache
         queries = q.view(B, -1, H, K).transpose(1, 2).reshape(B * H, -1, K).to(k.dtype)
-        scores = queries @ k.view(B * H, M, K).mT
+        scores = torch.bmm(queries, k.view(B * H, M, K).mT)
         scores.view(B, H, -1, M).add_(bias)
-        out = scores.softmax(-1) @ v.view(B * H, M, K)
+        out = torch.bmm(scores.softmax(-1), v.view(B * H, M, K))
         return out.view(B, H, -1, K).transpose(1, 2).reshape(q.shape).to(q.dtype)
 
     def step_at_place(self) -> Tensor:
@@ -232,15 +232,17 @@ def joined(block: t5.Block, dtype: torch.dtype, pack: type[Packed]) -> dict[str,
 
 
 class FastRMSNorm(t5.RMSNorm):
-    """t5.RMSNorm by one pass over x and a few operations on its norm, in fp32 without gradients on
-    a CPU: there F.rms_norm does each of its eight steps to all of x."""
+    """t5.RMSNorm in fp32 without gradients on a CPU by few operations, as weight sqrt(n) x over
+    sqrt(|x|^2 + n eps) for width n: F.rms_norm does each of its eight steps to all of x."""
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() or x.dtype != torch.float32 or x.is_cuda:
             return super().forward(x)
+        n = x.shape[-1]
+        weight, root = remembered(self.weight, [self.weight], n, lambda: (
+            self.weight.float() * n ** 0.5, x.new_tensor((n * self.eps) ** 0.5)))
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = norm.square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
-        return (x * scale).mul_(self.weight)
+        return (x / torch.hypot(norm, root)).mul_(weight)
 
 
 class FastT5(t5.T5):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clorae import ExpertLinear, Routing, expert_layers, product, take_outputs, variance, wide
-from fast.dropout import dropout_factors
+from fast.dropout import dropout
 
 RMS_FLOOR = 1e-3  # as in losses.py
 RANK_SPACE = ("clorae", "lora", "tlora")  # methods of one universal and one task expert at most
@@ -149,10 +149,7 @@ class FastExpertLinear(ExpertLinear):
 
     def dropped(self, x: Tensor) -> Tensor:
         """x under dropout, in training."""
-        p = self.config.dropout
-        if not self.training or p == 0 or x.device.type != "cpu":
-            return super().dropped(x)
-        return x * dropout_factors(x, p)
+        return dropout(x, self.config.dropout, self.training)
 
     def factors(self) -> list[Tensor]:
         """A_U, A_T, B_U, B_T and W_g; absent ones have no rows, and under fixed gates W_g is."""

@@ -183,6 +183,13 @@ def test_dropout_keeps_the_rate_and_the_mean_and_treats_every_element_for_itself
     assert words.eval()(x) is x and words(x[:0]).shape == (0, 997)
 
 
+def test_dropout_keeps_a_byte_of_each_element_for_the_gradient():
+    kept, x = [], torch.ones(7, 11, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes), lambda _: None):
+        WordDropout(0.3)(x)
+    assert sum(kept) == x.numel()
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_dropout_acts_at_each_of_its_places_in_training_only(training):
     model = both(lively(replace(SMALL, dropout_rate=0.0)))[1].train(training)
@@ -196,6 +203,23 @@ def test_dropout_acts_at_each_of_its_places_in_training_only(training):
 
 
 # ------------------------------------------------------------------ decoding
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e15])
+@pytest.mark.parametrize("width", [1, 7, 768])
+def test_the_norm_of_decoding_is_that_of_the_chapter_in_float64(width, size):
+    """Also where epsilon counts, and where the squares come near the largest that fp32 holds."""
+    torch.manual_seed(0)
+    plain, x = t5.RMSNorm(width, eps=1e-6), size * torch.randn(3, 5, width)
+    nn.init.normal_(plain.weight)
+    expected = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    with torch.no_grad():
+        fast_form = decoder.FastRMSNorm(width, eps=1e-6)
+        fast_form.load_state_dict(plain.state_dict())
+        for norm in (plain, fast_form):
+            assert largest_error(norm(x).double(), expected * plain.weight.double()) < 1e-6
+        fast_form.weight.mul_(2)  # what was made of the weight is made anew
+        assert largest_error(fast_form(x), 2 * plain(x)) < 1e-6
+
+
 @pytest.mark.parametrize("case", ["t5_flan", "t5_v1", "t5_flan_sharded_bf16"])
 @pytest.mark.parametrize("beams, key", [(1, "greedy_ids"), (4, "beam4_ids")])
 def test_generated_ids_are_identical_to_the_official_ones(case, beams, key):
