@@ -204,7 +204,8 @@ def stream_moments(members: Sequence[tuple[ExpertLinear, Runs | Tensor, Tensor, 
         B_D, sizes = torch.cat(B_D.unbind(), dim=-1)[None], (len(runs),)
     else:
         tasks, sizes = zip(*runs)
-        B_D = torch.stack([B_D[n] for n in tasks])  # a list as an index would stall a GPU
+        B_T = B_D.unbind()  # whose gradient, unlike that of an index, fills nothing with 0
+        B_D = [B_T[n] for n in tasks]
     sigma2 = variance(torch.stack([layer.rho for layer in layers]))  # [L,D_out]
     with torch.autocast(mask.device.type, enabled=False):  # fp32 island
         share = mask / mask.sum(dim=1, keepdim=True).clamp(min=1).to(sigma2.dtype)  # 1 / |J_i|
@@ -241,7 +242,7 @@ def squared_distance(z_U: Tensor, z_D: Tensor, B_U: Tensor, B_D: Tensor, a: Tens
                      sizes: Sequence[int]) -> Tensor:
     """sum_t a_t (D_tc - U_tc)^2 of each channel c -> [L,D_out], without forming U or D.
 
-    z_U [L,t,R], z_D [L,t,r], both at least fp32; B_U [L,D_out,R], B_D [n,L,D_out,r] of the n runs
+    z_U [L,t,R], z_D [L,t,r], both at least fp32; B_U [L,D_out,R], B_D [L,D_out,r] of each of the runs
     of tokens that `sizes` counts; a [L,t,1].  With z = [z_U, z_D] and S = sum_t a_t z_t^T z_t the
     sums are the diagonal of C S C^T for C = [-B_U, B_D], taken apart into three blocks of S."""
     a_U, a_D = a * z_U, a * z_D

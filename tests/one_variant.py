@@ -20,6 +20,9 @@ sys.path[:0] = [TREE, f"{TREE}/tests"]
 import torch
 
 torch.nn.init.kaiming_uniform_ = lambda tensor, *_, **__: tensor  # drawn anew anyway
+# Logits of random weights lie so far apart that a softmax of them is full of denormal numbers, each
+# of which takes a product a hundred times as long; those of trained weights do not.
+torch.set_flush_denormal(True)
 
 import benchmark  # the tree's
 
