@@ -238,11 +238,11 @@ def student(layers: Sequence[ExpertLinear], z_D: Tensor, B_U: Tensor) -> tuple[T
     return z_D, B_D
 
 
-def squared_distance(z_U: Tensor, z_D: Tensor, B_U: Tensor, B_D: Tensor, a: Tensor,
+def squared_distance(z_U: Tensor, z_D: Tensor, B_U: Tensor, B_D: Sequence[Tensor], a: Tensor,
                      sizes: Sequence[int]) -> Tensor:
     """sum_t a_t (D_tc - U_tc)^2 of each channel c -> [L,D_out], without forming U or D.
 
-    z_U [L,t,R], z_D [L,t,r], both at least fp32; B_U [L,D_out,R], B_D [L,D_out,r] of each of the runs
+    z_U [L,t,R], z_D [L,t,r], both at least fp32; B_U [L,D_out,R], and B_D [L,D_out,r] of each run
     of tokens that `sizes` counts; a [L,t,1].  With z = [z_U, z_D] and S = sum_t a_t z_t^T z_t the
     sums are the diagonal of C S C^T for C = [-B_U, B_D], taken apart into three blocks of S."""
     a_U, a_D = a * z_U, a * z_D
