@@ -115,7 +115,6 @@ def layer(size: str, groups: int) -> None:
         with torch.get_default_device():
             rows = torch.arange(3).repeat_interleave(6)[:16]
             base = Linear(D, D, 0.02).to(dtype).requires_grad_(False)
-            plain = nn.Linear(D, D, bias=False).to(dtype).requires_grad_(False)
             routing = clorae.Routing(("mner", "mre", "mee"))
             module = clorae.ExpertLinear(base, clorae.ExpertConfig(rank=R, dropout=dropout),
                                          routing, "memory").train()
@@ -133,9 +132,8 @@ def layer(size: str, groups: int) -> None:
             torch.autograd.backward([y, *extra], [dy, *map(torch.ones_like, extra)])
 
         floor = 1 + 3 * (R + R // 3 + 1) / D
-        runs = {"frozen nn.Linear": lambda: plain(x).backward(dy),
-                "frozen t5.Linear": lambda: base(x).backward(dy), "experts": lambda: experts(False),
-                "experts with L_MIM": lambda: experts(True)}
+        runs = {"frozen nn.Linear": lambda: base(x).backward(dy),
+                "experts": lambda: experts(False), "experts with L_MIM": lambda: experts(True)}
         take_turns(f"layer, {size}, {dtype}, dropout {dropout}, floor {floor:.2f}x",
                    {name: lambda run=run: timed(run) for name, run in runs.items()}, groups)
         groups -= 1
@@ -155,6 +153,8 @@ def peer(size: str, lora: bool) -> nn.Module:
     model = transformers.T5ForConditionalGeneration(transformers.T5Config(
         vocab_size=32128, d_model=D, d_kv=64, d_ff=hidden, num_layers=layers, num_heads=heads,
         feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0))
+    if model.lm_head.weight is model.shared.weight:  # transformers 5 ties them all the same
+        model.lm_head.weight = nn.Parameter(model.shared.weight.detach().clone())
     R = SIZES[size].rank
     settings = peft.LoraConfig(r=R, lora_alpha=2 * R, target_modules=["q", "v"], lora_dropout=0.1,
                                task_type="SEQ_2_SEQ_LM")

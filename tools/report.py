@@ -59,12 +59,12 @@ def p_value(differences: Sequence[float]) -> float:
     return t_two_sided(fmean(differences) / spread * math.sqrt(n), n - 1)
 
 
-def least_difference(spread: float, n: int) -> float:
+def least_difference(spread: float, n: int, alpha: float = ALPHA) -> float:
     """The smallest true mean of n paired differences with this standard deviation that a two-sided
-    t test at 5 % finds with a probability of 80 %, by (t_0.975 + t_0.8) spread / sqrt(n)."""
+    t test at alpha finds with a probability of 80 %: (t_0.975 + t_0.8) spread / sqrt(n) at 5 %."""
     if n < 2:
         return math.inf
-    quantiles = t_quantile(ALPHA, n - 1) + t_quantile(2 * (1 - POWER), n - 1)
+    quantiles = t_quantile(alpha, n - 1) + t_quantile(2 * (1 - POWER), n - 1)
     return quantiles * spread / math.sqrt(n)
 
 
@@ -172,22 +172,23 @@ def f1_table(study: Any, experiment: Any, world: dict, published: dict) -> list[
 
 def comparison(cases: Sequence[tuple[str, Sequence[float], Sequence[tuple]]], baseline: str,
                tried: int) -> list[str]:
-    """Paired differences to a baseline: what could be told, what is, and what it means.
-    cases: a name, the differences over seeds, and of each seed the records of both, see bootstrap,
-    or None.  tried: how many there are, those that were not tested counted."""
+    """Paired differences to a baseline.  cases: a name, the differences over seeds, the records of
+    each seed or None, see bootstrap.  tried: how many there are, those not tested counted."""
     corrected, lines = holm([p_value(values) for _, values, _ in cases], tried), []
     for (name, values, pairs), p in zip(cases, corrected):
         n, mean, width = len(values), fmean(values), half_width(values)
         spread = stdev(values) if n > 1 else math.nan
         low, high = bootstrap(pairs) if pairs and all(map(all, pairs)) else (None, None)
-        lines.append([name, n, number(spread, ".2f"), number(least_difference(spread, n), ".2f"),
-                      f"{mean:+.2f}", *(f"[{number(a, '+.2f')}, {number(b, '+.2f')}]" for a, b in (
-                          (mean - width, mean + width), (low, high))), f"{p:.3f}",
+        least = (number(least_difference(spread, n, ALPHA / m), ".2f") for m in (1, tried))
+        intervals = (f"[{number(a, '+.2f')}, {number(b, '+.2f')}]"
+                     for a, b in ((mean - width, mean + width), (low, high)))
+        lines.append([name, n, number(spread, ".2f"), "{} ({})".format(*least), f"{mean:+.2f}",
+                      *intervals, f"{p:.3f}",
                       "cannot tell" if p >= ALPHA else "higher" if mean > 0 else "lower"])
-    return table(("", "seeds", "paired spread", "least difference these seeds can tell",
-                  f"mean F1 less that of {baseline}", "95 %, t over seeds", "95 %, bootstrap over "
-                  "seeds and records (-: records not at hand, seeds alone)", f"p, Holm of {tried}",
-                  "reading"), lines) or ["Not run yet.", ""]
+    return table(("", "seeds", "paired spread", "least difference these seeds can tell (by Holm's "
+                  "first step)", f"mean F1 less that of {baseline}", "95 %, t over seeds", "95 %, "
+                  "bootstrap over seeds and records (-: records not at hand, seeds alone)",
+                  f"p, Holm of {tried}", "reading"), lines) or ["Not run yet.", ""]
 
 
 def curve(experiment: Any, points: list[tuple[dict, dict[str, dict[int, Row]]]],
