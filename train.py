@@ -198,10 +198,10 @@ class Run:
 
     @torch.no_grad()
     def open_gate(self) -> None:
-        """UMIE.open_gate, judged by as many rows of epoch 0 with an image as a micro-batch has."""
+        """UMIE.open_gate, judged by the first 32 rows of epoch 0 that have an image."""
         pictured = (i for i in itertools.chain(*self.rows.batches(0))
                     if self.rows.features(self.rows.examples[i].record) is not None)
-        if first := list(itertools.islice(pictured, self.config.micro_batch)):
+        if first := list(itertools.islice(pictured, 32)):
             device, half = self.world.device, self.config.precision == "bf16"
             self.model.eval()
             with torch.autocast(device.type, torch.bfloat16, enabled=half):

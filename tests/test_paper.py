@@ -386,6 +386,17 @@ def test_the_report_says_what_can_be_told_before_what_was_seen(tmp_path, study, 
     assert "conflict full less conflict agree" in text and "p, Holm of 5" in text
 
 
+def test_p_values_are_corrected_for_all_that_was_planned(tmp_path, study, monkeypatch):
+    """Also in a block of which only two systems have been run so far."""
+    monkeypatch.setattr(report, "write_figure", lambda figure, path: path)
+    two = ("lora", "clorae")
+    study.rows = {key: row for key, row in study.rows.items() if row["system"] in two}
+    report.write(study, paper.PUBLISHED, tmp_path / "r.md")
+    text = (tmp_path / "r.md").read_text()
+    main = text[text.index("## main"):text.index("## equal")]
+    assert "p, Holm of 5" in main and main.count("| higher |") + main.count("| cannot tell |") == 1
+
+
 def test_the_report_uses_records_where_they_are_at_hand(tmp_path, study, monkeypatch):
     monkeypatch.setattr(report, "curve", lambda *_: [])
 

@@ -557,6 +557,16 @@ def test_a_fresh_gate_is_turned_by_rows_that_have_an_image(command, tmp_path):
     assert torch.equal(weight, opened)
 
 
+def test_micro_batches_do_not_decide_how_a_gate_is_opened(command, tmp_path):
+    """Which rows judge it depends on the seed alone, as does all else but dropout's masks."""
+    seen = []
+    for size in (1, 3):
+        job = begun(command(tmp_path / f"run{size}", "--micro-batch", size))
+        job.model.open_gate = lambda batch: seen.append(batch.input_ids)
+        job.open_gate()
+    assert torch.equal(*seen) and len(seen[0]) > 3
+
+
 def test_a_trained_gate_is_left_as_it_is(command, tmp_path):
     """With --init it may be frozen, and then no checkpoint would tell that it was turned."""
     done = run(command(tmp_path / "full", "--steps", 1, "--epochs", 1, "--method", "full"))

@@ -261,7 +261,7 @@ def write(study: Any, published: dict, path: Path,
         if knob and sum(len(results) == 2 for _, results in points) > 1:
             lines += curve(experiment, points, path.with_name(f"{stem}_{knob}.png"))
         cases = paired(experiment, points, records)
-        tried = experiment.readings * (len(experiment.systems) - 1) or len(cases)
+        tried = len(experiment.settings) + 1 if knob else len(experiment.systems) - 1  # planned
         gates = path.with_name(f"{stem}_{experiment.name}") / "routing.png"
         lines += [f"![gates]({gates.parent.name}/{gates.name})", ""] if gates.exists() else []
         lines += comparison(
