@@ -49,9 +49,9 @@ class Packed:
 def remembered(owner: Tensor, weights: Sequence[Tensor], how: Any, make: Callable) -> Any:
     """Cache make() on `owner`; build it again when one of the weights or `how` it is made changed.
 
-    A write through another view of the storage, such as an optimizer's flat vector, is not seen:
-    T5.train() therefore calls `forget`. Weights made in inference mode do not count their writes,
-    so nothing is cached for them."""
+    A write through another view of the storage, such as an optimizer's flat vector, is not seen: so
+    whoever uses this calls `forget` in train(). Weights made in inference mode do not count their
+    writes, so nothing is cached for them."""
     if any(w.is_inference() for w in weights):
         return make()
     key = how, *((w.data_ptr(), w._version) for w in weights)
@@ -79,8 +79,7 @@ class JoinedProduct:
     Each layer computes W_0 x + up between(down x) and describes itself by `parts()`: the matrices
     [W_0, *down], those of `up` (none: the layer is W_0 x), and the function between. All matrices
     that read x are stacked into one product. If a layer has no `parts`, or they are None, the
-    layers are called one by one; so are plain linears on a GPU, where the copies would gain little
-    for their memory."""
+    layers are called one by one; so are plain linears on a GPU, where copies would gain little."""
 
     def __init__(self, layers: Sequence[nn.Module], dtype: torch.dtype,
                  pack: type[Packed] = Packed) -> None:
@@ -243,6 +242,11 @@ class FastRMSNorm(t5.RMSNorm):
             self.weight.float() * n ** 0.5, x.new_tensor((n * self.eps) ** 0.5)))
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return (x / torch.hypot(norm, root)).mul_(weight)
+
+    def train(self, mode: bool = True) -> "FastRMSNorm":
+        """As FastT5: norms of the visual adapter learn, too."""
+        forget(self)
+        return super().train(mode)
 
 
 class FastT5(t5.T5):

@@ -354,8 +354,8 @@ def exact_resume(lab: Lab, quick: bool) -> tuple[bool, str]:
     found = [kill_and_compare(lab, processes, *kills) for processes, kills in plan.items()]
     survived, torn, inside = map(sum, zip(*found))
     tries = 4 if quick else 25
-    bad = control(lab, tries)
-    return (survived == total and torn == 0 and bad >= 0.8 * tries,
+    bad = control(lab, tries)  # half tells that kills break what can be broken; more is chance
+    return (survived == total and torn == 0 and bad >= tries / 2,
             f"{survived} of {total} kills ({inside} inside a write) over "
             f"{', '.join(map(str, plan))} processes end equal; broken checkpoints {torn}, by the "
             f"in-place control {bad} of {tries}")

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import t5
+from engine.parameters import FlatParameters
 from fast import decoder, padding, speed_up
 from fast.dropout import WordDropout
 from t5 import T5, T5Config
@@ -218,6 +219,26 @@ def test_the_norm_of_decoding_is_that_of_the_chapter_in_float64(width, size):
             assert largest_error(norm(x).double(), expected * plain.weight.double()) < 1e-6
         fast_form.weight.mul_(2)  # what was made of the weight is made anew
         assert largest_error(fast_form(x), 2 * plain(x)) < 1e-6
+
+
+@pytest.mark.parametrize("fusion", ["gate", "concat"])
+def test_after_a_step_nothing_that_was_decoded_with_before_is_used(fusion):
+    """An optimizer writes all weights through one vector, which does not count as a write to any:
+    also the norms of the visual adapter are to be read anew."""
+    model, batch = make_umie(fusion).requires_grad_(True), make_batch()
+    chapters = {form: plain for plain, form in (decoder.FORMS | padding.FORMS).items()}
+    speed_up(model)
+    flat = FlatParameters(model, lr=0.1)
+    with torch.no_grad():
+        before = model.eval().encode(batch)[0]
+        model.train()
+        flat.grads.normal_()
+        flat.optimizer.step()
+        after = model.eval().encode(batch)[0]
+        for module in model.modules():
+            module.__class__ = chapters.get(type(module), type(module))
+        expected = model.encode(batch)[0]
+    assert largest_error(after, expected) < 1e-5 < largest_error(before, expected)
 
 
 @pytest.mark.parametrize("case", ["t5_flan", "t5_v1", "t5_flan_sharded_bf16"])

@@ -3,8 +3,7 @@
     python -m tools.check DIR [--require-images] [--t5 DIR]
 
 A text that stands in a test split and in a training split is a leak, also across datasets.  With
-a T5's folder: which texts are too long for it or hold characters that it lacks, and the F1 of
-perfect answers."""
+a T5's folder: texts that are too long for it, characters that it lacks, F1 of perfect answers."""
 
 from functools import cache
 from itertools import combinations

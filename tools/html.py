@@ -1,6 +1,5 @@
-"""The page that tools.answer draws, as one HTML file for a browser: nothing in it comes from
-outside, no script runs, and whatever a user wrote is escaped.  What is drawn is decided in
-tools/page.py."""
+"""The page that tools.answer draws, as one HTML file for a browser: nothing comes from outside, no
+script runs, and whatever a user wrote is escaped.  tools/page.py decides what is drawn."""
 
 import base64
 from collections.abc import Sequence
