@@ -290,7 +290,7 @@ class Checkpoints:
 
     def resume(self, launch: Launch) -> str:
         """Load the checkpoint that --resume asks for, if any, on every process; says so in a
-        line.  "none" empties the run folder first, on every node, but not when torchrun restarts."""
+        line.  "none" first empties the run folder, on every node, not when torchrun restarts."""
         world, anew = self.world, launch.resume == "none" and not self.world.restarts
         for name in RUN_FILES + LEFT_BY_KILLS[:2] if anew else LEFT_BY_KILLS * world.main:
             for old in self.out.glob(name):  # another process may be deleting the same
