@@ -82,7 +82,7 @@ def read_adapter(path: Path, shapes_of: Callable[..., dict[str, list[int]]],
     """The config and the tensors that write_adapter wrote.
 
     shapes_of(**config): {name: shape} of the tensors that the model to be filled expects, or
-    ValueError; asked before a tensor is read.  UsageError unless the file is whole, with these."""
+    ValueError; asked before a tensor is read.  UsageError unless the file is whole and has them."""
     try:
         with safe_open(regular(path), "pt") as file:
             meta = file.metadata() or {}

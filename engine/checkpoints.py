@@ -289,8 +289,8 @@ class Checkpoints:
                            "room, or choose an --out on another disk")
 
     def resume(self, launch: Launch) -> str:
-        """Load the checkpoint that --resume asks for, if any, on every process; says so in a
-        line.  "none" first empties the run folder, on every node, not when torchrun restarts."""
+        """Load the checkpoint that --resume asks for, if any, on every process; returns a line
+        on it.  "none" first empties the run folder, on every node, unless torchrun restarts."""
         world, anew = self.world, launch.resume == "none" and not self.world.restarts
         for name in RUN_FILES + LEFT_BY_KILLS[:2] if anew else LEFT_BY_KILLS * world.main:
             for old in self.out.glob(name):  # another process may be deleting the same

@@ -49,9 +49,9 @@ class Packed:
 def remembered(owner: Tensor, weights: Sequence[Tensor], how: Any, make: Callable) -> Any:
     """Cache make() on `owner`; build it again when one of the weights or `how` it is made changed.
 
-    A write through another view of the storage, such as an optimizer's flat vector, is not seen: so
-    whoever uses this calls `forget` in train(). Weights made in inference mode do not count their
-    writes, so nothing is cached for them."""
+    A write through another view of the storage, such as an optimizer's flat vector, is not seen:
+    where weights learn, train() therefore calls `forget`. Weights made in inference mode do not
+    count their writes, so nothing is cached for them."""
     if any(w.is_inference() for w in weights):
         return make()
     key = how, *((w.data_ptr(), w._version) for w in weights)
