@@ -166,6 +166,8 @@ def verdict(problem: BaseException) -> tuple[int, str]:
             return 128 + signal.SIGINT, "interrupted"
         case Stopped():
             return 128 + problem.args[0], ""
+        case BrokenPipeError():  # who read the output, as `head`, has read enough
+            return 128 + signal.SIGPIPE, ""
         case OSError() if problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return DiskFull.exit_code, f"error: {problem}; make room, run it again"
         case OSError() if problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR,
@@ -183,6 +185,7 @@ def exit_codes() -> Iterator[None]:
     waits a second, in which torchrun ends it before it speaks."""
     try:
         yield
+        sys.stdout.flush()
     except BaseException as problem:
         if isinstance(problem, SystemExit) and not dist.is_initialized():
             raise  # argparse has printed its message
@@ -196,6 +199,8 @@ def exit_codes() -> Iterator[None]:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_DFL)
             time.sleep(1)
+        if isinstance(problem, BrokenPipeError):  # what is left to print goes nowhere, in silence
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.stdout.flush()
         if message:
             print(message, file=sys.stderr, flush=True)

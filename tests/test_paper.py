@@ -199,14 +199,11 @@ def test_options_name_method_rank_and_numbers_of_the_rank():
     assert "--alpha 24" in study.job("", "clorae --alpha 4R", WORLD, 1e-3, 0)["options"]
 
 
-def test_systems_that_train_py_does_not_know_are_skipped_with_a_line(monkeypatch, capsys):
-    unknown = ("lora --no-such 1", "clorae --no-such 2")
-    known = ("clorae --no-egr", "clorae --aml-reference 100", LORA_2R)
-    study = Study("tiny", None, [])
-    study.experiments = (paper.Experiment("a", "", known + unknown, range(1)),)
-    study.skip_unknown()
-    assert study.refused == set(unknown) and capsys.readouterr().out.count("skipped: ") == 2
-    assert not {job["system"] for job in study.queue(study.experiments[0])} & set(unknown)
+@pytest.mark.parametrize("system", sorted({name for e in paper.EXPERIMENTS for name in e.systems}))
+def test_train_py_knows_the_options_of_every_system(system):
+    options = Study("tiny", None, []).job("", system, WORLD, 1e-3, 0)["options"].split()
+    config, _ = parse_arguments(options, "", clorae.METHODS)
+    assert config.method == system.split()[0]
 
 
 def test_the_command_of_a_run_is_one_that_train_py_takes(tmp_path, monkeypatch):

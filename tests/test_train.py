@@ -5,9 +5,12 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import resource
 import shutil
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -228,6 +231,26 @@ def test_what_a_terminal_cannot_encode_is_escaped_and_json_remains_json(finished
         answer = said(evaluate.main, *words)
         assert answer.startswith("error: ") and "uf" in answer
         assert ("\\ud83d\\ude00" in answer) == (encoding != "utf-8")
+
+
+@pytest.mark.parametrize("lines", [1, 100_000], ids=["when it ends", "while it prints"])
+def test_a_command_whose_output_nobody_reads_any_more_ends_without_a_traceback(lines):
+    """As `python -m tools.check data | head -1`; the exit code is the shell's for SIGPIPE."""
+    printing = f"""if True:
+        import sys
+        from engine.processes import exit_codes
+        with exit_codes():
+            for line in range({lines}):
+                print("a line")
+            print("printed all", file=sys.stderr)"""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", printing], cwd=ROOT, stdout=write, text=True,
+                          stderr=subprocess.PIPE, env=env, check=False)
+    os.close(write)
+    assert done.returncode == 128 + signal.SIGPIPE
+    assert done.stderr == ("printed all\n" if lines == 1 else "")
 
 
 def test_words_that_are_no_text_are_refused_before_anything_is_computed(capsys):

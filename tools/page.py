@@ -282,8 +282,7 @@ def draw_image(ax: "Axes", image: Image, boxes: Sequence[DrawnBox], whole: tuple
         ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour,
                                linewidth=width, zorder=above))
         label = ax.text(0, 0, "\n".join(box.lines), fontsize=8, color=box.ink, va="top",
-                        zorder=5, bbox={"facecolor": colour, "pad": 1.5,
-                                                "edgecolor": "none"})
+                        zorder=5, bbox={"facecolor": colour, "pad": 1.5, "edgecolor": "none"})
         extent = label.get_window_extent().padded(3)
         w, h = extent.width * pixel, extent.height * pixel
         x, y, apart = label_place((w, h), box.box, taken, space)

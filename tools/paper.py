@@ -18,23 +18,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import redirect_stderr
 from dataclasses import dataclass, field
-from io import StringIO
 from pathlib import Path
 from statistics import fmean
 
 import torch
 from safetensors import safe_open
 
-import clorae
 import demo
 from engine.checkpoints import find_checkpoint
 from engine.command import Parser
-from engine.files import UsageError, claim, file_hash, whole, write_whole
+from engine.files import claim, file_hash, whole, write_whole
 from engine.processes import exit_codes
 from engine.schema import UNITS
-from engine.settings import SIZES, parse_arguments, positive
+from engine.settings import SIZES, positive
 from engine.weights import SHIPPED
 from tools import report
 from tools.report import Row
@@ -148,20 +145,9 @@ class Study:
         self.rank = SIZES[size].rank if data else RANK
         self.backbone = SIZES[size].t5 or file_hash(SHIPPED / "t5" / "model.safetensors")
         self.rows = {key(row): row for row in rows}
-        self.refused: set = set()  # systems that train.py does not know, keys of runs that failed
+        self.failed: set = set()  # keys of runs; they are not tried again
         self.experiments = tuple(  # a corpus has no knobs to turn, and the paper's rate
             e for e in EXPERIMENTS if not (data and (e.knob or e.rate or e.world)))
-
-    def skip_unknown(self) -> None:
-        """Leave out, with a line, the systems whose options this train.py does not know."""
-        for system in dict.fromkeys(name for e in self.experiments for name in e.systems):
-            words = self.job("", system, WORLD, 1e-3, 0)["options"].split()
-            try:
-                with redirect_stderr(StringIO()):
-                    parse_arguments(words, "", clorae.METHODS)
-            except (SystemExit, UsageError):
-                self.refused.add(system)
-                print(f"skipped: this train.py does not know {system}", flush=True)
 
     def job(self, experiment: str, system: str, world: dict, lr: float, seed: int) -> Row:
         """A run: as much of its row as is known before it starts."""
@@ -212,7 +198,7 @@ class Study:
 
     def tested(self, experiment: Experiment, world: dict) -> list[str]:
         """The systems to be compared on test: all; of readings, those better on dev."""
-        systems = [name for name in experiment.systems if name not in self.refused]
+        systems = list(experiment.systems)
         if not experiment.readings or self.data:
             return systems
         best = {name: max(self.grid(experiment, name, world)[0].values(), default=0.0)
@@ -224,15 +210,14 @@ class Study:
         """The runs that an experiment lacks, seed after seed; first those that choose rates."""
         choosing = [] if self.data or experiment.rate else [
             job for world in experiment.worlds() for system in experiment.systems
-            if system not in self.refused for job in self.grid(experiment, system, world)[1]
-            if key(job) not in self.refused]
+            for job in self.grid(experiment, system, world)[1] if key(job) not in self.failed]
         if choosing:
             return iter(sorted(choosing, key=lambda job: int(job["seed"])))
         jobs = (self.job(experiment.name, system, world, lr, seed)
                 for seed in experiment.seeds[:self.seeds] for world in experiment.worlds()
                 for system in self.tested(experiment, world)
                 if (lr := self.rate(experiment, system, world)))
-        return (job for job in jobs if key(job) not in self.rows.keys() | self.refused)
+        return (job for job in jobs if key(job) not in self.rows.keys() | self.failed)
 
     def results(self, experiment: Experiment, world: dict) -> dict[str, dict[int, Row]]:
         """{system: {seed: row}} of the runs that an experiment compares, as far as they exist."""
@@ -346,7 +331,7 @@ def record(study: Study, row: Row, code: int, folder: Path, table: Path) -> None
         lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").split("\n")
         error = next((line for line in lines[::-1] if line.strip()), "no output")[:300]
         if "finite loss" not in error:
-            study.refused.add(key(row))
+            study.failed.add(key(row))
             return print(f"failed: {told}: {error}", file=sys.stderr, flush=True)
         row |= {"error": error, "dev_mean": "0"}
     else:
@@ -396,7 +381,6 @@ def main(argv: list[str] | None = None) -> None:
 
     with exit_codes():
         study = Study(args.size, args.data, report.read_rows(args.csv, COLUMNS), args.seeds)
-        study.skip_unknown()
         if not args.report:
             with claim(out):
                 run(study, args.experiments, out, args.csv, args.jobs)
