@@ -138,15 +138,15 @@ def number(value: float | None, form: str = ".1f") -> str:
     return "-" if value is None or not math.isfinite(value) else format(value, form)
 
 
-def score(rows: dict[int, Row], unit: str = "mean") -> list[float]:
-    """F1 on test, in %, of each seed."""
-    return [float(row[f"test_{unit}"]) for row in rows.values()]
+def score(rows: dict[int, Row], units: Sequence[str] = ("mean",)) -> dict[int, float]:
+    """{seed: F1 on test, in %}, the mean over these columns."""
+    return {seed: fmean(float(row[f"test_{unit}"]) for unit in units)
+            for seed, row in rows.items()}
 
 
-def differences(first: dict[int, Row], second: dict[int, Row]) -> dict[int, float]:
-    """{seed: second less first in the mean F1 on test} of the seeds that both have."""
-    return {seed: float(second[seed]["test_mean"]) - float(first[seed]["test_mean"])
-            for seed in first if seed in second}
+def differences(first: dict[int, float], second: dict[int, float]) -> dict[int, float]:
+    """{seed: second less first} of the seeds that both have."""
+    return {seed: second[seed] - value for seed, value in first.items() if seed in second}
 
 
 def f1_table(study: Any, experiment: Any, world: dict, published: dict) -> list[str]:
@@ -158,19 +158,20 @@ def f1_table(study: Any, experiment: Any, world: dict, published: dict) -> list[
         dev = {} if study.data or experiment.rate else study.grid(experiment, system, world)[0]
         rates = [f"**{lr:g}: {f1:.1f}**" if f1 == max(dev.values()) else f"{lr:g}: {f1:.1f}"
                  for lr, f1 in dev.items()]
-        one, means = next(iter(rows.values()), {}), score(rows)
-        cells = [f"{fmean(score(rows, unit)):.1f} ({number(p)})" if one.get(f"test_{unit}") else
-                 f"- ({number(p)})" for unit, p in zip(UNITS, paper)]
+        one, means = next(iter(rows.values()), {}), list(score(rows, experiment.measure).values())
+        f1 = [fmean(score(rows, (unit,)).values()) if one.get(f"test_{unit}") else None
+              for unit in UNITS]
+        cells = [f"{number(ours)} ({number(theirs)})" for ours, theirs in zip(f1, paper)]
         mean = f"{fmean(means):.2f} ± {number(half_width(means), '.2f')}" if means else "-"
         lines += [[system, one.get("parameters", "-"), len(rows), *cells, mean,
                    number(None if None in paper else sum(paper)), ", ".join(rates) or one["lr"]]
                   ] if rows or rates else []
-    return table(("", "trained", "seeds", *(f"{unit} (paper)" for unit in UNITS), "mean, 95 % by t "
-                  "over seeds", "All in the paper", "rate: mean F1 on dev of two seeds that no "
-                  "comparison uses; bold: chosen"), lines)
+    return table(("", "trained", "seeds", *(f"{unit} (paper)" for unit in UNITS),
+                  f"{' and '.join(experiment.measure)}, 95 % by t over seeds", "All in the paper",
+                  "rate: mean F1 on dev of two seeds that no comparison uses; bold: chosen"), lines)
 
 
-def comparison(cases: Sequence[tuple[str, Sequence[float], Sequence[tuple]]], baseline: str,
+def comparison(cases: Sequence[tuple[str, Sequence[float], Sequence[tuple]]], experiment: Any,
                tried: int) -> list[str]:
     """Paired differences to a baseline.  cases: a name, the differences over seeds, the records of
     each seed or None, see bootstrap.  tried: how many there are, those not tested counted."""
@@ -186,7 +187,8 @@ def comparison(cases: Sequence[tuple[str, Sequence[float], Sequence[tuple]]], ba
                       *intervals, f"{p:.3f}",
                       "cannot tell" if p >= ALPHA else "higher" if mean > 0 else "lower"])
     return table(("", "seeds", "paired spread", "least difference these seeds can tell (by Holm's "
-                  "first step)", f"mean F1 less that of {baseline}", "95 %, t over seeds", "95 %, "
+                  "first step)", f"{' and '.join(experiment.measure)} F1 less that of "
+                  f"{experiment.baseline}", "95 %, t over seeds", "95 %, "
                   "bootstrap over seeds and records (-: records not at hand, seeds alone)",
                   f"p, Holm of {tried}", "reading"), lines) or ["Not run yet.", ""]
 
@@ -197,9 +199,10 @@ def curve(experiment: Any, points: list[tuple[dict, dict[str, dict[int, Row]]]],
     figure, (left, right) = canvas(9, 3.4, 1, 2)
     series = {name: {} for name in (*experiment.systems, " less ".join(experiment.systems[::-1]))}
     for world, results in points:
-        rows = [results.get(name, {}) for name in experiment.systems]
-        for name, values in zip(series, (*map(score, rows), differences(*rows).values())):
-            series[name] |= {str(world[experiment.knob]): values} if len(values) > 1 else {}
+        f1 = [score(results.get(name, {})) for name in experiment.systems]
+        for name, values in zip(series, (*f1, differences(*f1))):
+            if len(values) > 1:
+                series[name][str(world[experiment.knob])] = list(values.values())
     for colour, (name, seeds), axes in zip(COLOURS, series.items(), (left, left, right)):
         axes.errorbar(list(seeds), list(map(fmean, seeds.values())), label=name, marker="o",
                       yerr=list(map(half_width, seeds.values())), capsize=3, color=colour)
@@ -221,7 +224,7 @@ def head(study: Any, published: str) -> list[str]:
              *(f"- {name}: {', '.join(sorted({row[name] for row in rows}))}"
                for name in ("processor", "commit", "backbone")), ""]
     results = study.results(pilot, pilot.worlds()[0]) if pilot.rate else {}
-    values = differences(*results.values()).values() if len(results) == 2 else []
+    values = differences(*map(score, results.values())).values() if len(results) == 2 else []
     told = [f"{n} seeds {least_difference(stdev(values), n):.2f}"
             for n in (3, 6, 8, 16) if len(values) > 1]
     return lines + [f"The pilot's {len(values)} paired differences have a standard deviation of "
@@ -234,17 +237,22 @@ def paired(experiment: Any, points: list[tuple[dict, dict[str, dict[int, Row]]]]
            records: Callable[[Row], dict | None]) -> list[tuple[str, list[float], list]]:
     """The cases of `comparison`; where a knob is turned, the last is what turning it changes."""
     cases, by_seed, knob = [], [], experiment.knob
+
+    def counts(row: Row) -> dict | None:  # of the units that are compared
+        return (units := records(row)) and {unit: units[unit] for unit in units
+                                            if {unit, "mean"} & set(experiment.measure)}
+
     for world, results in points:
         first = results.get(experiment.baseline, {})
         for system, rows in results.items():
-            if system != experiment.baseline and (values := differences(first, rows)):
+            values = differences(*(score(some, experiment.measure) for some in (first, rows)))
+            if system != experiment.baseline and values:
                 cases.append((f"{knob} {world[knob]}" if knob else system, list(values.values()),
-                              [(records(first[seed]), records(rows[seed])) for seed in values]))
+                              [(counts(first[seed]), counts(rows[seed])) for seed in values]))
                 by_seed.append(values)
     if len(cases) == len(experiment.settings) > 1:
-        both = [seed for seed in by_seed[0] if seed in by_seed[-1]]
-        cases.append((f"{cases[-1][0]} less {cases[0][0]}",
-                      [by_seed[-1][seed] - by_seed[0][seed] for seed in both], []))
+        turned = differences(by_seed[0], by_seed[-1])
+        cases.append((f"{cases[-1][0]} less {cases[0][0]}", list(turned.values()), []))
     return cases
 
 
@@ -264,8 +272,7 @@ def write(study: Any, published: dict, path: Path,
         tried = len(experiment.settings) + 1 if knob else len(experiment.systems) - 1  # planned
         gates = path.with_name(f"{stem}_{experiment.name}") / "routing.png"
         lines += [f"![gates]({gates.parent.name}/{gates.name})", ""] if gates.exists() else []
-        lines += comparison(
-            cases, experiment.baseline, tried) if len(experiment.systems) > 1 else []
+        lines += comparison(cases, experiment, tried) if len(experiment.systems) > 1 else []
         for world, results in points:
             lines += [f"{knob} {world[knob]}:"] if knob and results else []
             papers = not (knob or experiment.rate or experiment.readings)  # that the paper has, too
