@@ -46,12 +46,12 @@ from vision import UMIE, ViT
 # --------------------------------------------------------------------- counting, matching, scoring
 IOU_MATCH = 0.5  # M2E2: an object argument is right from this overlap on
 
-ENTITY = "entity (type, first token, last token), multiset per tweet"
-RELATION = "relation label of the given pair; none counts neither as found nor as gold"
-DEFINITIONS = {
-    "T15": ENTITY, "T17": ENTITY, "SNAP": ENTITY, "V1": RELATION, "V2": RELATION,
-    "MED": "event (type, trigger span), or (type, whole image)",
-    "MEAE": f"argument (type, role, span), or (type, role, box) one-to-one at IoU >= {IOU_MATCH}"}
+COUNTED_ITEMS = {
+    "mner": "entity (type, first token, last token), multiset per tweet",
+    "mre": "relation label of the given pair; none counts neither as found nor as gold",
+    "med": "event (type, trigger span), or (type, whole image)",
+    "meae": f"argument (type, role, span), or (type, role, box) one-to-one at IoU >= {IOU_MATCH}"}
+DEFINITIONS = {unit: COUNTED_ITEMS[task] for unit, task in UNIT_TASK.items()}
 RULES = {
     "F1, P, R": "micro-averaged over records, in %, from whole counts, never rounded before they "
                 "are printed; 0/0 = 0",

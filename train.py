@@ -40,7 +40,7 @@ from engine.checkpoints import Checkpoints, Logs, Progress, Sources, find_checkp
 from engine.command import Bar
 from engine.corpus import corpus_hash, corpus_of, hold_out, read_splits, unit_rows
 from engine.features import Features
-from engine.files import Stopped, UsageError, claim, locked, whole, write_whole
+from engine.files import Stopped, UsageError, claim, locked, note, whole, write_whole
 from engine.parameters import FlatParameters
 from engine.plan import describe, finished, plan
 from engine.processes import World, exit_codes
@@ -247,7 +247,7 @@ class Run:
         progress.history.append({"epoch": progress.epoch + 1, "step": progress.step, "f1": f1,
                                  "weights": progress.weights})
         before, total = (progress.best_sum, progress.best_step), sum(f1.values())
-        better = total > progress.best_sum or not self.rows.splits["dev"]  # no dev: last is best
+        better = total > progress.best_sum or total == progress.best_sum == 0  # nothing right: last
         if better:
             progress.best_sum, progress.best_step = total, progress.step
         progress.epoch, progress.cursor = progress.epoch + 1, 0
@@ -255,8 +255,10 @@ class Run:
             progress.best_sum, progress.best_step = before
         if checkpoints.save() and self.logs:
             self.logs.write_history(progress.history)
-        self.world.print("  dev F1  " + "  ".join(f"{u} {v:.1f}" for u, v in f1.items())
-                         + f"  mean {total / len(f1):.1f}")
+        counted = unit_rows(self.rows.records["dev"], self.setup.datasets)
+        shown = (f"{u} {v:.1f}" if u in counted else f"{u} -" for u, v in f1.items())
+        self.world.print("  dev F1  " + "  ".join(shown) + (
+            f"  mean {total / len(counted):.1f}" if counted else ", no dev rows"))
         if config.aml:
             weights = (f"{unit} {weight:.2f}" for unit, weight in progress.weights.items())
             self.world.print("  weights " + "  ".join(weights))
@@ -273,6 +275,12 @@ class Run:
 
     def test(self) -> str:
         """The table of the test split with the best checkpoint; also written to the run folder."""
+        if not self.rows.splits["test"]:
+            text = (f"no test rows in {self.config.data}: nothing is scored; `python evaluate.py "
+                    f"{self.out} --split dev` scores dev, --data another corpus")
+            if self.world.main:
+                write_whole(self.out / "table.txt", text + "\n")
+            return text
         best = self.checkpoints.load_best()
         with self.world.interruptible():
             rows = self.evaluate("test")
@@ -316,18 +324,18 @@ class Rows:
 
 def references(config: Config, units: Sequence[str]) -> dict[str, float]:
     """p_m of Eq. (9): F1 in % by unit; UsageError if a trained unit has none."""
-    path = config.aml_reference
-    if path is None:
-        return demo.P_M if config.data is None else losses.SINGLE_TASK_F1
+    path, stored = config.aml_reference, losses.SINGLE_TASK_F1 if config.data else demo.P_M
     try:
-        stored = json.loads(Path(path).read_text(encoding="utf-8"))
+        if path is not None:
+            stored = json.loads(Path(path).read_text(encoding="utf-8"))
         given = {unit: float(stored.get(unit, 0)) for unit in units}
         lacking = [unit for unit in units if not given[unit] > 0]
     except (OSError, ValueError, TypeError, AttributeError) as cause:
         given, lacking = {}, [f"(unreadable: {cause})"]
     if lacking:
-        raise UsageError(f"{path}: expected a JSON object with a positive F1 for each of "
-                         f"{', '.join(units)}, got none for {', '.join(lacking)}; add them")
+        raise UsageError(f"{path or '--aml-reference'}: expected a JSON object with a positive F1 "
+                         f"for each of {', '.join(units)}, got none for {', '.join(lacking)}; add "
+                         "them")
     return given
 
 
@@ -377,6 +385,9 @@ def tiny_backbone(corpus: Path, config: Config) -> Path:
     digest = hashlib.sha256("\n".join([repr(tiny), *texts]).encode()).hexdigest()
     folder = Path("weights") / f"tiny-{digest[:8]}"
     if not folder.exists():
+        note(f"--size tiny without --t5 and --vit: a T5 and a ViT of {tiny.steps} and "
+             f"{tiny.vit_steps} steps are made from the training texts of {corpus}, once; or name "
+             "others, as --t5 demo_backbone/t5 --vit demo_backbone/vit")
         whole(folder, lambda aside: demo.make_backbone(aside, texts, tiny=tiny, avoid=avoid,
                                                       speed_up=fast.speed_up))
     return folder
@@ -416,8 +427,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     world.listen()
     try:
         run.train()
-        if run.rows.records["test"]:
-            world.print("test split, best checkpoint:", run.test())
+        world.print("test split, best checkpoint:", run.test())
     except Stopped as stop:
         world.print(f"stopped by {signal.Signals(stop.args[0]).name} after step "
                     f"{run.progress.step}; last checkpoint: {run.checkpoints.newest}; the same "

@@ -38,13 +38,18 @@ def describe(run: Any, start: str) -> list[str]:
         f"backbone: {origin['t5']} sha256 {origin['t5_sha256'][:12]}, "
         f"{origin['vit']} sha256 {origin['vit_sha256'][:12]}",
         *([rows.held_out] if rows.held_out else []), f"output: {run.out}", start]
-    missing = [unit for unit in rows.units if unit not in counted["dev"]]
-    if missing and config.aml:
-        lines.append(f"note: no dev rows for {', '.join(missing)}: their achievement stays 0")
-    papers = config.aml and config.data is not None and config.aml_reference is None
-    if papers and {"MED", "MEAE"} & set(rows.units):
-        lines.append("note: the references of MED and MEAE are M2E2 test figures, which dev scores "
-                     "on other data do not match; give your own with --aml-reference")
+    if missing := [unit for unit in rows.units if unit not in counted["dev"]]:
+        lines.append(f"note: no dev rows for {', '.join(missing)}: no say in which epoch is the "
+                     "best (without any dev rows it is the last)"
+                     + ", and their achievement stays 0" * config.aml)
+    if config.aml and config.data is not None and config.aml_reference is None:
+        lines.append("note: AML measures by the paper's test F1 of single-task models ("
+                     + ", ".join(f"{unit} {run.reference[unit]}" for unit in rows.units)
+                     + "; of MED and MEAE on M2E2), which other data than the published do not "
+                     "match: give references for yours with --aml-reference")
+    if config.steps and config.steps > len(rows.batches(0)) * config.epochs:
+        lines.append(f"note: --steps {config.steps}, but {config.epochs} epochs end before; raise "
+                     "--epochs for more")
     busy = math.ceil(min(config.batch, len(rows.examples)) / config.micro_batch)
     if busy < world.size:
         lines.append(f"note: a batch makes {busy} micro-batches for {world.size} processes, so "

@@ -2,7 +2,7 @@
 
 A corpus is a folder of datasets, CORPUS/<dataset>/{dataset.json, train|dev|test.jsonl, images/}: a
 new dataset is a new folder. In its dataset.json "units" names, for each record task, a column of
-the result table (a new one also needs a line in UNIT_TASK and a reference F1 in losses.py); "note"
+the result table (a new one needs a line in UNIT_TASK and a reference F1, --aml-reference); "note"
 (optional) is one line that stands beside scores; labels are lower-case words:
 
     {"name": "twitter2017", "units": {"mner": "T17"}, "labels": {"mner": ["location", "person"]}}

@@ -132,7 +132,7 @@ def test_chapters_and_product_keep_their_budgets():
     """The seven chapters can be read in one evening; around them lies what users were found to
     need: 8,960 lines when the chapters had moved, and what has been named since."""
     assert lines_of([ROOT / name for name in CHAPTERS]) <= 3700
-    assert lines_of(PRODUCT) <= 11650
+    assert lines_of(PRODUCT) <= 11750
     kernels = [path for folder in (".", "fast") for path in (ROOT / folder).iterdir()
                if path.suffix in (".cu", ".cuh", ".cpp", ".h")]
     assert lines_of(kernels) <= 1000

@@ -364,19 +364,64 @@ def test_a_mean_for_a_loss_that_is_not_there_is_refused(flags):
         parse_arguments(["--mim-mean", "affine", *flags])
 
 
-def test_the_first_epoch_is_not_the_best_where_there_is_no_dev_split(command, corpus, tmp_path):
-    """Nothing tells the epochs apart, so the weights of the last one are kept.
-
-    And --steps beyond the epochs are not announced.
-    """
-    for path in corpus.glob("*/dev.jsonl"):
+def test_a_run_without_dev_and_test_rows_says_so_and_keeps_its_last_weights(command, corpus,
+                                                                           tmp_path):
+    """Nothing tells the epochs apart, and no F1 is made up.  --steps beyond the epochs are not
+    announced as steps."""
+    for path in (*corpus.glob("*/dev.jsonl"), *corpus.glob("*/test.jsonl")):
         path.unlink()
-    done = run(command(tmp_path / "run", "--data", corpus, "--units", "V1", "--epochs", 2,
-                       "--steps", 9999))
+    line = command(tmp_path / "run", "--data", corpus, "--units", "V1", "--epochs", 2, "--steps",
+                   9999)
+    done = run(line)
     assert done.returncode == 0, done.stderr
     last = re.search(r"trained to step (\d+)", done.stdout)[1]
     assert f"steps: {last} of batch" in done.stdout
+    assert "note: --steps 9999, but 2 epochs end before; raise --epochs" in done.stdout
     assert int(last) > 2 and f"best dev epoch ended at step {last}" in done.stdout
+    assert "note: no dev rows for V1: no say" in done.stdout
+    assert "  dev F1  V1 -, no dev rows\n" in done.stdout
+    assert f"no test rows in {corpus}: nothing is scored" in done.stdout
+    again = run(line)  # it is finished all the same
+    assert "is finished" in again.stdout and "no test rows" in again.stdout
+
+
+def test_while_nothing_is_right_the_last_epoch_is_the_best(command, corpus, tmp_path):
+    """Its weights are the most trained ones.  A unit without dev rows has no F1 and no part in the
+    mean; the paper's references are named."""
+    for path in (corpus / "demo_t15" / "dev.jsonl", *corpus.glob("*/test.jsonl")):
+        path.unlink()
+    done = run(command(tmp_path / "run", "--data", corpus, "--units", "T15", "T17", "--epochs", 2,
+                       "--batch", 64))
+    assert done.returncode == 0, done.stderr
+    last = re.search(r"trained to step (\d+)", done.stdout)[1]
+    assert done.stdout.count("  dev F1  T15 -  T17 0.0  mean 0.0\n") == 2
+    assert f"best dev epoch ended at step {last}" in done.stdout
+    assert "note: AML measures by the paper's test F1 of single-task models (T15 78.9, T17 89.8;" in (
+        done.stdout)
+
+
+@pytest.mark.parametrize("reference", [None, '{"SHOP": 70}'])
+def test_a_new_column_needs_a_line_in_the_schema_and_a_reference(small, corpus, tmp_path, reference):
+    """As engine/schema.py says: then a run trains on it and prints a table with it."""
+    shop = json.loads((corpus / "demo_t17" / "dataset.json").read_text())
+    shop["units"] = {"mner": "SHOP"}
+    (corpus / "demo_t17" / "dataset.json").write_text(json.dumps(shop))
+    words = ["--t5", small["t5"], "--vit", small["vit"], "--data", str(corpus), "--units", "SHOP",
+             "--steps", "1", "--epochs", "1", "--out", str(tmp_path / "run")]
+    if reference:
+        (tmp_path / "reference.json").write_text(reference)
+        words += ["--aml-reference", str(tmp_path / "reference.json")]
+    code = ("import engine.schema as schema; schema.UNIT_TASK['SHOP'] = 'mner'; schema.UNITS = "
+            "tuple(schema.UNIT_TASK); import train; from engine.processes import exit_codes\n"
+            f"with exit_codes(): train.main({words})")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          check=False)
+    if reference:
+        assert done.returncode == 0, done.stderr
+        assert "SHOP entity (type, first token, last token)" in done.stdout
+    else:
+        assert done.returncode == 2 and done.stderr.startswith("error: --aml-reference: expected a ")
+        assert "for each of SHOP, got none for SHOP; add them" in done.stderr
 
 
 def test_a_split_that_none_of_the_chosen_units_has_is_empty_as_without_a_choice(corpus):
