@@ -77,8 +77,9 @@ class ExpertConfig:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got '{self.method}'")
         if self.mim_mean not in MEANS:
             raise ValueError(f"mim_mean: expected one of {', '.join(MEANS)}, got '{self.mim_mean}'")
-        if not self.rank >= 1:
-            raise ValueError(f"rank: expected a whole number from 1 on, got {self.rank}")
+        for name in ("rank", "experts", "heads"):
+            if not (number := getattr(self, name)) >= 1:
+                raise ValueError(f"{name}: expected a whole number from 1 on, got {number}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout: expected a number in [0, 1), got {self.dropout}")
         if str in (type(self.targets), type(self.modules)):
@@ -284,8 +285,7 @@ class ExpertLinear(nn.Module):
     def experts(self, x: Tensor) -> Tensor:
         """x [B,S,D_in] -> h [B,S,D_out], what the experts of the layer's method add.
 
-        A new method needs a name in METHODS, its parameters in __init__ and its h here; if it has
-        task experts, also in fast/experts.py, for other forms than --impl plain."""
+        docs/method.md tells what else a new method needs."""
         if self.config.method == "lora":
             return product(self.B_U, self.A_U, self.dropped(x))  # Eq. (2): h = B A x
         if self.config.method == "tlora":
@@ -303,7 +303,9 @@ class ExpertLinear(nn.Module):
         if self.config.method == "mtllora":
             n = self.row_tasks(x)
             return product(self.mixed_heads()[n], self.L_T[n], self.A_U, self.dropped(x))
-        return self.universal_and_task(x)
+        if self.config.method == "clorae":
+            return self.universal_and_task(x)
+        raise NotImplementedError(f"{self.config.method}: its h is to be written here")
 
     def universal_and_task(self, x: Tensor) -> Tensor:
         """C-LoRAE's h: the universal expert and the expert of the row's task, weighed per token."""
@@ -346,7 +348,10 @@ class ExpertLinear(nn.Module):
             return torch.stack([x.new_full(x.shape[:-1], g) for g in self.fixed_gates], dim=-1)
         if not hasattr(self, "W_g"):
             return None
-        logits = F.linear(x, self.W_g.to(x.dtype))
+        return self.weighed(F.linear(x, self.W_g.to(x.dtype)))
+
+    def weighed(self, logits: Tensor) -> Tensor:
+        """The router's logits [...,2] as gates, in every form but clorae.cu."""
         return wide(logits).softmax(dim=-1).to(logits.dtype)  # Eq. (6)
 
     def dropped(self, x: Tensor) -> Tensor:
@@ -379,23 +384,32 @@ class ExpertLinear(nn.Module):
         gates: the weight of each expert, the universal one first, or None where the layer has no
         router.  -> A [k,D_in] = [A_U ; A_n] and B [D_out,k] = [g1 B_U, g2 B_n], k = R + r.  Raises
         ValueError without gates where there is a router, as no single matrix equals a layer that
-        weighs each token anew; and for gates where there is only one expert."""
+        weighs each token anew; for gates where there is only one expert; and for a method that is
+        not written here."""
         if hasattr(self, "W_g") and gates is None:
             raise ValueError("merge: expected fixed gates, got a live gate router, which "
                              "weighs each token anew; pass mean gates to merge approximately")
         if gates is not None and self.config.method in ("lora", "tlora", "moslora", "mtllora"):
             raise ValueError(f"merge: expected no gates for {self.config.method}, whose one expert "
                              f"is always heard in full, got {tuple(gates)}; pass None")
-        experts = list(zip(self.A_E, self.B_E)) if self.config.method == "loramoe" else []
-        if self.config.method == "hydralora":
-            experts = [(self.A_U, B) for B in self.B_E]
-        if self.config.method == "mtllora":
-            experts = [(self.L_T[task] @ self.A_U, self.mixed_heads()[task])]
-        if self.config.has_universal:
-            moslora = self.config.method == "moslora"
-            experts.append((self.A_U, self.B_U @ self.M_U if moslora else self.B_U))
-        if self.config.has_tasks:
-            experts.append((self.A_T[task], self.B_T[task]))
+        match self.config.method:
+            case "lora":
+                experts = [(self.A_U, self.B_U)]
+            case "tlora":
+                experts = [(self.A_T[task], self.B_T[task])]
+            case "clorae":
+                experts = [(self.A_U, self.B_U), (self.A_T[task], self.B_T[task])]
+            case "moslora":
+                experts = [(self.A_U, self.B_U @ self.M_U)]
+            case "loramoe":
+                experts = list(zip(self.A_E, self.B_E))
+            case "hydralora":
+                experts = [(self.A_U, B) for B in self.B_E]
+            case "mtllora":
+                experts = [(self.L_T[task] @ self.A_U, self.mixed_heads()[task])]
+            case other:
+                raise ValueError(f"merge: expected a method whose A and B are known, got {other}; "
+                                 "write them here, if it adds s B A to W_0 at all")
         weights = [1.0] * len(experts) if gates is None else gates
         if len(weights) != len(experts):
             raise ValueError(f"merge: expected a gate for each of {len(experts)} experts of "
@@ -582,6 +596,10 @@ def parameter_split(model: nn.Module) -> dict[str, int]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             path = name.split(".")
-            visual = path[0] in ("visual_embedding", "vstack", "fusion")
-            split[groups.get(path[-1], "visual" if visual else "backbone")] += parameter.numel()
+            if isinstance(model.get_submodule(".".join(path[:-1])), ExpertLinear):
+                group = groups[path[-1]]  # a new method's parameters are to be named above
+            else:
+                visual = path[0] in ("visual_embedding", "vstack", "fusion")
+                group = "visual" if visual else "backbone"
+            split[group] += parameter.numel()
     return split

@@ -17,7 +17,7 @@ import json
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, cached_property
 from pathlib import Path
 from statistics import fmean
@@ -399,9 +399,9 @@ def build(config: Config, sources: Sources, device: torch.device) -> Setup:
             raise UsageError(f"--init {sources.init}: expected a run of method full, whose "
                              f"checkpoint holds every weight, got method {method}; name one")
         load_trainables(model, sources.init)
-    clorae.adapt(model, config.method, config.rank, TASKS, alpha=config.alpha,
-                 dropout=config.dropout, egr=config.egr, mim=config.uses_mim,
-                 mim_mean=config.mim_mean)
+    options = {option.name: getattr(config, option.name) for option in fields(clorae.ExpertConfig)
+               if hasattr(config, option.name)}
+    clorae.adapt(model, tasks=TASKS, **options | {"mim": config.uses_mim})
     model.free_adapter(config.visual_policy)
     fast.speed_up(model.to(device), config.impl)
     model.t5.graphs = config.graphs

@@ -141,7 +141,7 @@ class FastExpertLinear(ExpertLinear):
         shares = gate_shares(self.routing, len(codes), self.widths, self.scale, codes)
         z, logits = codes.tensor_split([shares.shape[-1]], dim=-1)
         if logits.shape[-1]:
-            gates = wide(logits).softmax(dim=-1).to(z.dtype)  # Eq. (6)
+            gates = self.weighed(logits)
         else:
             fixed = self.fixed_gates if self.config.method == "clorae" else None
             gates = z.new_tensor(fixed or (1, 1)).expand(len(z), 1, 2)

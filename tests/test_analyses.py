@@ -78,6 +78,10 @@ def counted(model: UMIE, S: int, T: int, V: int) -> tuple[float, float]:
     return flops.forward, flops.backward
 
 
+def test_every_method_is_counted():
+    assert {name.split()[0] for name in COSTED} == set(clorae.METHODS)
+
+
 @pytest.mark.parametrize("policy", VISUAL_POLICIES)
 @pytest.mark.parametrize("method", COSTED)
 def test_the_counter_finds_every_matrix_product_of_a_real_pass(method, policy):

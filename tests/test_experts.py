@@ -33,6 +33,11 @@ METHODS = [("clorae", {}), ("clorae", {"egr": False}), ("clorae", {"mim": False}
            ("tlora", {}), ("moslora", {}), ("loramoe", {}), ("hydralora", {"heads": 2}),
            ("mtllora", {"heads": 2})]
 
+
+def test_every_method_is_held_by_the_tests_of_this_file():
+    assert {method for method, _ in METHODS} == set(clorae.METHODS) - {"full"}
+
+
 # name: (task of each row, real tokens of each row, S, D_in, D_out, R)
 CASES = {
     "sorted, with a row of padding": ([0, 0, 1, 2, 2], [7, 4, 6, 0, 1], 7, 24, 16, 9),

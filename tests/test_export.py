@@ -489,7 +489,7 @@ def test_the_exported_lora_merged_into_the_backbone_is_our_model_with_fixed_gate
 
 def test_lora_and_tlora_lose_nothing_by_the_export(runs, small, tmp_path, monkeypatch):
     """Without a gate the one LoRA is the layer itself, for the task's rows."""
-    for method in ("lora", "tlora", "moslora", "mtllora"):
+    for method in set(clorae.METHODS) - {"clorae", "loramoe", "hydralora", "full"}:
         setup = load_model(runs(method), torch.device("cpu"))
         setup.model.eval()
         batch = batch_of(setup, small)

@@ -39,6 +39,10 @@ ROWS = [1, 0, 0, 1]  # the task of each row
 FORMS = ("plain", "fast")
 
 
+def test_every_method_is_held_by_the_tests_of_this_file():
+    assert {method for method, _ in METHODS} == set(clorae.METHODS) - {"full"}
+
+
 class Attention(nn.Module):
     """Self-attention with the names and the biases of Qwen's: two heads of q read one of k and v,
     so that q_proj and v_proj have other widths."""
