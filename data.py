@@ -335,10 +335,11 @@ def encode_records(records: list[Record], datasets: dict[str, Dataset], tokenize
                    announce: Callable[[str], None] = print) -> list[Example]:
     """Records -> examples of at most max_source and max_target ids, eos included.
 
-    Only text is truncated: a prefix that does not fit is a DataError. Items whose words were cut
-    off are left out of the target, and so are the last items of a target that is too long; both
-    are counted and announced, and so are, by dataset and file, the texts and targets with
-    characters that no piece has. Metrics compare with the record's gold, which stays whole."""
+    Only text is truncated: a prefix that does not fit and a label that the tokenizer cannot write
+    are DataErrors. Items whose words were cut off are left out of the target, and so are the last
+    items of a target that is too long; both are counted and announced, as are, by dataset and file,
+    texts and targets with characters that no piece has. Metrics compare with the whole gold."""
+    check_labels({(r.dataset, r.task) for r in records}, datasets, tokenizer)
     examples, lost, unknown, unk = [], Counter(), {}, tokenizer.pieces.unk_id()
     for row, record in enumerate(records):
         dataset = datasets[record.dataset]
@@ -355,11 +356,26 @@ def encode_records(records: list[Record], datasets: dict[str, Dataset], tokenize
     if lost.total():
         announce(f"truncation: {lost['texts']} of {len(records)} texts cut to {max_source} ids; "
                  f"targets lost {lost['items']} items with the text and {lost['too_long']} beyond "
-                 f"{max_target} ids")
+                 f"{max_target} ids (raised by train.py --max-target)")
     if lines := [f"{name} {n['texts']} of {n['rows']} texts and {n['targets']} targets"
                  for name, n in unknown.items() if n["texts"]]:
         announce(f"unknown characters, which the tokenizer lacks, are in {', '.join(lines)}")
     return examples
+
+
+def check_labels(used: set[tuple[str, str]], datasets: dict[str, Dataset],
+                 tokenizer: Tokenizer) -> None:
+    """DataError that names every label of the (dataset, task) used which comes back from the
+    tokenizer in another form: no answer with it could ever be right."""
+    lines = []
+    for name, task in sorted(used):
+        labels = datasets[name].labels[task]
+        roles = sum(map(list, labels.values()), []) if task == "meae" else []
+        lines += [f'\n  {name}: {task}: "{label}" comes back as "{answer}"' for label in sorted(
+            {*labels, *roles}) if (answer := tokenizer.written(label)) != label]
+    if lines:
+        raise DataError(f"expected labels that the tokenizer can write, got{''.join(lines)}\n"
+                        "rename them in dataset.json and records, or take a T5 that can")
 
 
 def encode_source(record: Record, dataset: Dataset, tokenizer: Tokenizer,

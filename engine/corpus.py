@@ -27,10 +27,20 @@ def read_bytes(path: Path) -> bytes:
         raise DataError(f"{path}: cannot be read ({reason}): check the path") from None
 
 
+def read_text(path: Path) -> bytes:
+    """The content of a file of text; DataError where it is empty or begins with a BOM."""
+    content = read_bytes(path)
+    if not content.strip():
+        raise DataError(f"{path}: expected text, got an empty file: fill it or move it away")
+    if content.startswith("\ufeff".encode()):
+        raise DataError(f"{path}:1: expected UTF-8 without BOM, got one: save it without BOM")
+    return content
+
+
 def read_dataset(folder: Path) -> Dataset:
     """The descriptor in folder/dataset.json."""
     path, problems = folder / "dataset.json", Problems()
-    content = read_bytes(path)
+    content = read_text(path)
     try:
         raw = parse_json(content)
     except ValueError as error:
@@ -43,7 +53,7 @@ def read_dataset(folder: Path) -> Dataset:
 def read_split(folder: Path, split: str, dataset: Dataset, problems: Problems) -> list[Record]:
     """The records of folder/split.jsonl that are right; anything wrong is added to `problems`."""
     path, records, seen = folder / f"{split}.jsonl", [], {}
-    lines = read_bytes(path).removesuffix(b"\n").split(b"\n")            # U+2028 ends no line
+    lines = read_text(path).removesuffix(b"\n").split(b"\n")             # U+2028 ends no line
     for number, line in enumerate(lines, 1):
         where = f"{path}:{number}"
         try:
@@ -70,7 +80,7 @@ def frozen(value: object) -> object:
 
 def load_datasets(corpus: str | os.PathLike) -> dict[str, Dataset]:
     """{name: descriptor} of every dataset below `corpus`, sorted by name.  A file that would be
-    passed over in silence, *.jsonl of no split or no dataset, is an error."""
+    passed over in silence, dev.json or a *.jsonl of no split or no dataset, is an error."""
     corpus, files = Path(corpus), sorted(Path(corpus).glob("*/*.jsonl"))
     folders = sorted({path.parent for path in [*files, *corpus.glob("*/dataset.json")]})
     if not folders:
@@ -79,10 +89,12 @@ def load_datasets(corpus: str | os.PathLike) -> dict[str, Dataset]:
             got = "a single dataset: give the folder above it"
         raise DataError(f"{corpus}: expected folders with a dataset.json, found {got}; "
                         "`python -m tools.convert` and `python demo.py` make a corpus")
-    for path in files:
-        if path.stem not in SPLITS:
-            raise DataError(f'{path}: "{path.stem}" is no split: rename it to one of '
-                            f"{', '.join(SPLITS)}, or move it away")
+    for path in sorted(path for folder in folders for path in folder.glob("*.*")):
+        split = path.name.split(".")[0].lower()  # beside its .jsonl a file may be the source of it
+        lost = split in SPLITS and path.is_file() and not (path.parent / f"{split}.jsonl").exists()
+        if lost or path.suffix == ".jsonl" and path.stem not in SPLITS:
+            raise DataError(f'{path}: "{path.name}" is no split: expected train, dev or test.jsonl '
+                            "with a record on each line: rename or rewrite it, or move it away")
     return {folder.name: read_dataset(folder) for folder in folders}
 
 

@@ -31,6 +31,8 @@ import difflib
 import json
 import math
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
@@ -146,6 +148,9 @@ class Problems(list):
         right = self.check(raw, RecordRules(raw, dataset).record(), where, "record")
         if right and (first := seen.setdefault(raw["id"], where)) != where:
             self.add(where, "id", f'"{raw["id"]}" is the id of {first} too: make ids unique')
+        entities = get(raw, "entities", ()) if right else ()
+        if again := twice([json.dumps(entity, sort_keys=True) for entity in entities]):
+            self.add(where, "entities", f"{again} stands twice: write it once")
         return right
 
 
@@ -177,6 +182,12 @@ def are_numbers(value: object, types: tuple[type, ...], count: int) -> bool:
             and all(type(x) in types and abs(x) < 1e9 for x in value))
 
 
+def twice(value: object) -> str:
+    """The first string that stands twice in a list; "" if there is none, or it is no list."""
+    words = Counter(x for x in value if isinstance(x, str)) if isinstance(value, list) else {}
+    return next((word for word, count in words.items() if count > 1), "")
+
+
 def one_of(choices: Collection[str]) -> Must:
     """A string out of a closed set."""
     return Must(lambda v: isinstance(v, str) and v in choices,
@@ -189,9 +200,10 @@ STRING = Must(lambda v: isinstance(v, str) and v != "" and v.isprintable(),
 TOKEN = Must(lambda v: isinstance(v, str) and re.fullmatch("[^\0- \x7f\ud800-\udfff]+", v),
              "is no non-empty string without blanks, control characters and half surrogates: "
              "repair it, mind the spans")
-LABEL = Must(lambda v: STRING.holds(v) and v == v.lower()
+LABEL = Must(lambda v: STRING.holds(v) and v == unicodedata.normalize("NFKC", v).lower()
              and re.fullmatch("[^ ,:;<>%]+( [^ ,:;<>%]+)*", v),
-             "is no lower-case word without , : ; < > %: rename the label")
+             "is no lower-case word, in Unicode's form NFKC, without , : ; < > %: rename the label")
+LABELS = Must(lambda v: not twice(v), lambda v: f'has "{twice(v)}" twice: write it once', [LABEL])
 IMAGE_NAME = Must(lambda v: v is None or STRING.holds(v)
                   and not re.search(r"[\\:]|^~|(^|/)[ .]*(/|$)", v) and len(v) < 1000
                   and all(len(name.encode()) < 256 for name in v.split("/")),
@@ -276,11 +288,11 @@ def dataset_rule(raw: object, name: str) -> Rule:
     def labels(with_none: bool) -> Rule:
         return Must(lambda v: not isinstance(v, list) or v and ("none" in v) == with_none,
                     'is empty or breaks that "none" is a label of mre and of no other task: '
-                    "correct it", [LABEL])
+                    "correct it", LABELS)
 
     roles = Must(lambda v: isinstance(v, dict) and v and all(map(LABEL.holds, v)),
                  "is no {event type: [roles]} in lower-case words: correct it",
-                 lambda v: dict.fromkeys(v, [LABEL]))
+                 lambda v: dict.fromkeys(v, LABELS))
     rules = {"mner": labels(False), "mre": labels(True), "med": labels(False), "meae": roles}
     units = get(raw, "units")
     tasks = [t for t in RECORD_TASKS if isinstance(units, dict) and t in units] or ["mner"]

@@ -137,6 +137,8 @@ def is_record(row: dict, dataset: dict) -> bool:
                  and len(image) < 1000 and all(part.strip(" .") and len(part.encode()) < 256
                                                for part in image.split("/")))
     if task == "mner":
+        different = {json.dumps(e, sort_keys=True) for e in row["entities"]}
+        right = right and len(different) == len(row["entities"])
         return right and type(row["entities"]) is list and all(
             e.keys() == {"type", "start", "end"} and e["type"] in labels
             and span([e["start"], e["end"]]) for e in row["entities"])

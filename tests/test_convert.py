@@ -92,6 +92,41 @@ def test_a_malformed_tweet_is_named_by_file_and_line(text: str, line: int, tmp_p
     assert not (tmp_path / "corpus").exists()
 
 
+def test_a_name_of_a_picture_is_taken_as_it_is_meant(tmp_path: Path) -> None:
+    """With an ending it is a file's own name; blanks around it belong to nobody."""
+    names = "p.jpg", " q ", "r.PNG", "s.2", "t.jpeg"
+    text = "".join(f"IMGID:{name}\nBob\tO\n\n" for name in names)
+    records = load_corpus(run_convert("twitter2017", {"train.txt": text}, tmp_path), "train")
+    assert [r.image for r in records] == ["p.jpg", "q.jpg", "r.PNG", "s.2.jpg", "t.jpeg"]
+    assert [r.id for r in records] == ["p.jpg", "q", "r.PNG", "s.2", "t.jpeg"]
+
+
+OWN = ("IMGID:2.png\nKrups\tB-BRAND_NAME\nXL\tI-BRAND_NAME\n\nnew\tO\ndark\tB-Colour\n"
+       "red\tI-Colour\n\nIMGID:2.png\nx\tO\n")
+
+
+def test_own_files_bring_their_own_labels_and_may_lack_pictures(tmp_path: Path) -> None:
+    """The dataset has the name of its folder, here "source"; dev.txt is as good as valid.txt."""
+    corpus = run_convert("bio", {"train.txt": OWN, "dev.txt": OWN}, tmp_path)
+    assert load_datasets(corpus) == {"source": Dataset(
+        "source", {"mner": "T15"}, {"mner": ["brand name", "colour"]})}
+    first, second, third = load_corpus(corpus, "dev")
+    assert (first.id, second.id, third.id) == ("2.png", "5", "2.png-2")
+    assert (first.image, second.image, third.image) == ("2.png", None, "2.png")
+    assert first.entities == ({"type": "brand name", "start": 0, "end": 2},)
+    assert second.entities == ({"type": "colour", "start": 1, "end": 3},)
+    assert check.check(corpus, require_images=False) is None
+
+
+@pytest.mark.parametrize("text, says", [
+    ("Bob B-PER\n", "train.txt:1: expected token<TAB>tag"), ("Bob\tB-\n", "train.txt:1: expected"),
+    ("Bob\tPER\n", "KIND bio: any"), ("a\tO\n", "labels.mner: .* is empty"),
+    ("a\tB-X:Y\n", "rename the label"), ("IMGID:1\n\nBob\tO\n", "train.txt:1: tokens: .* no text")])
+def test_a_faulty_file_of_ones_own_is_named(text: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=says):
+        run_convert("bio", {"train.txt": text}, tmp_path)
+
+
 def test_tokens_of_tweets_are_kept_as_they_are(tmp_path: Path) -> None:
     """What str.split() and strip() would lose or split, @ and URLs, characters that
     T5 lacks, repeated strings, one string with two types, an entity with a comma."""
@@ -117,6 +152,11 @@ def test_files_that_are_not_utf8_or_not_there_are_named(tmp_path: Path) -> None:
     (tmp_path / "source" / "test.txt").write_bytes(b"IMGID:1\n\xff\tO\n")
     with pytest.raises(DataError, match="test.txt:2: not UTF-8"):
         run_convert("twitter2017", {}, tmp_path)
+    (tmp_path / "source" / "test.txt").write_bytes(b"\xef\xbb\xbfIMGID:1\na\tO\n")
+    with pytest.raises(DataError, match="test.txt:1: expected UTF-8 without BOM, got one: save it"):
+        run_convert("twitter2017", {}, tmp_path)
+    with pytest.raises(DataError, match="train.json: expected text, got an empty file: fill it or"):
+        run_convert("swig", swig_files({}) | {"train.json": ""}, tmp_path)
 
 
 V1_LINE = ("{'token': ['The', '#', 'Bears', \"don't\", 'win'], 'h': {'name': '#Bears', 'pos': "
@@ -574,7 +614,7 @@ def test_a_swig_picture_that_does_not_fit_is_named(path: str, value: object,
                      tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "3", "[1]", "{", '{"a": 1, "a": 2}'])
+@pytest.mark.parametrize("text", ["3", "[1]", "{", '{"a": 1, "a": 2}'])
 def test_a_swig_file_that_is_none_is_named(text: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="train.json: expected SWiG's {image: "):
         run_convert("swig", swig_files({}) | {"train.json": text}, tmp_path)
@@ -621,6 +661,22 @@ def test_the_commands_convert_and_check(tmp_path: Path, capsys: pytest.CaptureFi
     assert err.startswith("error: 4 problem(s)") and "train.jsonl:1: image" in err
 
 
+def test_check_counts_what_evaluation_counts_and_names_what_is_not_there(
+        tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """No relation is no gold item; heads that overlap tails, as in MNRE, are counted, no error."""
+    pairs = [MRE, MRE | {"id": "2", "relation": "couple"}, MRE | {"id": "3", "tail": [0, 2]}]
+    corpus = write_corpus(tmp_path, {"pairs": pairs, "tweets": [MNER], "news": [MEAE]})
+    write_corpus(tmp_path, {"tweets": [MNER]}, "dev")
+    check.check(corpus, require_images=False)
+    out = capsys.readouterr().out
+    [line] = re.findall("pairs train mre: 3 records, 1 gold items, .*", out)
+    assert line.endswith(", 1 with a head and a tail that overlap")
+    assert "tweets train mner: 1 records, 1 gold items" in out and out.count("overlap") == 1
+    assert {line for line in out.split("\n") if "no " in line} == {
+        "news: no dev.jsonl", "news: no test.jsonl", "pairs: no dev.jsonl", "pairs: no test.jsonl",
+        "tweets: no test.jsonl"}
+
+
 def test_texts_are_shared_across_datasets(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """A test tweet of one task in the training data of another is a leak: one line for each two
     splits, none for two training splits. Texts are compared without URLs, case and punctuation."""
@@ -633,12 +689,21 @@ def test_texts_are_shared_across_datasets(tmp_path: Path, capsys: pytest.Capture
                                       for text in ("x y", "hello world")]})
     write_corpus(tmp_path, {"tweets": tweets("hello , World http://t.co/x", "b", "x yz")})
     check.check(corpus, require_images=False)
-    assert capsys.readouterr().out.split("\n")[-2:] == ["tweets test in tweets train: 2 of 3 texts",
-                                                        ""]
+    lines = ["tweets test in tweets train: 2 of 3 texts", *(
+        f"  {tmp_path}/tweets/test.jsonl:{n} = {tmp_path}/tweets/train.jsonl:{n}" for n in (1, 2))]
+    assert capsys.readouterr().out.split("\n")[-4:] == [*lines, ""]
     write_corpus(tmp_path, {"pairs": [MRE | {"tokens": ["Hello", "world"]}]})
     check.check(corpus, require_images=False)
-    assert capsys.readouterr().out.split("\n")[-3:-1] == [
-        "tweets test in pairs train: 1 of 3 texts", "tweets test in tweets train: 2 of 3 texts"]
+    assert capsys.readouterr().out.split("\n")[-6:-1] == [
+        "tweets test in pairs train: 1 of 3 texts",
+        f"  {tmp_path}/tweets/test.jsonl:1 = {tmp_path}/pairs/train.jsonl:1", *lines]
+
+
+def test_of_shared_texts_twenty_are_shown_and_all_are_counted() -> None:
+    texts = {f"t{i}": f"x:{i}" for i in range(23)}
+    first, *shown, last = check.shared_texts({("a", "test"): texts, ("a", "train"): texts})
+    assert first == "a test in a train: 23 of 23 texts" and last == "  and 3 more"
+    assert shown == [f"  x:{i} = x:{i}" for i in range(20)]
 
 
 def test_with_a_tokenizer_check_says_what_training_will_say(
@@ -656,11 +721,30 @@ def test_with_a_tokenizer_check_says_what_training_will_say(
     out = capsys.readouterr().out
     assert "truncation: 1 of 4 texts cut to 256 ids; targets lost 1 items with the text" in out
     assert "in tweets dev 1 of 4 texts and 1 targets\n" in out
-    assert "tweets dev: F1 of perfect answers T17 57.14\n" in out  # 2 right of 3 said, 4 gold
-    assert "news dev: F1 of perfect answers MEAE 80.00" in out  # no object shows one box
+    assert ("tweets dev: F1 of perfect answers, up to 40 ids each: T17 57.14\n"
+            in out)  # 2 right of 3 said, 4 gold
+    assert "news dev: F1 of perfect answers, up to 40 ids each: MEAE 80.00" in out  # a box unshown
     assert "--t5" not in out
     assert code_of(check, corpus, "--t5", tmp_path) == 2
     assert "spiece.model: cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lengths, says", [
+    ((), "beyond 40 ids (raised by train.py --max-target)"), (("--max-target", 9), "beyond 9 ids"),
+    (("--size", "base"), None), (("--max-source", 40), "texts cut to 40 ids")])
+def test_the_ceiling_is_that_of_a_training_with_the_same_lengths(
+        lengths: tuple, says: str | None, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """By default of size tiny, as train.py; what 40 ids cannot hold no perfect answer has."""
+    row = MNER | {"tokens": ["Bob"] * 21,
+                  "entities": [{"type": "person", "start": i, "end": i + 1} for i in range(21)]}
+    corpus = write_corpus(tmp_path, {"tweets": [row], "pairs": [MRE], "news": [MEAE]})
+    t5 = ROOT / "tests" / "golden" / "tokenizer"
+    assert code_of(check, corpus, "--t5", t5, *lengths) == 0
+    out = capsys.readouterr().out
+    assert says in out if says else "truncation" not in out
+    assert ("T17 100.00" in out) == (says is None)
+    assert code_of(check, corpus, "--max-target", 1) == 2
+    assert "expected --max-target at least 2, got 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options, says", [

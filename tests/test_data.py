@@ -11,13 +11,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 from samples import (BOXES, KOBANI, NEWS, PAIRS, ROLES, STRIKE, TWEETS, assert_reads_back, event,
                      facts, news, pair, tokenizer_json, tweet)
 
 import data
 from data import Item
+from engine.corpus import load_datasets
 from engine.files import WeightsError, note
 from engine.schema import DataError, Dataset, Record
+from tools import convert
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizer"
 CASES = json.loads((GOLDEN / "cases.json").read_text(encoding="utf-8"))["cases"]
@@ -600,6 +603,36 @@ def test_an_example_is_the_prompt_and_the_target_as_ids(tokenizer: data.Tokenize
         assert e.input_ids == tokenizer.encode(prompt)
         assert e.labels == tokenizer.encode(data.target(record))
         assert e.record is record
+
+
+@pytest.mark.parametrize("label, comes_back", [
+    ("stra\u00dfe", "stra \u2047 e"), ("{brand}", "\u2047 brand \u2047"), ("a\u2581b", "a b")])
+def test_every_label_that_the_tokenizer_cannot_write_is_named(
+        label: str, comes_back: str, lean: data.Tokenizer) -> None:
+    """A label of an answer is compared as it stands, so each item with it would be wrong."""
+    tweets = replace(TWEETS, labels={"mner": ["person", label]})
+    roles = {"attack": ["target", label]}
+    events = replace(NEWS, labels={"med": ["attack"], "meae": roles})
+    records, datasets = [tweet("Bob"), news("meae", "a b")], {"tweets": tweets, "news": events}
+    with pytest.raises(DataError, match="expected labels that the tokenizer can write") as caught:
+        data.encode_records(records, datasets, lean)
+    _, *lines, advice = str(caught.value).split("\n")
+    assert lines == [f'  {place}: "{label}" comes back as "{comes_back}"'
+                     for place in ("news: meae", "tweets: mner")]
+    assert advice.startswith("rename them in dataset.json and records, or take a T5")
+    data.encode_records([news("med", "a b")], datasets, lean)       # whose labels are right
+
+
+def test_published_labels_and_those_of_the_demo_can_be_written(
+        tokenizer: data.Tokenizer, small: dict[str, str]) -> None:
+    """By the reference tokenizer and by the demo's own; T5's is no part of this repository."""
+    published = {name: Dataset(name, one.units, one.labels)
+                 for name, one in convert.PUBLISHED.items()}
+    ours = data.Tokenizer(ROOT / "demo_backbone" / "t5")
+    for datasets, writer in ((published, tokenizer), (load_datasets(small["data"]), ours)):
+        used = {(name, task) for name, one in datasets.items() for task in one.labels}
+        assert len(used) >= 7
+        data.check_labels(used, datasets, writer)
 
 
 def test_only_the_text_is_truncated_and_lost_gold_leaves_the_target_alone(

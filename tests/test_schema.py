@@ -49,12 +49,47 @@ def test_no_file_of_records_is_passed_over(tmp_path: Path) -> None:
     """A split under another name and a folder without dataset.json would vanish in silence."""
     corpus = write_corpus(tmp_path, {name: [row] for name, row in SAMPLES.items()})
     (corpus / "pairs" / "train.jsonl").rename(corpus / "pairs" / "valid.jsonl")
-    with pytest.raises(DataError, match='valid.jsonl: "valid" is no split: rename it'):
+    with pytest.raises(DataError, match='valid.jsonl: "valid.jsonl" is no split: exp'):
         load_corpus(corpus, "train")
     (corpus / "pairs" / "valid.jsonl").rename(corpus / "pairs" / "dev.jsonl")
     (corpus / "pairs" / "dataset.json").unlink()
     with pytest.raises(DataError, match="pairs/dataset.json: cannot be read"):
         load_corpus(corpus, "train")
+
+
+@pytest.mark.parametrize("name", ["train.json", "train.txt", "train.jsonl.gz", "Train.JSONL"])
+def test_a_split_in_another_form_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    """It would vanish in silence; beside the split itself, as the source of it, it may lie."""
+    folder = write_corpus(tmp_path, {"tweets": [MNER]}) / "tweets"
+    (folder / name).write_text("x")
+    assert len(load_corpus(tmp_path, "train")) == 1
+    (folder / "train.jsonl").rename(folder / "dev.jsonl")
+    with pytest.raises(DataError, match=f'tweets/{name}: "{name}" is no split: .* move it away'):
+        load_corpus(tmp_path, "dev")
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "train.jsonl"])
+@pytest.mark.parametrize("begins, says", [
+    ("", "expected text, got an empty file: fill it"),
+    (" \n\n", "expected text, got an empty file: fill it"),
+    ("\ufeff{}\n", "expected UTF-8 without BOM, got one: save it without BOM")])
+def test_an_empty_file_and_a_byte_order_mark_are_named(tmp_path: Path, name: str, begins: str,
+                                                       says: str) -> None:
+    """As editors leave them: the file is named, and what to do with it."""
+    path = write_corpus(tmp_path, {"tweets": [MNER]}) / "tweets" / name
+    path.write_text(begins, encoding="utf-8")
+    with pytest.raises(DataError, match=f"^{re.escape(str(path))}(:1)?: {says}"):
+        load_corpus(tmp_path, "train")
+
+
+def test_an_entity_stands_once_and_may_have_a_second_type(tmp_path: Path) -> None:
+    """Two of the same would be two gold items, of which an answer can match one."""
+    row = changed(MNER, "entities", [{"start": 0, "type": "person", "end": 1},
+                                     {"type": "location", "start": 0, "end": 1}])
+    assert len(load_corpus(write_corpus(tmp_path, {"tweets": [row]}), "train")) == 1
+    row["entities"] += MNER["entities"]
+    with pytest.raises(DataError, match='jsonl:1: entities: .*"type": "person"} stands twice: wri'):
+        load_corpus(write_corpus(tmp_path, {"tweets": [row]}), "train")
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
@@ -236,6 +271,8 @@ def test_twenty_problems_are_shown_at_once_and_all_are_counted(tmp_path: Path) -
     ("units.mer", "T17", 'key "mer" is unknown: did you mean "mner"'),
     ("units", [], "no JSON object"),
     ("labels.mre", ["none"], 'key "mre" is unknown'), ("labels.mner", ..., 'key "mner" is missing'),
+    ("labels.mner.1", "location", 'has "location" twice: write it once'),
+    ("labels.mner.0", "o\ufb03ce", "NFKC"), ("labels.mner.0", "m\u00b2", "NFKC"),
     ("labels.mner.0", "Person", "lower-case word"), ("labels.mner.0", "a, b", "lower-case word"),
     ("labels.mner.0", "none", '"none" is a label of mre and of no other'),
     ("labels.mner", [], "is empty or breaks"), ("labels.mner.0", 3, "lower-case word"),
@@ -263,7 +300,9 @@ def test_relations_need_none_and_roles_a_type(tmp_path: Path) -> None:
     for name, labels, says in (("pairs", {"mre": ["couple"]}, "mre: .*none"),
                                ("news", {"med": ["attack"], "meae": ["attacker"]}, "event type"),
                                ("news", {"med": ["attack"], "meae": {"Attack": []}}, "event type"),
-                               ("news", {"med": ["attack"], "meae": {}}, "event type")):
+                               ("news", {"med": ["attack"], "meae": {}}, "event type"),
+                               ("news", {"med": ["attack"], "meae": {"attack": ["a", "a"]}},
+                                'meae.attack: .*has "a" twice')):
         folder = write_corpus(tmp_path, {}) / name
         raw = json.loads((folder / "dataset.json").read_text()) | {"labels": labels}
         (folder / "dataset.json").write_text(json.dumps(raw))

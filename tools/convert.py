@@ -1,7 +1,7 @@
 """Convert a published dataset into a dataset of a corpus, as engine/schema.py describes it.
 
     python -m tools.convert KIND SRC DST     KIND and the files that SRC holds:
-        twitter2015, twitter2017, snap       {train,valid,test}.txt
+        twitter2015, twitter2017, snap, bio  {train,valid,test}.txt (bio: your own, see read_conll)
         mnre_v1 | mnre_v2                    ours_{train,val,test}.txt | mnre_{train,val,test}.txt
         ace2005                              {train,dev}.oneie.json (licensed; OneIE's JSON lines)
         swig                                 {train,dev}.json, ace_sr_mapping.txt (of M2E2)
@@ -13,7 +13,8 @@ m2e2 is the detector mode and the one to report: objects are the --max-objects m
 detections. m2e2_gold is the gold-box mode: objects are the gold boxes, which leaks their number.
 ace2005 and swig train what m2e2 tests, with its event types and roles (--event-types all: theirs).
 
-A converter writes DST/KIND; put (or link) the pictures into DST/KIND/images. Sources: Twitter-15/17
+A converter writes DST/KIND; put (or link) the pictures into DST/KIND/images. For bio, KIND is here
+the name of the folder SRC, and the labels are those of its files. Sources: Twitter-15/17
 github.com/jefferyYu/UMT; SNAP (Lu et al., ACL 2018); MNRE github.com/thecharm/MNRE; M2E2
 github.com/limanling/m2e2, its detections seebergerph/MMUTF; SWiG github.com/allenai/swig; ACE2005
 from the LDC, as OneIE (Lin et al., ACL 2020) prepares it."""
@@ -22,14 +23,16 @@ import ast
 import itertools
 import math
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from engine.command import Parser
-from engine.corpus import Rows, parse_json, read_bytes, write_dataset
+from engine.corpus import Rows, parse_json, read_text, write_dataset
 from engine.processes import exit_codes
 from engine.schema import SIZE, SPLITS, DataError, box_within, iou, nearest, show
 
@@ -94,48 +97,54 @@ def expecting(what: str, where: object, line: str | None = None) -> Iterator[Non
         raise
     except Exception as error:
         got = repr(error) if line is None else f"{show(line)} ({error!r})"
-        raise DataError(f"{where}: expected {what}, got {got}: fetch the file again") from None
+        raise DataError(f"{where}: expected {what}, got {got}: fetch the file again (for your own "
+                        "data see docs/data.md)") from None
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, str]]:
     """("file:line", text) of a UTF-8 file; only LF and CRLF end a line."""
-    for number, line in enumerate(read_bytes(path).removesuffix(b"\n").split(b"\n"), 1):
+    for number, line in enumerate(read_text(path).removesuffix(b"\n").split(b"\n"), 1):
         try:
             yield f"{path}:{number}", line.decode("utf-8").removesuffix("\r")
         except UnicodeDecodeError as error:
             raise DataError(f"{path}:{number}: not UTF-8 ({error}): save it as UTF-8") from None
 
 
-def read_conll(path: Path, dataset: str) -> Rows:
+def read_conll(path: Path, dataset: str, published: bool = True) -> Rows:
     """`IMGID:name`, then token<TAB>tag lines, then a blank line.  An I- tag that continues nothing
     starts an entity, as the scorers of the field have it (Twitter-15 has hundreds of them).  The
-    second tweet with the picture NAME has the id NAME-2, and so on."""
+    second tweet with the picture NAME has the id NAME-2, and so on.  A name without .jpg, .png or
+    the like is that of a .jpg.  Files of one's own may have any labels (BRAND_NAME becomes "brand
+    name") and texts without an IMGID line, which show no picture."""
     rows, ids, copies, inside = [], set(), Counter(), False
     for where, line in read_lines(path):
         token, tab, tag = line.rpartition("\t")
         mark, _, label = tag.partition("-")
-        if line.startswith("IMGID:") and not tab:
-            name, inside = line.removeprefix("IMGID:"), True
+        label = TAGS.get(label) if published else label.lower().replace("_", " ")
+        header = line.startswith("IMGID:") and not tab
+        if header or line and not inside and not published:
+            name = line.removeprefix("IMGID:").strip() if header else where.rpartition(":")[2]
+            image = name + ".jpg" * (not re.search(r"\.(jpe?g|png|gif|webp)$", name, re.I))
             copies[name] += 1
             numbered = (f"{name}-{n}" if n > 1 else name for n in itertools.count(copies[name]))
             ids.add(new := next(one for one in numbered if one not in ids))
-            rows.append((where, raw_record(dataset, id=new, task="mner", image=f"{name}.jpg",
-                                           entities=[])))
-        elif not line:
-            inside = False
-        elif not inside or not token or tag != "O" and not (mark in ("B", "I") and label in TAGS):
-            raise DataError(f"{where}: expected token<TAB>tag below an IMGID line, tag O or B-/I- "
-                            f"and one of {', '.join(TAGS)}, got {show(line)}: correct the file")
-        else:
+            rows.append((where, raw_record(dataset, id=new, task="mner", entities=[],
+                                           image=image if header else None)))
+        inside = bool(line and (header or inside or not published))
+        if line and not header:
+            if not inside or not token or tag != "O" and not (mark in ("B", "I") and label):
+                raise DataError(
+                    f"{where}: expected token<TAB>tag below an IMGID line, tag O or B-/I- and one "
+                    f"of {', '.join(TAGS)} (KIND bio: any), got {show(line)}: correct the file")
             tokens, entities = rows[-1][1]["tokens"], rows[-1][1]["entities"]
             tokens.append(token)
             start, end = len(tokens) - 1, len(tokens)
             last = entities[-1] if entities else {}
-            if mark == "I" and (last.get("type"), last.get("end")) == (TAGS[label], start):
+            if mark == "I" and (last.get("type"), last.get("end")) == (label, start):
                 last["end"] = end
             elif mark != "O":
-                entities.append({"type": TAGS[label], "start": start, "end": end})
-    if shared := len(rows) - len({row["image"] for _, row in rows}):
+                entities.append({"type": label, "start": start, "end": end})
+    if shared := len(rows) - len({row["image"] or row["id"] for _, row in rows}):
         print(f"{path}: {shared} tweets show the picture of one before; their ids are numbered")
     return rows
 
@@ -203,7 +212,7 @@ def read_text_only(folder: Path, sentences: dict[str, dict]) -> dict[str, list[d
         return {}
     with expecting("M2E2's text-only events", path):
         return {one["sentence_id"]: list(map(text_event, one["golden-event-mentions"]))
-                for one in parse_json(read_bytes(path)) if one["golden-event-mentions"]
+                for one in parse_json(read_text(path)) if one["golden-event-mentions"]
                 and one["words"] == sentences.get(one["sentence_id"], {}).get("words")}
 
 
@@ -213,8 +222,8 @@ def read_m2e2(path: Path, dataset: str) -> Rows:
     Other events of the sentence, from M2E2's text-only file, become "accepted", not gold."""
     texts, images = (path.with_name(f"{what}_multimedia_event.json") for what in ("text", "image"))
     with expecting("M2E2's annotations", path.parent):
-        sentences = {one["sentence_id"]: one for one in parse_json(read_bytes(texts))}
-        pictures = parse_json(read_bytes(images))
+        sentences = {one["sentence_id"]: one for one in parse_json(read_text(texts))}
+        pictures = parse_json(read_text(images))
     rows, accepted = [], read_text_only(path.parent, sentences)
     for where, line in read_lines(path):
         with expecting("sentence<TAB>image.jpg<TAB>event type, all annotated", where, line):
@@ -257,7 +266,7 @@ def read_swig(path: Path, dataset: str) -> Rows:
     boxes, whatever their role; two roles may share one. [-1, -1, -1, -1] is not grounded."""
     verbs, rows, flat = read_mapping(path.with_name("ace_sr_mapping.txt")), [], 0
     with expecting("SWiG's {image: {verb, height, width, bb}}", path):
-        pictures = dict(parse_json(read_bytes(path)))
+        pictures = dict(parse_json(read_text(path)))
     for image, picture in pictures.items():
         where = f"{path}: {image}"
         with expecting("{verb, height, width, bb: {role: box}}", where):
@@ -309,7 +318,7 @@ def detections(path: Path) -> dict[str, list[list]]:
                         "(github.com/seebergerph/MMUTF) there as JSON, or convert m2e2_gold")
     with expecting('{image.jpg: [{"bbox", "class", "conf"}]}', path):
         detected = {image: [tidy(one["bbox"]) for one in sorted(ones, key=lambda x: -x["conf"])]
-                    for image, ones in parse_json(read_bytes(path)).items()}
+                    for image, ones in parse_json(read_text(path)).items()}
     flat = sum(box is None for boxes in detected.values() for box in boxes)
     print(f"{path}: detections in {len(detected)} pictures; {flat} without area dropped")
     return {image: [box for box in boxes if box] for image, boxes in detected.items()}
@@ -349,7 +358,7 @@ class Published(NamedTuple):
     units: dict[str, str]  # as in Dataset
     labels: dict
     files: dict[str, str]  # of each split
-    counts: tuple[int | None, ...]  # records of each split, None where that is not known
+    counts: tuple[int | None, ...] = (None, None, None)  # records of each split, where known
     note: str = ""  # {objects}, {types}: options
 
 
@@ -367,6 +376,7 @@ PUBLISHED = {
     "twitter2015": Published(read_conll, {"mner": "T15"}, TWITTER, TWEETS, (4000, 1000, 3257)),
     "twitter2017": Published(read_conll, {"mner": "T17"}, TWITTER, TWEETS, (3373, 723, 723)),
     "snap": Published(read_conll, {"mner": "SNAP"}, TWITTER, TWEETS, (4290, 1432, 1459)),
+    "bio": Published(partial(read_conll, published=False), {"mner": "T15"}, {}, TWEETS),
     "mnre_v1": Published(read_mnre, {"mre": "V1"}, V1, V1_FILES, (7824, 975, 1282)),
     "mnre_v2": Published(read_mnre, {"mre": "V2"}, V2, V2_FILES, (12247, 1624, 1614)),
     "ace2005": Published(
@@ -387,7 +397,8 @@ PUBLISHED = {
 
 def published_file(source: Path, name: str) -> Path:
     """The path of a file; MNRE-V2's dev file may have a blank in its name, OneIE's no "oneie"."""
-    names = (name.replace(".txt", " .txt"), name, name.replace(".oneie", ""))
+    names = (name.replace(".txt", " .txt"), name, name.replace(".oneie", ""),
+             name.replace("valid.txt", "dev.txt"))
     return next((source / other for other in names if (source / other).exists()), source / name)
 
 
@@ -451,13 +462,15 @@ def convert(dataset: str, source: Path, corpus: Path, max_objects: int = 16,
     """Read the published files of a dataset in `source` and write corpus/dataset.  max_objects:
     of a picture in m2e2 and swig.  event_types: those of "m2e2" or, for ace2005 and swig, "all"."""
     refuse(dataset, corpus, max_objects, event_types)
-    entry = PUBLISHED[dataset]
+    entry, dataset = PUBLISHED[dataset], source.resolve().name if dataset == "bio" else dataset
     paths = {split: published_file(source, name) for split, name in entry.files.items()}
     rows = {split: entry.read(path, dataset) for split, path in paths.items() if path.exists()}
     if not rows:
         raise DataError(f"{source}: expected at least one of {', '.join(entry.files.values())}, "
                         "found none: give the folder that holds them")
-    descriptor = {"name": dataset, "units": entry.units, "labels": entry.labels}
+    types = {e["type"] for _, row in sum(rows.values(), []) for e in row.get("entities", ())}
+    descriptor = {"name": dataset, "units": entry.units,
+                  "labels": entry.labels or {"mner": sorted(types)}}
     if event_types == "all":  # those of its samples
         events = [event for _, row in sum(rows.values(), []) for event in row["events"]]
         roles = {name: sorted({a["role"] for e in events if e["type"] == name
