@@ -731,7 +731,7 @@ def test_with_a_tokenizer_check_says_what_training_will_say(
 
 @pytest.mark.parametrize("lengths, says", [
     ((), "beyond 40 ids (raised by train.py --max-target)"), (("--max-target", 9), "beyond 9 ids"),
-    (("--size", "base"), None), (("--max-source", 40), "texts cut to 40 ids")])
+    (("--size", "base"), None), (("--max-source", 70), "texts cut to 70 ids")])
 def test_the_ceiling_is_that_of_a_training_with_the_same_lengths(
         lengths: tuple, says: str | None, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """By default of size tiny, as train.py; what 40 ids cannot hold no perfect answer has."""

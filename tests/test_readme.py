@@ -88,6 +88,7 @@ def place(small: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> It
         Path("SRC", f"{split}.txt").write_text(CONLL)
     convert.main(["twitter2015", "SRC", "corpus"])
     Path("T5").symlink_to(small["t5"])
+    Path("demo_backbone").symlink_to(ROOT / "demo_backbone")
     train.main(short(["--out", "runs/demo-tiny-clorae"], small))
     train.main(short(["--out", "RUN2", "--seed", "1"], small))
     for name in ("RUN", "runs/corpus-large-clorae"):

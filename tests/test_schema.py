@@ -6,13 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from samples import (MEAE, MNER, MRE, NEWS, PAIRS, SAMPLES, TWEETS, changed, news, rows, tweet,
                      write_corpus)
 
 import data
 from engine.corpus import (load_corpus, load_datasets, normalised, read_dataset, texts_of,
                            write_dataset)
-from engine.schema import DataError, iou
+from engine.schema import RECORD_TASKS, DataError, iou
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizer"
 
@@ -222,6 +223,17 @@ def test_accepted_events_are_read_strictly(tmp_path: Path, row: dict, path: str,
     row = changed(row | ({"accepted": [ACCEPTED]} if row is MEAE else {}), path, value)
     with pytest.raises(DataError, match=re.escape(says)):
         load_corpus(write_corpus(tmp_path, {row["dataset"]: [row]}), "train")
+
+
+def test_the_dataset_of_the_docs_is_read_as_it_is_printed(tmp_path: Path) -> None:
+    """docs/data.md, "Train on your own data": a reader copies it word for word."""
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    descriptor, records = re.findall("^```json\n(.*?)^```", text, re.S | re.M)
+    (folder := tmp_path / "shop").mkdir()
+    (folder / "dataset.json").write_text(descriptor)
+    lines = records.replace("\n ", " ")
+    (folder / "train.jsonl").write_text(lines)
+    assert [record.task for record in load_corpus(tmp_path, "train")] == list(RECORD_TASKS)
 
 
 def test_the_note_of_a_dataset_is_kept(tmp_path: Path) -> None:
