@@ -86,9 +86,8 @@ def summary(records: list[Record], dataset: Dataset, folder: Path) -> str:
     targets = max((len(target(r).split()) for r in records), default=0)
     items = [item for record in records for item in gold_items(record) if item.label != "none"]
     odd = sum(r.head[0] < r.tail[1] and r.tail[0] < r.head[1] for r in records if r.task == "mre")
-    return (f"{len(records)} records, {len(items)} gold items, "
-            f"{len(images)} images ({missing} missing), longest prompt {prompts} words, "
-            f"longest target {targets} words"
+    return (f"{len(records)} records, {len(items)} gold items, {len(images)} images ({missing} "
+            f"missing), longest prompt {prompts} words, longest target {targets} words"
             + f", {odd} with a head and a tail that overlap" * (odd > 0))
 
 
