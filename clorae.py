@@ -596,10 +596,8 @@ def parameter_split(model: nn.Module) -> dict[str, int]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             path = name.split(".")
-            if isinstance(model.get_submodule(".".join(path[:-1])), ExpertLinear):
-                group = groups[path[-1]]  # a new method's parameters are to be named above
-            else:
-                visual = path[0] in ("visual_embedding", "vstack", "fusion")
-                group = "visual" if visual else "backbone"
-            split[group] += parameter.numel()
+            visual = path[0] in ("visual_embedding", "vstack", "fusion")
+            expert = isinstance(model.get_submodule(".".join(path[:-1])), ExpertLinear)
+            group = groups[path[-1]] if expert else "visual" if visual else "backbone"
+            split[group] += parameter.numel()  # a new method's parameters are to be named above
     return split

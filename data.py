@@ -335,11 +335,10 @@ def encode_records(records: list[Record], datasets: dict[str, Dataset], tokenize
                    announce: Callable[[str], None] = print) -> list[Example]:
     """Records -> examples of at most max_source and max_target ids, eos included.
 
-    Only text is truncated: a prefix that does not fit and a label that the tokenizer cannot write
-    are DataErrors. Items whose words were cut off are left out of the target, and so are the last
-    items of a target that is too long; both are counted and announced, as are, by dataset and file,
-    texts and targets with characters that no piece has. Metrics compare with the whole gold."""
-    check_labels({(r.dataset, r.task) for r in records}, datasets, tokenizer)
+    Only text is truncated: a prefix that does not fit is a DataError. Items whose words were cut
+    off are left out of the target, and so are the last items of a target that is too long; both
+    are counted and announced, and so are, by dataset and file, the texts and targets with
+    characters that no piece has. Metrics compare with the record's gold, which stays whole."""
     examples, lost, unknown, unk = [], Counter(), {}, tokenizer.pieces.unk_id()
     for row, record in enumerate(records):
         dataset = datasets[record.dataset]
@@ -366,7 +365,7 @@ def encode_records(records: list[Record], datasets: dict[str, Dataset], tokenize
 def check_labels(used: set[tuple[str, str]], datasets: dict[str, Dataset],
                  tokenizer: Tokenizer) -> None:
     """DataError that names every label of the (dataset, task) used which comes back from the
-    tokenizer in another form: no answer with it could ever be right."""
+    tokenizer in another form, so that no answer with it is right: for training, not scoring."""
     lines = []
     for name, task in sorted(used):
         labels = datasets[name].labels[task]

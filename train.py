@@ -303,6 +303,8 @@ class Rows:
         self.held_out = hold_out(self.records, datasets, config.hold_out)  # to be printed
         self.features = Features(sources, sum(self.records.values(), []), config.missing_images,
                                  config.max_objects, device, ViT, cache)
+        data.check_labels({(r.dataset, r.task) for r in sum(self.records.values(), [])}, datasets,
+                          setup.tokenizer)
         self.splits = {split: data.encode_records(records, datasets, setup.tokenizer,
                                                   config.max_source, config.max_target, world.print)
                        for split, records in self.records.items()}

@@ -47,9 +47,9 @@ def describe(run: Any, start: str) -> list[str]:
                      + ", ".join(f"{unit} {run.reference[unit]}" for unit in rows.units)
                      + "; of MED and MEAE on M2E2), which other data than the published do not "
                      "match: give references for yours with --aml-reference")
-    if config.steps and config.steps > len(rows.batches(0)) * config.epochs:
+    if config.steps and steps < config.steps:
         lines.append(f"note: --steps {config.steps}, but {config.epochs} epochs end before; raise "
-                     "--epochs for more")
+                     "--epochs")
     busy = math.ceil(min(config.batch, len(rows.examples)) / config.micro_batch)
     if busy < world.size:
         lines.append(f"note: a batch makes {busy} micro-batches for {world.size} processes, so "

@@ -169,8 +169,7 @@ class Config:
                        f"and a method with experts, got --init {self.init}, --method "
                        f"{self.method}: a fresh adapter that is not trained shows nothing")
         if self.method != "clorae" and not (self.egr and self.mim):
-            bad.append("--no-egr and --no-mim with --method clorae, got --method "
-                       f"{self.method}, which has neither of these parts")
+            bad.append(f"--no-egr and --no-mim with --method clorae, got --method {self.method}")
         if self.mim_mean != "identity" and not self.uses_mim:
             bad.append("--mim-mean other than identity with --method clorae, --mim and a --beta "
                        f"above 0, got {self.mim_mean} in a run without that loss")

@@ -491,6 +491,19 @@ def test_merging_needs_a_fixed_gate_and_then_is_exact():
             plain.merged_weight(2, (0.3, 0.7))
 
 
+def test_what_a_method_does_not_say_of_itself_is_not_guessed():
+    """Its h, its product and the group of its parameters: docs/method.md lists where they stand."""
+    m, (x, tasks, _) = layer("lora"), inputs()
+    object.__setattr__(m.config, "method", "mine")
+    with pytest.raises(NotImplementedError, match="mine: its h"):
+        run(m, x, tasks)
+    with pytest.raises(ValueError, match="merge: expected a method whose A and B are known, got m"):
+        m.merged_weight(0)
+    m.magnitude = nn.Parameter(torch.ones(D_OUT))
+    with pytest.raises(KeyError, match="magnitude"):
+        clorae.parameter_split(nn.ModuleDict({"q": m}))
+
+
 def test_dropout_is_one_mask_for_both_experts_and_spares_the_gate():
     """U and D read the same dropped x, the gate x itself: y and every gradient, in float64."""
     m, (x, tasks, _) = layer(dtype=torch.float64, dropout=0.5).train(), inputs(torch.float64)

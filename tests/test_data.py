@@ -613,14 +613,14 @@ def test_every_label_that_the_tokenizer_cannot_write_is_named(
     tweets = replace(TWEETS, labels={"mner": ["person", label]})
     roles = {"attack": ["target", label]}
     events = replace(NEWS, labels={"med": ["attack"], "meae": roles})
-    records, datasets = [tweet("Bob"), news("meae", "a b")], {"tweets": tweets, "news": events}
+    datasets = {"tweets": tweets, "news": events}
     with pytest.raises(DataError, match="expected labels that the tokenizer can write") as caught:
-        data.encode_records(records, datasets, lean)
+        data.check_labels({("tweets", "mner"), ("news", "meae")}, datasets, lean)
     _, *lines, advice = str(caught.value).split("\n")
     assert lines == [f'  {place}: "{label}" comes back as "{comes_back}"'
                      for place in ("news: meae", "tweets: mner")]
     assert advice.startswith("rename them in dataset.json and records, or take a T5")
-    data.encode_records([news("med", "a b")], datasets, lean)       # whose labels are right
+    data.check_labels({("news", "med")}, datasets, lean)            # whose labels are right
 
 
 def test_published_labels_and_those_of_the_demo_can_be_written(

@@ -30,7 +30,7 @@ import tools.answer
 import train
 from conftest import ROOT, run, sums
 from engine import settings
-from engine.checkpoints import (Checkpoints, Progress, find_checkpoint, load_trainables,
+from engine.checkpoints import (Checkpoints, Progress, Sources, find_checkpoint, load_trainables,
                                 newest_checkpoint, read_state, stored_config, write_checkpoint,
                                 write_state)
 from engine.command import Bar
@@ -364,6 +364,24 @@ def test_a_mean_for_a_loss_that_is_not_there_is_refused(flags):
         parse_arguments(["--mim-mean", "affine", *flags])
 
 
+@pytest.mark.parametrize("flag", ["--no-egr", "--no-mim"])
+def test_a_part_that_a_method_lacks_cannot_be_left_out(flag):
+    """Else two runs that compute the same would be compared as two systems."""
+    assert parse_arguments([flag])[0].method == "clorae"
+    with pytest.raises(UsageError, match="--no-egr and --no-mim with --method clorae, got"):
+        parse_arguments(["--method", "loramoe", flag])
+
+
+def test_settings_reach_the_layers_by_name(small, command, tmp_path):
+    """Whatever field of ExpertConfig the command line has."""
+    flags = ["--rank", 7, "--alpha", 9, "--dropout", 0.2, "--no-egr", "--mim-mean", "affine"]
+    config, _ = parse_arguments([str(word) for word in command(tmp_path, *flags)[2:]])
+    sources = Sources(Path(small["data"]), Path(small["t5"]), Path(small["vit"]), None)
+    layers = clorae.expert_layers(build(config, sources, torch.device("meta")).model)
+    assert {layer.config for layer in layers.values()} == {clorae.ExpertConfig(
+        rank=7, alpha=9, dropout=0.2, egr=False, mim_mean="affine")}
+
+
 def test_a_run_without_dev_and_test_rows_says_so_and_keeps_its_last_weights(command, corpus,
                                                                            tmp_path):
     """Nothing tells the epochs apart, and no F1 is made up.  --steps beyond the epochs are not
@@ -383,6 +401,16 @@ def test_a_run_without_dev_and_test_rows_says_so_and_keeps_its_last_weights(comm
     assert f"no test rows in {corpus}: nothing is scored" in done.stdout
     again = run(line)  # it is finished all the same
     assert "is finished" in again.stdout and "no test rows" in again.stdout
+
+
+def test_a_label_that_can_never_be_answered_is_refused_before_training(command, corpus, tmp_path):
+    described = corpus / "demo_t15" / "dataset.json"
+    dataset = json.loads(described.read_text())
+    dataset["labels"]["mner"].append("stra\u00dfe")
+    described.write_text(json.dumps(dataset))
+    refused = run(command(tmp_path / "run", "--data", corpus, "--units", "T15", "--dry-run"))
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    assert 'demo_t15: mner: "stra\u00dfe" comes back as "stra \u2047 e"' in refused.stderr
 
 
 def test_while_nothing_is_right_the_last_epoch_is_the_best(command, corpus, tmp_path):

@@ -10,7 +10,7 @@ from functools import cache
 from itertools import combinations
 from pathlib import Path
 
-from data import Tokenizer, encode_records, gold_items, prompt, target
+from data import Tokenizer, check_labels, encode_records, gold_items, prompt, target
 from engine.command import Parser
 from engine.corpus import load_datasets, normalised, read_split
 from engine.files import ImageError
@@ -96,6 +96,7 @@ def perfect_answers(records: list[Record], dataset: Dataset, split: str,
     """Print what training will announce of these records, and the F1 of their targets as the
     tokenizer writes them."""
     datasets = {dataset.name: dataset}
+    check_labels({(dataset.name, record.task) for record in records}, datasets, tokenizer)
     examples = encode_records(records, datasets, tokenizer, config.max_source, config.max_target)
     answers = [Answer(tokenizer.decode(example.labels)) for example in examples]
     scores = total(score_rows(records, answers, datasets, tokenizer.written))

@@ -199,12 +199,11 @@ class Study:
 
     def tested(self, experiment: Experiment, world: dict) -> list[str]:
         """The systems to be compared on test: all; of readings, those better on dev."""
-        systems = list(experiment.systems)
         if not experiment.readings or self.data:
-            return systems
+            return list(experiment.systems)
         best = {name: max(self.grid(experiment, name, world)[0].values(), default=0.0)
-                for name in systems}
-        return [name for name in systems
+                for name in experiment.systems}
+        return [name for name in experiment.systems
                 if name == experiment.baseline or best[name] > best[experiment.baseline]]
 
     def queue(self, experiment: Experiment) -> Iterator[Row]:
