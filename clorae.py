@@ -351,7 +351,7 @@ class ExpertLinear(nn.Module):
         return self.weighed(F.linear(x, self.W_g.to(x.dtype)))
 
     def weighed(self, logits: Tensor) -> Tensor:
-        """The router's logits [...,2] as gates, in every form but clorae.cu."""
+        """The router's logits [...,2], or [...,E], as gates; clorae.cu computes the same itself."""
         return wide(logits).softmax(dim=-1).to(logits.dtype)  # Eq. (6)
 
     def dropped(self, x: Tensor) -> Tensor:
@@ -389,9 +389,6 @@ class ExpertLinear(nn.Module):
         if hasattr(self, "W_g") and gates is None:
             raise ValueError("merge: expected fixed gates, got a live gate router, which "
                              "weighs each token anew; pass mean gates to merge approximately")
-        if gates is not None and self.config.method in ("lora", "tlora", "moslora", "mtllora"):
-            raise ValueError(f"merge: expected no gates for {self.config.method}, whose one expert "
-                             f"is always heard in full, got {tuple(gates)}; pass None")
         match self.config.method:
             case "lora":
                 experts = [(self.A_U, self.B_U)]
@@ -410,6 +407,9 @@ class ExpertLinear(nn.Module):
             case other:
                 raise ValueError(f"merge: expected a method whose A and B are known, got {other}; "
                                  "write them here, if it adds s B A to W_0 at all")
+        if gates is not None and len(experts) == 1 and not hasattr(self, "W_g"):
+            raise ValueError(f"merge: expected no gates for {self.config.method}, whose one expert "
+                             f"is always heard in full, got {tuple(gates)}; pass None")
         weights = [1.0] * len(experts) if gates is None else gates
         if len(weights) != len(experts):
             raise ValueError(f"merge: expected a gate for each of {len(experts)} experts of "
@@ -590,8 +590,8 @@ def expert_outputs(model: nn.Module) -> list[tuple[Tensor, Tensor, Tensor, Tenso
 def parameter_split(model: nn.Module) -> dict[str, int]:
     """Number of trainable parameters as {"experts", "gate", "mim", "visual", "backbone"}."""
     split = {"experts": 0, "gate": 0, "mim": 0, "visual": 0, "backbone": 0}
-    names = {"experts": "A_U B_U A_T B_T A_E B_E M_U L_T", "gate": "W_g w_T",
-             "mim": "rho a_D c_D M_D"}
+    names = {  # of a layer's parameters; one that is missing here is a KeyError
+        "experts": "A_U B_U A_T B_T A_E B_E M_U L_T", "gate": "W_g w_T", "mim": "rho a_D c_D M_D"}
     groups = {name: group for group, leaves in names.items() for name in leaves.split()}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -599,5 +599,5 @@ def parameter_split(model: nn.Module) -> dict[str, int]:
             visual = path[0] in ("visual_embedding", "vstack", "fusion")
             expert = isinstance(model.get_submodule(".".join(path[:-1])), ExpertLinear)
             group = groups[path[-1]] if expert else "visual" if visual else "backbone"
-            split[group] += parameter.numel()  # a new method's parameters are to be named above
+            split[group] += parameter.numel()
     return split

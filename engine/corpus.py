@@ -27,8 +27,8 @@ def read_bytes(path: Path) -> bytes:
         raise DataError(f"{path}: cannot be read ({reason}): check the path") from None
 
 
-def read_text(path: Path) -> bytes:
-    """The content of a file of text; DataError where it is empty or begins with a BOM."""
+def read_filled(path: Path) -> bytes:
+    """The bytes of a file of text; DataError where it is empty or begins with a BOM."""
     content = read_bytes(path)
     if not content.strip():
         raise DataError(f"{path}: expected text, got an empty file: fill it or move it away")
@@ -40,7 +40,7 @@ def read_text(path: Path) -> bytes:
 def read_dataset(folder: Path) -> Dataset:
     """The descriptor in folder/dataset.json."""
     path, problems = folder / "dataset.json", Problems()
-    content = read_text(path)
+    content = read_filled(path)
     try:
         raw = parse_json(content)
     except ValueError as error:
@@ -53,7 +53,7 @@ def read_dataset(folder: Path) -> Dataset:
 def read_split(folder: Path, split: str, dataset: Dataset, problems: Problems) -> list[Record]:
     """The records of folder/split.jsonl that are right; anything wrong is added to `problems`."""
     path, records, seen = folder / f"{split}.jsonl", [], {}
-    lines = read_text(path).removesuffix(b"\n").split(b"\n")             # U+2028 ends no line
+    lines = read_filled(path).removesuffix(b"\n").split(b"\n")  # U+2028 ends no line
     for number, line in enumerate(lines, 1):
         where = f"{path}:{number}"
         try:

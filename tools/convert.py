@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.command import Parser
-from engine.corpus import Rows, parse_json, read_text, write_dataset
+from engine.corpus import Rows, parse_json, read_filled, write_dataset
 from engine.processes import exit_codes
 from engine.schema import SIZE, SPLITS, DataError, box_within, iou, nearest, show
 
@@ -103,7 +103,7 @@ def expecting(what: str, where: object, line: str | None = None) -> Iterator[Non
 
 def read_lines(path: Path) -> Iterator[tuple[str, str]]:
     """("file:line", text) of a UTF-8 file; only LF and CRLF end a line."""
-    for number, line in enumerate(read_text(path).removesuffix(b"\n").split(b"\n"), 1):
+    for number, line in enumerate(read_filled(path).removesuffix(b"\n").split(b"\n"), 1):
         try:
             yield f"{path}:{number}", line.decode("utf-8").removesuffix("\r")
         except UnicodeDecodeError as error:
@@ -212,7 +212,7 @@ def read_text_only(folder: Path, sentences: dict[str, dict]) -> dict[str, list[d
         return {}
     with expecting("M2E2's text-only events", path):
         return {one["sentence_id"]: list(map(text_event, one["golden-event-mentions"]))
-                for one in parse_json(read_text(path)) if one["golden-event-mentions"]
+                for one in parse_json(read_filled(path)) if one["golden-event-mentions"]
                 and one["words"] == sentences.get(one["sentence_id"], {}).get("words")}
 
 
@@ -222,8 +222,8 @@ def read_m2e2(path: Path, dataset: str) -> Rows:
     Other events of the sentence, from M2E2's text-only file, become "accepted", not gold."""
     texts, images = (path.with_name(f"{what}_multimedia_event.json") for what in ("text", "image"))
     with expecting("M2E2's annotations", path.parent):
-        sentences = {one["sentence_id"]: one for one in parse_json(read_text(texts))}
-        pictures = parse_json(read_text(images))
+        sentences = {one["sentence_id"]: one for one in parse_json(read_filled(texts))}
+        pictures = parse_json(read_filled(images))
     rows, accepted = [], read_text_only(path.parent, sentences)
     for where, line in read_lines(path):
         with expecting("sentence<TAB>image.jpg<TAB>event type, all annotated", where, line):
@@ -266,7 +266,7 @@ def read_swig(path: Path, dataset: str) -> Rows:
     boxes, whatever their role; two roles may share one. [-1, -1, -1, -1] is not grounded."""
     verbs, rows, flat = read_mapping(path.with_name("ace_sr_mapping.txt")), [], 0
     with expecting("SWiG's {image: {verb, height, width, bb}}", path):
-        pictures = dict(parse_json(read_text(path)))
+        pictures = dict(parse_json(read_filled(path)))
     for image, picture in pictures.items():
         where = f"{path}: {image}"
         with expecting("{verb, height, width, bb: {role: box}}", where):
@@ -318,7 +318,7 @@ def detections(path: Path) -> dict[str, list[list]]:
                         "(github.com/seebergerph/MMUTF) there as JSON, or convert m2e2_gold")
     with expecting('{image.jpg: [{"bbox", "class", "conf"}]}', path):
         detected = {image: [tidy(one["bbox"]) for one in sorted(ones, key=lambda x: -x["conf"])]
-                    for image, ones in parse_json(read_text(path)).items()}
+                    for image, ones in parse_json(read_filled(path)).items()}
     flat = sum(box is None for boxes in detected.values() for box in boxes)
     print(f"{path}: detections in {len(detected)} pictures; {flat} without area dropped")
     return {image: [box for box in boxes if box] for image, boxes in detected.items()}
